@@ -1,0 +1,131 @@
+// Chooses the instruction set, splits the rows over threads, and reduces in row order.
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "kernels.h"
+
+namespace oprd {
+namespace cpu {
+namespace {
+
+const Kernels& choose() {
+#if defined(OPRD_HAVE_AVX2)
+  const char* wanted = std::getenv("OPRD_CPU");
+  const bool portable = wanted && std::strcmp(wanted, "portable") == 0;
+  if (!portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return kAvx2;
+  }
+#endif
+  return kPortable;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+std::unique_ptr<float, Free> scratch_floats(std::int64_t floats) {
+  const std::size_t bytes = (static_cast<std::size_t>(floats) * sizeof(float) / 64 + 1) * 64;
+  void* p = std::aligned_alloc(64, bytes);
+  if (!p) throw std::bad_alloc();
+  return std::unique_ptr<float, Free>(static_cast<float*>(p));
+}
+
+// Calls run(begin, end, scratch) on equal contiguous shares of [0, rows), one a thread. A row's
+// result does not depend on its neighbours, so neither do the bits depend on the split.
+template <class Run>
+void split_rows(const Problem& problem, std::int64_t scratch_per_thread, Run run) {
+  constexpr std::int64_t kMinElementsPerThread = 1 << 15;
+  const std::int64_t rows = problem.rows;
+  if (rows == 0) return;
+  std::int64_t threads =
+      rows * (problem.student_width + problem.teacher_width) / kMinElementsPerThread;
+  threads = threads > problem.threads ? problem.threads : threads;
+  threads = threads > rows ? rows : threads;
+  threads = threads < 1 ? 1 : threads;
+  const auto scratch = scratch_floats(scratch_per_thread * threads);
+  const std::int64_t share = (rows + threads - 1) / threads;
+  auto part = [&](std::int64_t thread) {
+    const std::int64_t begin = thread * share < rows ? thread * share : rows;
+    const std::int64_t end = begin + share < rows ? begin + share : rows;
+    run(begin, end, scratch.get() + thread * scratch_per_thread);
+  };
+  if (threads == 1) return part(0);
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1)
+#endif
+  for (std::int64_t thread = 0; thread < threads; ++thread) part(thread);
+}
+
+// Whole cache lines, so that no two threads write to the same one.
+std::int64_t line_padded(std::int64_t floats) { return (floats + 15) / 16 * 16; }
+
+}  // namespace
+
+const char* simd_name() { return kernels().name; }
+
+void forward(const Problem& problem, const ForwardOut& out) {
+  split_rows(problem, line_padded(kernels().forward_scratch(problem)),
+             [&](std::int64_t begin, std::int64_t end, float* scratch) {
+               kernels().forward(problem, out, begin, end, scratch);
+             });
+}
+
+void backward(const Problem& problem, const BackwardIn& in) {
+  split_rows(problem, line_padded(kernels().backward_scratch(problem)),
+             [&](std::int64_t begin, std::int64_t end, float* scratch) {
+               kernels().backward(problem, in, begin, end, scratch);
+             });
+}
+
+float reduction_scale(const Problem& problem, const float* denominator, bool mean) {
+  if (!mean) return 1.f;
+  double divisor = static_cast<double>(problem.rows);
+  if (denominator) {
+    divisor = *denominator;
+  } else if (problem.weights) {
+    divisor = 0.0;
+    for (std::int64_t i = 0; i < problem.rows; ++i) divisor += problem.weights[i];
+  }
+  return divisor == 0.0 ? 0.f : static_cast<float>(1.0 / divisor);
+}
+
+void reduce(const Problem& problem, const ForwardOut& out, float scale, float* loss,
+            float* stats) {
+  double sum = 0, cos = 0, student_norm = 0, teacher_norm = 0;
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < problem.rows; ++i) {
+    const float weight = problem.weights ? problem.weights[i] : 1.f;
+    if (!loss) out.row_loss[i] *= weight;
+    if (weight == 0.f) continue;
+    const float* row = out.row_stats + i * kRowStats;
+    ++count;
+    sum += static_cast<double>(weight) * out.row_loss[i];
+    cos += 1.0 - row[kOneMinusCos];
+    student_norm += row[kInvStudentNorm] == 0.f ? 0.0 : 1.0 / row[kInvStudentNorm];
+    teacher_norm += 1.0 / row[kInvTeacherNorm];
+  }
+  const double per_row = count ? 1.0 / static_cast<double>(count) : 0.0;
+  // A denominator of 0 stands for "nothing to learn from": exactly 0, whatever the rows hold.
+  if (loss) *loss = scale == 0.f ? 0.f : static_cast<float>(sum * scale);
+  stats[kMeanCos] = static_cast<float>(cos * per_row);
+  stats[kMeanStudentNorm] = static_cast<float>(student_norm * per_row);
+  stats[kMeanTeacherNorm] = static_cast<float>(teacher_norm * per_row);
+  stats[kCount] = static_cast<float>(count);
+  stats[kScale] = scale;
+}
+
+}  // namespace cpu
+}  // namespace oprd

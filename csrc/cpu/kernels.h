@@ -1,0 +1,25 @@
+// What each instruction set's translation unit provides to the dispatcher.
+#pragma once
+
+#include "../rep_loss.h"
+
+namespace oprd {
+namespace cpu {
+
+struct Kernels {
+  const char* name;
+  // Floats of scratch a thread needs.
+  std::int64_t (*forward_scratch)(const Problem&);
+  std::int64_t (*backward_scratch)(const Problem&);
+  // Rows [begin, end) of the batch. Each row's result depends on that row alone.
+  void (*forward)(const Problem&, const ForwardOut&, std::int64_t begin, std::int64_t end,
+                  float* scratch);
+  void (*backward)(const Problem&, const BackwardIn&, std::int64_t begin, std::int64_t end,
+                   float* scratch);
+};
+
+extern const Kernels kPortable;
+extern const Kernels kAvx2;
+
+}  // namespace cpu
+}  // namespace oprd

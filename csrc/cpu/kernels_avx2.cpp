@@ -1,0 +1,4 @@
+// The same loops for x86-64 with AVX2, FMA and F16C; chosen at run time only where all three exist.
+#define OPRD_KERNELS kAvx2
+#define OPRD_KERNELS_NAME "avx2"
+#include "kernels.inl"

@@ -1,0 +1,313 @@
+"""`attach`: OPRD on a pair of Hugging Face decoders.
+
+    distiller = attach(student, teacher, layers="all", kind="mse")
+    out = distiller(input_ids, attention_mask, response_mask)
+    out.loss.backward()
+
+The teacher runs without its LM head, only as deep as it is needed, and keeps only the supervised
+rows. The student's hidden states pass `rep_tap`s, which add the loss's gradient as backpropagation
+comes by. Neither LM head is called.
+
+Shapes: B sequences of T tokens, M supervised rows, L compared layers, d hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from oprd.decoder import Decoder, cut, find_decoder, first_tensor, replace_first
+from oprd.layers import LayerSpec, pair_layers
+from oprd.positions import Positions, Shift, supervise
+from oprd_kernels import RepLossStats, rep_tap
+from oprd_kernels.validate import KINDS
+
+
+@dataclass(frozen=True)
+class RepOutput:
+    """What a student forward pass with taps gives.
+
+    Attributes:
+        loss: 0-D, mean of the layers' losses; ``backward`` goes through it.
+        layer_losses: (L,) float32, detached.
+        layer_cosine: (L,) float32: mean cosine between student and teacher rows.
+        layer_student_norm, layer_teacher_norm: (L,) float32: mean norms of the rows.
+        count: 0-D, the number of rows whose weight is not 0.
+    """
+
+    loss: Tensor
+    layer_losses: Tensor
+    layer_cosine: Tensor
+    layer_student_norm: Tensor
+    layer_teacher_norm: Tensor
+    count: Tensor
+
+
+@dataclass
+class TapSession:
+    """One student forward pass: what the taps compare with, and what they have found."""
+
+    teacher_states: Sequence[Tensor]
+    options: dict
+    found: dict[int, tuple[Tensor, RepLossStats]] = field(default_factory=dict)
+
+    def tap(self, index: int, h: Tensor) -> Tensor:
+        """Pass the states of the index-th compared layer through `rep_tap`."""
+        if index in self.found:
+            raise RuntimeError(
+                "the student ran twice inside one `taps` context: open one per forward pass"
+            )
+        h, loss, stats = rep_tap(h, self.teacher_states[index], **self.options)
+        self.found[index] = (loss, stats)
+        return h
+
+    def output(self) -> RepOutput:
+        """Loss and statistics of the layers.
+
+        Raises:
+            RuntimeError: if the student has not run, or not all of it.
+        """
+        if len(self.found) < len(self.teacher_states):
+            raise RuntimeError(
+                f"{len(self.found)} of {len(self.teacher_states)} taps were reached: run the "
+                "student forward inside the `taps` context before asking for its output"
+            )
+        losses, stats = zip(*(self.found[i] for i in range(len(self.found))), strict=True)
+        losses = torch.stack(losses)
+        columns = [torch.stack(column) for column in zip(*stats, strict=True)]
+        return RepOutput(losses.mean(), losses.detach(), *columns[:3], columns[3][0])
+
+
+class _Board:
+    """Where the taps of one student find the session in progress."""
+
+    session: TapSession | None = None
+
+
+def _tapped_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a block's class whose call ends in a tap.
+
+    Not a forward hook: before transformers 5.20 a checkpointed block recomputes its whole call,
+    hooks included, with whatever session is current by then. Around the call, the tap runs once
+    in every version, and under reentrant checkpointing too.
+    """
+
+    def __call__(self, *args, **kwargs):
+        output = super(tapped, self).__call__(*args, **kwargs)
+        point = self.__dict__.get("_oprd_tap")
+        if point is None or point[0].session is None:
+            return output
+        board, index = point
+        return replace_first(output, board.session.tap(index, first_tensor(output)))
+
+    tapped = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    tapped.__qualname__ = cls.__qualname__
+    tapped._oprd_original = cls
+    return tapped
+
+
+class Distiller:
+    """A student with taps and the part of its teacher that they need; made by `attach`."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        layers: LayerSpec,
+        kind: str,
+        positions: Positions,
+        k: int,
+        shift: Shift,
+        reduction: str,
+        backend: str,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        self.student, teacher_decoder = find_decoder(student), find_decoder(teacher)
+        self.pairs = pair_layers(layers, self.student.num_layers, teacher_decoder.num_layers)
+        if self.student.width != teacher_decoder.width:
+            raise ValueError(
+                f"the student is {self.student.width} wide and the teacher "
+                f"{teacher_decoder.width}: plain OPRD compares equal widths. Choose a teacher of "
+                "the student's width, or project both in your own loop with "
+                "oprd_kernels.rep_tap(student_proj=, teacher_proj=)"
+            )
+        self.teacher = cut(teacher_decoder, max(block for _, block in self.pairs) + 1)
+        self.teacher_layers = teacher_decoder.num_layers
+        self.kind, self.backend = kind, backend
+        self.positions, self.k, self.shift, self.reduction = positions, k, shift, reduction
+        self._board = _Board()
+        self._points = [self._add_tap(i, block) for i, (block, _) in enumerate(self.pairs)]
+
+    def _add_tap(self, index: int, block: int) -> nn.Module:
+        last = block == self.student.num_layers - 1
+        module = self.student.norm if last else self.student.layers[block]
+        if "_oprd_tap" in module.__dict__:
+            raise ValueError("the student already has taps: call detach() on its Distiller first")
+        module.__class__ = _tapped_class(type(module))
+        module._oprd_tap = (self._board, index)
+        return module
+
+    def detach(self) -> None:
+        """Take the taps off the student."""
+        for module in self._points:
+            module.__dict__.pop("_oprd_tap", None)
+            # Unless FSDP2 has subclassed it since: then the tap-less call stays as it is.
+            module.__class__ = vars(type(module)).get("_oprd_original", type(module))
+        self._points = []
+
+    @torch.no_grad()
+    def teacher_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor
+    ) -> list[Tensor]:
+        """The teacher's hidden states at the supervised rows, for each compared layer.
+
+        Args:
+            input_ids: (B, T) int64, the student's rollouts.
+            attention_mask: (B, T), 0 for padding; None: no padding.
+            rows: (M,) int64, of the (B * T, d) states.
+
+        Returns:
+            L tensors (M, d) in the teacher's dtype.
+        """
+        states: dict[int, Tensor] = {}
+
+        def keep_rows(block: int):
+            def hook(_module, _args, output) -> None:
+                states[block] = first_tensor(output).flatten(0, -2)[rows]
+
+            return hook
+
+        handles = []
+        for _, block in self.pairs:
+            last = block == self.teacher_layers - 1
+            module = self.teacher.norm if last else self.teacher.layers[block]
+            handles.append(module.register_forward_hook(keep_rows(block)))
+        was_training = self.teacher.backbone.training
+        self.teacher.backbone.eval()
+        try:
+            self.teacher.forward(input_ids, attention_mask)
+        finally:
+            self.teacher.backbone.train(was_training)
+            for handle in handles:
+                handle.remove()
+        return [states[block] for _, block in self.pairs]
+
+    @contextmanager
+    def taps(
+        self,
+        teacher_states: Sequence[Tensor],
+        rows: Tensor,
+        weights: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Iterator[TapSession]:
+        """While open, the student's next forward pass, however it is called, is compared.
+
+        ``with distiller.taps(states, rows) as session: student(...)``, then
+        ``session.output().loss.backward()``. Arguments as `student_loss`.
+        """
+        if len(teacher_states) != len(self.pairs):
+            raise ValueError(
+                f"teacher_states has {len(teacher_states)} tensors for {len(self.pairs)} layers"
+            )
+        if self._board.session is not None:
+            raise RuntimeError("a `taps` context of this student is already open")
+        options = {
+            "rows": rows,
+            "weights": weights,
+            "denominator": denominator,
+            "kind": self.kind,
+            "backend": self.backend,
+        }
+        session = TapSession(teacher_states, options)
+        self._board.session = session
+        try:
+            yield session
+        finally:
+            self._board.session = None
+
+    def student_loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: Tensor,
+        teacher_states: Sequence[Tensor],
+        weights: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> RepOutput:
+        """Run the student's backbone on its rollouts and compare.
+
+        Args:
+            input_ids, attention_mask, rows: as given to `teacher_states`.
+            teacher_states: what that returned.
+            weights: (M,), see `oprd_kernels.fused_rep_loss`.
+            denominator: of the mean: the token count of the global batch, when this is a part.
+        """
+        with self.taps(teacher_states, rows, weights, denominator) as session:
+            self.student.forward(input_ids, attention_mask)
+        return session.output()
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor
+    ) -> RepOutput:
+        """Teacher and student on one batch of the student's rollouts.
+
+        Args:
+            input_ids: (B, T) int64: prompt and response.
+            attention_mask: (B, T), 0 for padding, on either side; None: no padding.
+            response_mask: (B, T) bool: the student's own tokens, its first EOS included.
+        """
+        chosen = supervise(
+            response_mask.bool(), self.positions, self.k, self.shift, self.reduction
+        )
+        states = self.teacher_states(input_ids, attention_mask, chosen.rows)
+        return self.student_loss(
+            input_ids, attention_mask, chosen.rows, states, chosen.weights, chosen.total
+        )
+
+
+def attach(
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    layers: LayerSpec = "all",
+    kind: str = "mse",
+    positions: Positions = "last_k",
+    k: int = 2000,
+    shift: Shift = "after",
+    reduction: str = "token-mean",
+    backend: str = "auto",
+) -> Distiller:
+    """Put OPRD's taps on a student and prepare its teacher.
+
+    Args:
+        student: a Hugging Face decoder, with or without LM head (Llama, Qwen2/3, Phi, Gemma,
+            GPT-2, GPT-NeoX, ..).
+        teacher: another of the same width. It is not changed; the `Distiller` holds on to the part
+            of it that is needed, so drop your reference to free the rest. Its parameters get no
+            gradient.
+        layers: ``"last"``, ``"all"``, ``"even"``, ``"odd"`` or a list of student blocks (0 ..).
+            Layers correspond by relative depth (Eq. 11) where the depths differ.
+        kind: ``"mse"`` (Eq. 6), ``"nmse"`` or ``"cosine"``.
+        positions, k, shift, reduction: see `oprd.positions.supervise`.
+        backend: see `oprd_kernels.fused_rep_loss`.
+
+    Raises:
+        ValueError: if the two do not fit together, saying what would.
+    """
+    return Distiller(
+        student,
+        teacher,
+        layers=layers,
+        kind=kind,
+        positions=positions,
+        k=k,
+        shift=shift,
+        reduction=reduction,
+        backend=backend,
+    )

@@ -1,0 +1,106 @@
+"""The parts of a Hugging Face decoder that OPRD needs: its blocks and its final norm."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LAYER_NAMES = ("layers", "h")
+NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A backbone (no LM head) with its blocks and final norm, by attribute name."""
+
+    backbone: nn.Module
+    layers_name: str
+    norm_name: str
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.backbone, self.layers_name)
+
+    @property
+    def norm(self) -> nn.Module:
+        return getattr(self.backbone, self.norm_name)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """d, the hidden size."""
+        return self.backbone.config.get_text_config().hidden_size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Runs the backbone and returns what it does for its last hidden state, (B, T, d).
+
+        Positions count the tokens that ``attention_mask`` (B, T) keeps, so that padding on either
+        side changes nothing.
+        """
+        position_ids = None
+        if attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """The decoder inside a Hugging Face model, a backbone or a PEFT wrapper of either.
+
+    Raises:
+        ValueError: if no list of blocks followed by a norm is found where Llama, Qwen, Phi, Gemma,
+            GPT-2, GPT-NeoX and their like have it.
+    """
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
+    layers = [n for n in LAYER_NAMES if isinstance(getattr(backbone, n, None), nn.ModuleList)]
+    norms = [n for n in NORM_NAMES if isinstance(getattr(backbone, n, None), nn.Module)]
+    if not layers or not norms:
+        raise ValueError(
+            f"{type(backbone).__name__} is not a decoder that oprd knows: expected a ModuleList "
+            f"called {' or '.join(LAYER_NAMES)} and a final norm called {' or '.join(NORM_NAMES)}, "
+            f"found {[name for name, _ in backbone.named_children()]}"
+        )
+    return Decoder(backbone, layers[0], norms[0])
+
+
+def cut(decoder: Decoder, num_layers: int) -> Decoder:
+    """The same decoder without the blocks after the first ``num_layers``, and, if any are dropped,
+    without the final norm, which nothing of it would reach.
+
+    The modules that remain are shared with ``decoder``, which is left as it was: dropping the
+    reference to it frees the rest.
+    """
+    if num_layers == decoder.num_layers:
+        return decoder
+    backbone = copy.copy(decoder.backbone)
+    backbone._modules = dict(decoder.backbone._modules)
+    backbone._modules[decoder.layers_name] = nn.ModuleList(decoder.layers[:num_layers])
+    backbone._modules[decoder.norm_name] = nn.Identity()
+    backbone.config = copy.deepcopy(decoder.backbone.config)
+    text_config = backbone.config.get_text_config()
+    text_config.num_hidden_layers = num_layers
+    if getattr(text_config, "layer_types", None) is not None:
+        text_config.layer_types = text_config.layer_types[:num_layers]
+    return Decoder(backbone, decoder.layers_name, decoder.norm_name)
+
+
+def first_tensor(output: Tensor | tuple) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple that begins with it."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def replace_first(output: Tensor | tuple, h: Tensor) -> Tensor | tuple:
+    """``output`` with other hidden states."""
+    return h if isinstance(output, torch.Tensor) else (h, *output[1:])

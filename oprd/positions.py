@@ -1,0 +1,82 @@
+"""Which tokens of a rollout are supervised, and which hidden states stand for them.
+
+Shapes: B sequences of T tokens, M supervised tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Positions = Literal["all", "last", "last_k", "first_k"]
+Shift = Literal["after", "before"]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """The supervised tokens of a batch.
+
+    Attributes:
+        rows: (M,) int64, the rows of the (B * T, d) hidden states that are compared.
+        weights: (M,) float32 for ``seq-mean``, None for ``token-mean`` (all 1).
+        total: what this batch adds to the denominator of the mean: its supervised tokens
+            (``token-mean``) or its sequences that have any (``seq-mean``).
+    """
+
+    rows: Tensor
+    weights: Tensor | None
+    total: int
+
+
+def supervised_tokens(response_mask_BT: Tensor, positions: Positions, k: int) -> Tensor:
+    """(B, T) bool: the response tokens that ``positions`` picks, k_eff = min(k, their number)."""
+    order = response_mask_BT.cumsum(-1)  # 1 for the first response token
+    if positions == "all":
+        return response_mask_BT
+    if positions == "first_k":
+        return response_mask_BT & (order <= k)
+    length = response_mask_BT.sum(-1, keepdim=True)
+    k = 1 if positions == "last" else k
+    return response_mask_BT & (order > length - k)
+
+
+def supervise(
+    response_mask_BT: Tensor,
+    positions: Positions = "last_k",
+    k: int = 2000,
+    shift: Shift = "after",
+    reduction: Literal["token-mean", "seq-mean"] = "token-mean",
+) -> Supervision:
+    """Pick the supervised states of a batch.
+
+    Args:
+        response_mask_BT: True for the student's own tokens, its first EOS included.
+        positions: ``all``, ``last``, ``last_k`` or ``first_k`` tokens of each response.
+        k: for ``last_k`` and ``first_k``.
+        shift: ``after``: the state once token y_t has been read (what the paper's results were
+            made with); ``before``: the state that predicts y_t, one position earlier (the paper's
+            text).
+        reduction: ``token-mean``: every token counts the same; ``seq-mean``: every rollout does
+            (Eq. 6 to the letter).
+
+    Raises:
+        ValueError: if ``before`` meets a response that starts at position 0: nothing precedes it.
+    """
+    chosen_BT = supervised_tokens(response_mask_BT, positions, k)
+    rows = chosen_BT.flatten().nonzero().squeeze(1)
+    per_sequence = chosen_BT.sum(-1)
+    if shift == "before":
+        if chosen_BT[:, 0].any():
+            raise ValueError(
+                "shift='before' supervises the state before a token, but a response starts at "
+                "position 0: give every prompt at least one token"
+            )
+        rows = rows - 1
+    if reduction == "token-mean":
+        return Supervision(rows, None, rows.numel())
+    sequence = chosen_BT.nonzero()[:, 0]
+    weights = 1.0 / per_sequence[sequence].to(torch.float32)
+    return Supervision(rows, weights, int((per_sequence > 0).sum()))

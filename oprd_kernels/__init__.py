@@ -1,0 +1,18 @@
+"""Fused kernels for On-Policy Representation Distillation.
+
+`fused_rep_loss` compares student and teacher hidden states; `rep_tap` does so inside a model.
+"""
+
+from oprd_kernels._version import __version__
+from oprd_kernels.api import RepLossStats, fused_rep_loss
+from oprd_kernels.backends import BACKENDS, BackendUnavailable
+from oprd_kernels.tap import rep_tap
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "RepLossStats",
+    "__version__",
+    "fused_rep_loss",
+    "rep_tap",
+]

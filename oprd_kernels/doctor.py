@@ -1,0 +1,50 @@
+"""``oprd-doctor``: the versions here, which backends are live, and why the others are not."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from oprd_kernels import backends
+from oprd_kernels._version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "vllm")
+
+
+def version_of(package: str) -> str:
+    """The installed version, or "not installed"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """What ``oprd-doctor`` prints."""
+    lines = [f"oprd {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += [f"  {package:<13} {version_of(package)}" for package in PACKAGES]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines.append(f"devices: cpu{''.join(f', cuda:{i} ({name})' for i, name in enumerate(gpus))}")
+    lines.append("backends:")
+    problem = backends.native_problem()
+    if problem is None:
+        simd = backends.native().simd_name()
+        lines.append(f"  cpu        live: C++, {simd}, {torch.get_num_threads()} threads")
+    else:
+        lines.append(f"  cpu        missing: {problem}")
+    lines.append("  reference  live: plain PyTorch, any device, and float64")
+    lines.append(
+        "GPU tensors: this version has no fused GPU kernel; they run the PyTorch reference."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of ``oprd-doctor``."""
+    print(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""One place where the arguments of every backend are checked and brought to one form."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from oprd_kernels.backends import choose
+
+KINDS = ("mse", "nmse", "cosine")
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: tensors as the ops take them, and the options."""
+
+    student: Tensor  # (N, dS) or (B, T, dS)
+    teacher: Tensor  # (N', dT) or (B, T, dT)
+    student_proj: Tensor | None  # (r, dS)
+    teacher_proj: Tensor | None  # (r, dT)
+    teacher_mean: Tensor | None  # (dT,)
+    rows: Tensor | None  # (M,) int64
+    teacher_rows: Tensor | None  # (M,) int64
+    weights: Tensor | None  # (M,) float32
+    denominator: Tensor | None  # () float32
+    kind: str
+    reduction: str
+    backend: str
+
+    def op_args(self) -> tuple:
+        """The arguments of `oprd_kernels.reference.rep_loss` and of the op ``oprd::rep_loss``."""
+        return (
+            self.student,
+            self.teacher,
+            self.student_proj,
+            self.teacher_proj,
+            self.teacher_mean,
+            self.rows,
+            self.teacher_rows,
+            self.weights,
+            self.denominator,
+            self.kind,
+            self.reduction,
+        )
+
+
+def check_call(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    student_proj: Tensor | None,
+    teacher_proj: Tensor | None,
+    teacher_mean: Tensor | None,
+    rows: Tensor | None,
+    teacher_rows: Tensor | None,
+    weights: Tensor | None,
+    kind: str,
+    reduction: str,
+    denominator: float | Tensor | None,
+    backend: str,
+) -> Call:
+    """Check the arguments of `fused_rep_loss` and normalise them.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is expected.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if denominator is not None and reduction != "mean":
+        raise ValueError(
+            f"denominator only means something for reduction='mean', got reduction={reduction!r}"
+        )
+    named = {
+        "student": student,
+        "teacher": teacher,
+        "student_proj": student_proj,
+        "teacher_proj": teacher_proj,
+        "teacher_mean": teacher_mean,
+    }
+    for name, x in named.items():
+        if x is not None:
+            _check_tensor(name, x, student.device if isinstance(student, Tensor) else None)
+    _check_widths(student, teacher, student_proj, teacher_proj, teacher_mean)
+    if student.requires_grad and teacher is student:
+        raise ValueError(
+            "student and teacher are the same tensor: the loss is 0 and would teach nothing"
+        )
+
+    rows = _row_index("rows", rows, student)
+    teacher_rows = _row_index("teacher_rows", teacher_rows, teacher)
+    student, teacher = _as_rows(student), _as_rows(teacher.detach())
+    m = rows.shape[0] if rows is not None else student.shape[:-1].numel()
+    m_teacher = teacher_rows.shape[0] if teacher_rows is not None else teacher.shape[:-1].numel()
+    if m != m_teacher:
+        raise ValueError(
+            f"student gives {m} rows and teacher {m_teacher}: they are paired in order. Pass rows "
+            "to pick the student's, and teacher_rows to pick the teacher's"
+        )
+    dtypes = {x.dtype for x in named.values() if x is not None}
+    chosen = choose(backend, student.device, dtypes)
+    # Projectors are small; the kernels take them as contiguous float32.
+    exact = torch.float64 if torch.float64 in dtypes else torch.float32
+    if teacher_proj is not None:
+        teacher_proj = teacher_proj.detach().to(exact).contiguous()
+    if teacher_mean is not None:
+        teacher_mean = teacher_mean.detach().to(exact).contiguous()
+    return Call(
+        student,
+        teacher,
+        student_proj,
+        teacher_proj,
+        teacher_mean,
+        rows,
+        teacher_rows,
+        _weights(weights, m, student.device),
+        _denominator(denominator, student.device),
+        kind,
+        reduction,
+        chosen,
+    )
+
+
+def _check_tensor(name: str, x: Tensor, device: torch.device | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor: fused kernels work on this rank's rows. Pass {name}.to_local(), "
+            f"or {name}.full_tensor() if it is sharded along the hidden dimension"
+        )
+    if x.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: it has no values. Materialise it first")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; use to_dense()")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, student on {device}: move them together")
+    wanted = {"student_proj": 2, "teacher_proj": 2, "teacher_mean": 1}.get(name)
+    if wanted is not None and x.dim() != wanted:
+        raise ValueError(f"{name} must have {wanted} dimension(s), got shape {tuple(x.shape)}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        hint = (
+            " (a parameter that FSDP holds sharded is empty outside its module's forward: gather "
+            "it first)"
+            if x.numel() == 0
+            else ""
+        )
+        raise ValueError(f"{name} needs a hidden dimension, got shape {tuple(x.shape)}{hint}")
+
+
+def _check_widths(
+    student: Tensor,
+    teacher: Tensor,
+    student_proj: Tensor | None,
+    teacher_proj: Tensor | None,
+    teacher_mean: Tensor | None,
+) -> None:
+    d_student, d_teacher = student.shape[-1], teacher.shape[-1]
+    if student_proj is None:
+        if teacher_proj is not None or teacher_mean is not None:
+            raise ValueError(
+                "teacher_proj and teacher_mean need student_proj: without it student and teacher "
+                "are compared as they are. To compare with a teacher projected to the student's "
+                "width, project it yourself and pass the result as teacher"
+            )
+        if d_student != d_teacher:
+            raise ValueError(
+                f"student is {d_student} wide and teacher {d_teacher}: pass student_proj (r, "
+                f"{d_student}) and teacher_proj (r, {d_teacher}) to compare them in r dimensions"
+            )
+        return
+    rank, width = student_proj.shape
+    if rank == 0:
+        raise ValueError("student_proj has rank 0: expected shape (r, dS) with r >= 1")
+    if width != d_student:
+        raise ValueError(
+            f"student_proj must be (r, {d_student}) for a student {d_student} wide, got "
+            f"{tuple(student_proj.shape)}"
+        )
+    if teacher_proj is None:
+        if teacher_mean is not None:
+            raise ValueError(
+                "teacher_mean is subtracted before the projection: pass it with teacher_proj, or "
+                "centre the already projected teacher yourself"
+            )
+        if d_teacher != rank:
+            raise ValueError(
+                f"without teacher_proj the teacher must already be projected to r = {rank}, got "
+                f"{d_teacher}: pass teacher_proj ({rank}, {d_teacher})"
+            )
+        return
+    if tuple(teacher_proj.shape) != (rank, d_teacher):
+        raise ValueError(
+            f"teacher_proj must be ({rank}, {d_teacher}), as student_proj has rank {rank} and the "
+            f"teacher is {d_teacher} wide, got {tuple(teacher_proj.shape)}"
+        )
+    if teacher_mean is not None and teacher_mean.shape[0] != d_teacher:
+        raise ValueError(
+            f"teacher_mean must be ({d_teacher},), got {tuple(teacher_mean.shape)}"
+        )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(..., d) as (N, d) or (B, T, d): a view wherever the strides allow one."""
+    if x.dim() == 1:
+        return x[None]
+    return x if x.dim() <= 3 else x.flatten(0, -3)
+
+
+def _row_index(name: str, index: Tensor | None, x: Tensor) -> Tensor | None:
+    if index is None:
+        return None
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
+        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index)
+        raise TypeError(f"{name} must be a 1-D int64 tensor of row numbers, got {got}")
+    if index.device != x.device:
+        raise ValueError(f"{name} is on {index.device}, its tensor on {x.device}")
+    # On a GPU the check would wait for the device, so it is made on request only.
+    may_read = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if index.numel() and (may_read or os.environ.get("OPRD_CHECK") == "1"):
+        check_row_values(name, index, x.shape[:-1].numel(), unique=name == "rows")
+    return index.contiguous()
+
+
+def check_row_values(name: str, index: Tensor, num_rows: int, unique: bool) -> None:
+    """Raise if a row number is out of [0, num_rows), or, where it matters, given twice."""
+    low, high = torch.aminmax(index)
+    if low < 0 or high >= num_rows:
+        raise IndexError(
+            f"{name} must lie in [0, {num_rows}), the rows of its tensor flattened, got "
+            f"{int(low)}..{int(high)}"
+        )
+    if unique and index.numel() > 1:
+        steps_up = (index[1:] > index[:-1]).all()
+        if not steps_up and index.unique().numel() != index.numel():
+            raise ValueError(
+                f"{name} names a row twice: each supervised row of the student may be picked once "
+                "(sum the weights, or average the targets, of a repeated row)"
+            )
+
+
+def _weights(weights: Tensor | None, m: int, device: torch.device) -> Tensor | None:
+    if weights is None:
+        return None
+    if weights.numel() != m:
+        raise ValueError(
+            f"weights must have one value per supervised row, {m}, got {tuple(weights.shape)}"
+        )
+    if weights.device != device:
+        raise ValueError(f"weights is on {weights.device}, student on {device}")
+    return weights.detach().reshape(-1).to(torch.float32).contiguous()
+
+
+def _denominator(denominator: float | Tensor | None, device: torch.device) -> Tensor | None:
+    if denominator is None:
+        return None
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(
+                f"denominator must be a number or a 0-D tensor, got {tuple(denominator.shape)}"
+            )
+        return denominator.detach().reshape(()).to(device, torch.float32)
+    if not isinstance(denominator, Real):
+        raise TypeError(f"denominator must be a number or a 0-D tensor, got {type(denominator)}")
+    return torch.full((), float(denominator), dtype=torch.float32, device=device)

@@ -1,0 +1,20 @@
+from collections.abc import Callable
+
+import pytest
+
+from oprd.memory import PeakMemory, trim
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Measures by how many bytes the process's memory rises above its start while a call runs."""
+
+    def measure(call: Callable[[], object]) -> int:
+        trim()
+        with PeakMemory() as peak:
+            call()
+        if peak.delta is None:
+            pytest.skip("this system has no high-water mark to reset (/proc/self/clear_refs)")
+        return peak.delta
+
+    return measure

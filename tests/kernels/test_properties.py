@@ -1,0 +1,91 @@
+"""Random calls, shapes and values against the float64 oracle."""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.oracle import Case, assert_no_worse_than_torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def values(draw, shape, dtype, generator):
+    """Rows of the regimes that break naive kernels."""
+    x = torch.randn(shape, generator=generator)
+    regime = draw(st.sampled_from(["normal", "large", "small", "offset", "some zero rows"]))
+    if regime == "large":
+        x = x * 3e3  # within float16
+    elif regime == "small":
+        x = x * 1e-6
+    elif regime == "offset":
+        x = x + 100
+    elif regime == "some zero rows" and x.shape[0]:
+        x[:: draw(st.integers(1, 3))] = 0
+    return x.to(dtype)
+
+
+def laid_out(draw, x):
+    """The same values in another memory layout."""
+    layout = draw(st.sampled_from(["contiguous", "padded", "column major", "every second", "3-D"]))
+    n, d = x.shape
+    if layout == "padded":
+        return torch.cat([x, x], dim=1)[:, :d] if d else x
+    if layout == "column major":
+        return x.T.contiguous().T
+    if layout == "every second":
+        return x.repeat_interleave(2, dim=1)[:, ::2]
+    if layout == "3-D" and n % 2 == 0:
+        return x.reshape(2, n // 2, d)
+    return x
+
+
+@st.composite
+def cases(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    n, d_s = draw(st.integers(0, 13)), draw(st.integers(1, 70))
+    rank = draw(st.sampled_from([0, 0, 1, 2, 3, 4, 8, 17, 40]))
+    d_t = draw(st.integers(1, 70)) if rank else d_s
+    kwargs = {
+        "kind": draw(st.sampled_from(["mse", "nmse", "cosine"])),
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+    }
+    student = values(draw, (n, d_s), draw(st.sampled_from(DTYPES)), generator)
+    m = n
+    if draw(st.booleans()):
+        m = draw(st.integers(0, n))
+        kwargs["rows"] = torch.randperm(n, generator=generator)[:m]
+    if draw(st.booleans()) and (n or not m):
+        n_t = n + draw(st.integers(0, 3))
+        kwargs["teacher_rows"] = torch.randint(0, max(n_t, 1), (m,), generator=generator)
+    else:
+        n_t = m
+    teacher_dtype = draw(st.sampled_from(DTYPES))
+    teacher = values(draw, (n_t, d_t), teacher_dtype, generator)
+    if not rank and n_t == n and "rows" not in kwargs and draw(st.booleans()):
+        close = 1 + 1e-3 * torch.randn(n, d_s, generator=generator)
+        teacher = (student.float() * close).to(teacher_dtype)
+    if rank:
+        kwargs["student_proj"] = torch.randn(rank, d_s, generator=generator)
+        kwargs["teacher_proj"] = torch.randn(rank, d_t, generator=generator)
+        if draw(st.booleans()):
+            kwargs["teacher_mean"] = teacher.float().mean(0) if n_t else torch.zeros(d_t)
+    student, teacher = laid_out(draw, student), laid_out(draw, teacher)
+    if draw(st.booleans()):
+        weights = torch.rand(m, generator=generator)
+        weights[torch.rand(m, generator=generator) < 0.3] = 0
+        kwargs["weights"] = weights
+        masked = weights == 0
+        if masked.any() and "teacher_rows" not in kwargs:
+            teacher.flatten(0, -2)[masked] = draw(st.sampled_from([torch.nan, torch.inf, 0.0]))
+    return Case(student, teacher, **kwargs)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(case=cases(), through_tap=st.booleans())
+def test_any_call_is_no_worse_than_torch(backend, case, through_tap):
+    assert_no_worse_than_torch(case, backend, through_tap)

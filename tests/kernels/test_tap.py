@@ -1,0 +1,133 @@
+"""`rep_tap` gives the gradients of the loss written beside the model, whatever the graph."""
+
+import pytest
+import torch
+
+from oprd_kernels import fused_rep_loss, rep_tap
+
+D = 24
+
+
+def graphs():
+    """Ways in which states h are used behind a tap; some hand one gradient tensor to several
+    places, which an in-place addition would corrupt."""
+    w = torch.randn(D, D)
+    mask = (torch.rand(6, D) < 0.5).float()
+
+    def hooked(h):
+        kept = []
+        h.register_hook(kept.append)
+        return (h @ w).square().sum() + h.sum()
+
+    return {
+        "one consumer": lambda h: (h @ w).square().sum(),
+        "residual add": lambda h: (h + (h @ w).tanh()).square().sum(),
+        "two consumers": lambda h: (h @ w).sum() + (h * mask).square().sum(),
+        "expanded gradient": lambda h: h.sum(),
+        "view": lambda h: h.view(3, 2, D)[1].square().sum() + h.T.contiguous().sum(),
+        "hook": hooked,
+        "only a slice": lambda h: h[2:4].square().sum(),
+        "nothing": lambda h: h.detach().sum(),
+    }
+
+
+def run(use, tapped, backend, h0, teacher, options):
+    x = h0.clone().requires_grad_()
+    h = x * 1.5  # not a leaf, as in a model
+    residual = h + 0.1  # a second consumer of h before the tap
+    if tapped:
+        out, loss, _ = rep_tap(h, teacher, backend=backend, **options)
+    else:
+        out, loss = h, fused_rep_loss(h, teacher, backend="reference", **options)
+    total = use(out) + 3 * loss.sum() + residual.square().sum()
+    total.backward()
+    return total.detach(), x.grad
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("picked", [None, [4, 0, 1]], ids=["all rows", "rows"])
+@pytest.mark.parametrize("graph", graphs().keys())
+def test_gradients_equal_those_of_a_loss_beside_the_model(backend, graph, picked, rank):
+    torch.manual_seed(0)
+    h0, use = torch.randn(6, D), graphs()[graph]
+    options = {"kind": "mse"}
+    if picked is not None:
+        options["rows"] = torch.tensor(picked)
+    teacher = torch.randn(6 if picked is None else len(picked), D)
+    if rank:
+        options |= {"student_proj": torch.randn(rank, D), "teacher_proj": torch.randn(rank, D)}
+    expected = run(use, False, backend, h0, teacher, options)
+    actual = run(use, True, backend, h0, teacher, options)
+    assert torch.allclose(actual[0], expected[0], rtol=1e-5)
+    assert torch.allclose(actual[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_hooks_copy_of_the_gradient_is_not_changed(backend):
+    kept = []
+    x = torch.randn(4, D, requires_grad=True)
+    h, loss, _ = rep_tap(x * 1.0, torch.randn(4, D), backend=backend)
+    h.register_hook(kept.append)
+    (h.square().sum() / 2 + loss).backward()
+    assert torch.equal(kept[0], h.detach())
+
+
+def test_retain_graph_and_two_backwards(backend):
+    x = torch.randn(4, D, requires_grad=True)
+    h, loss, _ = rep_tap(x * 1.0, torch.randn(4, D), backend=backend)
+    total = h.square().sum() + loss
+    total.backward(retain_graph=True)
+    first = x.grad.clone()
+    total.backward()
+    assert torch.equal(x.grad, 2 * first)
+
+
+def test_loss_that_is_not_used_changes_nothing(backend):
+    x = torch.randn(4, D, requires_grad=True)
+    h, _, _ = rep_tap(x * 1.0, torch.randn(4, D), backend=backend)
+    h.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_states_without_gradient_pass(backend):
+    x = torch.randn(4, D)
+    h, loss, stats = rep_tap(x, torch.randn(4, D), backend=backend)
+    assert torch.equal(h, x)
+    assert not loss.requires_grad
+    assert stats.count == 4
+
+
+def test_trainable_projector_gets_its_gradient(backend):
+    torch.manual_seed(0)
+    x, teacher = torch.randn(5, D, requires_grad=True), torch.randn(5, 3)
+    gradients = []
+    for tapped in (False, True):
+        proj = torch.randn(3, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        if tapped:
+            _, loss, _ = rep_tap(x * 1.0, teacher, student_proj=proj, backend=backend)
+        else:
+            loss = fused_rep_loss(x * 1.0, teacher, student_proj=proj, backend="reference")
+        loss.backward()
+        gradients.append(proj.grad)
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_projection_keeps_no_wide_input(backend):
+    """After the forward pass only dz (r floats a row) and the statistics are kept."""
+    x = torch.randn(64, 512, requires_grad=True)
+    proj = {"student_proj": torch.randn(4, 512), "teacher_proj": torch.randn(4, 512)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        _, loss, _ = rep_tap(x * 1.0, torch.randn(64, 512), backend=backend, **proj)
+    per_row = [t for t in saved if t.dim() == 2 and t.shape[0] == 64 and t is not x]
+    assert loss.requires_grad
+    assert sum(t.shape[1] for t in per_row) <= 4 + 3
+
+
+def test_second_derivative_is_refused(backend):
+    x = torch.randn(4, D, requires_grad=True)
+    h, loss, _ = rep_tap(x * 1.0, torch.randn(4, D), backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss + h.sum(), x, create_graph=True)
+    loss = fused_rep_loss(x, torch.randn(4, D), backend=backend)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)

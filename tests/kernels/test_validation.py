@@ -1,0 +1,101 @@
+"""Errors name the argument, what was given and what is expected."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from oprd_kernels import BackendUnavailable, backends, doctor, fused_rep_loss, rep_tap
+
+S, T = torch.randn(6, 8), torch.randn(6, 8)
+P = torch.randn(2, 8)
+
+
+@pytest.mark.parametrize("call", [fused_rep_loss, rep_tap])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kind": "l2"}, ValueError, r"kind must be one of .*got 'l2'"),
+        ({"reduction": "avg"}, ValueError, r"reduction must be one of .*got 'avg'"),
+        ({"backend": "gpu"}, ValueError, r"backend must be 'auto' or one of .*got 'gpu'"),
+        ({"reduction": "sum", "denominator": 3}, ValueError, "reduction='mean'"),
+        ({"denominator": torch.ones(2)}, ValueError, "0-D tensor"),
+        ({"denominator": "3"}, TypeError, "number or a 0-D tensor"),
+        ({"teacher": torch.randn(6, 9)}, ValueError, "8 wide and teacher 9: pass student_proj"),
+        ({"teacher": torch.randn(5, 8)}, ValueError, "6 rows and teacher 5"),
+        ({"teacher": [1.0]}, TypeError, "teacher must be a torch.Tensor"),
+        ({"teacher": T.to(torch.int32)}, TypeError, "teacher must be float32"),
+        ({"teacher": T.to("meta")}, ValueError, "teacher is on the meta device"),
+        ({"teacher": T.to_sparse()}, TypeError, "to_dense"),
+        ({"teacher_proj": P}, ValueError, "need student_proj"),
+        ({"student_proj": torch.randn(2, 9)}, ValueError, r"must be \(r, 8\)"),
+        ({"student_proj": torch.empty(0, 8)}, ValueError, "rank 0"),
+        ({"student_proj": torch.empty(0)}, ValueError, "2 dimension"),
+        ({"student_proj": torch.empty(2, 0)}, ValueError, "FSDP"),
+        ({"student_proj": P}, ValueError, "already be projected to r = 2, got 8"),
+        ({"student_proj": P, "teacher_proj": torch.randn(3, 8)}, ValueError, r"\(2, 8\)"),
+        (
+            {"student_proj": P, "teacher_proj": P, "teacher_mean": torch.zeros(3)},
+            ValueError,
+            r"teacher_mean must be \(8,\)",
+        ),
+        (
+            {"student_proj": P, "teacher": torch.randn(6, 2), "teacher_mean": torch.zeros(2)},
+            ValueError,
+            "pass it with teacher_proj",
+        ),
+        ({"rows": torch.tensor([0, 6])}, IndexError, r"rows must lie in \[0, 6\).*0\.\.6"),
+        ({"rows": torch.tensor([-1, 2])}, IndexError, r"-1\.\.2"),
+        ({"rows": torch.tensor([1, 1])}, ValueError, "rows names a row twice"),
+        ({"rows": torch.tensor([0.0])}, TypeError, "1-D int64"),
+        ({"teacher_rows": torch.full((6,), 9)}, IndexError, "teacher_rows must lie in"),
+        ({"weights": torch.ones(5)}, ValueError, "one value per supervised row, 6"),
+        ({"teacher": S.requires_grad_(), "student": S}, ValueError, "the same tensor"),
+    ],
+)
+def test_bad_arguments(call, arguments, error, message):
+    arguments = {"student": S, "teacher": T} | arguments
+    if "rows" in arguments and arguments["rows"].numel() != 6:
+        arguments["teacher"] = torch.randn(arguments["rows"].numel(), 8)
+    positional = (arguments.pop("student"), arguments.pop("teacher"))
+    with pytest.raises(error, match=message):
+        call(*positional, **arguments)
+
+
+def test_named_backend_that_cannot_take_the_input():
+    with pytest.raises(BackendUnavailable, match="float64"):
+        fused_rep_loss(S.double(), T.double(), backend="cpu")
+
+
+def test_dtensor_is_refused_with_the_fix():
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match="to_local"):
+        fused_rep_loss(S, T.as_subclass(DTensor))
+
+
+def test_missing_native_code_is_explained(monkeypatch):
+    monkeypatch.setattr(backends, "_native", None)
+    monkeypatch.setattr(backends, "_reason", "no C++ compiler was found")
+    with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler was found.*C\+\+17 compiler"):
+        fused_rep_loss(S, T, backend="cpu")
+    assert fused_rep_loss(S, T).isfinite()  # "auto" falls back to the reference
+    assert "cpu        missing: the native CPU kernels are not installed" in doctor.report()
+
+
+def test_doctor_lists_versions_and_backends(backend):
+    text = doctor.report()
+    assert f"torch         {torch.__version__}" in text
+    assert "live: C++" in text
+
+
+def test_kernels_do_not_import_the_training_layer_or_transformers():
+    code = (
+        "import sys, oprd_kernels; "
+        "bad = {m.split('.')[0] for m in sys.modules} & {'oprd', 'transformers'}; "
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oprd.decoder import Decoder, cut, find_decoder, first_tensor, replace_first
+from oprd.decoder import cut, find_decoder, first_tensor, replace_first
 from oprd.layers import LayerSpec, pair_layers
-from oprd.positions import Positions, Shift, supervise
+from oprd.positions import Positions, Reduction, Shift, supervise
 from oprd_kernels import RepLossStats, rep_tap
 from oprd_kernels.validate import KINDS
 
@@ -36,7 +37,7 @@ class RepOutput:
         layer_losses: (L,) float32, detached.
         layer_cosine: (L,) float32: mean cosine between student and teacher rows.
         layer_student_norm, layer_teacher_norm: (L,) float32: mean norms of the rows.
-        count: 0-D, the number of rows whose weight is not 0.
+        num_valid: 0-D, the number of rows whose weight is not 0.
     """
 
     loss: Tensor
@@ -44,7 +45,7 @@ class RepOutput:
     layer_cosine: Tensor
     layer_student_norm: Tensor
     layer_teacher_norm: Tensor
-    count: Tensor
+    num_valid: Tensor
 
 
 @dataclass
@@ -76,10 +77,16 @@ class TapSession:
                 f"{len(self.found)} of {len(self.teacher_states)} taps were reached: run the "
                 "student forward inside the `taps` context before asking for its output"
             )
-        losses, stats = zip(*(self.found[i] for i in range(len(self.found))), strict=True)
-        losses = torch.stack(losses)
-        columns = [torch.stack(column) for column in zip(*stats, strict=True)]
-        return RepOutput(losses.mean(), losses.detach(), *columns[:3], columns[3][0])
+        in_order = [self.found[i] for i in range(len(self.found))]
+        losses = torch.stack([loss for loss, _ in in_order])
+        return RepOutput(
+            loss=losses.mean(),
+            layer_losses=losses.detach(),
+            layer_cosine=torch.stack([stats.cosine for _, stats in in_order]),
+            layer_student_norm=torch.stack([stats.student_norm for _, stats in in_order]),
+            layer_teacher_norm=torch.stack([stats.teacher_norm for _, stats in in_order]),
+            num_valid=in_order[0][1].num_valid,
+        )
 
 
 class _Board:
@@ -88,7 +95,7 @@ class _Board:
     session: TapSession | None = None
 
 
-def _tapped_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _tapped_class(cls: Any) -> Any:
     """A subclass of a block's class whose call ends in a tap.
 
     Not a forward hook: before transformers 5.20 a checkpointed block recomputes its whole call,
@@ -104,7 +111,7 @@ def _tapped_class(cls: type[nn.Module]) -> type[nn.Module]:
         board, index = point
         return replace_first(output, board.session.tap(index, first_tensor(output)))
 
-    tapped = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    tapped: Any = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
     tapped.__qualname__ = cls.__qualname__
     tapped._oprd_original = cls
     return tapped
@@ -123,7 +130,7 @@ class Distiller:
         positions: Positions,
         k: int,
         shift: Shift,
-        reduction: str,
+        reduction: Reduction,
         backend: str,
     ) -> None:
         if kind not in KINDS:
@@ -146,7 +153,7 @@ class Distiller:
 
     def _add_tap(self, index: int, block: int) -> nn.Module:
         last = block == self.student.num_layers - 1
-        module = self.student.norm if last else self.student.layers[block]
+        module: Any = self.student.norm if last else self.student.layers[block]
         if "_oprd_tap" in module.__dict__:
             raise ValueError("the student already has taps: call detach() on its Distiller first")
         module.__class__ = _tapped_class(type(module))
@@ -262,9 +269,7 @@ class Distiller:
             attention_mask: (B, T), 0 for padding, on either side; None: no padding.
             response_mask: (B, T) bool: the student's own tokens, its first EOS included.
         """
-        chosen = supervise(
-            response_mask.bool(), self.positions, self.k, self.shift, self.reduction
-        )
+        chosen = supervise(response_mask.bool(), self.positions, self.k, self.shift, self.reduction)
         states = self.teacher_states(input_ids, attention_mask, chosen.rows)
         return self.student_loss(
             input_ids, attention_mask, chosen.rows, states, chosen.weights, chosen.total
@@ -280,7 +285,7 @@ def attach(
     positions: Positions = "last_k",
     k: int = 2000,
     shift: Shift = "after",
-    reduction: str = "token-mean",
+    reduction: Reduction = "token-mean",
     backend: str = "auto",
 ) -> Distiller:
     """Put OPRD's taps on a student and prepare its teacher.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 class Decoder:
     """A backbone (no LM head) with its blocks and final norm, by attribute name."""
 
-    backbone: nn.Module
+    backbone: Any  # an nn.Module; its attributes are the model's own
     layers_name: str
     norm_name: str
 
@@ -54,7 +55,7 @@ class Decoder:
         ).last_hidden_state
 
 
-def find_decoder(model: nn.Module) -> Decoder:
+def find_decoder(model: Any) -> Decoder:
     """The decoder inside a Hugging Face model, a backbone or a PEFT wrapper of either.
 
     Raises:

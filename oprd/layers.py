@@ -27,7 +27,9 @@ def select_layers(spec: LayerSpec, num_layers: int) -> list[int]:
             "odd": list(range(1, num_layers, 2)),
         }
         if spec not in words:
-            raise ValueError(f"layers must be one of {list(words)} or a list of blocks, got {spec!r}")
+            raise ValueError(
+                f"layers must be one of {list(words)} or a list of blocks, got {spec!r}"
+            )
         blocks = words[spec]
         if not blocks:
             raise ValueError(f"layers={spec!r} selects nothing in a model of {num_layers} layer(s)")

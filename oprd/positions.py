@@ -13,6 +13,7 @@ from torch import Tensor
 
 Positions = Literal["all", "last", "last_k", "first_k"]
 Shift = Literal["after", "before"]
+Reduction = Literal["token-mean", "seq-mean"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def supervise(
     positions: Positions = "last_k",
     k: int = 2000,
     shift: Shift = "after",
-    reduction: Literal["token-mean", "seq-mean"] = "token-mean",
+    reduction: Reduction = "token-mean",
 ) -> Supervision:
     """Pick the supervised states of a batch.
 

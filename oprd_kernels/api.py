@@ -24,7 +24,7 @@ class RepLossStats(NamedTuple):
     cosine: Tensor
     student_norm: Tensor
     teacher_norm: Tensor
-    count: Tensor
+    num_valid: Tensor
 
     @classmethod
     def of(cls, stats: Tensor) -> RepLossStats:

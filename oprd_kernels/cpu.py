@@ -19,10 +19,9 @@ _NO_ROWS = (0, 0, 1, 0, 0, 1)
 
 def _rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
     """A (N, d) or (B, T, d) tensor as the native code addresses it."""
-    stride = x.stride()
-    if x.dim() == 2:
-        return x.data_ptr(), DTYPE_CODES[x.dtype], max(x.shape[0], 1), 0, stride[0], stride[1]
-    return x.data_ptr(), DTYPE_CODES[x.dtype], max(x.shape[1], 1), *stride
+    *outer, inner, last = x.stride()
+    rows_inside = max(x.shape[-2], 1)
+    return x.data_ptr(), DTYPE_CODES[x.dtype], rows_inside, outer[0] if outer else 0, inner, last
 
 
 def _address(x: Tensor | None) -> int:

@@ -71,7 +71,7 @@ def rep_loss(
             s = s @ student_proj.to(dtype).T
         losses = row_losses(s, t, kind)
         if weights is not None:
-            losses = torch.where(valid, losses * weights, torch.zeros_like(losses))
+            losses = torch.where(weights != 0, losses * weights, torch.zeros_like(losses))
         scale = _scale(losses, weights, denominator, reduction)
         with torch.no_grad():
             stats = _batch_stats(s.detach(), t, valid, scale)

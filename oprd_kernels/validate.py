@@ -204,9 +204,7 @@ def _check_widths(
             f"teacher is {d_teacher} wide, got {tuple(teacher_proj.shape)}"
         )
     if teacher_mean is not None and teacher_mean.shape[0] != d_teacher:
-        raise ValueError(
-            f"teacher_mean must be ({d_teacher},), got {tuple(teacher_mean.shape)}"
-        )
+        raise ValueError(f"teacher_mean must be ({d_teacher},), got {tuple(teacher_mean.shape)}")
 
 
 def _as_rows(x: Tensor) -> Tensor:

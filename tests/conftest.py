@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from oprd.memory import PeakMemory, trim
+from oprd.memory import PeakMemory
 
 
 @pytest.fixture
@@ -10,7 +10,6 @@ def peak_bytes() -> Callable[[Callable[[], object]], int]:
     """Measures by how many bytes the process's memory rises above its start while a call runs."""
 
     def measure(call: Callable[[], object]) -> int:
-        trim()
         with PeakMemory() as peak:
             call()
         if peak.delta is None:

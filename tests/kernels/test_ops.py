@@ -52,10 +52,10 @@ def test_opcheck_backward_ops(backend, rank):
     _, row_stats, dz, stats = torch.ops.oprd.rep_loss(*args)
     proj = args[2]
     wide = (None, None) if rank else (student, teacher)
+    options = (None, None, None, "nmse")
     torch.library.opcheck(
         torch.ops.oprd.rep_loss_grad_.default,
-        (torch.randn(6, 12), True, torch.ones(()), *wide, proj, row_stats, dz, stats)
-        + (None, None, None, "nmse"),
+        (torch.randn(6, 12), True, torch.ones(()), *wide, proj, row_stats, dz, stats, *options),
     )
     torch.library.opcheck(
         torch.ops.oprd.rep_loss_in_place_.default,

@@ -12,7 +12,7 @@ KINDS = ("mse", "nmse", "cosine")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_case(rank=0, dtype=torch.float32, teacher_dtype=None, m=19, d_s=53, d_t=None, **kw) -> Case:
+def make_case(rank=0, dtype=torch.float32, teacher_dtype=None, m=19, d_s=53, d_t=None, **kw):
     torch.manual_seed(0)
     d_t = d_t or (61 if rank else d_s)
     projectors = {}

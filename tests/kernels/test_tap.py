@@ -93,7 +93,7 @@ def test_states_without_gradient_pass(backend):
     h, loss, stats = rep_tap(x, torch.randn(4, D), backend=backend)
     assert torch.equal(h, x)
     assert not loss.requires_grad
-    assert stats.count == 4
+    assert stats.num_valid == 4
 
 
 def test_trainable_projector_gets_its_gradient(backend):

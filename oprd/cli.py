@@ -1,0 +1,175 @@
+"""``oprd-train``: configuration from defaults, YAML and the command line.
+
+oprd-train                                    # the demo: minutes on a CPU
+oprd-train --config recipes/x.yaml --dry_run  # check a recipe without loading weights
+oprd-train --print_config                     # every option, with what it means: --help
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import huggingface_hub.constants
+from jsonargparse import ArgumentParser, Namespace
+
+from oprd.config import EvalConfig, TrainConfig
+from oprd.errors import ConfigError
+
+UNKNOWN = (
+    re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
+    re.compile(r"Key '(?P<key>[\w.]+)' is not expected"),
+)
+
+
+class Parser(ArgumentParser):
+    """Names the nearest option where an unknown one is given."""
+
+    def error(self, message: str, ex: Exception | None = None):
+        """Ends the program (exit code 2) with the message, on one line where it can be."""
+        for pattern in UNKNOWN:
+            if match := pattern.search(message):
+                parts = match.groupdict()
+                key = ".".join(p for p in (parts.get("group"), parts["key"]) if p)
+                message = f"unknown option {key!r}"
+                if near := nearest(key, self.option_names()):
+                    message += f"; did you mean {near!r}?"
+                message += " (--print_config lists them all)"
+                break
+        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        sys.exit(2)
+
+    def option_names(self) -> list[str]:
+        """Every option, dotted."""
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+
+def nearest(key: str, names: Sequence[str]) -> str | None:
+    """The name that a mistyped key most likely stands for."""
+    by_last_part = {name.rsplit(".", 1)[-1]: name for name in names}
+    for candidates in (names, list(by_last_part)):
+        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.6):
+            return close[0] if close[0] in names else by_last_part[close[0]]
+    return None
+
+
+def make_parser() -> Parser:
+    """The parser of ``oprd-train``."""
+    parser = Parser(
+        prog="oprd-train",
+        description="On-policy representation distillation. Without options: the demo.",
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check configuration, prompts and models' configurations; load no weights, write "
+        "nothing",
+    )
+    parser.add_class_arguments(TrainConfig, None)
+    # As plain values: jsonargparse prints those, but not dataclass instances inside a dict.
+    parser.set_defaults({"eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
+    return parser
+
+
+def to_config(parsed: Namespace) -> TrainConfig:
+    """The dataclass of what was parsed."""
+    fields = {k: v for k, v in vars(parsed).items() if k not in ("config", "dry_run")}
+    return TrainConfig(**fields)
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Whether the hub's address answers; behind a proxy this can't be told and is assumed."""
+    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    host = endpoint.split("//")[-1].split("/")[0].split(":")[0]
+    try:
+        socket.create_connection((host, 443), timeout=timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of the libraries beneath, which would tear up our own lines."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def dry_run(cfg: TrainConfig) -> None:
+    """Print what `oprd.preflight.preflight` finds."""
+    from oprd.preflight import preflight
+
+    found = preflight(cfg, dry_run=True)
+    r = cfg.rollout
+    print(
+        f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
+        f"{r.responses_per_prompt} responses, at most {r.max_new_tokens} new tokens"
+    )
+    print(f"student {cfg.student.path} <- teacher {cfg.teacher.path}")
+    if found.layer_pairs:
+        pairs = ", ".join(f"{s}<-{t}" for s, t in found.layer_pairs)
+        print(f"layers (student<-teacher): {pairs}")
+    for name, prompts in {"train": found.train, **found.eval_sets}.items():
+        if prompts:
+            longest = max(len(p.token_ids) for p in prompts.prompts)
+            print(f"prompts {name}: {len(prompts)}, the longest {longest} tokens")
+    for note in found.notes:
+        print(f"note: {note}")
+    for item in found.unchecked:
+        print(f"not checked: {item}")
+    if found.unchecked:
+        print("the configuration is consistent as far as it could be checked from here")
+    else:
+        print("everything checked: the run can start")
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``oprd-train``.
+
+    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration, 130 interrupted.
+    """
+    parser = make_parser()
+    parsed = parser.parse_args(argv)
+    cfg = to_config(parser.instantiate(parsed))
+    if parsed.dry_run and not hub_reachable():
+        # The libraries would retry for minutes. Some have read the variable already.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    quiet_libraries()
+
+    from oprd.train import TrainingStopped
+    from oprd.train import train as run
+
+    def write_config(directory: Path) -> None:
+        parser.save(parsed, directory / "config.yaml", overwrite=True, skip_unset=False)
+
+    try:
+        if parsed.dry_run:
+            return dry_run(cfg)
+        summary = run(cfg, write_config)
+    except ConfigError as error:
+        sys.stderr.write(f"oprd-train: error: {error}\n")
+        sys.exit(2)
+    except TrainingStopped as error:
+        sys.stderr.write(f"oprd-train: stopped: {error}\n")
+        sys.exit(1)
+    if summary.interrupted:
+        sys.exit(130)

@@ -1,0 +1,291 @@
+"""The configuration of a run. Every default is the demo's; recipes/ has others.
+
+Fields can be given in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from oprd.errors import ConfigError
+from oprd.positions import Positions, Reduction, Shift
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class StudentConfig:
+    """The model that learns.
+
+    Attributes:
+        path: a local directory, a hub name, or ``demo:student``.
+        dtype: of its weights and optimizer state.
+        attn_implementation: as `transformers` takes it (``sdpa``, ``flash_attention_2``, ..); null:
+            its default.
+        gradient_checkpointing: recompute activations in backward to save memory.
+    """
+
+    path: str = "demo:student"
+    dtype: DType = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen model. Only its layers down to the deepest one compared are kept in memory.
+
+    Attributes:
+        path: a local directory, a hub name, or ``demo:teacher``.
+        dtype: of its weights.
+        attn_implementation: as the student's.
+    """
+
+    path: str = "demo:teacher"
+    dtype: DType = "float32"
+    attn_implementation: str | None = None
+
+
+@dataclass
+class PromptsConfig:
+    """A set of prompts, with answers where they are to be graded.
+
+    Attributes:
+        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, a hub data set, or ``demo:NAME.jsonl``.
+        split: of a hub data set.
+        prompt_field: plain text or a list of chat messages. Dots reach into nested fields.
+        answer_field: the reference answer; needed by the sets that are evaluated.
+        limit: use the first so many rows; null: all.
+    """
+
+    path: str
+    split: str = "train"
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    limit: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """Training prompts, and how any prompt is put to the models.
+
+    Attributes:
+        train: the prompts that rollouts are made from.
+        chat_template: ``auto``: apply the tokenizer's chat template to chat messages and leave
+            plain text as it is; ``always``: plain text becomes a user's message; ``never``.
+        chat_template_kwargs: passed to the chat template, e.g. ``{enable_thinking: false}``.
+        prompt_suffix: appended to the text, or to the last user message, that lacks it.
+        max_prompt_tokens: longer prompts are treated as ``overlong`` says.
+        overlong: ``drop`` (and count) or ``error``.
+    """
+
+    train: PromptsConfig = field(default_factory=lambda: PromptsConfig("demo:train.jsonl"))
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    prompt_suffix: str = ""
+    max_prompt_tokens: int = 8
+    overlong: Literal["drop", "error"] = "drop"
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling the student's responses.
+
+    Attributes:
+        prompts_per_step: over all ranks.
+        responses_per_prompt: n.
+        max_new_tokens: a response is cut there.
+        temperature, top_p: of the sampling; top-k sampling is off.
+        batch_size: sequences generated at once; null: all of a step.
+    """
+
+    prompts_per_step: int = 64
+    responses_per_prompt: int = 1
+    max_new_tokens: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int | None = None
+
+
+@dataclass
+class DistillConfig:
+    """The representation loss.
+
+    Attributes:
+        kind: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d of
+            ``cosine``.
+        coefficient: multiplies the loss.
+        layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks counted from 0.
+        positions: ``all``, ``last``, ``last_k`` or ``first_k`` response tokens.
+        k: for ``last_k`` and ``first_k``.
+        shift: ``after``: the state that has read the token; ``before``: the one that predicts it.
+        reduction: ``token-mean`` or ``seq-mean`` over the global batch.
+        backend: of the kernels: ``auto``, ``cpu`` or ``reference``.
+    """
+
+    kind: Literal["mse", "nmse", "cosine"] = "mse"
+    coefficient: float = 1.0
+    layers: str | list[int] = "all"
+    positions: Positions = "all"
+    k: int = 2000
+    shift: Shift = "before"
+    reduction: Reduction = "token-mean"
+    backend: Literal["auto", "cpu", "reference"] = "auto"
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up.
+
+    Attributes:
+        lr: peak learning rate.
+        betas, weight_decay: AdamW's.
+        warmup_ratio: share of the steps that the learning rate rises over.
+        schedule: ``cosine`` (to 0) or ``constant`` after the warm-up.
+        max_grad_norm: gradients are clipped to this global norm; null: they are not.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.03
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_grad_norm: float | None = 1.0
+
+
+@dataclass
+class EvalSetConfig(PromptsConfig):
+    """A set to evaluate on.
+
+    Attributes:
+        every: steps between evaluations during training; 0: only before and after.
+    """
+
+    every: int = 0
+
+
+def _demo_sets() -> dict[str, EvalSetConfig]:
+    return {
+        "val": EvalSetConfig("demo:val.jsonl", every=20),
+        "test": EvalSetConfig("demo:test.jsonl"),
+    }
+
+
+@dataclass
+class EvalConfig:
+    """Accuracy on held-out prompts, of the teacher, the student before, during and after.
+
+    Attributes:
+        sets: by name. The last one is what the closing table is about.
+        grader: ``exact`` (the text) or ``math`` (mathematical equality of the last boxed answer).
+        samples: k responses a prompt; accuracy is avg@k.
+        temperature: 0: greedy (then samples must be 1).
+        top_p, max_new_tokens: of the sampling.
+        batch_size: sequences generated at once.
+        teacher: evaluate the teacher too. The whole model is loaded for that.
+    """
+
+    sets: dict[str, EvalSetConfig] = field(default_factory=_demo_sets)
+    grader: Literal["exact", "math"] = "exact"
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 5
+    batch_size: int = 500
+    teacher: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """A run of ``oprd-train``.
+
+    Attributes:
+        output_dir: where everything is written; null: ``runs/<name>-<time>``. A directory that
+            holds anything is refused.
+        name: of the run.
+        steps: optimizer steps.
+        seed: of prompts and sampling.
+        device: ``auto``: the GPU of this rank, else the CPU.
+        autocast: run the models' matrix products in this dtype (mixed precision); null: off.
+        micro_batch_tokens: at most so many tokens, padding included, go through the models at
+            once; gradients accumulate.
+        save_every: steps between checkpoints (a Hugging Face directory); 0: none but at the end.
+        log_every: steps between progress lines where the output is not a terminal.
+    """
+
+    output_dir: str | None = None
+    name: str = "demo"
+    steps: int = 100
+    seed: int = 0
+    device: str = "auto"
+    autocast: Literal["bfloat16"] | None = None
+    micro_batch_tokens: int = 32768
+    save_every: int = 0
+    log_every: int = 10
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def check_values(cfg: TrainConfig) -> None:
+    """Everything that is wrong with the numbers themselves.
+
+    Raises:
+        ConfigError: listing all of it.
+    """
+    problems = []
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            problems.append(message)
+
+    at_least_one = {
+        "steps": cfg.steps,
+        "log_every": cfg.log_every,
+        "micro_batch_tokens": cfg.micro_batch_tokens,
+        "rollout.prompts_per_step": cfg.rollout.prompts_per_step,
+        "rollout.responses_per_prompt": cfg.rollout.responses_per_prompt,
+        "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
+        "rollout.batch_size": cfg.rollout.batch_size,
+        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "distill.k": cfg.distill.k,
+        "eval.samples": cfg.eval.samples,
+        "eval.max_new_tokens": cfg.eval.max_new_tokens,
+        "eval.batch_size": cfg.eval.batch_size,
+        "data.train.limit": cfg.data.train.limit,
+    } | {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
+    for name, value in at_least_one.items():
+        need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+    not_negative = {"save_every": cfg.save_every}
+    not_negative |= {f"eval.sets.{name}.every": s.every for name, s in cfg.eval.sets.items()}
+    for name, value in not_negative.items():
+        need(value >= 0, f"{name} must not be negative, got {value}")
+    r, o, e = cfg.rollout, cfg.optim, cfg.eval
+    need(
+        r.temperature > 0,
+        f"rollout.temperature must be above 0, got {r.temperature}: rollouts are sampled",
+    )
+    need(0 < r.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {r.top_p}")
+    need(0 < e.top_p <= 1, f"eval.top_p must lie in (0, 1], got {e.top_p}")
+    need(e.temperature >= 0, f"eval.temperature must not be negative, got {e.temperature}")
+    need(
+        e.temperature > 0 or e.samples == 1,
+        f"eval.samples is {e.samples} at eval.temperature 0: greedy samples are all the same",
+    )
+    coefficient = cfg.distill.coefficient
+    need(coefficient > 0, f"distill.coefficient must be above 0, got {coefficient}")
+    need(o.lr > 0, f"optim.lr must be above 0, got {o.lr}")
+    need(all(0 <= b < 1 for b in o.betas), f"optim.betas must lie in [0, 1), got {o.betas}")
+    need(o.weight_decay >= 0, f"optim.weight_decay must not be negative, got {o.weight_decay}")
+    need(0 <= o.warmup_ratio <= 1, f"optim.warmup_ratio must lie in [0, 1], got {o.warmup_ratio}")
+    need(
+        o.max_grad_norm is None or o.max_grad_norm > 0,
+        f"optim.max_grad_norm must be above 0 or null, got {o.max_grad_norm}",
+    )
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,240 @@
+"""Prompts: from JSONL, parquet or the hub to token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from oprd.config import DataConfig, PromptsConfig
+from oprd.errors import ConfigError, Unreachable, is_unreachable
+from oprd.models import demo_path
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for generation."""
+
+    token_ids: list[int]
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one `PromptsConfig`.
+
+    Attributes:
+        prompts: what is left.
+        dropped: how many were left out for their length.
+        repeated: how many were left out for standing there already.
+    """
+
+    prompts: list[Prompt]
+    dropped: int
+    repeated: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
+    """The rows of a file or hub data set, and a function that says where row i stands.
+
+    Raises:
+        ConfigError: naming file and line, for a missing or empty file or a line that isn't JSON.
+    """
+    path = demo_path(cfg.path)
+    suffix = Path(path).suffix
+    if suffix in FILE_FORMATS:
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(f"prompt file {path} does not exist")
+        lines = _jsonl_lines(file) if suffix == ".jsonl" else None
+        try:
+            rows = load_dataset(FILE_FORMATS[suffix], data_files=str(file), split="train")
+        except Exception as error:
+            raise ConfigError(f"{path} can't be read as {suffix[1:]}: {_root(error)}") from error
+    elif Path(path).exists():
+        raise ConfigError(
+            f"{path} is neither a hub data set nor a file ending in {', '.join(FILE_FORMATS)}"
+        )
+    else:
+        lines = None
+        try:
+            rows = load_dataset(path, split=cfg.split)
+        except Exception as error:
+            kind = Unreachable if is_unreachable(error) else ConfigError
+            raise kind(
+                f"data set {path!r} (split {cfg.split!r}) can't be loaded: {_root(error)}. Local "
+                f"files must end in {', '.join(FILE_FORMATS)}"
+            ) from error
+    if cfg.limit is not None:
+        rows = rows.select(range(min(cfg.limit, len(rows))))
+    if len(rows) == 0:
+        raise ConfigError(f"{path} holds no prompts")
+    return rows, lambda i: f"{path}:{lines[i]}" if lines else f"{path}, row {i}"
+
+
+def _root(error: BaseException) -> BaseException:
+    """The innermost cause, which `datasets` wraps in errors that say little."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _jsonl_lines(file: Path) -> list[int]:
+    """The line number of every row, each checked to be a JSON object."""
+    numbers = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{file}:{number}: expected a JSON object, got {line.strip()}")
+            numbers.append(number)
+    if not numbers:
+        raise ConfigError(f"prompt file {file} is empty")
+    return numbers
+
+
+def get_field(row: dict[str, Any], name: str, where: str) -> Any:
+    """``row["a"]["b"]`` for "a.b".
+
+    Raises:
+        ConfigError: if it isn't there, with the place and the fields that are.
+    """
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, dict) or value.get(part) is None:
+            has = sorted(k for k, v in row.items() if v is not None)
+            raise ConfigError(f"{where}: no field {name!r}; it has {', '.join(has) or 'none'}")
+        value = value[part]
+    return value
+
+
+def with_suffix(prompt: Any, suffix: str) -> Any:
+    """The prompt, text or chat messages, with ``suffix`` at the end of its text or of its last
+    user message, unless it is there already, be it with the doubled braces of a published set
+    (``\\boxed{{}}``)."""
+    if isinstance(prompt, str):
+        text = prompt.rstrip()
+        if not suffix or text.replace("{{}}", "{}").endswith(suffix.strip()):
+            return prompt
+        return f"{text} {suffix}"
+    users = [i for i, m in enumerate(prompt) if m["role"] == "user"]
+    if not users:
+        return prompt
+    last = users[-1]
+    message = prompt[last] | {"content": with_suffix(prompt[last]["content"], suffix)}
+    return [*prompt[:last], message, *prompt[last + 1 :]]
+
+
+def encode_prompt(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, where: str
+) -> list[int]:
+    """Token ids of a prompt, through the chat template where ``cfg`` asks for that.
+
+    Raises:
+        ConfigError: for something that is no prompt, or a tokenizer without a chat template.
+    """
+    is_chat = isinstance(prompt, list)
+    if is_chat and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        raise ConfigError(f"{where}: a chat prompt is a list of {{role, content}}, got {prompt!r}")
+    if not is_chat and not isinstance(prompt, str):
+        raise ConfigError(f"{where}: a prompt is text or a list of messages, got {prompt!r}")
+    prompt = with_suffix(prompt, cfg.prompt_suffix)
+    if is_chat and cfg.chat_template == "never":
+        prompt = "\n".join(m["content"] for m in prompt)
+    elif not is_chat and cfg.chat_template == "always":
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{where}: the prompt is a chat, but the student's tokenizer has no chat template: use "
+            "a tokenizer that has one, or data.chat_template=never"
+        )
+    return tokenizer.apply_chat_template(
+        prompt,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **cfg.chat_template_kwargs,
+    )["input_ids"]
+
+
+def load_prompts(
+    source: PromptsConfig,
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    for_evaluation: bool = False,
+) -> PromptSet:
+    """Read and tokenise a set of prompts.
+
+    Args:
+        source: which one.
+        cfg: chat template, suffix, and what to do with long prompts.
+        tokenizer: the student's.
+        for_evaluation: then every row needs an answer and counts. In training a prompt that is
+            given several times counts once (DAPO-Math-17k is published with 100 copies of each).
+
+    Raises:
+        ConfigError: saying where (file and line) and what.
+    """
+    rows, place = load_rows(source)
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    dropped = repeated = 0
+    for index, row in enumerate(rows):
+        where = place(index)
+        prompt = get_field(row, source.prompt_field, where)
+        if not for_evaluation:
+            text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+            if text in seen:
+                repeated += 1
+                continue
+            seen.add(text)
+        ids = encode_prompt(prompt, tokenizer, cfg, where)
+        if not ids:
+            raise ConfigError(f"{where}: the prompt has no tokens")
+        answer = None
+        if for_evaluation:
+            answer = str(get_field(row, source.answer_field, where))
+        if len(ids) > cfg.max_prompt_tokens:
+            if cfg.overlong == "error":
+                raise ConfigError(
+                    f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens="
+                    f"{cfg.max_prompt_tokens}: raise it, or set data.overlong=drop"
+                )
+            dropped += 1
+            continue
+        prompts.append(Prompt(ids, answer))
+    if not prompts:
+        raise ConfigError(
+            f"all {dropped} prompts of {source.path} are longer than data.max_prompt_tokens="
+            f"{cfg.max_prompt_tokens}: raise it"
+        )
+    return PromptSet(prompts, dropped, repeated)
+
+
+def step_batches(num_prompts: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of prompt indices: every epoch a new permutation, a batch may span two."""
+    generator = torch.Generator().manual_seed(seed)
+    pool: list[int] = []
+    while True:
+        while len(pool) < batch_size:
+            pool += torch.randperm(num_prompts, generator=generator).tolist()
+        batch, pool = pool[:batch_size], pool[batch_size:]
+        yield batch

@@ -1,0 +1,69 @@
+"""Ranks: one process a device, started by torchrun; a single process otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def init(device: str) -> torch.device:
+    """Join the process group if torchrun started several ranks, and return this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def rank() -> int:
+    """This process's rank, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of ranks, also before `init`."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum in double."""
+    if not dist.is_initialized():
+        return list(values)
+    dtype = torch.float64 if device.type != "mps" else torch.float32
+    tensor = torch.tensor(values, dtype=dtype, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest of one value a rank."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the ranks' gradients. Not divided: losses are normalised by global token counts."""
+    if not dist.is_initialized():
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)

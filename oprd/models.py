@@ -1,0 +1,165 @@
+"""Loading models and tokenizers, and checking that a pair fits together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from oprd.config import StudentConfig, TeacherConfig
+from oprd.errors import ConfigError, Unreachable, is_unreachable
+from oprd.layers import LayerSpec, pair_layers
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def demo_path(path: str) -> str:
+    """``demo:NAME`` is a file or directory that comes with the package."""
+    return str(DEMO / path.removeprefix("demo:")) if path.startswith("demo:") else path
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """A model's configuration.
+
+    Raises:
+        ConfigError: if there is none at ``path``.
+    """
+    try:
+        return AutoConfig.from_pretrained(demo_path(path))
+    except (OSError, ValueError) as error:
+        raise _not_loadable("model", path, error) from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; its padding token falls back to EOS.
+
+    Raises:
+        ConfigError: if there is none at ``path``, or it has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(demo_path(path))
+    except (OSError, ValueError) as error:
+        raise _not_loadable("tokenizer", path, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {path} has no EOS token: responses could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _not_loadable(what: str, path: str, error: Exception) -> ConfigError:
+    place = demo_path(path)
+    if Path(place).is_dir():
+        return ConfigError(f"the {what} in {place} can't be loaded: {error}")
+    kind = Unreachable if is_unreachable(error) else ConfigError
+    return kind(
+        f"no {what} at {path!r}: it is not a directory on this machine, and loading it from the "
+        f"hub failed: {str(error).splitlines()[0]}"
+    )
+
+
+def load_model(
+    cfg: StudentConfig | TeacherConfig, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A causal LM in evaluation mode.
+
+    Raises:
+        ConfigError: if there is none at its path.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            demo_path(cfg.path),
+            dtype=getattr(torch, cfg.dtype),
+            attn_implementation=cfg.attn_implementation,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable("model", cfg.path, error) from error
+    return model.to(device).eval()
+
+
+def check_pair(
+    student: PretrainedConfig, teacher: PretrainedConfig, layers: LayerSpec
+) -> list[tuple[int, int]]:
+    """The layer pairs of two models that plain OPRD can compare.
+
+    Raises:
+        ConfigError: if their widths differ, or the layers asked for don't exist.
+    """
+    s, t = student.get_text_config(), teacher.get_text_config()
+    if s.hidden_size != t.hidden_size:
+        raise ConfigError(
+            f"the student is {s.hidden_size} wide and the teacher {t.hidden_size}: plain OPRD "
+            "compares equal widths, and no projector is given. Choose a teacher of the student's "
+            "width"
+        )
+    try:
+        return pair_layers(layers, s.num_hidden_layers, t.num_hidden_layers)
+    except ValueError as error:
+        raise ConfigError(f"distill.layers: {error}") from error
+
+
+def check_vocabularies(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    teacher_config: PretrainedConfig,
+) -> None:
+    """The teacher reads the student's token ids: every one must mean the same to both.
+
+    Embedding tables padded to different sizes (151,936 and 152,064 rows for the same tokenizer,
+    say) are no obstacle; a table too small for the student's ids, or ids that name other tokens,
+    are.
+
+    Raises:
+        ConfigError: saying how they differ.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    rows = teacher_config.get_text_config().vocab_size
+    if ours != theirs:
+        only_ours, only_theirs = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+        moved = [t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t]]
+        parts = [f"{len(ours)} and {len(theirs)} tokens"]
+        for what, tokens in [
+            ("only the student has", only_ours),
+            ("only the teacher has", only_theirs),
+        ]:
+            if tokens:
+                parts.append(f"{what} {len(tokens)}, e.g. {sorted(tokens)[:3]}")
+        if moved:
+            example = sorted(moved)[0]
+            parts.append(
+                f"{len(moved)} have other ids, e.g. {example!r}: {ours[example]} and "
+                f"{theirs[example]}"
+            )
+        raise ConfigError(
+            "student and teacher have different vocabularies, so the student's token ids would "
+            f"mean something else to the teacher: {'; '.join(parts)}. Choose a teacher that shares "
+            "the student's tokenizer"
+        )
+    largest = max(ours.values())
+    if largest >= rows:
+        raise ConfigError(
+            f"the teacher's embedding table has {rows} rows, too few for token id {largest} "
+            f"({student.convert_ids_to_tokens(largest)!r}) of the shared tokenizer"
+        )
+
+
+def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, who: str) -> None:
+    """Check that the longest prompt and response fit the model's positions.
+
+    Raises:
+        ConfigError: if they don't.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the {limit} positions "
+            f"of the {who}: lower data.max_prompt_tokens or the max_new_tokens"
+        )

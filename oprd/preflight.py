@@ -1,0 +1,193 @@
+"""Everything that can be found wrong with a run before its first weight is loaded."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from oprd import distributed
+from oprd.config import TrainConfig, check_values
+from oprd.data import PromptSet, load_prompts
+from oprd.errors import ConfigError, Unreachable
+from oprd.models import (
+    check_length,
+    check_pair,
+    check_vocabularies,
+    load_config,
+    load_tokenizer,
+)
+from oprd_kernels import backends
+
+T = TypeVar("T")
+
+
+@dataclass
+class Preflight:
+    """What the checks loaded on their way, and what they could not check.
+
+    Attributes:
+        tokenizer: the student's.
+        train, eval_sets: tokenised prompts.
+        layer_pairs: (student block, teacher block).
+        notes: what the user should know.
+        unchecked: what lies on a hub that is out of reach; only ever filled by a dry run.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train: PromptSet | None = None
+    eval_sets: dict[str, PromptSet] = field(default_factory=dict)
+    layer_pairs: list[tuple[int, int]] | None = None
+    notes: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
+    """Check configuration, models' configurations, tokenizers, prompts and output directory.
+
+    Args:
+        dry_run: go on where the hub is out of reach, and list what was therefore not checked.
+
+    Raises:
+        ConfigError: the first problem found (of the values: all of them).
+    """
+    check_values(cfg)
+    found = Preflight()
+
+    def attempt(what: Callable[[], T]) -> T | None:
+        try:
+            return what()
+        except Unreachable as error:
+            if not dry_run:
+                raise
+            found.unchecked.append(str(error))
+            return None
+
+    _check_world(cfg)
+    check_output_dir(cfg)
+    try:
+        backends.choose(cfg.distill.backend, _device(cfg), set())
+    except backends.BackendUnavailable as error:
+        raise ConfigError(f"distill.backend: {error}") from error
+
+    student = attempt(lambda: load_config(cfg.student.path))
+    teacher = attempt(lambda: load_config(cfg.teacher.path))
+    if student and teacher:
+        found.layer_pairs = check_pair(student, teacher, cfg.distill.layers)
+    _check_lengths(cfg, student, teacher)
+
+    found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
+    teacher_tokenizer = attempt(lambda: load_tokenizer(cfg.teacher.path))
+    if tokenizer and teacher_tokenizer and teacher:
+        check_vocabularies(tokenizer, teacher_tokenizer, teacher)
+        found.notes += _vocabulary_notes(student, teacher, tokenizer, teacher_tokenizer)
+
+    if tokenizer is None:
+        found.unchecked.append("the prompts: they need the student's tokenizer")
+        return found
+    found.train = attempt(lambda: load_prompts(cfg.data.train, cfg.data, tokenizer))
+    for name, source in cfg.eval.sets.items():
+        load = partial(load_prompts, source, cfg.data, tokenizer, for_evaluation=True)
+        prompts = attempt(load)
+        if prompts:
+            found.eval_sets[name] = prompts
+    for name, prompts in {"data.train": found.train, **found.eval_sets}.items():
+        if prompts and prompts.dropped:
+            found.notes.append(
+                f"{name}: {prompts.dropped} of {prompts.dropped + len(prompts)} prompts dropped, "
+                f"longer than {cfg.data.max_prompt_tokens} tokens"
+            )
+        if prompts and prompts.repeated:
+            found.notes.append(f"{name}: {prompts.repeated} repetitions of prompts left out")
+    return found
+
+
+def _device(cfg: TrainConfig) -> torch.device:
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(cfg.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {cfg.device!r} is unknown: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={cfg.device}, but torch sees no GPU: use device=cpu")
+    return device
+
+
+def _check_world(cfg: TrainConfig) -> None:
+    ranks = distributed.world_size()
+    if cfg.rollout.prompts_per_step % ranks:
+        raise ConfigError(
+            f"rollout.prompts_per_step={cfg.rollout.prompts_per_step} can't be shared equally by "
+            f"{ranks} ranks: choose a multiple"
+        )
+
+
+def _check_lengths(
+    cfg: TrainConfig, student: PretrainedConfig | None, teacher: PretrainedConfig | None
+) -> None:
+    for config, who in ((student, "student"), (teacher, "teacher")):
+        if config is None:
+            continue
+        new = cfg.rollout.max_new_tokens
+        if cfg.eval.sets and (who == "student" or cfg.eval.teacher):
+            new = max(new, cfg.eval.max_new_tokens)
+        check_length(config, cfg.data.max_prompt_tokens, new, who)
+
+
+def _vocabulary_notes(
+    student: PretrainedConfig | None,
+    teacher: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    notes = []
+    if student is not None:
+        rows = [c.get_text_config().vocab_size for c in (student, teacher)]
+        if rows[0] != rows[1]:
+            notes.append(
+                f"embedding tables of {rows[0]} and {rows[1]} rows for the same {len(tokenizer)} "
+                "tokens: padded differently, which does not matter here"
+            )
+    if tokenizer.eos_token != teacher_tokenizer.eos_token:
+        notes.append(
+            f"the student ends with {tokenizer.eos_token!r}, the teacher with "
+            f"{teacher_tokenizer.eos_token!r}: watch response_length/mean, students have been seen "
+            "to stop ending their responses"
+        )
+    return notes
+
+
+def output_dir(cfg: TrainConfig) -> Path:
+    """Where the run writes; a default is named after the run and the time."""
+    if cfg.output_dir is not None:
+        return Path(cfg.output_dir)
+    return Path("runs") / f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_output_dir(cfg: TrainConfig) -> None:
+    """Refuse a directory with anything in it, or one that can't be written.
+
+    Raises:
+        ConfigError: saying what is there.
+    """
+    path = output_dir(cfg)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output_dir {path} is a file: choose a new directory")
+    if path.is_dir() and any(path.iterdir()):
+        what = "another run" if (path / "metrics.jsonl").exists() else "other files"
+        raise ConfigError(
+            f"output_dir {path} already holds {what}, which would be lost: choose a new directory"
+        )
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"output_dir {path} can't be written: no permission in {parent}")

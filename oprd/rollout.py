@@ -1,0 +1,134 @@
+"""Rollouts: responses that the student samples, and batches made of them.
+
+Shapes: B sequences of T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and one response: token ids, EOS included if it was reached."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    truncated: bool
+    """Cut at max_new_tokens, before EOS."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts padded on the right: int64 ids, int64 attention mask, bool response mask, (B, T)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+
+def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device | str) -> Batch:
+    """One right-padded batch. A token is masked for its place, never for being the padding id:
+    where pad and EOS are one token, the EOS of a response still counts."""
+    length = max(len(r) for r in rollouts)
+    ids = torch.full((len(rollouts), length), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    response = torch.zeros_like(ids, dtype=torch.bool)
+    for i, r in enumerate(rollouts):
+        ids[i, : len(r)] = torch.tensor(r.prompt_ids + r.response_ids)
+        attention[i, : len(r)] = 1
+        response[i, len(r.prompt_ids) : len(r)] = True
+    return Batch(ids.to(device), attention.to(device), response.to(device))
+
+
+def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+    """Split so that no batch, padded to its longest, exceeds ``max_tokens`` (a longer single
+    rollout is a batch of its own). Rollouts of like length go together."""
+    batches: list[list[Rollout]] = []
+    for rollout in sorted(rollouts, key=len, reverse=True):
+        if batches and len(batches[-1][0]) * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(rollout)
+        else:
+            batches.append([rollout])
+    return batches
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's EOS and the model's own."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own})
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    batch_size: int | None = None,
+) -> list[Rollout]:
+    """One response to each prompt, by Hugging Face's `generate`.
+
+    Sampling follows the model's own distribution at ``temperature`` and ``top_p``: no other
+    setting of its generation configuration (top-k, penalties, ..) is used.
+
+    Args:
+        prompts: token ids, not padded.
+        temperature: 0 for greedy decoding.
+        batch_size: prompts at once; None: all.
+    """
+    ends = eos_ids(model, tokenizer)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    was_training = model.training
+    model.eval()  # in training mode gradient checkpointing would switch the cache off
+    own_config, model.generation_config = model.generation_config, config
+    rollouts: list[Rollout] = []
+    try:
+        size = batch_size or len(prompts)
+        for start in range(0, len(prompts), size):
+            rollouts += _generate_batch(model, prompts[start : start + size], config, set(ends))
+    finally:
+        model.generation_config = own_config
+        model.train(was_training)
+    return rollouts
+
+
+def _generate_batch(
+    model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, ends: set[int]
+) -> list[Rollout]:
+    length = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), length), config.pad_token_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        attention[i, length - len(prompt) :] = 1
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=attention.to(model.device),
+        generation_config=config,
+    )  # fmt: skip
+    rollouts = []
+    for prompt, new in zip(prompts, output[:, length:].tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(new) if token in ends), None)
+        rollouts.append(Rollout(list(prompt), new[:end], truncated=end is None))
+    return rollouts

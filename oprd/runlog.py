@@ -1,0 +1,178 @@
+"""What a run tells: a metrics file, progress on the screen, a closing table. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from oprd.evaluate import EvalResult
+
+
+class PhaseTimer:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total: dict[str, float] = defaultdict(float)
+        self.step: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the time spent inside to ``phase``; waits for the GPU."""
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            seconds = time.perf_counter() - start
+            self.total[phase] += seconds
+            self.step[phase] += seconds
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def take_step(self) -> dict[str, float]:
+        """The seconds since this was last called."""
+        taken, self.step = dict(self.step), defaultdict(float)
+        return taken
+
+
+class RunLog:
+    """Writes ``metrics.jsonl`` and shows progress: live on a terminal, plain lines elsewhere."""
+
+    def __init__(self, directory: Path, steps: int, log_every: int, enabled: bool) -> None:
+        self.enabled, self.steps, self.log_every = enabled, steps, log_every
+        self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self.started = time.perf_counter()
+        self._file = None
+        self._progress: Progress | None = None
+        if enabled:
+            self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self.console.print(text, markup=False)
+
+    def start(self) -> None:
+        """Begin to count steps."""
+        self.started = time.perf_counter()
+        if self.enabled and self.console.is_terminal:
+            self._progress = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[line]}"),
+                TextColumn("eta"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("train", total=self.steps, line="")
+            self._progress.start()
+
+    def record(self, metrics: dict) -> None:
+        """Append one line to the metrics file."""
+        if self._file:
+            self._file.write(json.dumps(metrics) + "\n")
+
+    def step(self, step: int, metrics: dict) -> None:
+        """Record a training step and show it."""
+        self.record({"step": step, **metrics})
+        line = step_line(metrics)
+        if self._progress:
+            self._progress.update(self._task, completed=step, line=line)
+        elif step % self.log_every == 0 or step in (1, self.steps):
+            spent = time.perf_counter() - self.started
+            eta = spent / step * (self.steps - step)
+            self.say(f"step {step}/{self.steps}  {line}  eta {eta:.0f}s")
+
+    def evaluation(self, step: int, who: str, results: dict[str, EvalResult]) -> None:
+        """Record an evaluation and show it."""
+        metrics: dict[str, float] = {}
+        for name, result in results.items():
+            metrics |= result.metrics(name)
+        self.record({"step": step, "model": who, **metrics})
+        shown = "  ".join(f"{name} {r.avg:.3f} (len {r.length:.1f})" for name, r in results.items())
+        self.say(f"eval at step {step}, {who}: {shown}")
+
+    def close_progress(self) -> None:
+        """Take the live display off the screen."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        """Stop the display and close the file."""
+        self.close_progress()
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def step_line(metrics: dict) -> str:
+    """One step in a line."""
+    parts = [
+        f"loss {metrics['actor/rep_loss']:.4g}",
+        f"cos {metrics['rep/cosine_similarity']:.4f}",
+        f"len {metrics['response_length/mean']:.1f}",
+        f"{metrics['perf/tokens_per_second']:.0f} tok/s",
+    ]
+    peak = metrics.get("mem/actor_update_peak_alloc_GB")
+    if peak is not None:
+        parts.append(f"peak {peak:.2f} GiB")
+    return "  ".join(parts)
+
+
+def closing_tables(
+    evaluations: dict[str, dict[str, EvalResult]],
+    phases: dict[str, float],
+    delta_peak: float | None,
+) -> list[Table]:
+    """Accuracy of teacher and student, and where the time went.
+
+    Args:
+        evaluations: by model ("teacher", "student before", "student after"), then by set.
+        phases: seconds by phase.
+        delta_peak: GiB that the student's update took at its peak, None if not measured.
+    """
+    tables = []
+    if evaluations:
+        accuracy = Table(title="accuracy")
+        accuracy.add_column("model")
+        names = list(next(iter(evaluations.values())))
+        k = next(iter(next(iter(evaluations.values())).values())).samples if names else 1
+        for name in names:
+            accuracy.add_column(f"{name} avg@{k}", justify="right")
+            accuracy.add_column("len", justify="right")
+        for who, results in evaluations.items():
+            cells = [f(results[n]) for n in names for f in (_accuracy_cell, _length_cell)]
+            accuracy.add_row(who, *cells)
+        tables.append(accuracy)
+    seconds = Table(title="wall-clock")
+    seconds.add_column("phase")
+    seconds.add_column("seconds", justify="right")
+    seconds.add_column("share", justify="right")
+    total = sum(phases.values())
+    for phase, value in phases.items():
+        seconds.add_row(phase, f"{value:.1f}", f"{value / total:.0%}" if total else "-")
+    if delta_peak is not None:
+        seconds.caption = f"student update, delta-peak memory: {delta_peak * 1024:.1f} MiB"
+    tables.append(seconds)
+    return tables
+
+
+def _accuracy_cell(result: EvalResult) -> str:
+    return f"{result.avg:.4f}"
+
+
+def _length_cell(result: EvalResult) -> str:
+    return f"{result.length:.1f}"

@@ -1,0 +1,451 @@
+"""On-policy representation distillation, the loop.
+
+    oprd-train [--config recipes/x.yaml] [--optim.lr 1e-5 ..]
+    torchrun --nproc-per-node 2 -m oprd.train [..]
+
+Each step: sample prompts, let the student respond, run the teacher on what it wrote, run the
+student on it with taps, backpropagate, clip, step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, get_scheduler
+
+from oprd import distributed
+from oprd.attach import Distiller, attach
+from oprd.checkpoint import save_student
+from oprd.config import TrainConfig
+from oprd.data import step_batches
+from oprd.evaluate import EvalResult, evaluate
+from oprd.memory import GIB, PeakMemory
+from oprd.models import load_model
+from oprd.positions import Supervision, supervise
+from oprd.preflight import Preflight, output_dir, preflight
+from oprd.rollout import Batch, Rollout, collate, generate, micro_batches
+from oprd.runlog import PhaseTimer, RunLog, closing_tables
+
+
+class TrainingStopped(RuntimeError):
+    """The run can't go on; what it had was saved, and the message says where."""
+
+
+@dataclass
+class Summary:
+    """How a run ended; also written to ``summary.json``.
+
+    Attributes:
+        directory: the run's.
+        student: the trained model's directory.
+        steps: optimizer steps made.
+        interrupted: whether Ctrl-C ended it.
+        evaluations: by model, then by set.
+        phases: seconds by phase.
+        delta_peak_gb: GiB by which a student update rose above what was there when it began.
+    """
+
+    directory: Path
+    student: Path
+    steps: int
+    interrupted: bool
+    evaluations: dict[str, dict[str, EvalResult]] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+    delta_peak_gb: float | None = None
+
+
+class Trainer:
+    """The state of a run. `run` is the algorithm."""
+
+    def __init__(self, cfg: TrainConfig, checked: Preflight) -> None:
+        assert checked.tokenizer is not None
+        assert checked.train is not None
+        self.cfg, self.checked = cfg, checked
+        self.tokenizer, self.prompts = checked.tokenizer, checked.train.prompts
+        self.device = distributed.init(cfg.device)
+        self.directory = output_dir(cfg)
+        if distributed.rank() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
+        self.timer = PhaseTimer(self.device)
+        self.interrupt = Interrupt()
+        self.step = 0
+        self.delta_peak: int | None = None
+        self.evaluations: dict[str, dict[str, EvalResult]] = {}
+
+    # The algorithm ------------------------------------------------------------------------------
+
+    def run(self) -> Summary:
+        """Evaluate, train, evaluate, save."""
+        cfg, log = self.cfg, self.log
+        for note in self.checked.notes:
+            log.say(f"note: {note}")
+        seed_everything(cfg.seed)
+        self._load()
+        self._evaluate("student before", self.student)
+        log.start()
+        batches = step_batches(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
+        interrupted = False
+        try:
+            with self.interrupt.armed():
+                while self.step < cfg.steps and not self.interrupt.requested:
+                    with self.timer("rollout"):
+                        rollouts = self._rollouts(next(batches))
+                    with self.interrupt.deferred():
+                        metrics = self._update(rollouts)
+                        self.step += 1
+                    log.step(self.step, metrics)
+                    self._evaluate_during()
+                    if cfg.save_every and self.step % cfg.save_every == 0:
+                        self._save(self.directory / "checkpoints" / f"step_{self.step}")
+        except KeyboardInterrupt:
+            interrupted = True
+        interrupted = interrupted or self.interrupt.requested
+        log.close_progress()
+        if interrupted:
+            student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
+        else:
+            student = self._save(self.directory / "student")
+            self._evaluate("student after", self.student)
+        return self._finish(student, interrupted)
+
+    def _rollouts(self, indices: list[int]) -> list[Rollout]:
+        """This rank's share of the step's responses, sampled from the student as it is."""
+        cfg = self.cfg.rollout
+        mine = indices[distributed.rank() :: distributed.world_size()]
+        prompts = [self.prompts[i].token_ids for i in mine]
+        with self._autocast():
+            return generate(
+                self.student,
+                self.tokenizer,
+                [p for p in prompts for _ in range(cfg.responses_per_prompt)],
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                batch_size=cfg.batch_size,
+            )
+
+    def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
+        """Teacher states, student gradients, one optimizer step; returns the step's metrics."""
+        cfg, device = self.cfg, self.device
+        parts = []
+        for part in micro_batches(rollouts, cfg.micro_batch_tokens):
+            batch = collate(part, self.tokenizer.pad_token_id, device)
+            parts.append((batch, self._supervise(batch)))
+        # Normalised by the whole global batch, so that no split of it changes the loss.
+        (total,) = distributed.sum_over_ranks([sum(chosen.total for _, chosen in parts)], device)
+
+        self.student.train()
+        outputs, peaks = [], []
+        for batch, chosen in parts:
+            with self.timer("teacher"), self._autocast():
+                states = self.distiller.teacher_states(
+                    batch.input_ids, batch.attention_mask, chosen.rows
+                )
+            with self.timer("student update"), PeakMemory(device) as peak:
+                with self._autocast():
+                    out = self.distiller.student_loss(
+                        batch.input_ids, batch.attention_mask, chosen.rows, states,
+                        chosen.weights, total,
+                    )  # fmt: skip
+                (cfg.distill.coefficient * out.loss).backward()
+            outputs.append(out)
+            peaks.append(peak)
+            del states
+        with self.timer("student update"), PeakMemory(device) as peak:
+            distributed.sum_gradients(self.student.parameters())
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.student.parameters(), cfg.optim.max_grad_norm or math.inf
+            )
+            layer_losses = self._reduced_losses(outputs)
+            self._check_finite(layer_losses, norm.item(), rollouts)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        self.student.eval()
+        return self._metrics(rollouts, outputs, layer_losses, norm.item(), [*peaks, peak])
+
+    # Its parts ----------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        cfg, d = self.cfg, self.cfg.distill
+        with self.timer("loading"):
+            teacher = load_model(cfg.teacher, self.device)
+        if cfg.eval.teacher:
+            self._evaluate("teacher", teacher)
+        with self.timer("loading"):
+            self.student: PreTrainedModel = load_model(cfg.student, self.device)
+        if cfg.student.gradient_checkpointing:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        # The distiller keeps the part of the teacher that is needed; the rest goes here.
+        self.distiller: Distiller = attach(
+            self.student,
+            teacher,
+            layers=d.layers,
+            kind=d.kind,
+            positions=d.positions,
+            k=d.k,
+            shift=d.shift,
+            reduction=d.reduction,
+            backend=d.backend,
+        )
+        o = cfg.optim
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
+        )
+        schedule = {"cosine": "cosine", "constant": "constant_with_warmup"}[o.schedule]
+        self.scheduler = get_scheduler(
+            schedule, self.optimizer, math.ceil(o.warmup_ratio * cfg.steps), cfg.steps
+        )
+
+    def _supervise(self, batch: Batch) -> Supervision:
+        d = self.cfg.distill
+        return supervise(batch.response_mask, d.positions, d.k, d.shift, d.reduction)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = self.cfg.autocast
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, dtype))
+
+    def _reduced_losses(self, outputs: list) -> list[float]:
+        """Each layer's loss over the global batch."""
+        local = torch.stack([out.layer_losses for out in outputs]).double().sum(0)
+        return distributed.sum_over_ranks(local.tolist(), self.device)
+
+    def _check_finite(
+        self, layer_losses: list[float], norm: float, rollouts: list[Rollout]
+    ) -> None:
+        bad = [
+            block
+            for (block, _), loss in zip(self.distiller.pairs, layer_losses, strict=True)
+            if not math.isfinite(loss)
+        ]
+        if not bad and math.isfinite(norm):
+            return
+        step = self.step + 1
+        file = self.directory / f"failed_step_{step}_rank_{distributed.rank()}.pt"
+        torch.save(
+            {
+                "step": step,
+                "layer_losses": dict(zip(self.distiller.pairs, layer_losses, strict=True)),
+                "grad_norm": norm,
+                "rollouts": [(r.prompt_ids, r.response_ids) for r in rollouts],
+            },
+            file,
+        )
+        self.optimizer.zero_grad()
+        student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
+        what = f"the loss of student layer(s) {bad}" if bad else "the gradient norm"
+        raise TrainingStopped(
+            f"step {step}: {what} is not finite (loss {layer_losses}, gradient norm {norm}). "
+            f"The batch is in {file}; the student as it was before this step in {student}. Lower "
+            "optim.lr, or use float32 for models in float16"
+        )
+
+    def _metrics(
+        self,
+        rollouts: list[Rollout],
+        outputs: list,
+        layer_losses: list[float],
+        norm: float,
+        peaks: list[PeakMemory],
+    ) -> dict[str, Any]:
+        """Reduced over ranks, under the names that method.md's figures use."""
+        counts = [out.num_valid.item() for out in outputs]
+        weighted = [
+            (count * x.mean().item(), count * y.mean().item(), count * z.mean().item())
+            for count, out in zip(counts, outputs, strict=True)
+            for x, y, z in [(out.layer_cosine, out.layer_student_norm, out.layer_teacher_norm)]
+        ]
+        lengths = [len(r.response_ids) for r in rollouts]
+        sums = [sum(column) for column in zip(*weighted, strict=True)]
+        sums += [sum(counts), sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
+        sums += [sum(len(r) for r in rollouts)]
+        cosine, norm_s, norm_t, count, length, responses, truncated, tokens = (
+            distributed.sum_over_ranks(sums, self.device)
+        )
+        seconds = self.timer.take_step()
+        metrics = {
+            "actor/rep_loss": sum(layer_losses) / len(layer_losses),
+            "actor/grad_norm": norm,
+            "actor/lr": self.scheduler.get_last_lr()[0],
+            "rep/cosine_similarity": cosine / count if count else 0.0,
+            "rep/student_norm": norm_s / count if count else 0.0,
+            "rep/teacher_norm": norm_t / count if count else 0.0,
+            "rep/layer_loss": layer_losses,
+            "rep/supervised_tokens": int(count),
+            "response_length/mean": length / responses,
+            "response_length/max": distributed.max_over_ranks(float(max(lengths)), self.device),
+            "response_length/clip_ratio": truncated / responses,
+            "perf/tokens_per_second": tokens / max(sum(seconds.values()), 1e-9),
+        }
+        metrics |= {f"time/{phase.replace(' ', '_')}_s": s for phase, s in seconds.items()}
+        return metrics | self._memory_metrics(peaks)
+
+    def _memory_metrics(self, peaks: list[PeakMemory]) -> dict[str, float]:
+        start = peaks[0].start
+        highest = [p.peak for p in peaks if p.peak is not None]
+        if start is None or not highest:
+            return {}
+        delta = max(max(highest) - start, 0)
+        self.delta_peak = max(self.delta_peak or 0, delta)
+        metrics = {
+            "mem/actor_update_peak_alloc_GB": max(highest) / GIB,
+            "mem/actor_update_delta_peak_GB": delta / GIB,
+        }
+        reserved = [p.reserved for p in peaks if p.reserved is not None]
+        if reserved:
+            metrics["mem/actor_update_peak_reserved_GB"] = max(reserved) / GIB
+        return {
+            name: distributed.max_over_ranks(value, self.device) for name, value in metrics.items()
+        }
+
+    def _evaluate_during(self) -> None:
+        due = [
+            name
+            for name, source in self.cfg.eval.sets.items()
+            if source.every and self.step % source.every == 0 and self.step < self.cfg.steps
+        ]
+        self._evaluate("student", self.student, due)
+
+    def _evaluate(self, who: str, model: PreTrainedModel, names: list[str] | None = None) -> None:
+        sets = self.checked.eval_sets
+        names = list(sets) if names is None else names
+        if not names:
+            return
+        with self.timer("evaluation"), self._autocast():
+            results = {
+                name: evaluate(model, self.tokenizer, sets[name].prompts, self.cfg.eval)
+                for name in names
+            }
+        self.timer.take_step()
+        self.log.evaluation(self.step, who, results)
+        if who != "student":
+            self.evaluations[who] = results
+
+    def _save(self, directory: Path) -> Path:
+        with self.timer("saving"):
+            if distributed.rank() == 0:
+                save_student(self.student, self.tokenizer, directory)
+        self.timer.take_step()
+        return directory
+
+    def _finish(self, student: Path, interrupted: bool) -> Summary:
+        delta = None if self.delta_peak is None else self.delta_peak / GIB
+        summary = Summary(
+            self.directory,
+            student,
+            self.step,
+            interrupted,
+            self.evaluations,
+            dict(self.timer.total),
+            delta,
+        )
+        if distributed.rank() == 0:
+            write_summary(summary)
+            for table in closing_tables(self.evaluations, summary.phases, delta):
+                self.log.console.print(table)
+            state = f"interrupted after step {self.step}" if interrupted else "finished"
+            self.log.say(f"{state}; student: {student}  metrics: {self.directory}/metrics.jsonl")
+        self.log.close()
+        return summary
+
+
+class Interrupt:
+    """Ctrl-C: at once, except while weights change, when the step is finished first. A second one
+    is never held back."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferring = False
+
+    @contextlib.contextmanager
+    def armed(self) -> Iterator[None]:
+        """Handle SIGINT while inside (in the main thread; elsewhere there is nothing to handle)."""
+        try:
+            previous = signal.signal(signal.SIGINT, self._on_signal)
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold a first Ctrl-C back until the block ends."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _on_signal(self, _signum: int, _frame: object) -> None:
+        if self.requested or not self._deferring:
+            self.requested = True
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch; ranks sample differently."""
+    own = seed + 1000003 * distributed.rank()
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+
+
+def write_summary(summary: Summary) -> None:
+    """``summary.json`` in the run's directory."""
+    values = {
+        "student": str(summary.student),
+        "steps": summary.steps,
+        "interrupted": summary.interrupted,
+        "evaluations": {
+            who: {name: r.as_dict() for name, r in results.items()}
+            for who, results in summary.evaluations.items()
+        },
+        "seconds": summary.phases,
+        "mem/actor_update_delta_peak_GB": summary.delta_peak_gb,
+    }
+    (summary.directory / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) -> Summary:
+    """Run ``cfg`` from start to end.
+
+    Args:
+        cfg: the run.
+        write_config: called with the run's directory once it exists, to keep its configuration.
+
+    Raises:
+        ConfigError: before anything is loaded, if the run could not finish.
+        TrainingStopped: if it can't go on; what it had is saved.
+    """
+    checked = preflight(cfg)
+    trainer = Trainer(cfg, checked)
+    if write_config and distributed.rank() == 0:
+        write_config(trainer.directory)
+    try:
+        return trainer.run()
+    finally:
+        trainer.log.close()
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    from oprd.cli import train as main
+
+    main()

@@ -136,6 +136,7 @@ def closing_tables(
     evaluations: dict[str, dict[str, EvalResult]],
     phases: dict[str, float],
     delta_peak: float | None,
+    origin: str | None = None,
 ) -> list[Table]:
     """Accuracy of teacher and student, and where the time went.
 
@@ -143,10 +144,11 @@ def closing_tables(
         evaluations: by model ("teacher", "student before", "student after"), then by set.
         phases: seconds by phase.
         delta_peak: GiB that the student's update took at its peak, None if not measured.
+        origin: what a reader must know of where the models come from.
     """
     tables = []
     if evaluations:
-        accuracy = Table(title="accuracy")
+        accuracy = Table(title="accuracy", caption=origin)
         accuracy.add_column("model")
         names = list(next(iter(evaluations.values())))
         k = next(iter(next(iter(evaluations.values())).values())).samples if names else 1

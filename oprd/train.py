@@ -37,6 +37,9 @@ from oprd.rollout import Batch, Rollout, collate, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 
 
+DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
+
+
 class TrainingStopped(RuntimeError):
     """The run can't go on; what it had was saved, and the message says where."""
 
@@ -354,7 +357,8 @@ class Trainer:
         )
         if distributed.rank() == 0:
             write_summary(summary)
-            for table in closing_tables(self.evaluations, summary.phases, delta):
+            origin = DEMO_ORIGIN if self.cfg.teacher.path.startswith("demo:") else None
+            for table in closing_tables(self.evaluations, summary.phases, delta, origin):
                 self.log.console.print(table)
             state = f"interrupted after step {self.step}" if interrupted else "finished"
             self.log.say(f"{state}; student: {student}  metrics: {self.directory}/metrics.jsonl")

@@ -35,9 +35,8 @@ oprd::Rows as_rows(const RowsTuple& t) {
 
 oprd::Problem make_problem(const RowsTuple& student, const RowsTuple& teacher, std::int64_t rows,
                            std::int64_t student_width, std::int64_t teacher_width,
-                           std::int64_t rank, Address student_proj, Address teacher_proj,
-                           Address teacher_mean, Address student_rows, Address teacher_rows,
-                           Address weights, int kind, int threads) {
+                           std::int64_t rank, Address student_proj, Address student_rows,
+                           Address teacher_rows, Address weights, int kind, int threads) {
   oprd::Problem p;
   p.student = as_rows(student);
   p.teacher = as_rows(teacher);
@@ -46,8 +45,6 @@ oprd::Problem make_problem(const RowsTuple& student, const RowsTuple& teacher, s
   p.teacher_width = teacher_width;
   p.rank = rank;
   p.student_proj = pointer<const float>(student_proj);
-  p.teacher_proj = pointer<const float>(teacher_proj);
-  p.teacher_mean = pointer<const float>(teacher_mean);
   p.student_rows = pointer<const std::int64_t>(student_rows);
   p.teacher_rows = pointer<const std::int64_t>(teacher_rows);
   p.weights = pointer<const float>(weights);
@@ -57,8 +54,17 @@ oprd::Problem make_problem(const RowsTuple& student, const RowsTuple& teacher, s
 }
 
 // grad with address 0: no gradient in forward. loss 0: reduction "none".
-void forward(const oprd::Problem& problem, Address row_loss, Address row_stats, Address dz,
-             const RowsTuple& grad, Address denominator, bool mean, Address loss, Address stats) {
+void forward(const RowsTuple& student, const RowsTuple& teacher, std::int64_t rows,
+             std::int64_t student_width, std::int64_t teacher_width, std::int64_t rank,
+             Address student_proj, Address teacher_proj, Address teacher_mean,
+             Address student_rows, Address teacher_rows, Address weights, int kind, int threads,
+             Address row_loss, Address row_stats, Address dz, const RowsTuple& grad,
+             Address denominator, bool mean, Address loss, Address stats) {
+  oprd::Problem problem =
+      make_problem(student, teacher, rows, student_width, teacher_width, rank, student_proj,
+                   student_rows, teacher_rows, weights, kind, threads);
+  problem.teacher_proj = pointer<const float>(teacher_proj);
+  problem.teacher_mean = pointer<const float>(teacher_mean);
   oprd::ForwardOut out;
   out.row_loss = pointer<float>(row_loss);
   out.row_stats = pointer<float>(row_stats);
@@ -69,9 +75,15 @@ void forward(const oprd::Problem& problem, Address row_loss, Address row_stats, 
   oprd::cpu::reduce(problem, out, out.grad_scale, pointer<float>(loss), pointer<float>(stats));
 }
 
-void backward(const oprd::Problem& problem, Address row_stats, Address dz, Address grad_loss,
+void backward(const RowsTuple& student, const RowsTuple& teacher, std::int64_t rows,
+              std::int64_t student_width, std::int64_t teacher_width, std::int64_t rank,
+              Address student_proj, Address student_rows, Address teacher_rows, Address weights,
+              int kind, int threads, Address row_stats, Address dz, Address grad_loss,
               std::int64_t grad_loss_stride, Address scale, const RowsTuple& grad,
               bool accumulate) {
+  const oprd::Problem problem =
+      make_problem(student, teacher, rows, student_width, teacher_width, rank, student_proj,
+                   student_rows, teacher_rows, weights, kind, threads);
   oprd::BackwardIn in;
   in.row_stats = pointer<const float>(row_stats);
   in.dz = pointer<const float>(dz);
@@ -87,10 +99,7 @@ void backward(const oprd::Problem& problem, Address row_stats, Address dz, Addre
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "oprd's native kernels; use them through oprd_kernels.fused_rep_loss.";
-  m.attr("ROW_STATS") = oprd::kRowStats;
-  m.attr("BATCH_STATS") = oprd::kBatchStats;
   m.def("simd_name", &oprd::cpu::simd_name);
-  py::class_<oprd::Problem>(m, "Problem").def(py::init(&make_problem));
   m.def("forward", &forward, py::call_guard<py::gil_scoped_release>());
   m.def("backward", &backward, py::call_guard<py::gil_scoped_release>());
 }

@@ -62,7 +62,7 @@ class TapSession:
             raise RuntimeError(
                 "the student ran twice inside one `taps` context: open one per forward pass"
             )
-        h, loss, stats = rep_tap(h, self.teacher_states[index], **self.options)
+        h, loss, stats = rep_tap(h, self.teacher_states[index], **self.options, return_stats=True)
         self.found[index] = (loss, stats)
         return h
 

@@ -168,6 +168,9 @@ def train(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         sys.stderr.write(f"oprd-train: error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:  # outside the training loop, which handles it itself
+        sys.stderr.write("oprd-train: interrupted\n")
+        sys.exit(130)
     except TrainingStopped as error:
         sys.stderr.write(f"oprd-train: stopped: {error}\n")
         sys.exit(1)

@@ -73,7 +73,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     _check_world(cfg)
     check_output_dir(cfg)
     try:
-        backends.choose(cfg.distill.backend, _device(cfg), set())
+        backends.choose(cfg.distill.backend, torch.empty(0, device=_device(cfg)))
     except backends.BackendUnavailable as error:
         raise ConfigError(f"distill.backend: {error}") from error
 

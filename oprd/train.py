@@ -36,7 +36,6 @@ from oprd.preflight import Preflight, output_dir, preflight
 from oprd.rollout import Batch, Rollout, collate, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 
-
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
 
 
@@ -284,6 +283,9 @@ class Trainer:
             "actor/grad_norm": norm,
             "actor/lr": self.scheduler.get_last_lr()[0],
             "rep/cosine_similarity": cosine / count if count else 0.0,
+            "rep/norm_mse": 2 * (1 - cosine / count) / self.distiller.student.width
+            if count
+            else 0.0,
             "rep/student_norm": norm_s / count if count else 0.0,
             "rep/teacher_norm": norm_t / count if count else 0.0,
             "rep/layer_loss": layer_losses,

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oprd_kernels import ops as _ops  # noqa: F401  (registers torch.ops.oprd)
-from oprd_kernels import reference
-from oprd_kernels.validate import Call, check_call
+from oprd_kernels import ops, reference
+from oprd_kernels.validate import Inputs, check_call
 
 
 class RepLossStats(NamedTuple):
@@ -28,8 +27,8 @@ class RepLossStats(NamedTuple):
 
     @classmethod
     def of(cls, stats: Tensor) -> RepLossStats:
-        """From the (5,) vector that the kernels return."""
-        return cls(*stats.unbind()[:4])
+        """From the vector that begins with them; a copy, so as not to keep all of it alive."""
+        return cls(*stats[:4].clone().unbind())
 
 
 def fused_rep_loss(
@@ -92,7 +91,7 @@ def fused_rep_loss(
         ValueError, TypeError, IndexError: an argument that does not fit, saying what would.
         BackendUnavailable: a ``backend`` named that can't run here, saying why.
     """
-    call = check_call(
+    inputs, chosen = check_call(
         student,
         teacher,
         student_proj=student_proj,
@@ -107,22 +106,22 @@ def fused_rep_loss(
         backend=backend,
     )
     if inplace:
-        _check_inplace(call, student, teacher)
+        _check_inplace(inputs, chosen, student, teacher)
         loss, stats = _InPlace.apply(
-            call.student, call.teacher, call.weights, call.denominator, kind, reduction
+            inputs.student, inputs.teacher, inputs.weights, inputs.denominator, kind, reduction
         )
-    elif call.backend == "reference":
-        loss, stats = reference.rep_loss(*call.op_args())
+    elif chosen == "reference":
+        loss, stats = reference.rep_loss(*inputs)
     else:
-        loss, _, _, stats = torch.ops.oprd.rep_loss(*call.op_args())
+        loss, stats = ops.rep_loss(inputs)
     if reduction == "none" and rows is None:
         loss = loss.reshape(student.shape[:-1])
     return (loss, RepLossStats.of(stats)) if return_stats else loss
 
 
-def _check_inplace(call: Call, student: Tensor, teacher: Tensor) -> None:
+def _check_inplace(call: Inputs, chosen: str, student: Tensor, teacher: Tensor) -> None:
     problem = None
-    if call.backend == "reference":
+    if chosen == "reference":
         problem = "backend 'reference' (chosen by name or by 'auto') has no in-place kernel"
     elif call.student_proj is not None:
         problem = "a projected loss leaves nothing as wide as the student to write over"
@@ -150,17 +149,15 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, weights, denominator, kind, reduction):
-        loss, stats = torch.ops.oprd.rep_loss_in_place_(
-            student, teacher, weights, denominator, kind, reduction
-        )
+        loss, saved = ops.rep_loss_in_place(student, teacher, weights, denominator, kind, reduction)
         ctx.grad = teacher
-        ctx.mark_non_differentiable(stats)
+        ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
-        return loss, stats
+        return loss, saved
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _grad_stats):
+    def backward(ctx, grad_loss, _grad_saved):
         if grad_loss is None:
             return (None,) * 6
         if ctx.grad is None:

@@ -78,32 +78,31 @@ def _warn_reference(device_type: str) -> None:
         )
 
 
-def choose(backend: str, device: torch.device, dtypes: set[torch.dtype]) -> str:
-    """The backend to use: the one named, or the first of BACKENDS that can work on ``device``.
+def choose(backend: str, student: torch.Tensor, double: bool = False) -> str:
+    """The backend to use: the one named, or the first of BACKENDS that can work on ``student``.
 
-    float64 (gradcheck, oracles) is computed by the reference.
+    Args:
+        double: whether any input is float64 (gradcheck, oracles), which the reference computes.
 
     Raises:
         BackendUnavailable: if the one named can't run, with the reason.
         ValueError: if there is no backend of that name.
     """
-    if backend != "auto":
-        if reason := unavailable(backend, device):
-            raise BackendUnavailable(f"backend={backend!r} can't run: {reason}")
-        if backend != "reference" and torch.float64 in dtypes:
-            raise BackendUnavailable(
-                f"backend={backend!r} takes float32, bfloat16 and float16 tensors, not float64; "
-                "use backend='reference' or 'auto'"
-            )
-        return backend
-    if torch.float64 in dtypes:
+    if backend == "auto":
+        if double:
+            return "reference"
+        if _native is not None and student.is_cpu:
+            return "cpu"
+        _warn_reference(student.device.type)
         return "reference"
-    for candidate in BACKENDS:
-        if unavailable(candidate, device) is None:
-            if candidate == "reference":
-                _warn_reference(device.type)
-            return candidate
-    raise AssertionError("the reference runs everywhere")
+    if reason := unavailable(backend, student.device):
+        raise BackendUnavailable(f"backend={backend!r} can't run: {reason}")
+    if backend != "reference" and double:
+        raise BackendUnavailable(
+            f"backend={backend!r} takes float32, bfloat16 and float16 tensors, not float64; use "
+            "backend='reference' or 'auto'"
+        )
+    return backend
 
 
 if _native is None:

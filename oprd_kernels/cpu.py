@@ -1,4 +1,9 @@
-"""Launches the native CPU kernels on tensors that `oprd_kernels.validate` has accepted."""
+"""Launches the native CPU kernels on tensors that `oprd_kernels.validate` has accepted.
+
+One float32 buffer, ``saved``, carries everything from forward to backward:
+batch statistics (STATS) | row statistics (M, 3) | row losses (M), unless they are the result
+themselves | dz (M, r).
+"""
 
 from __future__ import annotations
 
@@ -9,57 +14,39 @@ from oprd_kernels.backends import native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KIND_CODES = {"mse": 0, "nmse": 1, "cosine": 2}
-ROW_STATS = 3
-BATCH_STATS = 5
+STATS = 5
+"""Floats at the start of ``saved``: mean cosine, mean student norm, mean teacher norm, number of
+rows whose weight is not 0, the factor the reduction puts on every row."""
 SCALE = 4
-"""Index in the batch statistics of the factor that the reduction puts on every row."""
 
 _NO_ROWS = (0, 0, 1, 0, 0, 1)
 
 
+def num_rows(student: Tensor, rows: Tensor | None) -> int:
+    """M: how many rows of student are compared."""
+    return student.shape[:-1].numel() if rows is None else rows.shape[0]
+
+
+def saved_size(m: int, rank: int, reduction: str) -> int:
+    """Floats in ``saved``."""
+    return STATS + (rank + (3 if reduction == "none" else 4)) * m
+
+
+def dz_of(saved: Tensor, m: int, rank: int) -> Tensor:
+    """The (M, r) part of ``saved``."""
+    return saved[saved.shape[0] - m * rank :].view(m, rank)
+
+
 def _rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
     """A (N, d) or (B, T, d) tensor as the native code addresses it."""
-    *outer, inner, last = x.stride()
-    rows_inside = max(x.shape[-2], 1)
-    return x.data_ptr(), DTYPE_CODES[x.dtype], rows_inside, outer[0] if outer else 0, inner, last
+    strides, inner = x.stride(), max(x.shape[-2], 1)
+    if len(strides) == 2:
+        return x.data_ptr(), DTYPE_CODES[x.dtype], inner, 0, strides[0], strides[1]
+    return x.data_ptr(), DTYPE_CODES[x.dtype], inner, strides[0], strides[1], strides[2]
 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _problem(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None,
-    teacher_proj: Tensor | None,
-    teacher_mean: Tensor | None,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    kind: str,
-):
-    return native().Problem(
-        _rows(student),
-        _rows(teacher),
-        num_rows(student, rows),
-        student.shape[-1],
-        teacher.shape[-1],
-        0 if student_proj is None else student_proj.shape[0],
-        _address(student_proj),
-        _address(teacher_proj),
-        _address(teacher_mean),
-        _address(rows),
-        _address(teacher_rows),
-        _address(weights),
-        KIND_CODES[kind],
-        torch.get_num_threads(),
-    )
-
-
-def num_rows(student: Tensor, rows: Tensor | None) -> int:
-    """M: how many rows of student are compared."""
-    return rows.shape[0] if rows is not None else student.shape[:-1].numel()
 
 
 def forward(
@@ -75,41 +62,46 @@ def forward(
     kind: str,
     reduction: str,
     grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row statistics (M, 3), dz (M, r) or empty, batch statistics (5,); all float32.
+) -> tuple[Tensor, Tensor]:
+    """Loss and ``saved``.
 
     ``grad``, if given, receives the gradient of the reduced loss with respect to ``student``;
     it may be ``teacher`` itself.
     """
     m = num_rows(student, rows)
     rank = 0 if student_proj is None else student_proj.shape[0]
-    row_loss = student.new_empty((m,), dtype=torch.float32)
-    row_stats = student.new_empty((m, ROW_STATS), dtype=torch.float32)
-    dz = student.new_empty((m, rank) if rank else (0,), dtype=torch.float32)
-    stats = student.new_empty((BATCH_STATS,), dtype=torch.float32)
-    loss = None if reduction == "none" else student.new_empty((), dtype=torch.float32)
+    per_row = reduction == "none"
+    options = {} if student.dtype is torch.float32 else {"dtype": torch.float32}
+    loss = student.new_empty((m,) if per_row else (), **options)
+    saved = student.new_empty(saved_size(m, rank, reduction), **options)
+    base = saved.data_ptr()
+    row_stats = base + 4 * STATS
+    row_loss = row_stats + 12 * m
     native().forward(
-        _problem(
-            student,
-            teacher,
-            student_proj,
-            teacher_proj,
-            teacher_mean,
-            rows,
-            teacher_rows,
-            weights,
-            kind,
-        ),
-        row_loss.data_ptr(),
-        row_stats.data_ptr(),
-        dz.data_ptr(),
+        _rows(student),
+        _rows(teacher),
+        m,
+        student.shape[-1],
+        teacher.shape[-1],
+        rank,
+        _address(student_proj),
+        _address(teacher_proj),
+        _address(teacher_mean),
+        _address(rows),
+        _address(teacher_rows),
+        _address(weights),
+        KIND_CODES[kind],
+        torch.get_num_threads(),
+        loss.data_ptr() if per_row else row_loss,
+        row_stats,
+        base + 4 * (saved.shape[0] - m * rank),
         _NO_ROWS if grad is None else _rows(grad),
         _address(denominator),
         reduction == "mean",
-        _address(loss),
-        stats.data_ptr(),
+        0 if per_row else loss.data_ptr(),
+        base,
     )
-    return row_loss if loss is None else loss, row_stats, dz, stats
+    return loss, saved
 
 
 def backward_(
@@ -119,9 +111,7 @@ def backward_(
     student: Tensor | None,
     teacher: Tensor | None,
     student_proj: Tensor | None,
-    row_stats: Tensor,
-    dz: Tensor,
-    stats: Tensor,
+    saved: Tensor,
     rows: Tensor | None,
     teacher_rows: Tensor | None,
     weights: Tensor | None,
@@ -130,19 +120,32 @@ def backward_(
     """Writes (or adds) the gradient of the loss into the supervised rows of ``grad``.
 
     ``grad`` has the student's shape and any of the supported dtypes; other rows are not touched.
-    ``grad_loss`` is a scalar, or (M,) for reduction "none". After a projection the gradient
-    follows from dz alone: student and teacher may be None.
+    ``grad_loss`` is a float32 scalar, or (M,) for reduction "none". After a projection the
+    gradient follows from dz alone: student and teacher may be None.
     """
-    grad_loss = grad_loss.float()
     student = grad if student is None else student
     teacher = student if teacher is None else teacher
+    m = num_rows(student, rows)
+    rank = 0 if student_proj is None else student_proj.shape[0]
+    base = saved.data_ptr()
     native().backward(
-        _problem(student, teacher, student_proj, None, None, rows, teacher_rows, weights, kind),
-        row_stats.data_ptr(),
-        dz.data_ptr(),
+        _rows(student),
+        _rows(teacher),
+        m,
+        student.shape[-1],
+        teacher.shape[-1],
+        rank,
+        _address(student_proj),
+        _address(rows),
+        _address(teacher_rows),
+        _address(weights),
+        KIND_CODES[kind],
+        torch.get_num_threads(),
+        base + 4 * STATS,
+        base + 4 * (saved.shape[0] - m * rank),
         grad_loss.data_ptr(),
         grad_loss.stride(0) if grad_loss.dim() else 0,
-        stats[SCALE].data_ptr(),
+        base + 4 * SCALE,
         _rows(grad),
         accumulate,
     )

@@ -1,12 +1,14 @@
 """The kernels as PyTorch operators, namespace ``oprd``: schemas, fake kernels, autograd.
 
-``oprd::rep_loss``            forward: loss, row statistics, dz, batch statistics
+``oprd::rep_loss``            forward: loss, and what backward needs of it (see `cpu`)
 ``oprd::rep_loss_grad_``      its gradient with respect to student, written or added into a buffer
 ``oprd::rep_loss_grad_proj``  its gradient with respect to student_proj
 ``oprd::rep_loss_in_place_``  forward that leaves the student's gradient in the teacher's memory
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,112 +21,50 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(
     "rep_loss(Tensor student, Tensor teacher, Tensor? student_proj, Tensor? teacher_proj, "
     "Tensor? teacher_mean, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
-    "Tensor? denominator, str kind, str reduction) "
-    "-> (Tensor loss, Tensor row_stats, Tensor dz, Tensor stats)",
+    "Tensor? denominator, str kind, str reduction) -> (Tensor loss, Tensor saved)",
     tags=_TAGS,
 )
 _LIBRARY.define(
     "rep_loss_grad_(Tensor(a!) grad, bool accumulate, Tensor grad_loss, Tensor? student, "
-    "Tensor? teacher, Tensor? student_proj, Tensor row_stats, Tensor dz, Tensor stats, "
-    "Tensor? rows, Tensor? teacher_rows, Tensor? weights, str kind) -> ()",
+    "Tensor? teacher, Tensor? student_proj, Tensor saved, Tensor? rows, Tensor? teacher_rows, "
+    "Tensor? weights, str kind) -> ()",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "rep_loss_grad_proj(Tensor grad_loss, Tensor student, Tensor student_proj, Tensor dz, "
-    "Tensor stats, Tensor? rows, Tensor? weights) -> Tensor",
+    "rep_loss_grad_proj(Tensor grad_loss, Tensor student, Tensor student_proj, Tensor saved, "
+    "Tensor? rows, Tensor? weights) -> Tensor",
     tags=_TAGS,
 )
 _LIBRARY.define(
     "rep_loss_in_place_(Tensor student, Tensor(a!) teacher, Tensor? weights, "
-    "Tensor? denominator, str kind, str reduction) -> (Tensor loss, Tensor stats)",
+    "Tensor? denominator, str kind, str reduction) -> (Tensor loss, Tensor saved)",
     tags=_TAGS,
 )
 
 
-def _f32(proj: Tensor | None) -> Tensor | None:
-    return None if proj is None else proj.to(torch.float32).contiguous()
+def _f32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
 
 
 @torch.library.impl(_LIBRARY, "rep_loss", "CPU")
-def _rep_loss_cpu(
-    student,
-    teacher,
-    student_proj,
-    teacher_proj,
-    teacher_mean,
-    rows,
-    teacher_rows,
-    weights,
-    denominator,
-    kind,
-    reduction,
-):
-    return cpu.forward(
-        student,
-        teacher,
-        _f32(student_proj),
-        teacher_proj,
-        teacher_mean,
-        rows,
-        teacher_rows,
-        weights,
-        denominator,
-        kind,
-        reduction,
-    )
+def _rep_loss_cpu(student, teacher, student_proj, *options):
+    return cpu.forward(student, teacher, _f32(student_proj), *options)
 
 
 @torch.library.register_fake("oprd::rep_loss", lib=_LIBRARY)
-def _rep_loss_fake(
-    student,
-    teacher,
-    student_proj,
-    teacher_proj,
-    teacher_mean,
-    rows,
-    teacher_rows,
-    weights,
-    denominator,
-    kind,
-    reduction,
-):
+def _rep_loss_fake(student, teacher, student_proj, *options):
+    *_, rows, _, _, _, _, reduction = options
     m = cpu.num_rows(student, rows)
-    dz_shape = (0,) if student_proj is None else (m, student_proj.shape[0])
-    shapes = (() if reduction != "none" else (m,), (m, cpu.ROW_STATS), dz_shape, (cpu.BATCH_STATS,))
-    return tuple(student.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    rank = 0 if student_proj is None else student_proj.shape[0]
+    return (
+        student.new_empty((m,) if reduction == "none" else (), dtype=torch.float32),
+        student.new_empty(cpu.saved_size(m, rank, reduction), dtype=torch.float32),
+    )
 
 
 @torch.library.impl(_LIBRARY, "rep_loss_grad_", "CPU")
-def _rep_loss_grad_cpu(
-    grad,
-    accumulate,
-    grad_loss,
-    student,
-    teacher,
-    student_proj,
-    row_stats,
-    dz,
-    stats,
-    rows,
-    teacher_rows,
-    weights,
-    kind,
-):
-    cpu.backward_(
-        grad,
-        accumulate,
-        grad_loss,
-        student,
-        teacher,
-        _f32(student_proj),
-        row_stats,
-        dz,
-        stats,
-        rows,
-        teacher_rows,
-        weights,
-        kind,
-    )
+def _rep_loss_grad_cpu(grad, accumulate, grad_loss, student, teacher, student_proj, *options):
+    cpu.backward_(grad, accumulate, grad_loss, student, teacher, _f32(student_proj), *options)
 
 
 @torch.library.register_fake("oprd::rep_loss_grad_", lib=_LIBRARY)
@@ -137,14 +77,15 @@ _PROJ_CHUNK = 1024
 
 
 @torch.library.impl(_LIBRARY, "rep_loss_grad_proj", "CompositeExplicitAutograd")
-def _rep_loss_grad_proj(grad_loss, student, student_proj, dz, stats, rows, weights):
-    coefficient = grad_loss.float() * stats[cpu.SCALE]
+def _rep_loss_grad_proj(grad_loss, student, student_proj, saved, rows, weights):
+    m, rank = cpu.num_rows(student, rows), student_proj.shape[0]
+    coefficient = grad_loss * saved[cpu.SCALE]
     if weights is not None:
         coefficient = coefficient * weights
-    scaled = dz * coefficient.reshape(-1, 1)
+    scaled = cpu.dz_of(saved, m, rank) * coefficient.reshape(-1, 1)
     flat = student.flatten(0, -2)
     grad = student_proj.new_zeros(student_proj.shape, dtype=torch.float32)
-    for start in range(0, dz.shape[0], _PROJ_CHUNK):
+    for start in range(0, m, _PROJ_CHUNK):
         chunk = slice(start, start + _PROJ_CHUNK)
         h = flat[chunk] if rows is None else flat[rows[chunk]]
         h = h.float()
@@ -155,44 +96,35 @@ def _rep_loss_grad_proj(grad_loss, student, student_proj, dz, stats, rows, weigh
 
 
 @torch.library.register_fake("oprd::rep_loss_grad_proj", lib=_LIBRARY)
-def _rep_loss_grad_proj_fake(grad_loss, student, student_proj, dz, stats, rows, weights):
+def _rep_loss_grad_proj_fake(grad_loss, student, student_proj, saved, rows, weights):
     return torch.empty_like(student_proj, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl(_LIBRARY, "rep_loss_in_place_", "CPU")
 def _rep_loss_in_place_cpu(student, teacher, weights, denominator, kind, reduction):
     none = (None,) * 5
-    loss, _, _, stats = cpu.forward(
-        student, teacher, *none, weights, denominator, kind, reduction, grad=teacher
-    )
-    return loss, stats
+    return cpu.forward(student, teacher, *none, weights, denominator, kind, reduction, grad=teacher)
 
 
 @torch.library.register_fake("oprd::rep_loss_in_place_", lib=_LIBRARY)
 def _rep_loss_in_place_fake(student, teacher, weights, denominator, kind, reduction):
+    saved = cpu.saved_size(cpu.num_rows(student, None), 0, reduction)
     return (
         student.new_empty((), dtype=torch.float32),
-        student.new_empty((cpu.BATCH_STATS,), dtype=torch.float32),
+        student.new_empty(saved, dtype=torch.float32),
     )
 
 
-def save_for_grad(ctx, student, teacher, student_proj, row_stats, dz, stats, rows, teacher_rows,
-                  weights, kind) -> None:  # fmt: skip
-    """Keep what `grad_student` and `grad_proj` need and no more: after a projection the wide
-    inputs are dropped, unless the projector itself is trained."""
-    keep_student = student_proj is None or ctx.needs_input_grad[2]
-    ctx.shape, ctx.dtype, ctx.kind = student.shape, student.dtype, kind
-    ctx.save_for_backward(
-        student if keep_student else None,
-        teacher if student_proj is None else None,
-        student_proj,
-        row_stats,
-        dz,
-        stats,
-        rows,
-        teacher_rows,
-        weights,
-    )
+def save_for_grad(ctx, inputs: Sequence, saved: Tensor, trains_proj: bool) -> None:
+    """Keep what `grad_student` and `grad_proj` need of an op's inputs and no more: after a
+    projection the wide inputs are dropped, unless the projector itself is trained."""
+    student, teacher, student_proj, _, _, rows, teacher_rows, weights, _, ctx.kind, _ = inputs
+    if student_proj is not None:
+        ctx.like = (student.shape, student.dtype)
+        teacher = None
+        if not trains_proj:
+            student = None
+    ctx.save_for_backward(student, teacher, student_proj, saved, rows, teacher_rows, weights)
 
 
 def refuse_double_backward() -> None:
@@ -206,62 +138,103 @@ def refuse_double_backward() -> None:
 
 def grad_student(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
     """The gradient with respect to student: added into ``into``, or in a new tensor."""
-    student, teacher, student_proj, row_stats, dz, stats, rows, teacher_rows, weights = (
-        ctx.saved_tensors
-    )
+    student, teacher, student_proj, saved, rows, teacher_rows, weights = ctx.saved_tensors
     accumulate = into is not None
     if into is None:
-        make = torch.empty if rows is None else torch.zeros
-        into = make(ctx.shape, dtype=ctx.dtype, device=grad_loss.device)
-    torch.ops.oprd.rep_loss_grad_(
-        into,
-        accumulate,
-        grad_loss,
-        student if student_proj is None else None,
-        teacher,
-        student_proj,
-        row_stats,
-        dz,
-        stats,
-        rows,
-        teacher_rows,
-        weights,
-        ctx.kind,
-    )
+        if student is not None:
+            into = torch.empty_like(student) if rows is None else torch.zeros_like(student)
+        else:
+            shape, dtype = ctx.like
+            make = torch.empty if rows is None else torch.zeros
+            into = make(shape, dtype=dtype, device=grad_loss.device)
+    if student_proj is not None:
+        student = None
+    arguments = (into, accumulate, grad_loss, student, teacher, student_proj, saved, rows,
+                 teacher_rows, weights, ctx.kind)  # fmt: skip
+    if runs_directly():
+        _rep_loss_grad_cpu(*arguments)
+    else:
+        torch.ops.oprd.rep_loss_grad_(*arguments)
     return into
 
 
 def grad_proj(ctx, grad_loss: Tensor) -> Tensor:
     """The gradient with respect to student_proj, summed over rows in chunks by BLAS."""
-    student, _, student_proj, _, dz, stats, rows, _, weights = ctx.saved_tensors
-    return torch.ops.oprd.rep_loss_grad_proj(
-        grad_loss, student, student_proj, dz, stats, rows, weights
-    )
+    student, _, student_proj, saved, rows, _, weights = ctx.saved_tensors
+    return torch.ops.oprd.rep_loss_grad_proj(grad_loss, student, student_proj, saved, rows, weights)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, student_proj, _, _, rows, teacher_rows, weights, _, kind, _ = inputs
-    _, row_stats, dz, stats = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_stats, dz, stats)
-    save_for_grad(
-        ctx, student, teacher, student_proj, row_stats, dz, stats, rows, teacher_rows, weights, kind
-    )
+    ctx.mark_non_differentiable(output[1])
+    save_for_grad(ctx, inputs, output[1], ctx.needs_input_grad[2])
 
 
-def _backward(ctx, grad_loss, *_unused):
-    none = (None,) * 8
-    if grad_loss is None:
-        return None, None, None, *none
-    refuse_double_backward()
-    return (
-        grad_student(ctx, grad_loss) if ctx.needs_input_grad[0] else None,
-        None,
-        grad_proj(ctx, grad_loss) if ctx.needs_input_grad[2] else None,
-        *none,
-    )
+def _backward(ctx, grad_loss, _grad_saved):
+    grads = [None] * 11
+    if grad_loss is not None:
+        refuse_double_backward()
+        if ctx.needs_input_grad[0]:
+            grads[0] = grad_student(ctx, grad_loss)
+        if ctx.needs_input_grad[2]:
+            grads[2] = grad_proj(ctx, grad_loss)
+    return tuple(grads)
 
 
 torch.library.register_autograd(
     "oprd::rep_loss", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
+
+
+def runs_directly() -> bool:
+    """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The CPU
+    kernels may then be called past it, which halves the overhead of a call."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def forward(inputs: Sequence) -> tuple[Tensor, Tensor]:
+    """Loss and ``saved`` from inside an autograd.Function."""
+    if runs_directly():
+        return _rep_loss_cpu(*inputs)
+    return torch.ops.oprd.rep_loss(*inputs)
+
+
+def rep_loss_in_place(*inputs) -> tuple[Tensor, Tensor]:
+    """Loss and ``saved``, leaving the gradient in the teacher's memory."""
+    if runs_directly():
+        return _rep_loss_in_place_cpu(*inputs)
+    return torch.ops.oprd.rep_loss_in_place_(*inputs)
+
+
+class RepLoss(torch.autograd.Function):
+    """``oprd::rep_loss`` with its gradient: what `register_autograd` makes of the op, at a third of
+    the overhead."""
+
+    @staticmethod
+    def forward(ctx, student, student_proj, others):
+        """``others``: the rest of the op's inputs, none of which gets a gradient."""
+        inputs = (student, others[0], student_proj, *others[1:])
+        loss, saved = forward(inputs)
+        save_for_grad(ctx, inputs, saved, ctx.needs_input_grad[1])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved)
+        return loss, saved
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_saved):
+        if grad_loss is None:
+            return None, None, None
+        refuse_double_backward()
+        needs_student, needs_proj, _ = ctx.needs_input_grad
+        return (
+            grad_student(ctx, grad_loss) if needs_student else None,
+            grad_proj(ctx, grad_loss) if needs_proj else None,
+            None,
+        )
+
+
+def rep_loss(inputs: Sequence) -> tuple[Tensor, Tensor]:
+    """Loss and ``saved``, differentiable; ``inputs`` as the op's."""
+    if runs_directly():
+        return RepLoss.apply(inputs[0], inputs[2], (inputs[1], *inputs[3:]))
+    return torch.ops.oprd.rep_loss(*inputs)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oprd_kernels import ops, reference
 from oprd_kernels.api import RepLossStats
+from oprd_kernels.ownership import may_add_into
 from oprd_kernels.validate import check_call
 
 
@@ -29,21 +30,23 @@ def rep_tap(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, RepLossStats]:
+    return_stats: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, RepLossStats]:
     """Attach the representation loss to the hidden states ``h`` as they pass.
 
-    ``h, loss, stats = rep_tap(h, teacher, ...)``: compute on with the ``h`` returned, and add
-    ``loss`` to what ``backward`` is called on. The value and every gradient are those of
-    `fused_rep_loss` with the same arguments.
+    ``h, loss = rep_tap(h, teacher, ...)``: compute on with the ``h`` returned, and add ``loss`` to
+    what ``backward`` is called on. The value and every gradient are those of `fused_rep_loss` with
+    the same arguments. In backward the gradient is added where it is if nobody else holds that
+    tensor, otherwise to a copy.
 
     Args: as `fused_rep_loss`, ``h`` being its ``student``.
 
     Returns:
-        ``h`` unchanged; the loss; its `RepLossStats`.
+        ``h`` unchanged; the loss; with ``return_stats`` its `RepLossStats`.
 
     Raises: as `fused_rep_loss`.
     """
-    call = check_call(
+    inputs, chosen = check_call(
         h,
         teacher,
         student_proj=student_proj,
@@ -57,61 +60,38 @@ def rep_tap(
         denominator=denominator,
         backend=backend,
     )
-    if call.backend == "reference":
-        loss, stats = reference.rep_loss(*call.op_args())
-        return h, loss, RepLossStats.of(stats)
-    tapped, loss, stats = _RepTap.apply(*call.op_args())
-    if tapped.shape != h.shape:
-        tapped = tapped.reshape(h.shape)
-    return tapped, loss, RepLossStats.of(stats)
+    if chosen == "reference":
+        tapped = h
+        loss, stats = reference.rep_loss(*inputs)
+    else:
+        others = (inputs[1], *inputs[3:])
+        tapped, loss, stats = _RepTap.apply(inputs[0], inputs[2], others)
+        if tapped.shape != h.shape:
+            tapped = tapped.reshape(h.shape)
+    return (tapped, loss, RepLossStats.of(stats)) if return_stats else (tapped, loss)
 
 
 class _RepTap(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        h,
-        teacher,
-        student_proj,
-        teacher_proj,
-        teacher_mean,
-        rows,
-        teacher_rows,
-        weights,
-        denominator,
-        kind,
-        reduction,
-    ):
-        loss, row_stats, dz, stats = torch.ops.oprd.rep_loss(
-            h,
-            teacher,
-            student_proj,
-            teacher_proj,
-            teacher_mean,
-            rows,
-            teacher_rows,
-            weights,
-            denominator,
-            kind,
-            reduction,
-        )
+    def forward(ctx, h, student_proj, others):
+        inputs = (h, others[0], student_proj, *others[1:])
+        loss, saved = ops.forward(inputs)
+        ops.save_for_grad(ctx, inputs, saved, ctx.needs_input_grad[1])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats)
-        ops.save_for_grad(
-            ctx, h, teacher, student_proj, row_stats, dz, stats, rows, teacher_rows, weights, kind
-        )
-        return h, loss, stats
+        ctx.mark_non_differentiable(saved)
+        return h, loss, saved
 
     @staticmethod
-    def backward(ctx, grad_h, grad_loss, _grad_stats):
-        none = (None,) * 8
+    def backward(ctx, grad_h, grad_loss, _grad_saved):
         if grad_loss is None:
-            return grad_h, None, None, *none
+            return grad_h, None, None
         ops.refuse_double_backward()
+        needs_student, needs_proj, _ = ctx.needs_input_grad
         d_student = None
-        if ctx.needs_input_grad[0]:
-            # A copy, since other branches of the graph may hold the same tensor.
-            own = None if grad_h is None else grad_h.clone(memory_format=torch.contiguous_format)
-            d_student = ops.grad_student(ctx, grad_loss, into=own)
-        d_proj = ops.grad_proj(ctx, grad_loss) if ctx.needs_input_grad[2] else None
-        return d_student, None, d_proj, *none
+        if needs_student:
+            # Compiled, the graph is functional, and the compiler knows who else reads grad_h.
+            compiling = torch.compiler.is_compiling()
+            if grad_h is not None and not compiling and not may_add_into(grad_h):
+                grad_h = grad_h.clone(memory_format=torch.contiguous_format)
+            d_student = ops.grad_student(ctx, grad_loss, into=grad_h)
+        return d_student, ops.grad_proj(ctx, grad_loss) if needs_proj else None, None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from oprd_kernels.backends import choose
 KINDS = ("mse", "nmse", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+PROJECTOR_DIMS = {"student_proj": 2, "teacher_proj": 2, "teacher_mean": 1}
 
 
-@dataclass(frozen=True)
-class Call:
-    """A checked call: tensors as the ops take them, and the options."""
+class Inputs(NamedTuple):
+    """A call's tensors as the kernels take them, and its options: the arguments, in order, of
+    `oprd_kernels.reference.rep_loss` and of the op ``oprd::rep_loss``."""
 
     student: Tensor  # (N, dS) or (B, T, dS)
     teacher: Tensor  # (N', dT) or (B, T, dT)
@@ -31,23 +33,6 @@ class Call:
     denominator: Tensor | None  # () float32
     kind: str
     reduction: str
-    backend: str
-
-    def op_args(self) -> tuple:
-        """The arguments of `oprd_kernels.reference.rep_loss` and of the op ``oprd::rep_loss``."""
-        return (
-            self.student,
-            self.teacher,
-            self.student_proj,
-            self.teacher_proj,
-            self.teacher_mean,
-            self.rows,
-            self.teacher_rows,
-            self.weights,
-            self.denominator,
-            self.kind,
-            self.reduction,
-        )
 
 
 def check_call(
@@ -64,11 +49,11 @@ def check_call(
     reduction: str,
     denominator: float | Tensor | None,
     backend: str,
-) -> Call:
-    """Check the arguments of `fused_rep_loss` and normalise them.
+) -> tuple[Inputs, str]:
+    """Check the arguments of `fused_rep_loss`, bring them to one form and choose the backend.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what is expected.
+        ValueError, TypeError, IndexError: naming the argument, what was given and what is expected.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -78,41 +63,58 @@ def check_call(
         raise ValueError(
             f"denominator only means something for reduction='mean', got reduction={reduction!r}"
         )
-    named = {
-        "student": student,
-        "teacher": teacher,
-        "student_proj": student_proj,
-        "teacher_proj": teacher_proj,
-        "teacher_mean": teacher_mean,
-    }
-    for name, x in named.items():
-        if x is not None:
-            _check_tensor(name, x, student.device if isinstance(student, Tensor) else None)
-    _check_widths(student, teacher, student_proj, teacher_proj, teacher_mean)
-    if student.requires_grad and teacher is student:
+    device = student.device if isinstance(student, Tensor) else None
+    _check_tensor("student", student, device)
+    _check_tensor("teacher", teacher, device)
+    student_shape, teacher_shape = student.shape, teacher.shape
+    d_student, d_teacher = student_shape[-1], teacher_shape[-1]
+    double = student.dtype is torch.float64 or teacher.dtype is torch.float64
+    if student_proj is None:
+        _check_identity(d_student, d_teacher, teacher_proj, teacher_mean)
+    else:
+        projectors = {
+            "student_proj": student_proj,
+            "teacher_proj": teacher_proj,
+            "teacher_mean": teacher_mean,
+        }
+        for name, x in projectors.items():
+            if x is not None:
+                _check_tensor(name, x, device)
+                double = double or x.dtype is torch.float64
+        _check_projection(d_student, d_teacher, student_proj, teacher_proj, teacher_mean)
+        # Projectors are small; the kernels take them as contiguous float32.
+        exact = torch.float64 if double else torch.float32
+        if teacher_proj is not None:
+            teacher_proj = teacher_proj.detach().to(exact).contiguous()
+        if teacher_mean is not None:
+            teacher_mean = teacher_mean.detach().to(exact).contiguous()
+    if teacher is student:
         raise ValueError(
             "student and teacher are the same tensor: the loss is 0 and would teach nothing"
         )
 
-    rows = _row_index("rows", rows, student)
-    teacher_rows = _row_index("teacher_rows", teacher_rows, teacher)
-    student, teacher = _as_rows(student), _as_rows(teacher.detach())
-    m = rows.shape[0] if rows is not None else student.shape[:-1].numel()
-    m_teacher = teacher_rows.shape[0] if teacher_rows is not None else teacher.shape[:-1].numel()
+    chosen = choose(backend, student, double)
+    m, m_teacher = student.numel() // d_student, teacher.numel() // d_teacher
+    if rows is not None:
+        rows = _row_index("rows", rows, m, device)
+        m = rows.shape[0]
+    if teacher_rows is not None:
+        teacher_rows = _row_index("teacher_rows", teacher_rows, m_teacher, device)
+        m_teacher = teacher_rows.shape[0]
     if m != m_teacher:
         raise ValueError(
             f"student gives {m} rows and teacher {m_teacher}: they are paired in order. Pass rows "
             "to pick the student's, and teacher_rows to pick the teacher's"
         )
-    dtypes = {x.dtype for x in named.values() if x is not None}
-    chosen = choose(backend, student.device, dtypes)
-    # Projectors are small; the kernels take them as contiguous float32.
-    exact = torch.float64 if torch.float64 in dtypes else torch.float32
-    if teacher_proj is not None:
-        teacher_proj = teacher_proj.detach().to(exact).contiguous()
-    if teacher_mean is not None:
-        teacher_mean = teacher_mean.detach().to(exact).contiguous()
-    return Call(
+    if len(student_shape) not in (2, 3):
+        student = _as_rows(student)
+    if len(teacher_shape) not in (2, 3):
+        teacher = _as_rows(teacher)
+    if weights is not None:
+        weights = _weights(weights, m, device)
+    if denominator is not None:
+        denominator = _denominator(denominator, device)
+    inputs = Inputs(
         student,
         teacher,
         student_proj,
@@ -120,23 +122,40 @@ def check_call(
         teacher_mean,
         rows,
         teacher_rows,
-        _weights(weights, m, student.device),
-        _denominator(denominator, student.device),
+        weights,
+        denominator,
         kind,
         reduction,
-        chosen,
     )
+    return inputs, chosen
 
 
 def _check_tensor(name: str, x: Tensor, device: torch.device | None) -> None:
+    # First what is true of all but wrong calls, at the least cost.
+    if type(x) in PLAIN_TENSORS and x.dtype in DTYPES and x.layout is torch.strided:
+        wanted = PROJECTOR_DIMS.get(name)
+        dims = x.dim()
+        fits = dims > 0 and (wanted is None or dims == wanted)
+        if fits and x.device == device and not x.is_meta and x.shape[-1] > 0:
+            return
+    _explain(name, x, device)
+
+
+def _explain(name: str, x: Tensor, device: torch.device | None) -> None:
+    """Raise for what is wrong with ``x``; return if it is a tensor subclass that will do."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise RuntimeError(
+            f"{name} is inside a torch.func transform (grad, vmap, jvp, ..), which the kernels do "
+            "not support: use loss.backward() or torch.autograd.grad, or backend='reference'"
+        )
     if type(x).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor: fused kernels work on this rank's rows. Pass {name}.to_local(), "
             f"or {name}.full_tensor() if it is sharded along the hidden dimension"
         )
-    if x.device.type == "meta":
+    if x.is_meta:
         raise ValueError(f"{name} is on the meta device: it has no values. Materialise it first")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; use to_dense()")
@@ -144,7 +163,7 @@ def _check_tensor(name: str, x: Tensor, device: torch.device | None) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, student on {device}: move them together")
-    wanted = {"student_proj": 2, "teacher_proj": 2, "teacher_mean": 1}.get(name)
+    wanted = PROJECTOR_DIMS.get(name)
     if wanted is not None and x.dim() != wanted:
         raise ValueError(f"{name} must have {wanted} dimension(s), got shape {tuple(x.shape)}")
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -157,27 +176,29 @@ def _check_tensor(name: str, x: Tensor, device: torch.device | None) -> None:
         raise ValueError(f"{name} needs a hidden dimension, got shape {tuple(x.shape)}{hint}")
 
 
-def _check_widths(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None,
+def _check_identity(
+    d_student: int, d_teacher: int, teacher_proj: Tensor | None, teacher_mean: Tensor | None
+) -> None:
+    if teacher_proj is not None or teacher_mean is not None:
+        raise ValueError(
+            "teacher_proj and teacher_mean need student_proj: without it student and teacher are "
+            "compared as they are. To compare with a teacher projected to the student's width, "
+            "project it yourself and pass the result as teacher"
+        )
+    if d_student != d_teacher:
+        raise ValueError(
+            f"student is {d_student} wide and teacher {d_teacher}: pass student_proj (r, "
+            f"{d_student}) and teacher_proj (r, {d_teacher}) to compare them in r dimensions"
+        )
+
+
+def _check_projection(
+    d_student: int,
+    d_teacher: int,
+    student_proj: Tensor,
     teacher_proj: Tensor | None,
     teacher_mean: Tensor | None,
 ) -> None:
-    d_student, d_teacher = student.shape[-1], teacher.shape[-1]
-    if student_proj is None:
-        if teacher_proj is not None or teacher_mean is not None:
-            raise ValueError(
-                "teacher_proj and teacher_mean need student_proj: without it student and teacher "
-                "are compared as they are. To compare with a teacher projected to the student's "
-                "width, project it yourself and pass the result as teacher"
-            )
-        if d_student != d_teacher:
-            raise ValueError(
-                f"student is {d_student} wide and teacher {d_teacher}: pass student_proj (r, "
-                f"{d_student}) and teacher_proj (r, {d_teacher}) to compare them in r dimensions"
-            )
-        return
     rank, width = student_proj.shape
     if rank == 0:
         raise ValueError("student_proj has rank 0: expected shape (r, dS) with r >= 1")
@@ -214,18 +235,16 @@ def _as_rows(x: Tensor) -> Tensor:
     return x if x.dim() <= 3 else x.flatten(0, -3)
 
 
-def _row_index(name: str, index: Tensor | None, x: Tensor) -> Tensor | None:
-    if index is None:
-        return None
+def _row_index(name: str, index: Tensor, num_rows: int, device: torch.device) -> Tensor:
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1:
         got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index)
         raise TypeError(f"{name} must be a 1-D int64 tensor of row numbers, got {got}")
-    if index.device != x.device:
-        raise ValueError(f"{name} is on {index.device}, its tensor on {x.device}")
+    if index.device != device:
+        raise ValueError(f"{name} is on {index.device}, student on {device}: move them together")
     # On a GPU the check would wait for the device, so it is made on request only.
-    may_read = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_read = index.is_cpu and not torch.compiler.is_compiling()
     if index.numel() and (may_read or os.environ.get("OPRD_CHECK") == "1"):
-        check_row_values(name, index, x.shape[:-1].numel(), unique=name == "rows")
+        check_row_values(name, index, num_rows, unique=name == "rows")
     return index.contiguous()
 
 
@@ -246,9 +265,7 @@ def check_row_values(name: str, index: Tensor, num_rows: int, unique: bool) -> N
             )
 
 
-def _weights(weights: Tensor | None, m: int, device: torch.device) -> Tensor | None:
-    if weights is None:
-        return None
+def _weights(weights: Tensor, m: int, device: torch.device) -> Tensor:
     if weights.numel() != m:
         raise ValueError(
             f"weights must have one value per supervised row, {m}, got {tuple(weights.shape)}"
@@ -258,9 +275,7 @@ def _weights(weights: Tensor | None, m: int, device: torch.device) -> Tensor | N
     return weights.detach().reshape(-1).to(torch.float32).contiguous()
 
 
-def _denominator(denominator: float | Tensor | None, device: torch.device) -> Tensor | None:
-    if denominator is None:
-        return None
+def _denominator(denominator: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(

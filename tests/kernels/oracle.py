@@ -76,7 +76,7 @@ def run(case: Case, backend: str, through_tap: bool = False) -> Result:
     proj = None if case.student_proj is None else case.student_proj.detach().requires_grad_()
     kwargs = case.kwargs() | {"student_proj": proj, "backend": backend}
     if through_tap:
-        h, loss, stats = rep_tap(student, case.teacher, **kwargs)
+        h, loss, stats = rep_tap(student, case.teacher, return_stats=True, **kwargs)
     else:
         loss, stats = fused_rep_loss(student, case.teacher, return_stats=True, **kwargs)
     upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1))[: loss.numel()]

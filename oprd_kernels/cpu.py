@@ -7,6 +7,8 @@ themselves | dz (M, r).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def forward(
     m = num_rows(student, rows)
     rank = 0 if student_proj is None else student_proj.shape[0]
     per_row = reduction == "none"
-    options = {} if student.dtype is torch.float32 else {"dtype": torch.float32}
+    options: dict[str, Any] = {} if student.dtype is torch.float32 else {"dtype": torch.float32}
     loss = student.new_empty((m,) if per_row else (), **options)
     saved = student.new_empty(saved_size(m, rank, reduction), **options)
     base = saved.data_ptr()

@@ -171,7 +171,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, _grad_saved):
-    grads = [None] * 11
+    grads: list[Tensor | None] = [None] * 11
     if grad_loss is not None:
         refuse_double_backward()
         if ctx.needs_input_grad[0]:

@@ -18,7 +18,7 @@ from torch import Tensor
 def _counts(grad: Tensor) -> tuple[int, int, int]:
     """References to the Python object, to the tensor, and to its storage."""
     storage = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
-    return sys.getrefcount(grad), grad._use_count(), storage
+    return sys.getrefcount(grad), grad._use_count(), storage  # type: ignore[attr-defined]
 
 
 class _Probe(torch.autograd.Function):

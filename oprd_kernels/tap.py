@@ -7,6 +7,8 @@ costs a zero-filled tensor as large as all hidden states, and an addition of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def rep_tap(
     denominator: float | Tensor | None = None,
     backend: str = "auto",
     return_stats: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, RepLossStats]:
+) -> tuple[Any, ...]:
     """Attach the representation loss to the hidden states ``h`` as they pass.
 
     ``h, loss = rep_tap(h, teacher, ...)``: compute on with the ``h`` returned, and add ``loss`` to

@@ -44,7 +44,7 @@ struct Problem {
   std::int64_t student_width = 0;          // dS
   std::int64_t teacher_width = 0;          // dT
   std::int64_t rank = 0;                   // r; 0: rows are compared as they are
-  const float* student_proj = nullptr;     // (r, dS)
+  const float* student_proj = nullptr;     // (r, dS); null if rank > 0: student holds z_S, r wide
   const float* teacher_proj = nullptr;     // (r, dT)
   const float* teacher_mean = nullptr;     // (dT), subtracted before the projection
   const std::int64_t* student_rows = nullptr;  // (M): which rows of student
@@ -80,7 +80,8 @@ namespace cpu {
 // Which instruction set the run-time dispatch has chosen: "avx2" or "portable".
 const char* simd_name();
 
-void forward(const Problem& problem, const ForwardOut& out);
+// Several layers in one launch: problems share rows, weights and thread count.
+void forward(const Problem* problems, const ForwardOut* outs, int layers);
 
 // The factor a reduction puts on every row. denominator: null: the sum of the weights.
 float reduction_scale(const Problem& problem, const float* denominator, bool mean);
@@ -90,7 +91,16 @@ float reduction_scale(const Problem& problem, const float* denominator, bool mea
 // Summed in row order in double: the same bits whatever the number of threads.
 void reduce(const Problem& problem, const ForwardOut& out, float scale, float* loss, float* stats);
 
-void backward(const Problem& problem, const BackwardIn& in);
+void backward(const Problem* problems, const BackwardIn* ins, int layers);
+
+// For products done elsewhere (BLAS), on `count` of a problem's rows from `first` on:
+// gather: rows of x, picked by index (or first, first + 1, ..), as floats, minus mean (or null),
+// into out (count, width); scatter: values (count, width) written or added to rows of grad, by the
+// problem's student_rows, weights masking as in backward.
+void gather(const Rows& x, const std::int64_t* index, std::int64_t first, std::int64_t count,
+            std::int64_t width, const float* mean, float* out, int threads);
+void scatter(const Problem& problem, const float* values, std::int64_t first, std::int64_t count,
+             const Rows& grad, bool accumulate);
 
 }  // namespace cpu
 }  // namespace oprd

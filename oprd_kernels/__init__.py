@@ -1,11 +1,13 @@
 """Fused kernels for On-Policy Representation Distillation.
 
-`fused_rep_loss` compares student and teacher hidden states; `rep_tap` does so inside a model.
+`fused_rep_loss` compares student and teacher hidden states, `fused_rep_losses` those of several
+layers at once, and `rep_tap` does so inside a model.
 """
 
 from oprd_kernels._version import __version__
 from oprd_kernels.api import RepLossStats, fused_rep_loss
 from oprd_kernels.backends import BACKENDS, BackendUnavailable
+from oprd_kernels.multilayer import fused_rep_losses
 from oprd_kernels.tap import rep_tap
 
 __all__ = [
@@ -14,5 +16,6 @@ __all__ = [
     "RepLossStats",
     "__version__",
     "fused_rep_loss",
+    "fused_rep_losses",
     "rep_tap",
 ]

@@ -15,30 +15,30 @@ from torch import Tensor
 
 from oprd_kernels import cpu
 
-_LIBRARY = torch.library.Library("oprd", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY = torch.library.Library("oprd", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag,)
 
-_LIBRARY.define(
+LIBRARY.define(
     "rep_loss(Tensor student, Tensor teacher, Tensor? student_proj, Tensor? teacher_proj, "
     "Tensor? teacher_mean, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
     "Tensor? denominator, str kind, str reduction) -> (Tensor loss, Tensor saved)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIBRARY.define(
+LIBRARY.define(
     "rep_loss_grad_(Tensor(a!) grad, bool accumulate, Tensor grad_loss, Tensor? student, "
     "Tensor? teacher, Tensor? student_proj, Tensor saved, Tensor? rows, Tensor? teacher_rows, "
     "Tensor? weights, str kind) -> ()",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIBRARY.define(
+LIBRARY.define(
     "rep_loss_grad_proj(Tensor grad_loss, Tensor student, Tensor student_proj, Tensor saved, "
     "Tensor? rows, Tensor? weights) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIBRARY.define(
+LIBRARY.define(
     "rep_loss_in_place_(Tensor student, Tensor(a!) teacher, Tensor? weights, "
     "Tensor? denominator, str kind, str reduction) -> (Tensor loss, Tensor saved)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
@@ -46,12 +46,12 @@ def _f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
-@torch.library.impl(_LIBRARY, "rep_loss", "CPU")
+@torch.library.impl(LIBRARY, "rep_loss", "CPU")
 def _rep_loss_cpu(student, teacher, student_proj, *options):
     return cpu.forward(student, teacher, _f32(student_proj), *options)
 
 
-@torch.library.register_fake("oprd::rep_loss", lib=_LIBRARY)
+@torch.library.register_fake("oprd::rep_loss", lib=LIBRARY)
 def _rep_loss_fake(student, teacher, student_proj, *options):
     *_, rows, _, _, _, _, reduction = options
     m = cpu.num_rows(student, rows)
@@ -62,12 +62,12 @@ def _rep_loss_fake(student, teacher, student_proj, *options):
     )
 
 
-@torch.library.impl(_LIBRARY, "rep_loss_grad_", "CPU")
+@torch.library.impl(LIBRARY, "rep_loss_grad_", "CPU")
 def _rep_loss_grad_cpu(grad, accumulate, grad_loss, student, teacher, student_proj, *options):
     cpu.backward_(grad, accumulate, grad_loss, student, teacher, _f32(student_proj), *options)
 
 
-@torch.library.register_fake("oprd::rep_loss_grad_", lib=_LIBRARY)
+@torch.library.register_fake("oprd::rep_loss_grad_", lib=LIBRARY)
 def _rep_loss_grad_fake(grad, *_args):
     return None
 
@@ -76,12 +76,10 @@ _PROJ_CHUNK = 1024
 """Rows of student upcast to float32 at a time."""
 
 
-@torch.library.impl(_LIBRARY, "rep_loss_grad_proj", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "rep_loss_grad_proj", "CompositeExplicitAutograd")
 def _rep_loss_grad_proj(grad_loss, student, student_proj, saved, rows, weights):
     m, rank = cpu.num_rows(student, rows), student_proj.shape[0]
-    coefficient = grad_loss * saved[cpu.SCALE]
-    if weights is not None:
-        coefficient = coefficient * weights
+    coefficient = cpu.coefficients(grad_loss, saved, weights)
     scaled = cpu.dz_of(saved, m, rank) * coefficient.reshape(-1, 1)
     flat = student.flatten(0, -2)
     grad = student_proj.new_zeros(student_proj.shape, dtype=torch.float32)
@@ -95,18 +93,18 @@ def _rep_loss_grad_proj(grad_loss, student, student_proj, saved, rows, weights):
     return grad.to(student_proj.dtype)
 
 
-@torch.library.register_fake("oprd::rep_loss_grad_proj", lib=_LIBRARY)
+@torch.library.register_fake("oprd::rep_loss_grad_proj", lib=LIBRARY)
 def _rep_loss_grad_proj_fake(grad_loss, student, student_proj, saved, rows, weights):
     return torch.empty_like(student_proj, memory_format=torch.contiguous_format)
 
 
-@torch.library.impl(_LIBRARY, "rep_loss_in_place_", "CPU")
+@torch.library.impl(LIBRARY, "rep_loss_in_place_", "CPU")
 def _rep_loss_in_place_cpu(student, teacher, weights, denominator, kind, reduction):
     none = (None,) * 5
     return cpu.forward(student, teacher, *none, weights, denominator, kind, reduction, grad=teacher)
 
 
-@torch.library.register_fake("oprd::rep_loss_in_place_", lib=_LIBRARY)
+@torch.library.register_fake("oprd::rep_loss_in_place_", lib=LIBRARY)
 def _rep_loss_in_place_fake(student, teacher, weights, denominator, kind, reduction):
     saved = cpu.saved_size(cpu.num_rows(student, None), 0, reduction)
     return (
@@ -182,7 +180,7 @@ def _backward(ctx, grad_loss, _grad_saved):
 
 
 torch.library.register_autograd(
-    "oprd::rep_loss", _backward, setup_context=_setup_context, lib=_LIBRARY
+    "oprd::rep_loss", _backward, setup_context=_setup_context, lib=LIBRARY
 )
 
 

@@ -1,5 +1,6 @@
 // Chooses the instruction set, splits the rows over threads, and reduces in row order.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -43,30 +44,39 @@ std::unique_ptr<float, Free> scratch_floats(std::int64_t floats) {
   return std::unique_ptr<float, Free>(static_cast<float*>(p));
 }
 
-// Calls run(begin, end, scratch) on equal contiguous shares of [0, rows), one a thread. A row's
-// result does not depend on its neighbours, so neither do the bits depend on the split.
+// Calls run(layer, begin, end, scratch) so that every row of every layer is in one call, each
+// thread taking an equal contiguous share of them all. A row's result does not depend on its
+// neighbours, so neither do the bits depend on the split.
 template <class Run>
-void split_rows(const Problem& problem, std::int64_t scratch_per_thread, Run run) {
+void split_rows(std::int64_t rows, int layers, std::int64_t elements_per_row, int max_threads,
+                std::int64_t scratch_per_thread, Run run) {
   constexpr std::int64_t kMinElementsPerThread = 1 << 15;
-  const std::int64_t rows = problem.rows;
-  if (rows == 0) return;
-  std::int64_t threads =
-      rows * (problem.student_width + problem.teacher_width) / kMinElementsPerThread;
-  threads = threads > problem.threads ? problem.threads : threads;
-  threads = threads > rows ? rows : threads;
+  const std::int64_t total = rows * layers;
+  if (total == 0) return;
+  std::int64_t threads = total * elements_per_row / kMinElementsPerThread;
+  threads = threads > max_threads ? max_threads : threads;
+  threads = threads > total ? total : threads;
   threads = threads < 1 ? 1 : threads;
   const auto scratch = scratch_floats(scratch_per_thread * threads);
-  const std::int64_t share = (rows + threads - 1) / threads;
+  const std::int64_t share = (total + threads - 1) / threads;
   auto part = [&](std::int64_t thread) {
-    const std::int64_t begin = thread * share < rows ? thread * share : rows;
-    const std::int64_t end = begin + share < rows ? begin + share : rows;
-    run(begin, end, scratch.get() + thread * scratch_per_thread);
+    const std::int64_t end = (thread + 1) * share < total ? (thread + 1) * share : total;
+    for (std::int64_t at = thread * share; at < end;) {
+      const std::int64_t layer = at / rows, first = at % rows;
+      const std::int64_t last = first + (end - at) < rows ? first + (end - at) : rows;
+      run(static_cast<int>(layer), first, last, scratch.get() + thread * scratch_per_thread);
+      at += last - first;
+    }
   };
   if (threads == 1) return part(0);
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1)
 #endif
   for (std::int64_t thread = 0; thread < threads; ++thread) part(thread);
+}
+
+std::int64_t work_per_row(const Problem& problem) {
+  return (problem.student_width + problem.teacher_width) * (1 + problem.rank / 2);
 }
 
 // Whole cache lines, so that no two threads write to the same one.
@@ -76,17 +86,46 @@ std::int64_t line_padded(std::int64_t floats) { return (floats + 15) / 16 * 16; 
 
 const char* simd_name() { return kernels().name; }
 
-void forward(const Problem& problem, const ForwardOut& out) {
-  split_rows(problem, line_padded(kernels().forward_scratch(problem)),
-             [&](std::int64_t begin, std::int64_t end, float* scratch) {
-               kernels().forward(problem, out, begin, end, scratch);
+void forward(const Problem* problems, const ForwardOut* outs, int layers) {
+  std::int64_t scratch = 0, elements = 0;
+  for (int layer = 0; layer < layers; ++layer) {
+    scratch = std::max(scratch, line_padded(kernels().forward_scratch(problems[layer])));
+    elements = std::max(elements, work_per_row(problems[layer]));
+  }
+  split_rows(problems->rows, layers, elements, problems->threads, scratch,
+             [&](int layer, std::int64_t begin, std::int64_t end, float* own) {
+               kernels().forward(problems[layer], outs[layer], begin, end, own);
              });
 }
 
-void backward(const Problem& problem, const BackwardIn& in) {
-  split_rows(problem, line_padded(kernels().backward_scratch(problem)),
-             [&](std::int64_t begin, std::int64_t end, float* scratch) {
-               kernels().backward(problem, in, begin, end, scratch);
+void backward(const Problem* problems, const BackwardIn* ins, int layers) {
+  std::int64_t scratch = 0, elements = 0;
+  for (int layer = 0; layer < layers; ++layer) {
+    scratch = std::max(scratch, line_padded(kernels().backward_scratch(problems[layer])));
+    elements = std::max(elements, work_per_row(problems[layer]));
+  }
+  split_rows(problems->rows, layers, elements, problems->threads, scratch,
+             [&](int layer, std::int64_t begin, std::int64_t end, float* own) {
+               kernels().backward(problems[layer], ins[layer], begin, end, own);
+             });
+}
+
+void gather(const Rows& x, const std::int64_t* index, std::int64_t first, std::int64_t count,
+            std::int64_t width, const float* mean, float* out, int threads) {
+  split_rows(count, 1, width, threads, 0,
+             [&](int, std::int64_t begin, std::int64_t end, float*) {
+               kernels().gather(x, index, first + begin, first + end, width, mean,
+                                out + begin * width);
+             });
+}
+
+void scatter(const Problem& problem, const float* values, std::int64_t first, std::int64_t count,
+             const Rows& grad, bool accumulate) {
+  const std::int64_t width = problem.student_width;
+  split_rows(count, 1, width, problem.threads, 0,
+             [&](int, std::int64_t begin, std::int64_t end, float*) {
+               kernels().scatter(problem, values + begin * width, first + begin, first + end, grad,
+                                 accumulate);
              });
 }
 

@@ -16,6 +16,10 @@ struct Kernels {
                   float* scratch);
   void (*backward)(const Problem&, const BackwardIn&, std::int64_t begin, std::int64_t end,
                    float* scratch);
+  void (*gather)(const Rows& x, const std::int64_t* index, std::int64_t begin, std::int64_t end,
+                 std::int64_t width, const float* mean, float* out);
+  void (*scatter)(const Problem&, const float* values, std::int64_t begin, std::int64_t end,
+                  const Rows& grad, bool accumulate);
 };
 
 extern const Kernels kPortable;

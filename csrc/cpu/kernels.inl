@@ -106,6 +106,22 @@ struct Tile {
   }
 };
 
+// z_S of `count` rows: projected here, or read if the student already is r wide.
+void student_z(const Problem& p, const i64* index, int count, const Tile& tile) {
+  const float* rows[kTileRows];
+  for (int i = 0; i < count; ++i) {
+    rows[i] = load_row(p.student, student_row(p, index[i]), p.student_width,
+                       tile.student + i * padded(p.student_width));
+  }
+  if (p.student_proj) {
+    project(rows, count, p.student_proj, p.student_width, p.rank, tile.z_s, tile.acc);
+  } else {
+    for (int i = 0; i < count; ++i) {
+      std::memcpy(tile.z_s + i * p.rank, rows[i], p.rank * sizeof(float));
+    }
+  }
+}
+
 // z_T of `count` rows: projected here, or read if the teacher already is r wide.
 void teacher_z(const Problem& p, const i64* index, int count, const Tile& tile) {
   const float* rows[kTileRows];
@@ -128,12 +144,7 @@ void teacher_z(const Problem& p, const i64* index, int count, const Tile& tile) 
 
 void projected_tile(const Problem& p, const ForwardOut& out, const i64* index, int count,
                     const Tile& tile) {
-  const float* rows[kTileRows];
-  for (int i = 0; i < count; ++i) {
-    rows[i] = load_row(p.student, student_row(p, index[i]), p.student_width,
-                       tile.student + i * padded(p.student_width));
-  }
-  project(rows, count, p.student_proj, p.student_width, p.rank, tile.z_s, tile.acc);
+  student_z(p, index, count, tile);
   teacher_z(p, index, count, tile);
   for (int i = 0; i < count; ++i) {
     const float* s = tile.z_s + i * p.rank;
@@ -184,6 +195,34 @@ void projected_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 e
   }
 }
 
+void gather_rows(const Rows& x, const i64* index, i64 begin, i64 end, i64 width,
+                 const float* mean, float* out) {
+  for (i64 i = begin; i < end; ++i) {
+    float* to = out + (i - begin) * width;
+    const float* from = load_row(x, index ? index[i] : i, width, to);
+    if (mean) {
+      for (i64 k = 0; k < width; ++k) to[k] = from[k] - mean[k];
+    } else if (from != to) {
+      std::memcpy(to, from, width * sizeof(float));
+    }
+  }
+}
+
+void scatter_rows(const Problem& p, const float* values, i64 begin, i64 end, const Rows& grad,
+                  bool accumulate) {
+  for (i64 i = begin; i < end; ++i) {
+    const float* from = values + (i - begin) * p.student_width;
+    const i64 n = student_row(p, i);
+    if (weight(p, i) == 0.f) {
+      if (!accumulate) put_zeros(grad, n, p.student_width);
+      continue;
+    }
+    store_row(
+        grad, n, p.student_width, accumulate, [&](i64 k) { return Float::load(from + k); },
+        [&](i64 k) { return from[k]; });
+  }
+}
+
 i64 forward_scratch(const Problem& p) {
   return p.rank > 0 ? Tile::floats(p) : 2 * padded(p.student_width);
 }
@@ -206,7 +245,7 @@ namespace cpu {
 
 extern const Kernels OPRD_KERNELS;
 const Kernels OPRD_KERNELS = {OPRD_KERNELS_NAME, forward_scratch, backward_scratch, forward_rows,
-                              backward_rows};
+                              backward_rows,     gather_rows,     scatter_rows};
 
 }  // namespace cpu
 }  // namespace oprd

@@ -1,0 +1,69 @@
+"""What the machine can do, and its allocator's two ways with large tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's mallopt
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+@contextmanager
+def allocator(mode: str) -> Iterator[None]:
+    """``warm``: memory that is freed stays with the process and is used again, as a GPU's caching
+    allocator does; ``fresh``: large tensors get new pages from the system in every call, which is
+    what glibc does by itself with anything above 32 MiB."""
+    if mode == "warm":
+        _mallopt(_MMAP_MAX, 0)
+        _mallopt(_TRIM_THRESHOLD, 2**62 % 2**31 or 2**31 - 1)
+    else:
+        _mallopt(_MMAP_MAX, 65536)
+        _mallopt(_MMAP_THRESHOLD, 128 * 1024)
+        _mallopt(_TRIM_THRESHOLD, 128 * 1024)
+    try:
+        yield
+    finally:
+        _mallopt(_MMAP_MAX, 65536)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """torch on n threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe() -> dict[str, str | int]:
+    """The machine in a few words, for the head of a table."""
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    from oprd_kernels import backends
+
+    simd = "no native kernels" if backends.native_problem() else backends.native().simd_name()
+    return {
+        "cpu": cpu,
+        "cores": torch.get_num_threads(),
+        "simd": simd,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

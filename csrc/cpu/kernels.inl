@@ -37,51 +37,115 @@ void put_zeros(const Rows& grad, i64 n, i64 width) {
       grad, n, width, false, [](i64) { return F8{}; }, [](i64) { return 0.f; });
 }
 
+template <class S>
+const typename S::type* row_of(const Rows& rows, i64 n) {
+  return static_cast<const typename S::type*>(rows.data) + row_offset(rows, n);
+}
+
+// Pair i as it lies in memory: both rows of type S and contiguous.
+template <class S>
+Source<S> pair_in_place(const Problem& p, i64 i, i64 next) {
+  return {row_of<S>(p.student, student_row(p, i)), row_of<S>(p.teacher, teacher_row(p, i)),
+          row_begin(p.student, student_row(p, next)), row_begin(p.teacher, teacher_row(p, next))};
+}
+
+// Pair i as floats, converted into scratch where need be: for mixed types and any strides.
+Source<Float> pair_as_floats(const Problem& p, i64 i, float* scratch) {
+  const i64 width = p.student_width;
+  const float* s = load_row(p.student, student_row(p, i), width, scratch);
+  const float* t = load_row(p.teacher, teacher_row(p, i), width, scratch + padded(width));
+  return {s, t, reinterpret_cast<const char*>(s), reinterpret_cast<const char*>(t)};
+}
+
+// Calls f(get) with the fastest way to get pair i (and have pair `next` fetched): get(i, next)
+// returns a Source.
+template <class F>
+void with_pairs(const Problem& p, float* scratch, F f) {
+  if (p.student.dtype == p.teacher.dtype && p.student.stride_last == 1 &&
+      p.teacher.stride_last == 1) {
+    with_storage(p.student.dtype, [&](auto storage) {
+      f([&](i64 i, i64 next) { return pair_in_place<decltype(storage)>(p, i, next); });
+    });
+  } else {
+    f([&](i64 i, i64) { return pair_as_floats(p, i, scratch); });
+  }
+}
+
+// The same type in and out, contiguous: sixteen elements at a time, order left to the type.
+template <bool Mse, class S>
+void put_gradient_alike(typename S::type* row, i64 width, bool accumulate, const Source<S>& in,
+                        const PairGradient& gradient) {
+  const PairGradient g = gradient;  // a copy that stores to row can't alias
+  const F8 to_s = broadcast(g.to_s), rest = broadcast(g.to_s_rest), to_t = broadcast(g.to_t);
+  auto combine = [&](F8 s, F8 t) __attribute__((always_inline)) {
+    return PairGradient::combine<Mse>(s, t, to_s, rest, to_t);
+  };
+  i64 k = 0;
+  for (; k + kStep <= width; k += kStep) {
+    const F16 s = S::load16(in.s + k), t = S::load16(in.t + k);
+    F16 value{combine(s.a, t.a), combine(s.b, t.b)};
+    if (accumulate) {
+      const F16 old = S::load16(row + k);
+      value = {old.a + value.a, old.b + value.b};
+    }
+    S::store16(row + k, value);
+  }
+  for (; k < width; ++k) {
+    const float value = g.of(S::get(in.s[k]), S::get(in.t[k]));
+    row[k] = S::put(accumulate ? S::get(row[k]) + value : value);
+  }
+}
+
+template <class S>
+void put_gradient(const Rows& grad, i64 n, i64 width, bool accumulate, const Source<S>& in,
+                  const PairGradient& gradient) {
+  if (grad.stride_last == 1 && grad.dtype == S::dtype) {
+    auto* row = static_cast<typename S::type*>(grad.data) + row_offset(grad, n);
+    if (gradient.mse) return put_gradient_alike<true>(row, width, accumulate, in, gradient);
+    return put_gradient_alike<false>(row, width, accumulate, in, gradient);
+  }
+  store_row(
+      grad, n, width, accumulate,
+      [&](i64 k) { return gradient.of(S::load(in.s + k), S::load(in.t + k)); },
+      [&](i64 k) { return gradient.of(S::get(in.s[k]), S::get(in.t[k])); });
+}
+
 void identity_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 end,
                       float* scratch) {
   const i64 width = p.student_width;
-  float* scratch_t = scratch + padded(width);
-  for (i64 i = begin; i < end; ++i) {
-    if (weight(p, i) == 0.f) {
-      put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
-      if (out.grad.data) put_zeros(out.grad, i, width);
-      continue;
+  with_pairs(p, scratch, [&](auto get) {
+    for (i64 i = begin; i < end; ++i) {
+      if (weight(p, i) == 0.f) {
+        put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
+        if (out.grad.data) put_zeros(out.grad, i, width);
+        continue;
+      }
+      const auto pair = get(i, i + 1 < end ? i + 1 : i);
+      const PairStats stats = pair_stats(pair, width, p.kind);
+      put_stats(out, i, stats);
+      if (out.grad.data) {
+        const PairGradient gradient(width, stats, p.kind, out.grad_scale * weight(p, i));
+        put_gradient(out.grad, i, width, false, pair, gradient);
+      }
     }
-    const float* s = load_row(p.student, student_row(p, i), width, scratch);
-    const float* t = load_row(p.teacher, teacher_row(p, i), width, scratch_t);
-    if (i + 1 < end) {
-      prefetch_row(p.student, student_row(p, i + 1), width);
-      prefetch_row(p.teacher, teacher_row(p, i + 1), width);
-    }
-    const PairStats stats = pair_stats(s, t, width, p.kind);
-    put_stats(out, i, stats);
-    if (out.grad.data) {
-      const PairGradient gradient(s, t, width, stats, p.kind, out.grad_scale * weight(p, i));
-      store_row(
-          out.grad, i, width, false, [&](i64 k) { return gradient.at8(k); },
-          [&](i64 k) { return gradient.at1(k); });
-    }
-  }
+  });
 }
 
 void identity_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 end,
                        float* scratch) {
   const i64 width = p.student_width;
-  float* scratch_t = scratch + padded(width);
-  for (i64 i = begin; i < end; ++i) {
-    const i64 n = student_row(p, i);
-    if (no_gradient(p, in, i)) {
-      if (!in.accumulate) put_zeros(in.grad, n, width);
-      continue;
+  with_pairs(p, scratch, [&](auto get) {
+    for (i64 i = begin; i < end; ++i) {
+      const i64 n = student_row(p, i);
+      if (no_gradient(p, in, i)) {
+        if (!in.accumulate) put_zeros(in.grad, n, width);
+        continue;
+      }
+      const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
+      const PairGradient gradient(width, get_stats(in, i), p.kind, coefficient);
+      put_gradient(in.grad, n, width, in.accumulate, get(i, i), gradient);
     }
-    const float* s = load_row(p.student, n, width, scratch);
-    const float* t = load_row(p.teacher, teacher_row(p, i), width, scratch_t);
-    const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
-    const PairGradient gradient(s, t, width, get_stats(in, i), p.kind, coefficient);
-    store_row(
-        in.grad, n, width, in.accumulate, [&](i64 k) { return gradient.at8(k); },
-        [&](i64 k) { return gradient.at1(k); });
-  }
+  });
 }
 
 // Scratch of the projected forward: a tile of student rows, a tile of teacher rows, both z tiles,
@@ -149,13 +213,16 @@ void projected_tile(const Problem& p, const ForwardOut& out, const i64* index, i
   for (int i = 0; i < count; ++i) {
     const float* s = tile.z_s + i * p.rank;
     const float* t = tile.z_t + i * p.rank;
-    const PairStats stats = pair_stats(s, t, p.rank, p.kind);
+    const char* here = reinterpret_cast<const char*>(s);
+    const PairStats stats = pair_stats(Source<Float>{s, t, here, here}, p.rank, p.kind);
     put_stats(out, index[i], stats);
-    const PairGradient gradient(s, t, p.rank, stats, p.kind, 1.f);
+    const PairGradient gradient(p.rank, stats, p.kind, 1.f);
     float* dz = out.dz + index[i] * p.rank;
     i64 k = 0;
-    for (; k + kLanes <= p.rank; k += kLanes) Float::store(dz + k, gradient.at8(k));
-    for (; k < p.rank; ++k) dz[k] = gradient.at1(k);
+    for (; k + kLanes <= p.rank; k += kLanes) {
+      Float::store(dz + k, gradient.of(Float::load(s + k), Float::load(t + k)));
+    }
+    for (; k < p.rank; ++k) dz[k] = gradient.of(s[k], t[k]);
   }
 }
 
@@ -178,20 +245,75 @@ void projected_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 e
   }
 }
 
+// Row n of grad, columns k .. k + kLanes: written, or added to.
+template <class S>
+OPRD_INLINE void put_lanes(typename S::type* row, i64 k, F8 value, bool accumulate) {
+  S::store(row + k, accumulate ? S::load(row + k) + value : value);
+}
+
+// dh of Count rows, whose scaled dz are in dz (Count, rank).
+template <class S, int Count>
+void unproject_rows(const Problem& p, const BackwardIn& in, const i64* index, const float* dz) {
+  const i64 width = p.student_width;
+  typename S::type* rows[Count];
+  for (int i = 0; i < Count; ++i) {
+    rows[i] = static_cast<typename S::type*>(in.grad.data) + row_offset(in.grad, index[i]);
+  }
+  i64 k = 0;
+  for (; k + 2 * kLanes <= width; k += 2 * kLanes) {
+    F8 sum[Count][2];
+    unproject_block<Count, 2>(dz, p.student_proj, width, p.rank, k, sum);
+    for (int i = 0; i < Count; ++i) {
+      put_lanes<S>(rows[i], k, sum[i][0], in.accumulate);
+      put_lanes<S>(rows[i], k + kLanes, sum[i][1], in.accumulate);
+    }
+  }
+  for (; k < width; ++k) {
+    for (int i = 0; i < Count; ++i) {
+      const float value = unproject_element(dz + i * p.rank, p.student_proj, width, p.rank, k);
+      rows[i][k] = S::put(in.accumulate ? S::get(rows[i][k]) + value : value);
+    }
+  }
+}
+
+void unproject_tile(const Problem& p, const BackwardIn& in, const i64* index, int count,
+                    const float* dz) {
+  if (in.grad.stride_last != 1) {
+    for (int i = 0; i < count; ++i) {
+      const float* own = dz + i * p.rank;
+      store_row(
+          in.grad, index[i], p.student_width, in.accumulate, [](i64) { return F8{}; },
+          [&](i64 k) {
+            return unproject_element(own, p.student_proj, p.student_width, p.rank, k);
+          });
+    }
+    return;
+  }
+  with_storage(in.grad.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (count == kTileRows) return unproject_rows<S, kTileRows>(p, in, index, dz);
+    for (int i = 0; i < count; ++i) unproject_rows<S, 1>(p, in, index + i, dz + i * p.rank);
+  });
+}
+
 void projected_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 end,
                         float* scratch) {
+  i64 index[kTileRows];
+  int count = 0;
   for (i64 i = begin; i < end; ++i) {
     const i64 n = student_row(p, i);
     if (no_gradient(p, in, i)) {
       if (!in.accumulate) put_zeros(in.grad, n, p.student_width);
-      continue;
+    } else {
+      const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
+      float* dz = scratch + count * p.rank;
+      for (i64 j = 0; j < p.rank; ++j) dz[j] = coefficient * in.dz[i * p.rank + j];
+      index[count++] = n;
     }
-    const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
-    for (i64 j = 0; j < p.rank; ++j) scratch[j] = coefficient * in.dz[i * p.rank + j];
-    const Unprojection dh{scratch, p.student_proj, p.student_width, p.rank};
-    store_row(
-        in.grad, n, p.student_width, in.accumulate, [&](i64 k) { return dh.at8(k); },
-        [&](i64 k) { return dh.at1(k); });
+    if (count == kTileRows || (i + 1 == end && count > 0)) {
+      unproject_tile(p, in, index, count, scratch);
+      count = 0;
+    }
   }
 }
 
@@ -228,7 +350,7 @@ i64 forward_scratch(const Problem& p) {
 }
 
 i64 backward_scratch(const Problem& p) {
-  return p.rank > 0 ? padded(p.rank) : 2 * padded(p.student_width);
+  return p.rank > 0 ? padded(kTileRows * p.rank) : 2 * padded(p.student_width);
 }
 
 void forward_rows(const Problem& p, const ForwardOut& out, i64 begin, i64 end, float* scratch) {

@@ -24,10 +24,22 @@ struct Squares {
   double ss, tt, st, diff;
 };
 
-OPRD_INLINE Squares squares_in_double(const float* s, const float* t, i64 width) {
+// A pair of contiguous rows of one storage type, and where the pair to fetch meanwhile begins.
+template <class S>
+struct Source {
+  const typename S::type* s;
+  const typename S::type* t;
+  const char* next_s;
+  const char* next_t;
+};
+
+// Sums in double, for the few elements after the last whole lanes, or for rows whose squares
+// overflow float.
+template <class S>
+OPRD_INLINE Squares squares_in_double(const Source<S>& in, i64 begin, i64 end) {
   Squares sum{0, 0, 0, 0};
-  for (i64 k = 0; k < width; ++k) {
-    const double a = s[k], b = t[k];
+  for (i64 k = begin; k < end; ++k) {
+    const double a = S::get(in.s[k]), b = S::get(in.t[k]);
     sum.ss += a * a;
     sum.tt += b * b;
     sum.st += a * b;
@@ -36,15 +48,16 @@ OPRD_INLINE Squares squares_in_double(const float* s, const float* t, i64 width)
   return sum;
 }
 
-template <bool Pair>
-OPRD_INLINE Squares squares(const float* s, const float* t, i64 width) {
+// The pass that brings both rows into L1, and the next ones on their way.
+template <bool Pair, class S>
+OPRD_INLINE Squares squares(const Source<S>& in, i64 width) {
   Squares sum{0, 0, 0, 0};
+  constexpr i64 kBytes = sizeof(typename S::type);
   i64 k = 0;
-  while (k + kLanes <= width) {
+  while (k + kStep <= width) {
     const i64 end = width - k < kBlock ? width : k + kBlock;
     F8 ss[2] = {}, tt[2] = {}, st[2] = {}, dd[2] = {};
-    auto step = [&](int n, i64 at) __attribute__((always_inline)) {
-      const F8 a = Float::load(s + at), b = Float::load(t + at);
+    auto add = [&](int n, F8 a, F8 b) __attribute__((always_inline)) {
       ss[n] = fma(a, a, ss[n]);
       tt[n] = fma(b, b, tt[n]);
       if (Pair) {
@@ -52,21 +65,22 @@ OPRD_INLINE Squares squares(const float* s, const float* t, i64 width) {
         dd[n] = fma(a - b, a - b, dd[n]);
       }
     };
-    for (; k + 2 * kLanes <= end; k += 2 * kLanes) {
-      step(0, k);
-      step(1, k + kLanes);
+    for (; k + kStep <= end; k += kStep) {
+      prefetch(in.next_s + k * kBytes);
+      prefetch(in.next_t + k * kBytes);
+      const F16 s = S::load16(in.s + k), t = S::load16(in.t + k);
+      add(0, s.a, t.a);
+      add(1, s.b, t.b);
     }
-    for (; k + kLanes <= end; k += kLanes) step(0, k);
     sum.ss += sum_lanes(ss[0] + ss[1]);
     sum.tt += sum_lanes(tt[0] + tt[1]);
     sum.st += sum_lanes(st[0] + st[1]);
     sum.diff += sum_lanes(dd[0] + dd[1]);
   }
-  const Squares tail = squares_in_double(s + k, t + k, width - k);
+  const Squares tail = squares_in_double(in, k, width);
   sum = {sum.ss + tail.ss, sum.tt + tail.tt, sum.st + tail.st, sum.diff + tail.diff};
-  // The squares of floats may overflow float.
   const bool finite = sum.ss <= FLT_MAX && sum.tt <= FLT_MAX && sum.diff <= FLT_MAX;
-  return finite ? sum : squares_in_double(s, t, width);
+  return finite ? sum : squares_in_double(in, 0, width);
 }
 
 // {|s^ - t^|^2, s^ . (s^ - t^)}. The second is 1 - cos without cancellation, and because it is
@@ -76,40 +90,40 @@ struct Directions {
   double distance, one_minus_cos;
 };
 
-OPRD_INLINE Directions directions(const float* s, const float* t, i64 width, float inv_s,
-                                  float inv_t) {
+template <class S>
+OPRD_INLINE Directions directions(const Source<S>& in, i64 width, float inv_s, float inv_t) {
   Directions sum{0, 0};
   const F8 inv_s8 = broadcast(inv_s), inv_t8 = broadcast(inv_t);
   i64 k = 0;
-  while (k + kLanes <= width) {
+  while (k + kStep <= width) {
     const i64 end = width - k < kBlock ? width : k + kBlock;
     F8 distance[2] = {}, radial[2] = {};
-    auto step = [&](int n, i64 at) __attribute__((always_inline)) {
-      const F8 unit = Float::load(s + at) * inv_s8;
-      const F8 e = unit - Float::load(t + at) * inv_t8;
+    auto add = [&](int n, F8 a, F8 b) __attribute__((always_inline)) {
+      const F8 unit = a * inv_s8;
+      const F8 e = unit - b * inv_t8;
       distance[n] = fma(e, e, distance[n]);
       radial[n] = fma(unit, e, radial[n]);
     };
-    for (; k + 2 * kLanes <= end; k += 2 * kLanes) {
-      step(0, k);
-      step(1, k + kLanes);
+    for (; k + kStep <= end; k += kStep) {
+      const F16 s = S::load16(in.s + k), t = S::load16(in.t + k);
+      add(0, s.a, t.a);
+      add(1, s.b, t.b);
     }
-    for (; k + kLanes <= end; k += kLanes) step(0, k);
     sum.distance += sum_lanes(distance[0] + distance[1]);
     sum.one_minus_cos += sum_lanes(radial[0] + radial[1]);
   }
   for (; k < width; ++k) {
-    const float unit = s[k] * inv_s;
-    const float e = unit - t[k] * inv_t;
+    const float unit = S::get(in.s[k]) * inv_s;
+    const float e = unit - S::get(in.t[k]) * inv_t;
     sum.distance += e * e;
     sum.one_minus_cos += unit * e;
   }
   return sum;
 }
 
-OPRD_INLINE PairStats pair_stats(const float* s, const float* t, i64 width, Kind kind) {
-  const Squares sum =
-      kind == Kind::kMse ? squares<true>(s, t, width) : squares<false>(s, t, width);
+template <class S>
+OPRD_INLINE PairStats pair_stats(const Source<S>& in, i64 width, Kind kind) {
+  const Squares sum = kind == Kind::kMse ? squares<true>(in, width) : squares<false>(in, width);
   const double norm_s = std::sqrt(sum.ss), norm_t = std::sqrt(sum.tt);
   PairStats stats;
   // Written so that NaN is neither clamped nor taken for a zero row.
@@ -119,7 +133,7 @@ OPRD_INLINE PairStats pair_stats(const float* s, const float* t, i64 width, Kind
     stats.loss = static_cast<float>(sum.diff / static_cast<double>(width));
     stats.one_minus_cos = static_cast<float>(1.0 - sum.st * stats.inv_s * stats.inv_t);
   } else {
-    const Directions unit = directions(s, t, width, stats.inv_s, stats.inv_t);
+    const Directions unit = directions(in, width, stats.inv_s, stats.inv_t);
     const double divisor = kind == Kind::kNmse ? static_cast<double>(width) : 2.0;
     stats.loss = static_cast<float>(unit.distance / divisor);
     stats.one_minus_cos = static_cast<float>(unit.one_minus_cos);
@@ -131,40 +145,49 @@ OPRD_INLINE PairStats pair_stats(const float* s, const float* t, i64 width, Kind
   return stats;
 }
 
-// coefficient * d loss / d s, element by element: `at8` gives lanes, `at1` a single one.
+// coefficient * d loss / d s, element by element:
 //   mse:     2 (s - t) / D
 //   cosine:  ((s^ - t^) - (1 - cos) s^) / |s|;  nmse: 2 / D times that
+// The second is s * to_s - t * to_t with factors that only double holds well enough: rounded to
+// float they would leave a multiple of s, as large as the gradient itself for nearly parallel rows.
+// Its amount, to_s_rest, is added separately.
 struct PairGradient {
-  const float* s;
-  const float* t;
-  float s_scale, t_scale, radial, outer;
+  bool mse;
+  float to_s, to_s_rest, to_t;
 
-  PairGradient(const float* s, const float* t, i64 width, const PairStats& stats, Kind kind,
-               float coefficient)
-      : s(s), t(t) {
-    const float per_width = 2.f / static_cast<float>(width);
-    if (kind == Kind::kMse) {
-      s_scale = t_scale = 1.f;
-      radial = 0.f;
-      outer = coefficient * per_width;
-    } else {
-      s_scale = stats.inv_s;
-      t_scale = stats.inv_t;
-      radial = stats.one_minus_cos;
-      outer = coefficient * (kind == Kind::kNmse ? per_width : 1.f) * stats.inv_s;
+  PairGradient(i64 width, const PairStats& stats, Kind kind, float coefficient)
+      : mse(kind == Kind::kMse) {
+    const double per_width = 2.0 / static_cast<double>(width);
+    if (mse) {
+      to_s = static_cast<float>(coefficient * per_width);
+      to_s_rest = to_t = 0.f;
+      return;
     }
+    const double outer =
+        static_cast<double>(coefficient) * (kind == Kind::kNmse ? per_width : 1.0) * stats.inv_s;
+    const double exact_t = outer * stats.inv_t;
+    const double exact_s = outer * stats.inv_s * (1.0 - static_cast<double>(stats.one_minus_cos));
+    to_t = static_cast<float>(exact_t);
+    to_s = static_cast<float>(exact_s);
+    // What rounding took from to_t counts as a multiple of s too: along s^, t is |t| / |s| of it.
+    const double t_per_s = stats.inv_t > 0.f ? stats.inv_s / static_cast<double>(stats.inv_t) : 0.0;
+    const double cos = 1.0 - static_cast<double>(stats.one_minus_cos);
+    to_s_rest = static_cast<float>((exact_s - to_s) - (exact_t - to_t) * t_per_s * cos);
+    if (!(to_s_rest == to_s_rest)) to_s_rest = 0.f;
   }
 
-  OPRD_INLINE F8 combine(F8 unit_s, F8 unit_t, const PairGradient& g) {
-    return ((unit_s - unit_t) - unit_s * broadcast(g.radial)) * broadcast(g.outer);
+  template <bool Mse, class V>
+  OPRD_INLINE V combine(V s, V t, V to_s, V to_s_rest, V to_t) {
+    if (Mse) return (s - t) * to_s;
+    return fma(s, to_s_rest, s * to_s - t * to_t);  // equal rows: equal products, exactly 0
   }
-  __attribute__((always_inline)) F8 at8(i64 k) const {
-    return combine(Float::load(s + k) * broadcast(s_scale), Float::load(t + k) * broadcast(t_scale),
-                   *this);
+  __attribute__((always_inline)) F8 of(F8 s, F8 t) const {
+    const F8 a = broadcast(to_s), rest = broadcast(to_s_rest), b = broadcast(to_t);
+    return mse ? combine<true>(s, t, a, rest, b) : combine<false>(s, t, a, rest, b);
   }
-  __attribute__((always_inline)) float at1(i64 k) const {
-    const float unit_s = s[k] * s_scale;
-    return ((unit_s - t[k] * t_scale) - unit_s * radial) * outer;
+  __attribute__((always_inline)) float of(float s, float t) const {
+    return mse ? combine<true>(s, t, to_s, to_s_rest, to_t)
+               : combine<false>(s, t, to_s, to_s_rest, to_t);
   }
 };
 

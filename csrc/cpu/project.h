@@ -68,33 +68,31 @@ OPRD_INLINE void project(const float* const* h, int count, const float* proj, i6
   }
 }
 
-// dh (width) = sum_j dz[j] P_j, as lanes or single elements.
-struct Unprojection {
-  const float* dz;
-  const float* proj;
-  i64 width, rank;
+// dh_i[k ..] = sum_j dz[i][j] P_j[k ..] for Rows_ rows and Vectors * kLanes columns from k on; dz is
+// (Rows_, rank). An element is the same sum in the same order whatever Rows_ and Vectors.
+template <int Rows_, int Vectors>
+OPRD_INLINE void unproject_block(const float* dz, const float* proj, i64 width, i64 rank, i64 k,
+                                 F8 (*sum)[Vectors]) {
+  for (int i = 0; i < Rows_; ++i) {
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = F8{};
+  }
+  for (i64 j = 0; j < rank; ++j) {
+    F8 p[Vectors];
+    for (int v = 0; v < Vectors; ++v) p[v] = Float::load(proj + j * width + k + v * kLanes);
+    for (int i = 0; i < Rows_; ++i) {
+      const F8 x = broadcast(dz[i * rank + j]);
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(x, p[v], sum[i][v]);
+    }
+  }
+}
 
-  __attribute__((always_inline)) F8 at8(i64 k) const {
-    F8 even{}, odd{};
-    i64 j = 0;
-    for (; j + 2 <= rank; j += 2) {
-      even = fma(broadcast(dz[j]), Float::load(proj + j * width + k), even);
-      odd = fma(broadcast(dz[j + 1]), Float::load(proj + (j + 1) * width + k), odd);
-    }
-    if (j < rank) even = fma(broadcast(dz[j]), Float::load(proj + j * width + k), even);
-    return even + odd;
-  }
-  __attribute__((always_inline)) float at1(i64 k) const {
-    float even = 0.f, odd = 0.f;
-    i64 j = 0;
-    for (; j + 2 <= rank; j += 2) {
-      even += dz[j] * proj[j * width + k];
-      odd += dz[j + 1] * proj[(j + 1) * width + k];
-    }
-    if (j < rank) even += dz[j] * proj[j * width + k];
-    return even + odd;
-  }
-};
+// The same for one element: fma is a * b + c with one rounding where F8's has one.
+OPRD_INLINE float unproject_element(const float* dz, const float* proj, i64 width, i64 rank,
+                                    i64 k) {
+  float sum = 0.f;
+  for (i64 j = 0; j < rank; ++j) sum += dz[j] * proj[j * width + k];
+  return sum;
+}
 
 }  // namespace
 }  // namespace oprd

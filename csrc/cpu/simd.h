@@ -24,6 +24,13 @@ typedef std::uint32_t U8 __attribute__((vector_size(32)));
 typedef std::uint16_t H8 __attribute__((vector_size(16)));
 constexpr i64 kLanes = 8;
 
+// Sixteen elements as two registers, in whatever order suits the storage type: enough for sums, and
+// for element-wise work on operands of one type whose result is stored as that type.
+struct F16 {
+  F8 a, b;
+};
+constexpr i64 kStep = 16;
+
 OPRD_INLINE F8 broadcast(float x) { return F8{x, x, x, x, x, x, x, x}; }
 
 // a * b + c: one rounding where the hardware has FMA. The compiler may contract nothing by itself
@@ -31,6 +38,14 @@ OPRD_INLINE F8 broadcast(float x) { return F8{x, x, x, x, x, x, x, x}; }
 OPRD_INLINE F8 fma(F8 a, F8 b, F8 c) {
 #if defined(__FMA__)
   return (F8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+OPRD_INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
 #endif
@@ -87,6 +102,7 @@ struct Storage;
 
 template <>
 struct Storage<DType::kFloat32> {
+  static constexpr DType dtype = DType::kFloat32;
   using type = float;
   static float get(float x) { return x; }
   static float put(float x) { return x; }
@@ -96,23 +112,40 @@ struct Storage<DType::kFloat32> {
     return v;
   }
   OPRD_INLINE void store(float* p, F8 v) { std::memcpy(p, &v, sizeof v); }
+  OPRD_INLINE F16 load16(const float* p) { return {load(p), load(p + kLanes)}; }
+  OPRD_INLINE void store16(float* p, F16 v) {
+    store(p, v.a);
+    store(p + kLanes, v.b);
+  }
 };
 
 template <>
 struct Storage<DType::kBFloat16> {
+  static constexpr DType dtype = DType::kBFloat16;
   using type = std::uint16_t;
   static float get(std::uint16_t x) { return float_of(static_cast<std::uint32_t>(x) << 16); }
   static std::uint16_t put(float x) { return bf16_of(x); }
   OPRD_INLINE F8 load(const std::uint16_t* p) {
+#if defined(__AVX2__)  // one instruction, where GCC makes five of __builtin_convertvector
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (F8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+#else
     H8 h;
     std::memcpy(&h, p, sizeof h);
     return reinterpret_cast<F8>(__builtin_convertvector(h, U8) << 16);
+#endif
+  }
+  // To nearest, ties to even, in the upper half of each lane. A NaN can't be carried over into a
+  // number unless its payload has bits below bf16's: see rounded.
+  OPRD_INLINE U8 rounded_bf16_nan(F8 v) {
+    const U8 u = reinterpret_cast<U8>(v);
+    return u + 0x7fffu + ((u >> 16) & 1u);
+  }
+  OPRD_INLINE U8 rounded(F8 v) {
+    return rounded_bf16_nan(v) | (reinterpret_cast<U8>(v != v) & 0x7fc00000u);
   }
   OPRD_INLINE void store(std::uint16_t* p, F8 v) {
-    const U8 u = reinterpret_cast<U8>(v);
-    const U8 nan = reinterpret_cast<U8>((u & 0x7fffffffu) > 0x7f800000u);
-    const U8 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const U8 bits = (nan & ((u >> 16) | 0x40u)) | (~nan & rounded);
+    const U8 bits = rounded(v) >> 16;
 #if defined(__AVX2__)
     const __m256i packed = _mm256_packus_epi32((__m256i)bits, _mm256_setzero_si256());
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
@@ -122,10 +155,22 @@ struct Storage<DType::kBFloat16> {
     std::memcpy(p, &h, sizeof h);
 #endif
   }
+  // Even elements, odd elements: a shift and a mask, where widening in order takes shuffles.
+  OPRD_INLINE F16 load16(const std::uint16_t* p) {
+    U8 u;
+    std::memcpy(&u, p, sizeof u);
+    return {reinterpret_cast<F8>(u << 16), reinterpret_cast<F8>(u & 0xffff0000u)};
+  }
+  // Of operands that load16 gave: their NaNs, and those that arithmetic makes, survive rounding.
+  OPRD_INLINE void store16(std::uint16_t* p, F16 v) {
+    const U8 u = (rounded_bf16_nan(v.a) >> 16) | (rounded_bf16_nan(v.b) & 0xffff0000u);
+    std::memcpy(p, &u, sizeof u);
+  }
 };
 
 template <>
 struct Storage<DType::kFloat16> {
+  static constexpr DType dtype = DType::kFloat16;
   using type = std::uint16_t;
   static float get(std::uint16_t x) { return float_of_half(x); }
   static std::uint16_t put(float x) { return half_of(x); }
@@ -144,6 +189,11 @@ struct Storage<DType::kFloat16> {
 #else
     for (int k = 0; k < kLanes; ++k) p[k] = put(v[k]);
 #endif
+  }
+  OPRD_INLINE F16 load16(const std::uint16_t* p) { return {load(p), load(p + kLanes)}; }
+  OPRD_INLINE void store16(std::uint16_t* p, F16 v) {
+    store(p, v.a);
+    store(p + kLanes, v.b);
   }
 };
 
@@ -204,12 +254,15 @@ OPRD_INLINE void store_row(const Rows& rows, i64 n, i64 width, bool accumulate, 
   });
 }
 
-// The next row is fetched while this one, already in L1, is worked on.
-OPRD_INLINE void prefetch_row(const Rows& rows, i64 n, i64 width) {
-  const i64 size = rows.dtype == DType::kFloat32 ? 4 : 2;
-  const char* row = static_cast<const char*>(rows.data) + row_offset(rows, n) * size;
-  for (i64 byte = 0; byte < width * size; byte += 64) __builtin_prefetch(row + byte);
+OPRD_INLINE i64 element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Where row n begins, for prefetching: a row is fetched a line at a time while the one before it is
+// worked on, so that memory is never idle.
+OPRD_INLINE const char* row_begin(const Rows& rows, i64 n) {
+  return static_cast<const char*>(rows.data) + row_offset(rows, n) * element_size(rows.dtype);
 }
+
+OPRD_INLINE void prefetch(const char* at) { __builtin_prefetch(at); }
 
 }  // namespace
 }  // namespace oprd

@@ -148,173 +148,218 @@ void identity_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 en
   });
 }
 
-// Scratch of the projected forward: a tile of student rows, a tile of teacher rows, both z tiles,
-// and the projection's accumulators.
+// Up to kTileRows rows of the batch, and the ones that will follow them.
 struct Tile {
-  float* student;
-  float* teacher;
-  float* z_s;
-  float* z_t;
-  float* acc;
+  i64 rows[kTileRows];  // numbers in the batch
+  int count = 0;
+  i64 next[kTileRows];
 
-  static i64 floats(const Problem& p) {
-    return kTileRows * (padded(p.student_width) + padded(p.teacher_width) + 2 * padded(p.rank) +
-                        p.rank * kLanes);
-  }
-  Tile(const Problem& p, float* scratch) {
-    student = scratch;
-    teacher = student + kTileRows * padded(p.student_width);
-    z_s = teacher + kTileRows * padded(p.teacher_width);
-    z_t = z_s + kTileRows * padded(p.rank);
-    acc = z_t + kTileRows * padded(p.rank);
+  // Rows of x for these, picked by index (or the same numbers).
+  void pick(const i64* index, i64* now, i64* then) const {
+    for (int i = 0; i < count; ++i) now[i] = index ? index[rows[i]] : rows[i];
+    for (int i = 0; i < kTileRows; ++i) then[i] = index ? index[next[i]] : next[i];
   }
 };
 
-// z_S of `count` rows: projected here, or read if the student already is r wide.
-void student_z(const Problem& p, const i64* index, int count, const Tile& tile) {
-  const float* rows[kTileRows];
-  for (int i = 0; i < count; ++i) {
-    rows[i] = load_row(p.student, student_row(p, index[i]), p.student_width,
-                       tile.student + i * padded(p.student_width));
-  }
-  if (p.student_proj) {
-    project(rows, count, p.student_proj, p.student_width, p.rank, tile.z_s, tile.acc);
-  } else {
-    for (int i = 0; i < count; ++i) {
-      std::memcpy(tile.z_s + i * p.rank, rows[i], p.rank * sizeof(float));
+// Calls f on tiles of the rows [begin, end) for which `skip` is not true.
+template <class Skip, class F>
+void for_tiles(i64 begin, i64 end, Skip skip, F f) {
+  Tile tile;
+  for (i64 i = begin; i < end; ++i) {
+    if (!skip(i)) tile.rows[tile.count++] = i;
+    if (tile.count == kTileRows || (i + 1 == end && tile.count > 0)) {
+      for (int n = 0; n < kTileRows; ++n) tile.next[n] = i + 1 + n < end ? i + 1 + n : i;
+      f(tile);
+      tile.count = 0;
     }
   }
 }
 
-// z_T of `count` rows: projected here, or read if the teacher already is r wide.
-void teacher_z(const Problem& p, const i64* index, int count, const Tile& tile) {
-  const float* rows[kTileRows];
-  for (int i = 0; i < count; ++i) {
-    float* scratch = tile.teacher + i * padded(p.teacher_width);
-    rows[i] = load_row(p.teacher, teacher_row(p, index[i]), p.teacher_width, scratch);
-    if (p.teacher_mean) {  // before the product: after it, z_T would be a difference of large sums
-      for (i64 k = 0; k < p.teacher_width; ++k) scratch[k] = rows[i][k] - p.teacher_mean[k];
-      rows[i] = scratch;
-    }
-  }
-  if (p.teacher_proj) {
-    project(rows, count, p.teacher_proj, p.teacher_width, p.rank, tile.z_t, tile.acc);
-  } else {
-    for (int i = 0; i < count; ++i) {
-      std::memcpy(tile.z_t + i * p.rank, rows[i], p.rank * sizeof(float));
-    }
-  }
+// Whether the projection reads rows where they are; else they are converted to floats first.
+bool reads_in_place(const Rows& x) { return x.stride_last == 1; }
+
+// Floats of scratch for one side of a projected forward: the projector and the mean in the order of
+// a type that has one of its own, or a tile of converted rows.
+i64 side_scratch(const Rows& x, i64 width, i64 rank) {
+  if (!reads_in_place(x)) return kTileRows * padded(width);
+  return x.dtype == DType::kBFloat16 ? (rank + 1) * padded(width) : 0;
 }
 
-void projected_tile(const Problem& p, const ForwardOut& out, const i64* index, int count,
-                    const Tile& tile) {
-  student_z(p, index, count, tile);
-  teacher_z(p, index, count, tile);
-  for (int i = 0; i < count; ++i) {
-    const float* s = tile.z_s + i * p.rank;
-    const float* t = tile.z_t + i * p.rank;
-    const char* here = reinterpret_cast<const char*>(s);
-    const PairStats stats = pair_stats(Source<Float>{s, t, here, here}, p.rank, p.kind);
-    put_stats(out, index[i], stats);
-    const PairGradient gradient(p.rank, stats, p.kind, 1.f);
-    float* dz = out.dz + index[i] * p.rank;
-    i64 k = 0;
-    for (; k + kLanes <= p.rank; k += kLanes) {
-      Float::store(dz + k, gradient.of(Float::load(s + k), Float::load(t + k)));
+// One side of a projected forward: z of tiles of rows. Without a projector x is r wide already.
+class Side {
+ public:
+  Side(const Rows& x, const i64* index, const float* proj, const float* mean, i64 width, i64 rank,
+       float* scratch)
+      : projection_{x, proj, mean, width, rank}, index_(index), scratch_(scratch) {
+    if (!proj || !reads_in_place(x) || x.dtype != DType::kBFloat16) return;
+    using S = Storage<DType::kBFloat16>;
+    for (i64 j = 0; j < rank; ++j) arrange<S>(proj + j * width, width, scratch + j * width);
+    projection_.proj = scratch;
+    if (mean) {
+      projection_.mean = scratch + rank * width;
+      arrange<S>(mean, width, scratch + rank * width);
     }
-    for (; k < p.rank; ++k) dz[k] = gradient.of(s[k], t[k]);
   }
+
+  void z_of(const Tile& tile, float* z, float* acc) const {
+    const Projection& p = projection_;
+    i64 now[kTileRows], then[kTileRows];
+    tile.pick(index_, now, then);
+    if (!p.proj) {
+      for (int i = 0; i < tile.count; ++i) {
+        const float* row = load_row(p.x, now[i], p.rank, z + i * p.rank);
+        if (row != z + i * p.rank) std::memcpy(z + i * p.rank, row, p.rank * sizeof(float));
+      }
+    } else if (reads_in_place(p.x)) {
+      with_storage(p.x.dtype, [&](auto storage) {
+        using S = decltype(storage);
+        const typename S::type* h[kTileRows] = {};
+        const char* next[kTileRows];
+        for (int i = 0; i < tile.count; ++i) h[i] = row_of<S>(p.x, now[i]);
+        for (int i = 0; i < kTileRows; ++i) next[i] = row_begin(p.x, then[i]);
+        project<S>(p, h, tile.count, next, z, acc);
+      });
+    } else {
+      const float* h[kTileRows] = {};
+      const char* next[kTileRows];
+      for (int i = 0; i < tile.count; ++i) {
+        h[i] = load_row(p.x, now[i], p.width, scratch_ + i * padded(p.width));
+      }
+      for (int i = 0; i < kTileRows; ++i) next[i] = reinterpret_cast<const char*>(h[0]);
+      project<Float>(p, h, tile.count, next, z, acc);
+    }
+  }
+
+ private:
+  Projection projection_;
+  const i64* index_;
+  float* scratch_;
+};
+
+// z_S, z_T, the accumulators, and what each side needs.
+i64 projected_scratch(const Problem& p) {
+  return 2 * padded(kTileRows * p.rank) + kTileRows * p.rank * kLanes +
+         padded(side_scratch(p.student, p.student_width, p.rank)) +
+         padded(side_scratch(p.teacher, p.teacher_width, p.rank));
 }
 
 void projected_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 end,
                        float* scratch) {
-  const Tile tile(p, scratch);
-  i64 index[kTileRows];
-  int count = 0;
-  for (i64 i = begin; i < end; ++i) {
-    if (weight(p, i) == 0.f) {
-      put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
-      std::memset(out.dz + i * p.rank, 0, p.rank * sizeof(float));
-    } else {
-      index[count++] = i;
+  float* z_s = scratch;
+  float* z_t = z_s + padded(kTileRows * p.rank);
+  float* acc = z_t + padded(kTileRows * p.rank);
+  float* student_scratch = acc + kTileRows * p.rank * kLanes;
+  float* teacher_scratch =
+      student_scratch + padded(side_scratch(p.student, p.student_width, p.rank));
+  const Side student(p.student, p.student_rows, p.student_proj, nullptr, p.student_width, p.rank,
+                     student_scratch);
+  // The mean goes before the product: after it, z_T would be a difference of large sums.
+  const Side teacher(p.teacher, p.teacher_rows, p.teacher_proj, p.teacher_mean, p.teacher_width,
+                     p.rank, teacher_scratch);
+  auto masked = [&](i64 i) {
+    if (weight(p, i) != 0.f) return false;
+    put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
+    std::memset(out.dz + i * p.rank, 0, p.rank * sizeof(float));
+    return true;
+  };
+  for_tiles(begin, end, masked, [&](const Tile& tile) {
+    student.z_of(tile, z_s, acc);
+    teacher.z_of(tile, z_t, acc);
+    for (int i = 0; i < tile.count; ++i) {
+      const float* s = z_s + i * p.rank;
+      const float* t = z_t + i * p.rank;
+      const char* here = reinterpret_cast<const char*>(s);
+      const Source<Float> pair{s, t, here, here};
+      const PairStats stats = pair_stats(pair, p.rank, p.kind);
+      put_stats(out, tile.rows[i], stats);
+      const Rows dz{out.dz + tile.rows[i] * p.rank, DType::kFloat32, 1, 0, 0, 1};
+      put_gradient(dz, 0, p.rank, false, pair, PairGradient(p.rank, stats, p.kind, 1.f));
     }
-    if (count == kTileRows || (i + 1 == end && count > 0)) {
-      projected_tile(p, out, index, count, tile);
-      count = 0;
-    }
-  }
+  });
 }
 
-// Row n of grad, columns k .. k + kLanes: written, or added to.
-template <class S>
-OPRD_INLINE void put_lanes(typename S::type* row, i64 k, F8 value, bool accumulate) {
-  S::store(row + k, accumulate ? S::load(row + k) + value : value);
-}
-
-// dh of Count rows, whose scaled dz are in dz (Count, rank).
+// dh of Count rows, whose scaled dz are in dz (Count, rank), into rows of grad.
+// proj is in S's order.
 template <class S, int Count>
-void unproject_rows(const Problem& p, const BackwardIn& in, const i64* index, const float* dz) {
+void unproject_rows(const Problem& p, const BackwardIn& in, const float* proj, const i64* index,
+                    const i64* next, const float* dz) {
   const i64 width = p.student_width;
   typename S::type* rows[Count];
+  const char* later[Count];
   for (int i = 0; i < Count; ++i) {
     rows[i] = static_cast<typename S::type*>(in.grad.data) + row_offset(in.grad, index[i]);
+    later[i] = row_begin(in.grad, next[i]);
   }
   i64 k = 0;
-  for (; k + 2 * kLanes <= width; k += 2 * kLanes) {
+  for (; k + kStep <= width; k += kStep) {
     F8 sum[Count][2];
-    unproject_block<Count, 2>(dz, p.student_proj, width, p.rank, k, sum);
+    unproject_block<Count, 2>(dz, proj, width, p.rank, k, sum);
     for (int i = 0; i < Count; ++i) {
-      put_lanes<S>(rows[i], k, sum[i][0], in.accumulate);
-      put_lanes<S>(rows[i], k + kLanes, sum[i][1], in.accumulate);
+      prefetch(later[i] + k * static_cast<i64>(sizeof(typename S::type)));
+      F16 value{sum[i][0], sum[i][1]};
+      if (in.accumulate) {
+        const F16 old = S::load16(rows[i] + k);
+        value = {old.a + value.a, old.b + value.b};
+      }
+      S::store16_any(rows[i] + k, value);
     }
   }
   for (; k < width; ++k) {
     for (int i = 0; i < Count; ++i) {
-      const float value = unproject_element(dz + i * p.rank, p.student_proj, width, p.rank, k);
+      const float value = unproject_element(dz + i * p.rank, proj, width, p.rank, k);
       rows[i][k] = S::put(in.accumulate ? S::get(rows[i][k]) + value : value);
     }
   }
 }
 
-void unproject_tile(const Problem& p, const BackwardIn& in, const i64* index, int count,
+void unproject_tile(const Problem& p, const BackwardIn& in, const float* proj, const Tile& tile,
                     const float* dz) {
+  i64 now[kTileRows], then[kTileRows];
+  tile.pick(p.student_rows, now, then);
   if (in.grad.stride_last != 1) {
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < tile.count; ++i) {
       const float* own = dz + i * p.rank;
       store_row(
-          in.grad, index[i], p.student_width, in.accumulate, [](i64) { return F8{}; },
+          in.grad, now[i], p.student_width, in.accumulate, [](i64) { return F8{}; },
           [&](i64 k) {
-            return unproject_element(own, p.student_proj, p.student_width, p.rank, k);
+            return unproject_element(own, proj, p.student_width, p.rank, k);
           });
     }
     return;
   }
   with_storage(in.grad.dtype, [&](auto storage) {
     using S = decltype(storage);
-    if (count == kTileRows) return unproject_rows<S, kTileRows>(p, in, index, dz);
-    for (int i = 0; i < count; ++i) unproject_rows<S, 1>(p, in, index + i, dz + i * p.rank);
+    if (tile.count == kTileRows) return unproject_rows<S, kTileRows>(p, in, proj, now, then, dz);
+    for (int i = 0; i < tile.count; ++i) {
+      unproject_rows<S, 1>(p, in, proj, now + i, then + i, dz + i * p.rank);
+    }
   });
 }
 
 void projected_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 end,
                         float* scratch) {
-  i64 index[kTileRows];
-  int count = 0;
-  for (i64 i = begin; i < end; ++i) {
-    const i64 n = student_row(p, i);
-    if (no_gradient(p, in, i)) {
-      if (!in.accumulate) put_zeros(in.grad, n, p.student_width);
-    } else {
-      const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
-      float* dz = scratch + count * p.rank;
-      for (i64 j = 0; j < p.rank; ++j) dz[j] = coefficient * in.dz[i * p.rank + j];
-      index[count++] = n;
+  const float* proj = p.student_proj;
+  if (in.grad.dtype == DType::kBFloat16 && in.grad.stride_last == 1) {
+    float* arranged = scratch + padded(kTileRows * p.rank);
+    for (i64 j = 0; j < p.rank; ++j) {
+      arrange<Storage<DType::kBFloat16>>(proj + j * p.student_width, p.student_width,
+                                         arranged + j * p.student_width);
     }
-    if (count == kTileRows || (i + 1 == end && count > 0)) {
-      unproject_tile(p, in, index, count, scratch);
-      count = 0;
-    }
+    proj = arranged;
   }
+  auto skip = [&](i64 i) {
+    if (!no_gradient(p, in, i)) return false;
+    if (!in.accumulate) put_zeros(in.grad, student_row(p, i), p.student_width);
+    return true;
+  };
+  for_tiles(begin, end, skip, [&](const Tile& tile) {
+    for (int n = 0; n < tile.count; ++n) {
+      const i64 i = tile.rows[n];
+      const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
+      for (i64 j = 0; j < p.rank; ++j) scratch[n * p.rank + j] = coefficient * in.dz[i * p.rank + j];
+    }
+    unproject_tile(p, in, proj, tile, scratch);
+  });
 }
 
 void gather_rows(const Rows& x, const i64* index, i64 begin, i64 end, i64 width,
@@ -346,11 +391,12 @@ void scatter_rows(const Problem& p, const float* values, i64 begin, i64 end, con
 }
 
 i64 forward_scratch(const Problem& p) {
-  return p.rank > 0 ? Tile::floats(p) : 2 * padded(p.student_width);
+  return p.rank > 0 ? projected_scratch(p) : 2 * padded(p.student_width);
 }
 
 i64 backward_scratch(const Problem& p) {
-  return p.rank > 0 ? padded(kTileRows * p.rank) : 2 * padded(p.student_width);
+  return p.rank > 0 ? padded(kTileRows * p.rank) + p.rank * padded(p.student_width)
+                    : 2 * padded(p.student_width);
 }
 
 void forward_rows(const Problem& p, const ForwardOut& out, i64 begin, i64 end, float* scratch) {

@@ -48,7 +48,8 @@ OPRD_INLINE Squares squares_in_double(const Source<S>& in, i64 begin, i64 end) {
   return sum;
 }
 
-// The pass that brings both rows into L1, and the next ones on their way.
+// The pass that brings both rows into L1. The rows to come are fetched in the last pass over them:
+// here with Pair, else in `directions`.
 template <bool Pair, class S>
 OPRD_INLINE Squares squares(const Source<S>& in, i64 width) {
   Squares sum{0, 0, 0, 0};
@@ -66,8 +67,10 @@ OPRD_INLINE Squares squares(const Source<S>& in, i64 width) {
       }
     };
     for (; k + kStep <= end; k += kStep) {
-      prefetch(in.next_s + k * kBytes);
-      prefetch(in.next_t + k * kBytes);
+      if (Pair) {
+        prefetch(in.next_s + k * kBytes);
+        prefetch(in.next_t + k * kBytes);
+      }
       const F16 s = S::load16(in.s + k), t = S::load16(in.t + k);
       add(0, s.a, t.a);
       add(1, s.b, t.b);
@@ -93,6 +96,7 @@ struct Directions {
 template <class S>
 OPRD_INLINE Directions directions(const Source<S>& in, i64 width, float inv_s, float inv_t) {
   Directions sum{0, 0};
+  constexpr i64 kBytes = sizeof(typename S::type);
   const F8 inv_s8 = broadcast(inv_s), inv_t8 = broadcast(inv_t);
   i64 k = 0;
   while (k + kStep <= width) {
@@ -105,6 +109,8 @@ OPRD_INLINE Directions directions(const Source<S>& in, i64 width, float inv_s, f
       radial[n] = fma(unit, e, radial[n]);
     };
     for (; k + kStep <= end; k += kStep) {
+      prefetch(in.next_s + k * kBytes);
+      prefetch(in.next_t + k * kBytes);
       const F16 s = S::load16(in.s + k), t = S::load16(in.t + k);
       add(0, s.a, t.a);
       add(1, s.b, t.b);

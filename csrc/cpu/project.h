@@ -6,65 +6,108 @@
 namespace oprd {
 namespace {
 
-constexpr int kTileRows = 4;  // rows of h that share every load of P
-constexpr int kTileRanks = 3; // rows of P in registers at once: 4 x 3 accumulators
-constexpr i64 kSlice = 512;   // elements of d at a time: tile and slice of P stay in L1
+constexpr int kTileRows = 4;   // rows of h that share every load of P
+constexpr int kTileRanks = 3;  // rows of P in registers at once: 4 x 3 accumulators
+constexpr i64 kSlice = 512;    // elements of d at a time: slices of the tile and of P stay in L1
 
-// acc[i][j] (8 lanes each) += h_i . P_j over d in [begin, end), a whole number of lanes.
-// An element of z is the same sum in the same order whatever Rows and Ranks it is computed with.
-template <int Rows_, int Ranks>
-OPRD_INLINE void project_block(const float* const* h, const float* proj, i64 width, i64 begin,
-                               i64 end, F8* acc, i64 acc_stride) {
+// acc[i][j] (8 lanes each) += (h_i - mean) . P_j over elements [begin, end), a multiple of kStep.
+// proj and mean are in S's order. An element of z is the same sum in the same order whatever Rows_
+// and Ranks it is computed with.
+template <class S, int Rows_, int Ranks, bool Mean>
+OPRD_INLINE void project_block(const typename S::type* const* h, const float* proj,
+                               const float* mean, i64 width, i64 begin, i64 end, F8* acc,
+                               i64 acc_stride) {
   F8 sum[Rows_][Ranks];
   for (int i = 0; i < Rows_; ++i) {
     for (int j = 0; j < Ranks; ++j) sum[i][j] = acc[i * acc_stride + j];
   }
-  for (i64 k = begin; k < end; k += kLanes) {
+  auto half = [&](i64 at, auto load) __attribute__((always_inline)) {
     F8 p[Ranks];
-    for (int j = 0; j < Ranks; ++j) p[j] = Float::load(proj + j * width + k);
+    for (int j = 0; j < Ranks; ++j) p[j] = Float::load(proj + j * width + at);
     for (int i = 0; i < Rows_; ++i) {
-      const F8 x = Float::load(h[i] + k);
+      F8 x = load(h[i]);
+      if (Mean) x -= Float::load(mean + at);
       for (int j = 0; j < Ranks; ++j) sum[i][j] = fma(x, p[j], sum[i][j]);
     }
+  };
+  for (i64 k = begin; k < end; k += kStep) {
+    half(k, [&](const typename S::type* row) __attribute__((always_inline)) {
+      return S::template load_half<0>(row + k);
+    });
+    half(k + kLanes, [&](const typename S::type* row) __attribute__((always_inline)) {
+      return S::template load_half<1>(row + k);
+    });
   }
   for (int i = 0; i < Rows_; ++i) {
     for (int j = 0; j < Ranks; ++j) acc[i * acc_stride + j] = sum[i][j];
   }
 }
 
-// z (count, rank) = h (count, width) proj^T; acc: count * rank * kLanes floats of scratch.
-template <int Count>
-OPRD_INLINE void project_rows(const float* const* h, const float* proj, i64 width, i64 rank,
-                              float* z, float* scratch) {
-  F8* acc = reinterpret_cast<F8*>(scratch);
-  for (i64 n = 0; n < Count * rank; ++n) acc[n] = F8{};
-  const i64 lanes_end = width - width % kLanes;
-  for (i64 begin = 0; begin < lanes_end; begin += kSlice) {
-    const i64 end = lanes_end - begin < kSlice ? lanes_end : begin + kSlice;
+// What a projection reads: rows of x, less mean (or null), times proj (rank, width), both in the
+// order of x's storage type.
+struct Projection {
+  const Rows& x;
+  const float* proj;
+  const float* mean;
+  i64 width, rank;
+};
+
+template <class S, int Count, bool Mean>
+OPRD_INLINE void project_slices(const Projection& p, const typename S::type* const* h,
+                                const char* const* next, F8* acc) {
+  const i64 whole = p.width - p.width % kStep;
+  constexpr i64 kBytes = sizeof(typename S::type);
+  for (i64 begin = 0; begin < whole; begin += kSlice) {
+    const i64 end = whole - begin < kSlice ? whole : begin + kSlice;
+    for (int i = 0; i < kTileRows; ++i) {
+      for (i64 byte = begin * kBytes; byte < end * kBytes; byte += 64) prefetch(next[i] + byte);
+    }
     i64 j = 0;
-    for (; j + kTileRanks <= rank; j += kTileRanks) {
-      project_block<Count, kTileRanks>(h, proj + j * width, width, begin, end, acc + j, rank);
+    for (; j + kTileRanks <= p.rank; j += kTileRanks) {
+      project_block<S, Count, kTileRanks, Mean>(h, p.proj + j * p.width, p.mean, p.width, begin,
+                                                end, acc + j, p.rank);
     }
-    for (; j < rank; ++j) {
-      project_block<Count, 1>(h, proj + j * width, width, begin, end, acc + j, rank);
-    }
-  }
-  for (int i = 0; i < Count; ++i) {
-    for (i64 j = 0; j < rank; ++j) {
-      float tail = 0.f;
-      for (i64 k = lanes_end; k < width; ++k) tail += h[i][k] * proj[j * width + k];
-      z[i * rank + j] = sum_lanes(acc[i * rank + j]) + tail;
+    const float* rest = p.proj + j * p.width;
+    if (j + 2 == p.rank) {
+      project_block<S, Count, 2, Mean>(h, rest, p.mean, p.width, begin, end, acc + j, p.rank);
+    } else if (j + 1 == p.rank) {
+      project_block<S, Count, 1, Mean>(h, rest, p.mean, p.width, begin, end, acc + j, p.rank);
     }
   }
 }
 
-OPRD_INLINE void project(const float* const* h, int count, const float* proj, i64 width, i64 rank,
-                         float* z, float* scratch) {
+// z (Count, rank) of the rows h, while the rows that begin at next[0 .. kTileRows) are fetched.
+// acc: room for Count * rank registers.
+template <class S, int Count>
+OPRD_INLINE void project_rows(const Projection& p, const typename S::type* const* h,
+                              const char* const* next, float* z, F8* acc) {
+  for (i64 n = 0; n < Count * p.rank; ++n) acc[n] = F8{};
+  if (p.mean) {
+    project_slices<S, Count, true>(p, h, next, acc);
+  } else {
+    project_slices<S, Count, false>(p, h, next, acc);
+  }
+  for (int i = 0; i < Count; ++i) {
+    for (i64 j = 0; j < p.rank; ++j) {
+      float tail = 0.f;
+      for (i64 k = p.width - p.width % kStep; k < p.width; ++k) {
+        const float x = S::get(h[i][k]) - (p.mean ? p.mean[k] : 0.f);
+        tail += x * p.proj[j * p.width + k];
+      }
+      z[i * p.rank + j] = sum_lanes(acc[i * p.rank + j]) + tail;
+    }
+  }
+}
+
+template <class S>
+OPRD_INLINE void project(const Projection& p, const typename S::type* const* h, int count,
+                         const char* const* next, float* z, float* scratch) {
+  F8* acc = reinterpret_cast<F8*>(scratch);
   switch (count) {
-    case 1: return project_rows<1>(h, proj, width, rank, z, scratch);
-    case 2: return project_rows<2>(h, proj, width, rank, z, scratch);
-    case 3: return project_rows<3>(h, proj, width, rank, z, scratch);
-    default: return project_rows<kTileRows>(h, proj, width, rank, z, scratch);
+    case 1: return project_rows<S, 1>(p, h, next, z, acc);
+    case 2: return project_rows<S, 2>(p, h, next, z, acc);
+    case 3: return project_rows<S, 3>(p, h, next, z, acc);
+    default: return project_rows<S, kTileRows>(p, h, next, z, acc);
   }
 }
 

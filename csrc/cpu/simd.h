@@ -25,7 +25,8 @@ typedef std::uint16_t H8 __attribute__((vector_size(16)));
 constexpr i64 kLanes = 8;
 
 // Sixteen elements as two registers, in whatever order suits the storage type: enough for sums, and
-// for element-wise work on operands of one type whose result is stored as that type.
+// for element-wise work on operands of one type whose result is stored as that type. Floats that
+// are to meet them are put into the same order by arrange.
 struct F16 {
   F8 a, b;
 };
@@ -112,11 +113,14 @@ struct Storage<DType::kFloat32> {
     return v;
   }
   OPRD_INLINE void store(float* p, F8 v) { std::memcpy(p, &v, sizeof v); }
+  template <int Half>
+  OPRD_INLINE F8 load_half(const float* p) { return load(p + Half * kLanes); }
   OPRD_INLINE F16 load16(const float* p) { return {load(p), load(p + kLanes)}; }
   OPRD_INLINE void store16(float* p, F16 v) {
     store(p, v.a);
     store(p + kLanes, v.b);
   }
+  OPRD_INLINE void store16_any(float* p, F16 v) { store16(p, v); }
 };
 
 template <>
@@ -156,10 +160,17 @@ struct Storage<DType::kBFloat16> {
 #endif
   }
   // Even elements, odd elements: a shift and a mask, where widening in order takes shuffles.
-  OPRD_INLINE F16 load16(const std::uint16_t* p) {
+  template <int Half>
+  OPRD_INLINE F8 load_half(const std::uint16_t* p) {
     U8 u;
     std::memcpy(&u, p, sizeof u);
-    return {reinterpret_cast<F8>(u << 16), reinterpret_cast<F8>(u & 0xffff0000u)};
+    return reinterpret_cast<F8>(Half == 0 ? u << 16 : u & 0xffff0000u);
+  }
+  OPRD_INLINE F16 load16(const std::uint16_t* p) { return {load_half<0>(p), load_half<1>(p)}; }
+  // Of any operands.
+  OPRD_INLINE void store16_any(std::uint16_t* p, F16 v) {
+    const U8 u = (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u);
+    std::memcpy(p, &u, sizeof u);
   }
   // Of operands that load16 gave: their NaNs, and those that arithmetic makes, survive rounding.
   OPRD_INLINE void store16(std::uint16_t* p, F16 v) {
@@ -190,12 +201,33 @@ struct Storage<DType::kFloat16> {
     for (int k = 0; k < kLanes; ++k) p[k] = put(v[k]);
 #endif
   }
+  template <int Half>
+  OPRD_INLINE F8 load_half(const std::uint16_t* p) { return load(p + Half * kLanes); }
   OPRD_INLINE F16 load16(const std::uint16_t* p) { return {load(p), load(p + kLanes)}; }
   OPRD_INLINE void store16(std::uint16_t* p, F16 v) {
     store(p, v.a);
     store(p + kLanes, v.b);
   }
+  OPRD_INLINE void store16_any(std::uint16_t* p, F16 v) { store16(p, v); }
 };
+
+// Whether load16 of this type gives even elements, then odd ones, instead of their order.
+template <class S>
+constexpr bool kEvenOdd = S::dtype == DType::kBFloat16;
+
+// Floats in the order in which S::load16 gives its elements; what is left after the last sixteen
+// stays as it is.
+template <class S>
+OPRD_INLINE void arrange(const float* from, i64 count, float* to) {
+  i64 k = 0;
+  for (; k + kStep <= count; k += kStep) {
+    for (int n = 0; n < kLanes; ++n) {
+      to[k + n] = from[k + (kEvenOdd<S> ? 2 * n : n)];
+      to[k + kLanes + n] = from[k + (kEvenOdd<S> ? 2 * n + 1 : kLanes + n)];
+    }
+  }
+  for (; k < count; ++k) to[k] = from[k];
+}
 
 using Float = Storage<DType::kFloat32>;
 

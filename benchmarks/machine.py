@@ -22,12 +22,12 @@ def _mallopt(parameter: int, value: int) -> None:
 
 @contextmanager
 def allocator(mode: str) -> Iterator[None]:
-    """``warm``: memory that is freed stays with the process and is used again, as a GPU's caching
-    allocator does; ``fresh``: large tensors get new pages from the system in every call, which is
-    what glibc does by itself with anything above 32 MiB."""
+    """``warm``: memory that is freed stays with the process and is used again, as with a GPU's
+    caching allocator; ``fresh``: large tensors get new pages from the system in every call, which
+    is what glibc does by itself with anything above 32 MiB."""
     if mode == "warm":
         _mallopt(_MMAP_MAX, 0)
-        _mallopt(_TRIM_THRESHOLD, 2**62 % 2**31 or 2**31 - 1)
+        _mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     else:
         _mallopt(_MMAP_MAX, 65536)
         _mallopt(_MMAP_THRESHOLD, 128 * 1024)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.machine import allocator
 from benchmarks.regimes import OURS, Case
-from oprd.memory import PeakMemory
+from oprd.memory import PeakMemory, trim
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def measure(case: Case, mode: str, budget: float = 2.5, min_rounds: int = 5) -> 
                 slow = sum(seconds[name]) > max(budget, 2.0) and len(seconds[name]) >= 3
                 if slow and name != OURS:
                     continue
+                if mode == "fresh":
+                    trim()  # nothing that an earlier call has freed is left to reuse
                 before = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - before)

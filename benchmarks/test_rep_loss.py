@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import measure, regimes
 from benchmarks.machine import threads
+from benchmarks.replay import replay
 from oprd_kernels import backends
 
 ALL_THREADS = torch.get_num_threads()
@@ -97,16 +98,6 @@ def run(setting: Setting) -> tuple[regimes.Case, dict[str, measure.Measured], fl
         return case, measure.measure(case, mode), measure.gemm_flops()
 
 
-class _Replay:
-    """A timer whose differences are times measured before."""
-
-    def __init__(self, seconds: list[float]) -> None:
-        self.readings = iter([t for s in seconds for t in (0.0, s)])
-
-    def __call__(self) -> float:
-        return next(self.readings)
-
-
 @pytest.mark.skipif(backends.native_problem() is not None, reason=str(backends.native_problem()))
 def test_rep_loss(benchmark, setting: Setting, variant: str) -> None:
     _, m, d, dtype, mode, n_threads, _ = setting
@@ -128,5 +119,4 @@ def test_rep_loss(benchmark, setting: Setting, variant: str) -> None:
         extra_bytes=ours.extra_bytes,
         activation_bytes=case.activation_bytes,
     )
-    benchmark._timer = _Replay(ours.seconds)
-    benchmark.pedantic(lambda: None, rounds=len(ours.seconds), iterations=1)
+    replay(benchmark, ours.seconds)

@@ -113,7 +113,7 @@ def fused_rep_loss(
     elif chosen == "reference":
         loss, stats = reference.rep_loss(*inputs)
     else:
-        loss, stats = ops.rep_loss(inputs)
+        loss, stats = ops.rep_loss(inputs, return_stats)
     if reduction == "none" and rows is None:
         loss = loss.reshape(student.shape[:-1])
     return (loss, RepLossStats.of(stats)) if return_stats else loss

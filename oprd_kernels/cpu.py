@@ -25,7 +25,7 @@ SCALE = 4
 
 BLAS_RANK = 32
 """Above this rank the products with the projectors are BLAS's, on slices of rows."""
-SLICE = 512
+SLICE = 1024
 """Rows in a slice: their float32 copies and products stay in the last-level cache."""
 
 _NO_ROWS = (0, 0, 1, 0, 0, 1)

@@ -209,30 +209,34 @@ class RepLoss(torch.autograd.Function):
     the overhead."""
 
     @staticmethod
-    def forward(ctx, student, student_proj, others):
+    def forward(ctx, student, student_proj, others, want_saved):
         """``others``: the rest of the op's inputs, none of which gets a gradient."""
         inputs = (student, others[0], student_proj, *others[1:])
         loss, saved = forward(inputs)
         save_for_grad(ctx, inputs, saved, ctx.needs_input_grad[1])
         ctx.set_materialize_grads(False)
+        if not want_saved:  # each output costs a few microseconds
+            return loss
         ctx.mark_non_differentiable(saved)
         return loss, saved
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_saved):
+    def backward(ctx, grad_loss, _grad_saved=None):
         if grad_loss is None:
-            return None, None, None
+            return None, None, None, None
         refuse_double_backward()
-        needs_student, needs_proj, _ = ctx.needs_input_grad
+        needs_student, needs_proj, _, _ = ctx.needs_input_grad
         return (
             grad_student(ctx, grad_loss) if needs_student else None,
             grad_proj(ctx, grad_loss) if needs_proj else None,
             None,
+            None,
         )
 
 
-def rep_loss(inputs: Sequence) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved``, differentiable; ``inputs`` as the op's."""
-    if runs_directly():
-        return RepLoss.apply(inputs[0], inputs[2], (inputs[1], *inputs[3:]))
-    return torch.ops.oprd.rep_loss(*inputs)
+def rep_loss(inputs: Sequence, want_saved: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss and, if wanted, ``saved``, differentiable; ``inputs`` as the op's."""
+    if not runs_directly():
+        return torch.ops.oprd.rep_loss(*inputs)
+    found = RepLoss.apply(inputs[0], inputs[2], (inputs[1], *inputs[3:]), want_saved)
+    return found if want_saved else (found, None)

@@ -64,31 +64,33 @@ def rep_tap(
     )
     if chosen == "reference":
         tapped = h
-        loss, stats = reference.rep_loss(*inputs)
+        loss, *stats = reference.rep_loss(*inputs)
     else:
         others = (inputs[1], *inputs[3:])
-        tapped, loss, stats = _RepTap.apply(inputs[0], inputs[2], others)
+        tapped, loss, *stats = _RepTap.apply(inputs[0], inputs[2], others, return_stats)
         if tapped.shape != h.shape:
             tapped = tapped.reshape(h.shape)
-    return (tapped, loss, RepLossStats.of(stats)) if return_stats else (tapped, loss)
+    return (tapped, loss, RepLossStats.of(stats[0])) if return_stats else (tapped, loss)
 
 
 class _RepTap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, student_proj, others):
+    def forward(ctx, h, student_proj, others, want_saved):
         inputs = (h, others[0], student_proj, *others[1:])
         loss, saved = ops.forward(inputs)
         ops.save_for_grad(ctx, inputs, saved, ctx.needs_input_grad[1])
         ctx.set_materialize_grads(False)
+        if not want_saved:
+            return h, loss
         ctx.mark_non_differentiable(saved)
         return h, loss, saved
 
     @staticmethod
-    def backward(ctx, grad_h, grad_loss, _grad_saved):
+    def backward(ctx, grad_h, grad_loss, _grad_saved=None):
         if grad_loss is None:
-            return grad_h, None, None
+            return grad_h, None, None, None
         ops.refuse_double_backward()
-        needs_student, needs_proj, _ = ctx.needs_input_grad
+        needs_student, needs_proj, _, _ = ctx.needs_input_grad
         d_student = None
         if needs_student:
             # Compiled, the graph is functional, and the compiler knows who else reads grad_h.
@@ -96,4 +98,5 @@ class _RepTap(torch.autograd.Function):
             if grad_h is not None and not compiling and not may_add_into(grad_h):
                 grad_h = grad_h.clone(memory_format=torch.contiguous_format)
             d_student = ops.grad_student(ctx, grad_loss, into=grad_h)
-        return d_student, ops.grad_proj(ctx, grad_loss) if needs_proj else None, None
+        d_proj = ops.grad_proj(ctx, grad_loss) if needs_proj else None
+        return d_student, d_proj, None, None

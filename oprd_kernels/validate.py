@@ -94,6 +94,8 @@ def check_call(
         )
 
     chosen = choose(backend, student, double)
+    if chosen != "reference" and not torch.compiler.is_compiling():
+        _refuse_functorch()
     m, m_teacher = student.numel() // d_student, teacher.numel() // d_teacher
     if rows is not None:
         rows = _row_index("rows", rows, m, device)
@@ -141,15 +143,18 @@ def _check_tensor(name: str, x: Tensor, device: torch.device | None) -> None:
     _explain(name, x, device)
 
 
+def _refuse_functorch() -> None:
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "the kernels do not support torch.func transforms (grad, vmap, jvp, ..): use "
+            "loss.backward() or torch.autograd.grad, or backend='reference'"
+        )
+
+
 def _explain(name: str, x: Tensor, device: torch.device | None) -> None:
     """Raise for what is wrong with ``x``; return if it is a tensor subclass that will do."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        raise RuntimeError(
-            f"{name} is inside a torch.func transform (grad, vmap, jvp, ..), which the kernels do "
-            "not support: use loss.backward() or torch.autograd.grad, or backend='reference'"
-        )
     if type(x).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor: fused kernels work on this rank's rows. Pass {name}.to_local(), "

@@ -12,11 +12,12 @@ constexpr i64 kSlice = 512;    // elements of d at a time: slices of the tile an
 
 // acc[i][j] (8 lanes each) += (h_i - mean) . P_j over elements [begin, end), a multiple of kStep.
 // proj and mean are in S's order. An element of z is the same sum in the same order whatever Rows_
-// and Ranks it is computed with.
+// and Ranks it is computed with. The same elements of the rows at `next` are fetched meanwhile.
 template <class S, int Rows_, int Ranks, bool Mean>
 OPRD_INLINE void project_block(const typename S::type* const* h, const float* proj,
                                const float* mean, i64 width, i64 begin, i64 end, F8* acc,
-                               i64 acc_stride) {
+                               i64 acc_stride, const char* const* next, int next_count) {
+  constexpr i64 kBytes = sizeof(typename S::type);
   F8 sum[Rows_][Ranks];
   for (int i = 0; i < Rows_; ++i) {
     for (int j = 0; j < Ranks; ++j) sum[i][j] = acc[i * acc_stride + j];
@@ -31,6 +32,7 @@ OPRD_INLINE void project_block(const typename S::type* const* h, const float* pr
     }
   };
   for (i64 k = begin; k < end; k += kStep) {
+    for (int i = 0; i < next_count; ++i) prefetch(next[i] + k * kBytes);
     half(k, [&](const typename S::type* row) __attribute__((always_inline)) {
       return S::template load_half<0>(row + k);
     });
@@ -52,27 +54,29 @@ struct Projection {
   i64 width, rank;
 };
 
+// Rows of P from j on, Ranks at a time and then fewer; each group fetches its share of the rows to
+// come, so that fetching is spread over the whole slice.
+template <class S, int Count, int Ranks, bool Mean>
+OPRD_INLINE void project_ranks(const typename S::type* const* h, const Projection& p, i64 begin,
+                               i64 end, F8* acc, i64 j, const char* const* next) {
+  if constexpr (Ranks > 0) {
+    for (; j + Ranks <= p.rank; j += Ranks) {
+      const i64 first = j * kTileRows / p.rank, last = (j + Ranks) * kTileRows / p.rank;
+      project_block<S, Count, Ranks, Mean>(h, p.proj + j * p.width, p.mean, p.width, begin, end,
+                                           acc + j, p.rank, next + first,
+                                           static_cast<int>(last - first));
+    }
+    project_ranks<S, Count, Ranks - 1, Mean>(h, p, begin, end, acc, j, next);
+  }
+}
+
 template <class S, int Count, bool Mean>
 OPRD_INLINE void project_slices(const Projection& p, const typename S::type* const* h,
                                 const char* const* next, F8* acc) {
   const i64 whole = p.width - p.width % kStep;
-  constexpr i64 kBytes = sizeof(typename S::type);
   for (i64 begin = 0; begin < whole; begin += kSlice) {
     const i64 end = whole - begin < kSlice ? whole : begin + kSlice;
-    for (int i = 0; i < kTileRows; ++i) {
-      for (i64 byte = begin * kBytes; byte < end * kBytes; byte += 64) prefetch(next[i] + byte);
-    }
-    i64 j = 0;
-    for (; j + kTileRanks <= p.rank; j += kTileRanks) {
-      project_block<S, Count, kTileRanks, Mean>(h, p.proj + j * p.width, p.mean, p.width, begin,
-                                                end, acc + j, p.rank);
-    }
-    const float* rest = p.proj + j * p.width;
-    if (j + 2 == p.rank) {
-      project_block<S, Count, 2, Mean>(h, rest, p.mean, p.width, begin, end, acc + j, p.rank);
-    } else if (j + 1 == p.rank) {
-      project_block<S, Count, 1, Mean>(h, rest, p.mean, p.width, begin, end, acc + j, p.rank);
-    }
+    project_ranks<S, Count, kTileRanks, Mean>(h, p, begin, end, acc, 0, next);
   }
 }
 
@@ -99,16 +103,11 @@ OPRD_INLINE void project_rows(const Projection& p, const typename S::type* const
   }
 }
 
-template <class S>
+template <class S, int Count = kTileRows>
 OPRD_INLINE void project(const Projection& p, const typename S::type* const* h, int count,
                          const char* const* next, float* z, float* scratch) {
-  F8* acc = reinterpret_cast<F8*>(scratch);
-  switch (count) {
-    case 1: return project_rows<S, 1>(p, h, next, z, acc);
-    case 2: return project_rows<S, 2>(p, h, next, z, acc);
-    case 3: return project_rows<S, 3>(p, h, next, z, acc);
-    default: return project_rows<S, kTileRows>(p, h, next, z, acc);
-  }
+  if (count == Count) return project_rows<S, Count>(p, h, next, z, reinterpret_cast<F8*>(scratch));
+  if constexpr (Count > 1) project<S, Count - 1>(p, h, count, next, z, scratch);
 }
 
 // dh_i[k ..] = sum_j dz[i][j] P_j[k ..] for Rows_ rows and Vectors * kLanes columns from k on; dz is

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oprd_kernels import fused_rep_loss
+from oprd_kernels.validate import check_call
 from tests.kernels.oracle import Case, assert_no_worse_than_torch, run
 
 KINDS = ("mse", "nmse", "cosine")
@@ -245,3 +246,27 @@ def test_nothing_as_wide_as_an_activation_in_forward(backend, rank, peak_bytes):
     fused_rep_loss(student[:64], case.teacher[:64], **kwargs)
     extra = peak_bytes(lambda: fused_rep_loss(student, case.teacher, **kwargs))
     assert extra <= (rank + 16) * 4 * m
+
+
+def test_offsets_past_2_31_elements(backend):
+    """Rows at the end of a tensor of 2^31 + elements; pages that are not touched cost nothing."""
+    d, last = 1025, 2**31 // 1025 + 5
+    big = torch.empty(last + 1, d)
+    assert big.numel() > 2**31
+    rows = torch.tensor([last, last - 3])
+    big[rows] = torch.randn(2, d)
+    small, teacher = big[rows].requires_grad_(), torch.randn(2, d)
+    expected = fused_rep_loss(small, teacher, backend=backend)
+    expected.backward()
+    inputs, _ = check_call(
+        big, teacher, student_proj=None, teacher_proj=None, teacher_mean=None, rows=rows,
+        teacher_rows=None, weights=None, kind="nmse", reduction="mean", denominator=None,
+        backend=backend,
+    )  # fmt: skip
+    loss, saved = torch.ops.oprd.rep_loss(*inputs)
+    grad = torch.empty_like(big)
+    torch.ops.oprd.rep_loss_grad_(
+        grad, False, torch.ones(()), big, teacher, None, saved, rows, None, None, "nmse"
+    )
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad[rows], small.grad)

@@ -131,3 +131,100 @@ def test_second_derivative_is_refused(backend):
     loss = fused_rep_loss(x, torch.randn(4, D), backend=backend)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_adds_in_place_where_nobody_else_holds_the_gradient(backend, peak_bytes):
+    """A chain as in a model: the gradient that leaves the tap is the one that came, in memory."""
+    x = torch.randn(4, D, requires_grad=True)
+    seen = []
+    before = x * 1.0
+    before.register_hook(lambda g: seen.append(g.data_ptr()))
+    h, loss = rep_tap(before, torch.randn(4, D), backend=backend)
+
+    class Mark(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            made = grad * 2
+            seen.append(made.data_ptr())
+            return made
+
+    (Mark.apply(h).sum() + loss).backward()
+    assert seen[0] == seen[1]
+
+
+def test_takes_no_memory_beside_64_bytes_a_row(backend, peak_bytes):
+    m, d = 16384, 1024
+    x, teacher = torch.randn(m, d, requires_grad=True), torch.randn(m, d)
+    pool = [torch.ones(m, d)]
+
+    class Give(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            return h.new_zeros(())
+
+        @staticmethod
+        def backward(ctx, _):
+            return pool.pop()
+
+    class Take(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            pool.append(grad)
+            return None
+
+    def step():
+        h, loss = rep_tap(Take.apply(x), teacher, backend=backend)
+        (Give.apply(h) + loss).backward()
+
+    step()
+    assert peak_bytes(step) <= 64 * m
+
+
+@pytest.mark.parametrize("shared", ["residual", "user", "view", "hook", "saved"])
+def test_a_gradient_that_others_hold_is_left_alone(backend, shared):
+    """Naive in-place addition would change what the other holder sees."""
+    torch.manual_seed(0)
+    x, teacher = torch.randn(4, D, requires_grad=True), torch.randn(4, D)
+    kept: list[torch.Tensor] = []
+    h, loss = rep_tap(x * 1.0, teacher, backend=backend)
+    if shared == "residual":  # one tensor for both branches of the addition
+        other = x * 2.0
+        other.register_hook(kept.append)
+        (h + other).backward(torch.ones(4, D), retain_graph=True, inputs=[x])
+        expected = torch.ones(4, D)
+    elif shared == "user":
+        kept.append(torch.ones(4, D))
+        torch.autograd.backward([h, loss], [kept[0], None])
+        expected = torch.ones(4, D)
+    elif shared == "view":  # both parts of a concatenation get views of one gradient
+        other = x * 2.0
+        other.register_hook(kept.append)
+        (torch.cat([other, h]).square().sum() / 2 + loss).backward()
+        expected = other.detach()
+    elif shared == "hook":
+        h.register_hook(kept.append)
+        ((h * 3.0).sum() + loss).backward()
+        expected = torch.full((4, D), 3.0)
+    else:  # a backward that returns a tensor it has saved
+
+        class Keeps(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, h):
+                kept.append(torch.ones_like(h))
+                return h.sum()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return kept[0]
+
+        (Keeps.apply(h) + loss).backward()
+        expected = torch.ones(4, D)
+    assert torch.equal(kept[0], expected)

@@ -63,6 +63,14 @@ def test_bad_arguments(call, arguments, error, message):
         call(*positional, **arguments)
 
 
+@pytest.mark.parametrize("call", [fused_rep_loss, lambda s, t: rep_tap(s, t)[1]])
+def test_functorch_transforms_are_refused_with_the_fix(call):
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms.*loss\.backward\(\)"):
+        torch.func.grad(lambda s: call(s, T))(S.detach())
+    with pytest.raises(RuntimeError, match=r"torch\.func transform"):
+        torch.vmap(call)(S.detach(), T)
+
+
 def test_named_backend_that_cannot_take_the_input():
     with pytest.raises(BackendUnavailable, match="float64"):
         fused_rep_loss(S.double(), T.double(), backend="cpu")

@@ -1,0 +1,69 @@
+"""The benchmark harness runs: a tiny case of every regime, and its report."""
+
+import json
+
+import pytest
+
+from benchmarks import measure, regimes, report, test_overhead
+from benchmarks.test_rep_loss import BUILDERS, settings
+
+TINY = dict.fromkeys(BUILDERS, (16, 32)) | {"layers_28": (28, 16)}
+
+
+@pytest.mark.parametrize("mode", ["warm", "fresh"])
+@pytest.mark.parametrize("regime", [name for name in BUILDERS if name != "last_k"])
+def test_every_variant_of_every_regime_runs(regime, mode):
+    build, expected = BUILDERS[regime]
+    case = build(*TINY[regime], "fp32", mode == "fresh", False)
+    assert set(case.variants) == set(expected) - {"compile"}
+    measured = measure.measure(case, mode, budget=0.0, min_rounds=2)
+    assert all(len(m.seconds) >= 2 for m in measured.values())
+    assert measure.floor_seconds(case, measured["copy"].median, 1e9) > 0
+
+
+def test_variants_agree_on_the_gradient():
+    """The peers do the same work: equal gradients flow out of the tap."""
+    case = regimes.identity(16, 32, "fp32", False, False)
+    ours, new = case.variants["oprd, new gradient"](), case.variants["eager"]()
+    assert ours[0].allclose(new[0], rtol=1e-4, atol=1e-7)
+
+
+def test_settings_are_distinct_and_full_has_more():
+    quick, full = list(settings(False)), list(settings(True))
+    assert len(set(quick)) == len(quick)
+    assert len(full) > 2 * len(quick)
+
+
+def test_overhead_is_measured_for_all_three():
+    seconds = test_overhead.measure(rounds=2, per_round=2)
+    assert set(seconds) == {"empty", "fused_rep_loss", "rep_tap"}
+    assert all(len(values) == 2 for values in seconds.values())
+
+
+def entry(variant, m, median):
+    info = {
+        "regime": "identity in place",
+        "m": m,
+        "d": 8,
+        "dtype": "fp32",
+        "mode": "warm",
+        "threads": 2,
+        "variant": variant,
+        "floor_seconds": 0.001,
+        "extra_bytes": 1024,
+        "activation_bytes": 2048,
+    }
+    return {"stats": {"median": median}, "extra_info": info}
+
+
+def test_report_writes_table_and_plot(tmp_path):
+    entries = [entry(v, m, t * m) for m in (10, 100) for v, t in (("oprd", 2e-4), ("eager", 1e-3))]
+    source = tmp_path / "run.json"
+    source.write_text(json.dumps({"benchmarks": entries, "machine_info": {"oprd": {"cpu": "x"}}}))
+    report.report(source, tmp_path)
+    table = (tmp_path / "run.md").read_text()
+    assert "Machine: cpu x" in table
+    line = next(x for x in table.splitlines() if x.startswith("| identity in place | 10 |"))
+    assert "| 2.00x | 5.00x |" in line  # of the floor; eager over ours
+    assert "| 0.500 |" in line  # extra memory over M d e
+    assert (tmp_path / "run.png").stat().st_size > 1000

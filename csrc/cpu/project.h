@@ -12,11 +12,12 @@ constexpr i64 kSlice = 512;    // elements of d at a time: slices of the tile an
 
 // acc[i][j] (8 lanes each) += (h_i - mean) . P_j over elements [begin, end), a multiple of kStep.
 // proj and mean are in S's order. An element of z is the same sum in the same order whatever Rows_
-// and Ranks it is computed with. The same elements of the rows at `next` are fetched meanwhile.
+// and Ranks it is computed with. The same elements of the rows that begin at fetch_a and fetch_b are
+// fetched meanwhile.
 template <class S, int Rows_, int Ranks, bool Mean>
 OPRD_INLINE void project_block(const typename S::type* const* h, const float* proj,
                                const float* mean, i64 width, i64 begin, i64 end, F8* acc,
-                               i64 acc_stride, const char* const* next, int next_count) {
+                               i64 acc_stride, const char* fetch_a, const char* fetch_b) {
   constexpr i64 kBytes = sizeof(typename S::type);
   F8 sum[Rows_][Ranks];
   for (int i = 0; i < Rows_; ++i) {
@@ -32,7 +33,8 @@ OPRD_INLINE void project_block(const typename S::type* const* h, const float* pr
     }
   };
   for (i64 k = begin; k < end; k += kStep) {
-    for (int i = 0; i < next_count; ++i) prefetch(next[i] + k * kBytes);
+    prefetch(fetch_a + k * kBytes);
+    prefetch(fetch_b + k * kBytes);
     half(k, [&](const typename S::type* row) __attribute__((always_inline)) {
       return S::template load_half<0>(row + k);
     });
@@ -54,19 +56,22 @@ struct Projection {
   i64 width, rank;
 };
 
-// Rows of P from j on, Ranks at a time and then fewer; each group fetches its share of the rows to
-// come, so that fetching is spread over the whole slice.
+// Rows of P from j on, Ranks at a time and then fewer. Two of the rows to come are fetched by each
+// group, from `*next` on, so that fetching is spread over the work; past `last` there are none left,
+// and row h[0], which is there already, stands in.
 template <class S, int Count, int Ranks, bool Mean>
 OPRD_INLINE void project_ranks(const typename S::type* const* h, const Projection& p, i64 begin,
-                               i64 end, F8* acc, i64 j, const char* const* next) {
+                               i64 end, F8* acc, i64 j, const char* const* next,
+                               const char* const* last) {
   if constexpr (Ranks > 0) {
     for (; j + Ranks <= p.rank; j += Ranks) {
-      const i64 first = j * kTileRows / p.rank, last = (j + Ranks) * kTileRows / p.rank;
+      const char* here = reinterpret_cast<const char*>(h[0]);
+      const char* fetch_a = next < last ? *next++ : here;
+      const char* fetch_b = next < last ? *next++ : here;
       project_block<S, Count, Ranks, Mean>(h, p.proj + j * p.width, p.mean, p.width, begin, end,
-                                           acc + j, p.rank, next + first,
-                                           static_cast<int>(last - first));
+                                           acc + j, p.rank, fetch_a, fetch_b);
     }
-    project_ranks<S, Count, Ranks - 1, Mean>(h, p, begin, end, acc, j, next);
+    project_ranks<S, Count, Ranks - 1, Mean>(h, p, begin, end, acc, j, next, last);
   }
 }
 
@@ -76,7 +81,7 @@ OPRD_INLINE void project_slices(const Projection& p, const typename S::type* con
   const i64 whole = p.width - p.width % kStep;
   for (i64 begin = 0; begin < whole; begin += kSlice) {
     const i64 end = whole - begin < kSlice ? whole : begin + kSlice;
-    project_ranks<S, Count, kTileRanks, Mean>(h, p, begin, end, acc, 0, next);
+    project_ranks<S, Count, kTileRanks, Mean>(h, p, begin, end, acc, 0, next, next + kTileRows);
   }
 }
 

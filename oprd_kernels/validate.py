@@ -108,6 +108,8 @@ def check_call(
             f"student gives {m} rows and teacher {m_teacher}: they are paired in order. Pass rows "
             "to pick the student's, and teacher_rows to pick the teacher's"
         )
+    if teacher.requires_grad:  # saved for backward, it would keep its whole graph alive
+        teacher = teacher.detach()
     if len(student_shape) not in (2, 3):
         student = _as_rows(student)
     if len(teacher_shape) not in (2, 3):

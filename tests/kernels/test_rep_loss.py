@@ -108,6 +108,13 @@ def test_nan_in_a_supervised_row_is_not_hidden(backend):
     assert result.grad_student[:3].isfinite().all()
 
 
+def test_nan_of_any_payload_survives_rounding(backend):
+    """Rounded by adding half a unit, a NaN of all ones would become -0 in bfloat16."""
+    case = make_case(4, dtype=torch.bfloat16)
+    case.student_proj[1, 2] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
+    assert run(case, backend).grad_student.isnan().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_everything_masked_gives_zero(backend, kind, reduction):

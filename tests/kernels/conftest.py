@@ -21,7 +21,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def compiled_backend(backend: str) -> str:
-    """The backend, where the kernels themselves run: an interpreter's memory is not theirs."""
+    """The backend, where the kernels themselves run: an interpreter's memory and threads are not
+    theirs."""
     if backend != "cpu":
-        pytest.skip(f"{backend} kernels are interpreted here: their own memory can't be measured")
+        pytest.skip(f"{backend} kernels are interpreted here: memory and threads are not theirs")
     return backend

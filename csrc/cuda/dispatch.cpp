@@ -33,9 +33,14 @@ Problem canonical(Problem problem) {
   return problem;
 }
 
+constexpr i64 kMaxWidth = i64{1} << 30;  // columns are counted in int
+
 void check(const Problem& p, const Rows& grad) {
   const bool reads_rows = p.rank == 0 || p.student_proj;
   if (p.rank > kMaxRank || !reads_rows) throw std::invalid_argument("cuda: rank out of range");
+  if (p.student_width > kMaxWidth || p.teacher_width > kMaxWidth) {
+    throw std::invalid_argument("cuda: rows wider than 2^30");
+  }
   const bool alike = p.student.dtype == p.teacher.dtype &&
                      (!grad.data || grad.dtype == p.student.dtype);
   if (!alike) throw std::invalid_argument("cuda: student, teacher and gradient differ in dtype");

@@ -78,7 +78,7 @@ struct StreamedPair : PairAt<D, Vector> {
 
   template <class F>
   __device__ __forceinline__ void each_unit(F f) const {
-#pragma unroll 4
+#pragma unroll 2
     for (i64 u = this->thread; u < this->units(); u += this->threads) {
       f(u, U::floats(U::load(this->s, u)), U::floats(U::load(this->t, u)));
     }

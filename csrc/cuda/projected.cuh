@@ -11,9 +11,6 @@
 namespace oprd {
 namespace cuda {
 
-constexpr int kProjectWarps = 8;
-constexpr int kProjectThreads = kProjectWarps * kWarp;
-
 // The columns of a slice: a lane has kUnits units of each row, kPerLane elements. In shared memory
 // a row of a slice of P lies as kPerLane / 4 times 32 float4, one a lane.
 template <DType D, bool Vector>
@@ -24,26 +21,30 @@ struct Slice {
   static constexpr int kColumns = kWarp * kPerLane;
   static constexpr int kVectors = kColumns / 4;  // float4 to a row
 
-  // Vector n of a row of P from column `begin` on, in the order in which threads read it.
-  __device__ static float4 read(const float* row, i64 begin, i64 width, int n) {
+  // Begins to copy a row of P, from column `begin` on, to row j of a slice, this thread's vector n of
+  // it. What lies past the end is 0, so that nothing there can turn a product into NaN.
+  __device__ static void bring(const Shared<float4>& slice, const float* row, int begin, int width,
+                               int j, int n) {
+    const int place = j * kVectors + n % (kPerLane / 4) * kWarp + n / (kPerLane / 4);
     if constexpr (Vector) {
-      const i64 column = begin + 4 * n;
-      if (column >= width) return float4{};
-      return load(reinterpret_cast<const float4*>(row + column));
+      const int column = begin + 4 * n;
+      if (column < width) {
+        slice.copy_async(place, reinterpret_cast<const float4*>(row + column));
+      } else {
+        slice.store(place, float4{});
+      }
     } else {
-      const i64 column = begin + n;
-      float4 x{};
-      if (column < width) x.x = load(row + column);
-      if (column + kWarp < width) x.y = load(row + column + kWarp);
-      if (column + 2 * kWarp < width) x.z = load(row + column + 2 * kWarp);
-      if (column + 3 * kWarp < width) x.w = load(row + column + 3 * kWarp);
-      return x;
+      const Shared<float> elements = slice.template as<float>();
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = begin + n + e * kWarp;
+        if (column < width) {
+          elements.copy_async(place * 4 + e, row + column);
+        } else {
+          elements.store(place * 4 + e, 0.f);
+        }
+      }
     }
-  }
-  // Where that vector goes, counted in float4: quarter * 32 + lane.
-  __device__ static int place(int n) {
-    constexpr int kQuarters = kPerLane / 4;
-    return n % kQuarters * kWarp + n / kQuarters;
   }
 };
 
@@ -58,7 +59,7 @@ struct Side {
   const i64* index;
   const float* proj;
   const float* mean;
-  i64 width;
+  int width;
 };
 
 // At each step a lane gives the half of its values that its partner keeps: after five, lane l has
@@ -80,55 +81,51 @@ __device__ __forceinline__ void sum_and_deal(Floats<All>& x) {
   }
 }
 
-// Ranks: r rounded up. kRows: rows a warp has, so that its sums fit its registers.
+// Ranks: r rounded up. kRows: rows a warp has; its lanes have the sums of all products in registers.
 template <DType D, bool Vector, int Ranks>
 struct ForwardTile {
   using S = Slice<D, Vector>;
   using U = Unit<D, Vector>;
-  static constexpr int kRows = Ranks == 16 ? 4 : 8;
-  static constexpr int kBlockRows = kProjectWarps * kRows;
+  static constexpr int kRows = 4;
+  static constexpr int kWarps = Ranks == 16 ? 6 : 8;  // two blocks fill the registers of an SM
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kBlockRows = kWarps * kRows;
   static constexpr int kSums = kRows * Ranks;
 
   // Shared memory: two buffers for slices of P and, as its row number Ranks, of the mean; then z of
-  // both sides, rows padded to spare bank conflicts.
+  // both sides, rows padded to spare bank conflicts; then where the rows of H are.
   static constexpr int kBufferVectors = (Ranks + 1) * S::kVectors;
-  static constexpr int kStaged = (kBufferVectors + kProjectThreads - 1) / kProjectThreads;
   static constexpr int kZStride = Ranks + 1;
   static constexpr int kZBegin = 2 * kBufferVectors * sizeof(float4);
-  static constexpr int kSharedBytes = kZBegin + 2 * kBlockRows * kZStride * sizeof(float);
+  static constexpr int kRowsBegin = kZBegin + 2 * kBlockRows * kZStride * sizeof(float);
+  static constexpr int kSharedBytes = kRowsBegin + kBlockRows * sizeof(void*);
 
-  // What this thread brings of a slice, on its way from L2 to shared memory.
-  struct Staged {
-    float4 v[kStaged];
-  };
-  __device__ static Staged fetch(const Side& side, int rank, i64 begin) {
-    Staged staged{};
-#pragma unroll
-    for (int k = 0; k < kStaged; ++k) {
-      const int n = threadIdx.x + k * kProjectThreads;
+  __device__ static Shared<float4> buffer(int n) {
+    return Shared<float4>(n * kBufferVectors * static_cast<int>(sizeof(float4)));
+  }
+
+  // Rows of the buffers that no rank fills add 0 to sums nobody reads.
+  __device__ static void clear_unused(int rank) {
+    for (int n = rank * S::kVectors + threadIdx.x; n < Ranks * S::kVectors; n += kThreads) {
+      buffer(0).store(n, float4{});
+      buffer(1).store(n, float4{});
+    }
+  }
+
+  __device__ static void bring(const Side& side, int rank, int begin, int to) {
+#pragma unroll 1  // unrolled, its addresses would take registers from the sums
+    for (int n = threadIdx.x; n < rank * S::kVectors; n += kThreads) {
       const int j = n / S::kVectors;
-      const float* row = j < rank ? side.proj + j * side.width : j == Ranks ? side.mean : nullptr;
-      if (n < kBufferVectors && row) {
-        staged.v[k] = S::read(row, begin, side.width, n % S::kVectors);
-      }
+      S::bring(buffer(to), side.proj + i64{j} * side.width, begin, side.width, j, n % S::kVectors);
     }
-    return staged;
-  }
-  __device__ static void put(const Staged& staged, int buffer) {
-    const Shared<float4> slice(buffer * kBufferVectors * sizeof(float4));
-#pragma unroll
-    for (int k = 0; k < kStaged; ++k) {
-      const int n = threadIdx.x + k * kProjectThreads;
-      if (n < kBufferVectors) {
-        slice.store(n / S::kVectors * S::kVectors + S::place(n % S::kVectors), staged.v[k]);
-      }
+    if (side.mean && threadIdx.x < S::kVectors) {
+      S::bring(buffer(to), side.mean, begin, side.width, Ranks, threadIdx.x);
     }
   }
 
-  // sums[i][j] += (h_i - mean) . P_j over this lane's columns of the slice in `buffer`.
+  // sums[i][j] += (h_i - mean) . P_j over this lane's columns of a slice.
   __device__ static void multiply(const typename U::Raw (&raw)[kRows][S::kUnits], bool mean,
-                                  int buffer, Floats<kSums>& sums) {
-    const Shared<float4> slice(buffer * kBufferVectors * sizeof(float4));
+                                  const Shared<float4>& slice, Floats<kSums>& sums) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int quarter = 0; quarter < S::kPerLane / 4; ++quarter) {
@@ -167,35 +164,35 @@ struct ForwardTile {
   __device__ static void project(const Problem& p, const Side& side, i64 first_row, int z_begin) {
     using type = typename U::type;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rank = p.rank;
-    const type* rows[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const i64 n = first_row + warp * kRows + i;
+    const Shared<const type*> rows(kRowsBegin);  // kept there, because registers are scarce here
+    block_barrier();  // rows and buffers may still be read for the other side
+    if (threadIdx.x < kBlockRows) {
+      const i64 n = first_row + threadIdx.x;
       const bool wanted = n < p.rows && weight(p, n) != 0.f;
-      rows[i] = wanted ? row_of<const type>(side.x, side.index ? load(side.index + n) : n)
-                       : nullptr;
+      rows.store(threadIdx.x,
+                 wanted ? row_of<const type>(side.x, side.index ? load(side.index + n) : n)
+                        : nullptr);
     }
     Floats<kSums> sums{};
-    block_barrier();  // the buffers may still be read for the other side
-    put(fetch(side, rank, 0), 0);
-    const i64 units = side.width / U::kElements;
-    int buffer = 0;
-    for (i64 begin = 0; begin < side.width; begin += S::kColumns, buffer = 1 - buffer) {
+    block_barrier();
+    bring(side, rank, 0, 0);
+    const int units = side.width / U::kElements;
+    int now = 0;
+    for (int begin = 0; begin < side.width; begin += S::kColumns, now = 1 - now) {
       typename U::Raw raw[kRows][S::kUnits];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
+        const type* row = rows.load(warp * kRows + i);
 #pragma unroll
         for (int n = 0; n < S::kUnits; ++n) {
-          const i64 u = begin / U::kElements + n * kWarp + lane;
-          raw[i][n] = rows[i] && u < units ? U::load(rows[i], u) : typename U::Raw{};
+          const int u = begin / U::kElements + n * kWarp + lane;
+          raw[i][n] = row && u < units ? U::load(row, u) : typename U::Raw{};
         }
       }
-      block_barrier();  // this slice is there, the one before has been used
-      const bool more = begin + S::kColumns < side.width;
-      Staged next{};
-      if (more) next = fetch(side, rank, begin + S::kColumns);
-      multiply(raw, side.mean != nullptr, buffer, sums);
-      if (more) put(next, 1 - buffer);
+      wait_for_copies();
+      block_barrier();  // all of this slice is there, and the one before has been used
+      if (begin + S::kColumns < side.width) bring(side, rank, begin + S::kColumns, 1 - now);
+      multiply(raw, side.mean != nullptr, buffer(now), sums);
     }
     sum_and_deal<kWarp / 2, kSums>(sums);
     const Shared<float> z(z_begin);
@@ -211,7 +208,7 @@ struct ForwardTile {
     using type = typename U::type;
     const Shared<float> z(z_begin);
     const int rank = p.rank;
-    for (int at = threadIdx.x; at < kBlockRows * rank; at += kProjectThreads) {
+    for (int at = threadIdx.x; at < kBlockRows * rank; at += kThreads) {
       const i64 n = first_row + at / rank;
       float value = 0.f;
       if (n < p.rows && weight(p, n) != 0.f) {
@@ -236,16 +233,20 @@ struct ProjectedPair {
 };
 
 template <DType D, bool Vector, int Ranks>
-__global__ void __launch_bounds__(kProjectThreads) projected_forward(Problem p, ForwardOut out) {
+__global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kThreads, 2)
+    projected_forward(Problem p, ForwardOut out) {
   using Tile = ForwardTile<D, Vector, Ranks>;
   constexpr int kTeacherZ =
       Tile::kZBegin + Tile::kBlockRows * Tile::kZStride * static_cast<int>(sizeof(float));
   const i64 first_row = static_cast<i64>(blockIdx.x) * Tile::kBlockRows;
-  Tile::project(p, {p.student, p.student_rows, p.student_proj, nullptr, p.student_width},
+  Tile::clear_unused(p.rank);
+  Tile::project(p, {p.student, p.student_rows, p.student_proj, nullptr,
+                   static_cast<int>(p.student_width)},
                 first_row, Tile::kZBegin);
   if (p.teacher_proj) {
     // The mean goes before the product: after it, z_T would be a difference of large sums.
-    Tile::project(p, {p.teacher, p.teacher_rows, p.teacher_proj, p.teacher_mean, p.teacher_width},
+    Tile::project(p, {p.teacher, p.teacher_rows, p.teacher_proj, p.teacher_mean,
+                     static_cast<int>(p.teacher_width)},
                   first_row, kTeacherZ);
   } else {
     Tile::copy(p, first_row, kTeacherZ);
@@ -272,27 +273,29 @@ __global__ void __launch_bounds__(kProjectThreads) projected_forward(Problem p, 
 // Rows of a block of the backward pass, and how many of them a warp takes at a time.
 constexpr int kBackwardRows = 64;
 constexpr int kBackwardAtATime = 4;
+constexpr int kBackwardWarps = 8;
+constexpr int kBackwardThreads = kBackwardWarps * kWarp;
 
 // dH = (coefficient dz) P. A block has the slice of P of `job % slices` and a tile of rows.
 template <DType D, bool Vector>
-__global__ void __launch_bounds__(kProjectThreads)
+__global__ void __launch_bounds__(kBackwardThreads)
     projected_backward(Problem p, BackwardIn in, int slices) {
   using S = Slice<D, Vector>;
   using U = Unit<D, Vector>;
   using type = typename U::type;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rank = p.rank;
-  const i64 begin = static_cast<i64>(blockIdx.x % slices) * S::kColumns;
+  const int begin = static_cast<int>(blockIdx.x) % slices * S::kColumns;
+  const int width = static_cast<int>(p.student_width), units = width / U::kElements;
   const i64 first_row = static_cast<i64>(blockIdx.x / slices) * kBackwardRows;
   const Shared<float4> slice(0);
-  for (int n = threadIdx.x; n < rank * S::kVectors; n += kProjectThreads) {
-    const int j = n / S::kVectors, at = n % S::kVectors;
-    slice.store(j * S::kVectors + S::place(at),
-                S::read(p.student_proj + j * p.student_width, begin, p.student_width, at));
+  for (int n = threadIdx.x; n < rank * S::kVectors; n += kBackwardThreads) {
+    const int j = n / S::kVectors;
+    S::bring(slice, p.student_proj + i64{j} * width, begin, width, j, n % S::kVectors);
   }
   // dz of the tile, scaled, rank by rank: four rows are one vector.
   constexpr int kMaxSlice = kMaxRank * S::kVectors * sizeof(float4);
   const Shared<float> scaled(kMaxSlice);
-  for (int n = threadIdx.x; n < kBackwardRows * rank; n += kProjectThreads) {
+  for (int n = threadIdx.x; n < kBackwardRows * rank; n += kBackwardThreads) {
     const i64 i = first_row + n / rank;
     float value = 0.f, coefficient;
     if (i < p.rows && coefficient_of(p, in, i, &coefficient)) {
@@ -300,10 +303,11 @@ __global__ void __launch_bounds__(kProjectThreads)
     }
     scaled.store(n % rank * kBackwardRows + n / rank, value);
   }
+  wait_for_copies();
   block_barrier();
   const Shared<float4> four_rows(kMaxSlice);
   for (int tile_row = warp * kBackwardAtATime; tile_row < kBackwardRows;
-       tile_row += kProjectWarps * kBackwardAtATime) {
+       tile_row += kBackwardWarps * kBackwardAtATime) {
     type* rows[kBackwardAtATime];
     bool zero[kBackwardAtATime];
     typename U::Raw old[kBackwardAtATime][S::kUnits];
@@ -316,8 +320,8 @@ __global__ void __launch_bounds__(kProjectThreads)
       rows[i] = left_alone ? nullptr : row_of<type>(in.grad, student_row(p, n));
 #pragma unroll
       for (int k = 0; k < S::kUnits; ++k) {
-        const i64 u = begin / U::kElements + k * kWarp + lane;
-        const bool adds = rows[i] && in.accumulate && u < p.student_width / U::kElements;
+        const int u = begin / U::kElements + k * kWarp + lane;
+        const bool adds = rows[i] && in.accumulate && u < units;
         old[i][k] = adds ? U::load(rows[i], u) : typename U::Raw{};
       }
     }
@@ -340,8 +344,8 @@ __global__ void __launch_bounds__(kProjectThreads)
     for (int i = 0; i < kBackwardAtATime; ++i) {
 #pragma unroll
       for (int k = 0; k < S::kUnits; ++k) {
-        const i64 u = begin / U::kElements + k * kWarp + lane;
-        if (!rows[i] || u >= p.student_width / U::kElements) continue;
+        const int u = begin / U::kElements + k * kWarp + lane;
+        if (!rows[i] || u >= units) continue;
         auto value = U::floats(old[i][k]);
 #pragma unroll
         for (int e = 0; e < U::kElements; ++e) {
@@ -358,7 +362,7 @@ template <DType D, bool Vector, int Ranks>
 void launch_projected_tiles(const Problem& p, const ForwardOut& out, const Stream& stream) {
   using Tile = ForwardTile<D, Vector, Ranks>;
   const i64 blocks = (p.rows + Tile::kBlockRows - 1) / Tile::kBlockRows;
-  launch({"projected_forward", p, stream, blocks, kProjectThreads, Tile::kSharedBytes},
+  launch({"projected_forward", p, stream, blocks, Tile::kThreads, Tile::kSharedBytes},
          projected_forward<D, Vector, Ranks>, p, out);
 }
 
@@ -373,8 +377,6 @@ void launch_projected_forward(const Problem& p, const ForwardOut& out, const Str
                                             is_aligned(p.teacher_mean)));
   if (!vectors) {
     launch_projected_tiles<D, false, 16>(p, out, stream);
-  } else if (p.rank <= 4) {
-    launch_projected_tiles<D, true, 4>(p, out, stream);
   } else if (p.rank <= 8) {
     launch_projected_tiles<D, true, 8>(p, out, stream);
   } else {
@@ -388,7 +390,7 @@ void launch_projected_slices(const Problem& p, const BackwardIn& in, const Strea
   const i64 slices = (p.student_width + S::kColumns - 1) / S::kColumns;
   const i64 blocks = (p.rows + kBackwardRows - 1) / kBackwardRows * slices;
   const int bytes = kMaxRank * (S::kColumns + kBackwardRows) * sizeof(float);
-  launch({"projected_backward", p, stream, blocks, kProjectThreads, bytes},
+  launch({"projected_backward", p, stream, blocks, kBackwardThreads, bytes},
          projected_backward<D, Vector>, p, in, static_cast<int>(slices));
 }
 

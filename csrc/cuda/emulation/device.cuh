@@ -59,11 +59,23 @@ class Shared {
   void store(int i, T value) const {
     std::memcpy(emulation::shared_access(at(i), sizeof(T), true), &value, sizeof value);
   }
+  // What is copied arrives as late as it may: at wait_for_copies.
+  void copy_async(int i, const T* from) const {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "what cp.async takes");
+    const T value = cuda::load(from);
+    emulation::copy_async(at(i), &value, sizeof value);
+  }
+  template <class Other>
+  Shared<Other> as() const {
+    return Shared<Other>(static_cast<int>(begin_));
+  }
 
  private:
   std::int64_t at(int i) const { return begin_ + std::int64_t{i} * sizeof(T); }
   std::int64_t begin_;
 };
+
+inline void wait_for_copies() { emulation::wait_for_copies(); }
 
 // Where it stands in the source tells one barrier from another.
 inline void block_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

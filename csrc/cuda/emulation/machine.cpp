@@ -45,6 +45,12 @@ namespace {
 
 enum class Waits { kNo, kBlock, kWarp, kEnded };
 
+struct Copy {
+  std::int64_t to;
+  std::size_t bytes;
+  char value[16];
+};
+
 struct Thread {
   Fiber fiber;
   Waits waits = Waits::kNo;
@@ -52,6 +58,7 @@ struct Thread {
   unsigned warp_epoch = 0;  // synchronisations of its warp so far
   // What it gave to the last two shuffles: a lane may reach the next one before another has read.
   std::vector<char> given[2];
+  std::vector<Copy> copies;  // begun and not waited for
 };
 
 std::string describe(const Site& site) {
@@ -108,6 +115,19 @@ class Machine {
     std::memcpy(result, threads_[partner].given[ahead].data(), bytes);
   }
 
+  void copy_async(std::int64_t to, const void* value, std::size_t bytes) {
+    Copy copy{to, bytes, {}};
+    std::memcpy(copy.value, value, bytes);
+    threads_[running_].copies.push_back(copy);
+  }
+
+  void wait_for_copies() {
+    for (const Copy& copy : threads_[running_].copies) {
+      std::memcpy(memory().shared_access(copy.to, copy.bytes, true), copy.value, copy.bytes);
+    }
+    threads_[running_].copies.clear();
+  }
+
   void seed(std::uint64_t value) { random_.seed(value); }
   Current& now() { return now_; }
   std::mutex& busy() { return busy_; }
@@ -151,6 +171,9 @@ void Machine::entry() {
     m.error_ = std::current_exception();
   }
   Thread& own = m.threads_[m.running_];
+  if (!m.error_ && !own.copies.empty()) {
+    m.error_ = std::make_exception_ptr(Fault("a copy was begun and never waited for"));
+  }
   own.waits = Waits::kEnded;
   own.fiber.switch_to(m.scheduler_);
 }
@@ -167,6 +190,7 @@ void Machine::run_block() {
     thread.fiber.begin(&Machine::entry);
     thread.waits = Waits::kNo;
     thread.warp_epoch = 0;
+    thread.copies.clear();
     ready_.push_back(i);
   }
   int ended = 0;
@@ -243,6 +267,10 @@ void Machine::report_divergence() {
 
 Current& current() { return machine().now(); }
 
+void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes) {
+  machine().copy_async(shared_offset, value, bytes);
+}
+void wait_for_copies() { machine().wait_for_copies(); }
 void block_barrier(Site site) { machine().block_barrier(site); }
 void warp_barrier(Site site) { machine().warp_barrier(site); }
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes) {

@@ -38,6 +38,8 @@ struct Site {
 // What kernels do; each throws Fault if that is wrong.
 void global_access(const void* p, std::size_t bytes, bool write);
 void* shared_access(std::int64_t offset, std::size_t bytes, bool write);
+void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes);
+void wait_for_copies();
 void block_barrier(Site site);
 void warp_barrier(Site site);
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes);

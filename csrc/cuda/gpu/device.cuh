@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -36,10 +37,28 @@ class Shared {
   }
   __device__ __forceinline__ T load(int i) const { return data_[i]; }
   __device__ __forceinline__ void store(int i, T value) const { data_[i] = value; }
+  // Begins a copy from global memory, which wait_for_copies ends.
+  __device__ __forceinline__ void copy_async(int i, const T* from) const {
+    __pipeline_memcpy_async(data_ + i, from, sizeof(T));
+  }
+  // The same memory as elements of another type.
+  template <class Other>
+  __device__ __forceinline__ Shared<Other> as() const {
+    return Shared<Other>(reinterpret_cast<Other*>(data_));
+  }
 
  private:
+  template <class>
+  friend class Shared;
+  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
   T* data_;
 };
+
+// Until here the copies that this thread has begun have arrived; a barrier makes them others' too.
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
 
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }

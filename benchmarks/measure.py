@@ -31,7 +31,7 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def measure(case: Case, mode: str, budget: float = 2.5, min_rounds: int = 5) -> dict[str, Measured]:
+def measure(case: Case, mode: str, budget: float = 2.0, min_rounds: int = 5) -> dict[str, Measured]:
     """Run every variant once per round, until ``budget`` seconds are spent and ``min_rounds``
     rounds made. A variant of more than a second a call gets fewer rounds.
 

@@ -72,10 +72,9 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
 
     _check_world(cfg)
     check_output_dir(cfg)
-    try:
-        backends.choose(cfg.distill.backend, torch.empty(0, device=_device(cfg)))
-    except backends.BackendUnavailable as error:
-        raise ConfigError(f"distill.backend: {error}") from error
+    backend = cfg.distill.backend
+    if backend != "auto" and (reason := backends.unavailable(backend, _device(cfg))):
+        raise ConfigError(f"distill.backend={backend} can't run: {reason}")
 
     student = attempt(lambda: load_config(cfg.student.path))
     teacher = attempt(lambda: load_config(cfg.teacher.path))

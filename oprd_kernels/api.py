@@ -76,8 +76,9 @@ def fused_rep_loss(
         reduction: ``"mean"`` (sum of weight * loss over ``denominator``), ``"sum"`` or ``"none"``.
         denominator: of the mean: a number or 0-D tensor, such as the token count of the global
             batch. Default: the sum of the weights. If it is 0, so are loss and gradient.
-        backend: ``"auto"``, ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch, any device,
-            also float64).
+        backend: ``"auto"``: the first that can do this call of ``"cuda"`` (native CUDA C++),
+            ``"triton"`` (any GPU that Triton supports), ``"cpu"`` (native C++) and
+            ``"reference"`` (plain PyTorch, any device, also float64); or one of these by name.
         inplace: form the student's gradient in forward, over the teacher's memory, which is lost:
             no further buffer, and one backward (with upstream gradient 1) at no cost. Needs equal
             shapes and dtypes, no projector and no row index.
@@ -108,12 +109,18 @@ def fused_rep_loss(
     if inplace:
         _check_inplace(inputs, chosen, student, teacher)
         loss, stats = _InPlace.apply(
-            inputs.student, inputs.teacher, inputs.weights, inputs.denominator, kind, reduction
+            inputs.student,
+            inputs.teacher,
+            inputs.weights,
+            inputs.denominator,
+            kind,
+            reduction,
+            chosen,
         )
     elif chosen == "reference":
         loss, stats = reference.rep_loss(*inputs)
     else:
-        loss, stats = ops.rep_loss(inputs, return_stats)
+        loss, stats = ops.rep_loss((*inputs, chosen), return_stats)
     if reduction == "none" and rows is None:
         loss = loss.reshape(student.shape[:-1])
     return (loss, RepLossStats.of(stats)) if return_stats else loss
@@ -148,8 +155,8 @@ class _InPlace(torch.autograd.Function):
     """Gradient-in-forward. `register_autograd` takes no mutating op, hence this."""
 
     @staticmethod
-    def forward(ctx, student, teacher, weights, denominator, kind, reduction):
-        loss, saved = ops.rep_loss_in_place(student, teacher, weights, denominator, kind, reduction)
+    def forward(ctx, student, teacher, *options):
+        loss, saved = ops.rep_loss_in_place(student, teacher, *options)
         ctx.grad = teacher
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
@@ -159,7 +166,7 @@ class _InPlace(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _grad_saved):
         if grad_loss is None:
-            return (None,) * 6
+            return (None,) * 7
         if ctx.grad is None:
             raise RuntimeError(
                 "fused_rep_loss(inplace=True) allows one backward: its buffer now belongs to the "
@@ -174,4 +181,4 @@ class _InPlace(torch.autograd.Function):
                 "put the factor into weights or denominator"
             )
         grad, ctx.grad = ctx.grad, None  # no reference kept, so that it need not be copied
-        return grad, None, None, None, None, None
+        return grad, *(None,) * 6

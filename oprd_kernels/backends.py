@@ -8,8 +8,12 @@ import json
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from oprd_kernels.validate import Inputs
 
 _BUILD_REPORT = Path(__file__).with_name("_build_report.json")
 
@@ -27,12 +31,12 @@ def _import_native() -> tuple[ModuleType | None, str]:
 
 _native, _reason = _import_native()
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 """In the order ``backend="auto"`` prefers them."""
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name that cannot run here."""
+    """A backend was asked for by name that cannot run here, or not this call."""
 
 
 def native() -> ModuleType:
@@ -57,52 +61,86 @@ def native_problem() -> str | None:
     )
 
 
+@functools.cache
+def launcher(backend: str) -> ModuleType:
+    """The module whose ``forward``, ``backward_``, ``forward_layers`` and ``backward_layers_`` run
+    a fused backend's kernels."""
+    return importlib.import_module(f"oprd_kernels.{_LAUNCHERS[backend]}")
+
+
+_LAUNCHERS = {"triton": "triton_backend", "cpu": "cpu"}
+
+
+def _cpu_problem(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the cpu backend takes tensors on the CPU, not on {device}"
+    return native_problem()
+
+
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` can't work on tensors of ``device``; None if it can."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     if backend == "reference":
         return None
     if backend == "cpu":
-        if device.type != "cpu":
-            return f"the cpu backend takes tensors on the CPU, not on {device}"
-        return native_problem()
-    raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+        return _cpu_problem(device)
+    return launcher(backend).unavailable(device)
+
+
+# What torch.compiler.assume_constant_result does, without the seconds its import takes: a compiler
+# asks once, and need not trace through device properties.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _warn_reference(device_type: str) -> None:
-    if device_type != "cpu":
-        warnings.warn(
-            f"oprd_kernels {device_type} tensors: this version has no fused kernel for that "
-            "device, the plain PyTorch reference is used. backend='reference' silences this.",
-            stacklevel=4,
-        )
+def _warn_reference(device_type: str, reasons: str) -> None:
+    warnings.warn(
+        f"oprd_kernels: no fused kernel can run on {device_type} tensors here, the plain PyTorch "
+        f"reference is used. {reasons} backend='reference' silences this.",
+        stacklevel=5,
+    )
 
 
-def choose(backend: str, student: torch.Tensor, double: bool = False) -> str:
-    """The backend to use: the one named, or the first of BACKENDS that can work on ``student``.
+def choose(backend: str, inputs: Inputs, double: bool) -> str:
+    """The backend to use: the one named, or the first of BACKENDS that can do this call.
 
     Args:
         double: whether any input is float64 (gradcheck, oracles), which the reference computes.
 
     Raises:
-        BackendUnavailable: if the one named can't run, with the reason.
+        BackendUnavailable: if the one named can't run, or can't do this call, with the reason.
         ValueError: if there is no backend of that name.
     """
+    device = inputs.student.device
     if backend == "auto":
         if double:
             return "reference"
-        if _native is not None and student.is_cpu:
-            return "cpu"
-        _warn_reference(student.device.type)
-        return "reference"
-    if reason := unavailable(backend, student.device):
+        if device.type == "cpu":
+            return "reference" if _native is None else "cpu"
+        return _choose_gpu(device, inputs)
+    reason = unavailable(backend, device)
+    if reason is None and backend != "reference":
+        if double:
+            reason = "it takes float32, bfloat16 and float16 tensors, not float64; use 'reference'"
+        elif backend == "cuda":
+            reason = launcher(backend).unsupported(inputs)
+    if reason:
         raise BackendUnavailable(f"backend={backend!r} can't run: {reason}")
-    if backend != "reference" and double:
-        raise BackendUnavailable(
-            f"backend={backend!r} takes float32, bfloat16 and float16 tensors, not float64; use "
-            "backend='reference' or 'auto'"
-        )
     return backend
+
+
+def _choose_gpu(device: torch.device, inputs: Inputs) -> str:
+    reasons = []
+    for name in ("triton",):
+        reason = unavailable(name, device)
+        if reason is None and name == "cuda":
+            reason = launcher(name).unsupported(inputs)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}.")
+    _warn_reference(device.type, " ".join(reasons))
+    return "reference"
 
 
 if _native is None:

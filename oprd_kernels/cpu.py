@@ -1,9 +1,4 @@
-"""Launches the native CPU kernels on tensors that `oprd_kernels.validate` has accepted.
-
-One float32 buffer, ``saved``, carries everything from forward to backward:
-batch statistics (STATS) | row statistics (M, 3) | row losses (M), unless they are the result
-themselves | dz (M, r).
-"""
+"""Launches the native CPU kernels on tensors that `oprd_kernels.validate` has accepted."""
 
 from __future__ import annotations
 
@@ -14,81 +9,13 @@ import torch
 from torch import Tensor
 
 from oprd_kernels.backends import native
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KIND_CODES = {"mse": 0, "nmse": 1, "cosine": 2}
-STATS = 5
-"""Floats at the start of ``saved``: mean cosine, mean student norm, mean teacher norm, number of
-rows whose weight is not 0, the factor the reduction puts on every row."""
-SCALE = 4
-
+from oprd_kernels.layout import coefficients, dz_of, new_outputs, num_rows, saved_size
+from oprd_kernels.packing import address, pack_layer, pack_rows, pack_shared
 
 BLAS_RANK = 32
 """Above this rank the products with the projectors are BLAS's, on slices of rows."""
 SLICE = 1024
 """Rows in a slice: their float32 copies and products stay in the last-level cache."""
-
-_NO_ROWS = (0, 0, 1, 0, 0, 1)
-
-
-def num_rows(student: Tensor, rows: Tensor | None) -> int:
-    """M: how many rows of student are compared."""
-    return student.shape[:-1].numel() if rows is None else rows.shape[0]
-
-
-def saved_size(m: int, rank: int, reduction: str) -> int:
-    """Floats in ``saved`` for one layer."""
-    return STATS + (rank + (3 if reduction == "none" else 4)) * m
-
-
-def dz_of(saved: Tensor, m: int, rank: int) -> Tensor:
-    """The (M, r) part of one layer's ``saved``."""
-    return saved[saved.shape[0] - m * rank :].view(m, rank)
-
-
-def _rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
-    """A (N, d) or (B, T, d) tensor as the native code addresses it."""
-    strides, inner = x.stride(), max(x.shape[-2], 1)
-    if len(strides) == 2:
-        return x.data_ptr(), DTYPE_CODES[x.dtype], inner, 0, strides[0], strides[1]
-    return x.data_ptr(), DTYPE_CODES[x.dtype], inner, strides[0], strides[1], strides[2]
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _layer(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None = None,
-    teacher_proj: Tensor | None = None,
-    teacher_mean: Tensor | None = None,
-    grad: Tensor | None = None,
-    rank: int | None = None,
-) -> tuple:
-    """A layer as the native code takes it. ``rank`` is given where the inputs are z_S and z_T."""
-    if rank is None:
-        rank = 0 if student_proj is None else student_proj.shape[0]
-    return (
-        _rows(student),
-        _rows(teacher),
-        student.shape[-1],
-        teacher.shape[-1],
-        rank,
-        _address(student_proj),
-        _address(teacher_proj),
-        _address(teacher_mean),
-        _NO_ROWS if grad is None else _rows(grad),
-    )
-
-
-def _shared(
-    m: int, rows: Tensor | None, teacher_rows: Tensor | None, weights: Tensor | None, kind: str
-) -> tuple:
-    """What all layers of a call have in common, as the native code takes it."""
-    threads = torch.get_num_threads()
-    return m, _address(rows), _address(teacher_rows), _address(weights), KIND_CODES[kind], threads
 
 
 def forward(
@@ -113,22 +40,20 @@ def forward(
     m = num_rows(student, rows)
     rank = 0 if student_proj is None else student_proj.shape[0]
     each = reduction == "none"
-    options: dict[str, Any] = {} if student.dtype is torch.float32 else {"dtype": torch.float32}
-    loss = student.new_empty((m,) if each else (), **options)
-    saved = student.new_empty(saved_size(m, rank, reduction), **options)
-    shared = _shared(m, rows, teacher_rows, weights, kind)
+    loss, saved = new_outputs(student, m, rank, reduction)
+    shared = pack_shared(m, rows, teacher_rows, weights, kind)
     if rank > BLAS_RANK:
         _forward_slices(
             loss, saved, m, each, student, teacher, student_proj, teacher_proj, teacher_mean,
             rows, teacher_rows, weights, kind,
         )  # fmt: skip
-        reduced = (_address(denominator), reduction == "mean", each)
+        reduced = (address(denominator), reduction == "mean", each)
         native().reduce(shared, *reduced, loss.data_ptr(), saved.data_ptr())
         return loss, saved
     native().forward(
-        [_layer(student, teacher, student_proj, teacher_proj, teacher_mean, grad)],
+        [pack_layer(student, teacher, student_proj, teacher_proj, teacher_mean, grad)],
         shared,
-        _address(denominator),
+        address(denominator),
         reduction == "mean",
         each,
         loss.data_ptr(),
@@ -156,12 +81,12 @@ class _Slices:
         count = at.stop - at.start
         out = self.buffer[:count]
         native().gather(
-            _rows(self.x),
-            _address(self.index),
+            pack_rows(self.x),
+            address(self.index),
             at.start,
             count,
             self.x.shape[-1],
-            _address(self.mean),
+            address(self.mean),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -188,8 +113,8 @@ def _forward_slices(
         targets = teachers[at]
         if teacher_proj is not None:
             targets = torch.mm(targets, teacher_proj.T, out=z_t[:count])
-        shared = _shared(count, None, None, None if weights is None else weights[at], kind)
-        layer = _layer(z_s[:count], targets, rank=rank)
+        shared = pack_shared(count, None, None, None if weights is None else weights[at], kind)
+        layer = pack_layer(z_s[:count], targets, rank=rank)
         native().forward_slice(layer, shared, m, at.start, each, loss.data_ptr(), saved.data_ptr())
 
 
@@ -216,8 +141,8 @@ def backward_(
     each = grad_loss.dim() > 0
     student = grad if student is None else student
     teacher = student if teacher is None else teacher
-    shared = _shared(m, rows, teacher_rows, weights, kind)
-    layer = _layer(student, teacher, student_proj, grad=grad)
+    shared = pack_shared(m, rows, teacher_rows, weights, kind)
+    layer = pack_layer(student, teacher, student_proj, grad=grad)
     if student_proj is not None and student_proj.shape[0] > BLAS_RANK:
         return _backward_slices(grad, accumulate, grad_loss, student_proj, saved, m, weights, layer,
                                 shared)  # fmt: skip
@@ -232,15 +157,6 @@ def backward_(
         saved.shape[0],
         accumulate,
     )
-
-
-def coefficients(
-    grad_loss: Tensor, saved: Tensor, weights: Tensor | None, at: slice = slice(None)
-) -> Tensor:
-    """(M,) or (): what the chain rule multiplies each row's dz by."""
-    value = grad_loss[at] if grad_loss.dim() else grad_loss
-    value = value * saved[SCALE]
-    return value if weights is None else value * weights[at]
 
 
 def _backward_slices(
@@ -285,9 +201,9 @@ def forward_layers(
             )
         return losses, saved
     native().forward(
-        [_layer(students[i], teachers[i], *options[i]) for i in range(layers)],
-        _shared(m, rows, teacher_rows, weights, kind),
-        _address(denominator),
+        [pack_layer(students[i], teachers[i], *options[i]) for i in range(layers)],
+        pack_shared(m, rows, teacher_rows, weights, kind),
+        address(denominator),
         reduction == "mean",
         False,
         losses.data_ptr(),
@@ -322,7 +238,7 @@ def backward_layers_(
         return
     native().backward(
         [
-            _layer(
+            pack_layer(
                 students[i] if students else grads[i],
                 teachers[i] if teachers else grads[i],
                 student_projs[i] if student_projs else None,
@@ -330,7 +246,7 @@ def backward_layers_(
             )
             for i in layers
         ],
-        _shared(m, rows, teacher_rows, weights, kind),
+        pack_shared(m, rows, teacher_rows, weights, kind),
         grad_losses.data_ptr(),
         0,
         grad_losses.stride(0),

@@ -13,21 +13,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oprd_kernels import cpu, reference
+from oprd_kernels import layout, reference
 from oprd_kernels.api import RepLossStats
-from oprd_kernels.ops import LIBRARY, TAGS, refuse_double_backward
+from oprd_kernels.backends import BACKENDS, launcher
+from oprd_kernels.ops import DEVICES, LIBRARY, TAGS, refuse_double_backward
 from oprd_kernels.validate import Inputs, check_call
 
 LIBRARY.define(
     "rep_losses(Tensor[] student, Tensor[] teacher, Tensor[] student_proj, Tensor[] teacher_proj, "
     "Tensor[] teacher_mean, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
-    "Tensor? denominator, str kind, str reduction) -> (Tensor losses, Tensor saved)",
+    "Tensor? denominator, str kind, str reduction, str backend) -> (Tensor losses, Tensor saved)",
     tags=TAGS,
 )
 LIBRARY.define(
     "rep_losses_grad_(Tensor(a!)[] grad, Tensor grad_losses, Tensor[] student, Tensor[] teacher, "
     "Tensor[] student_proj, Tensor saved, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
-    "str kind) -> ()",
+    "str kind, str backend) -> ()",
     tags=TAGS,
 )
 
@@ -36,16 +37,16 @@ def _f32(projs: Sequence[Tensor]) -> list[Tensor]:
     return [p.to(torch.float32).contiguous() for p in projs]
 
 
-@torch.library.impl(LIBRARY, "rep_losses", "CPU")
-def _rep_losses_cpu(student, teacher, student_proj, *options):
-    return cpu.forward_layers(student, teacher, _f32(student_proj), *options)
+def _rep_losses(student, teacher, student_proj, *rest):
+    *options, backend = rest
+    return launcher(backend).forward_layers(student, teacher, _f32(student_proj), *options)
 
 
 @torch.library.register_fake("oprd::rep_losses", lib=LIBRARY)
 def _rep_losses_fake(student, teacher, student_proj, *options):
-    *_, rows, _, _, _, _, reduction = options
+    *_, rows, _, _, _, _, reduction, _ = options
     rank = student_proj[0].shape[0] if student_proj else 0
-    size = cpu.saved_size(cpu.num_rows(student[0], rows), rank, reduction)
+    size = layout.saved_size(layout.num_rows(student[0], rows), rank, reduction)
     layers = len(student)
     return (
         student[0].new_empty(layers, dtype=torch.float32),
@@ -53,9 +54,16 @@ def _rep_losses_fake(student, teacher, student_proj, *options):
     )
 
 
-@torch.library.impl(LIBRARY, "rep_losses_grad_", "CPU")
-def _rep_losses_grad_cpu(grad, grad_losses, student, teacher, student_proj, *options):
-    cpu.backward_layers_(grad, grad_losses, student, teacher, _f32(student_proj), *options)
+def _rep_losses_grad(grad, grad_losses, student, teacher, student_proj, *rest):
+    *options, backend = rest
+    launcher(backend).backward_layers_(
+        grad, grad_losses, student, teacher, _f32(student_proj), *options
+    )
+
+
+for _device in DEVICES:
+    LIBRARY.impl("rep_losses", _rep_losses, _device)
+    LIBRARY.impl("rep_losses_grad_", _rep_losses_grad, _device)
 
 
 @torch.library.register_fake("oprd::rep_losses_grad_", lib=LIBRARY)
@@ -64,11 +72,11 @@ def _rep_losses_grad_fake(grad, *_args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, student_proj, *_, kind, _ = inputs
+    student, teacher, student_proj, *_, ctx.kind, _, ctx.backend = inputs
     rows, teacher_rows, weights = inputs[5:8]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.kind, ctx.sizes = kind, [len(column) for column in inputs[:5]]
+    ctx.sizes = [len(column) for column in inputs[:5]]
     ctx.like = [(s.shape, s.dtype) for s in student]
     # As for one layer: after a projection the wide inputs are dropped unless it is trained.
     ctx.trains_proj = any(p.requires_grad for p in student_proj)
@@ -100,13 +108,14 @@ def _backward(ctx, grad_losses, _grad_saved):
             teacher_rows,
             weights,
             ctx.kind,
+            ctx.backend,
         )
         if ctx.trains_proj:
             grads[2] = [
                 torch.ops.oprd.rep_loss_grad_proj(g, h, p, one, rows, weights)
                 for g, h, p, one in zip(grad_losses, students, projs, saved, strict=True)
             ]
-    return *grads, *(None,) * 6
+    return *grads, *(None,) * 7
 
 
 torch.library.register_autograd(
@@ -160,9 +169,9 @@ def fused_rep_losses(
             raise ValueError(f"{name} has {len(column)} tensors for {layers} layers of students")
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum' for several layers, got 'none'")
-    inputs, backends = [], set()
+    inputs, chosen = [], set()
     for i in range(layers):
-        checked, chosen = check_call(
+        checked, one_chosen = check_call(
             students[i],
             teachers[i],
             student_proj=student_projs[i] if student_projs is not None else None,
@@ -177,16 +186,18 @@ def fused_rep_losses(
             backend=backend,
         )
         inputs.append(checked)
-        backends.add(chosen)
+        chosen.add(one_chosen)
         # Checked once, shared by all.
         rows, teacher_rows = checked.rows, checked.teacher_rows
     _check_alike(inputs)
-    if backends == {"reference"}:
+    # One launch, one backend: the one that can do what any layer needs (the last by preference).
+    backend = max(chosen, key=BACKENDS.index)
+    if backend == "reference":
         pairs = [reference.rep_loss(*one) for one in inputs]
         losses, stats = (torch.stack(column) for column in zip(*pairs, strict=True))
     else:
         columns = [[x for x in column if x is not None] for column in zip(*inputs, strict=True)]
-        losses, stats = torch.ops.oprd.rep_losses(*columns[:5], *inputs[0][5:])
+        losses, stats = torch.ops.oprd.rep_losses(*columns[:5], *inputs[0][5:], backend)
     if not return_stats:
         return losses
     return losses, RepLossStats(*stats[:, :4].T.clone().unbind())

@@ -1,6 +1,6 @@
 """The kernels as PyTorch operators, namespace ``oprd``: schemas, fake kernels, autograd.
 
-``oprd::rep_loss``            forward: loss, and what backward needs of it (see `cpu`)
+``oprd::rep_loss``            forward: loss, and what backward needs of it (see `layout`)
 ``oprd::rep_loss_grad_``      its gradient with respect to student, written or added into a buffer
 ``oprd::rep_loss_grad_proj``  its gradient with respect to student_proj
 ``oprd::rep_loss_in_place_``  forward that leaves the student's gradient in the teacher's memory
@@ -13,21 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oprd_kernels import cpu
+from oprd_kernels import layout
+from oprd_kernels.backends import launcher
 
 LIBRARY = torch.library.Library("oprd", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
+DEVICES = ("CPU", "CUDA")
+"""Dispatch keys; which kernels run is the ops' last argument, a name of `backends.BACKENDS`."""
 
 LIBRARY.define(
     "rep_loss(Tensor student, Tensor teacher, Tensor? student_proj, Tensor? teacher_proj, "
     "Tensor? teacher_mean, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
-    "Tensor? denominator, str kind, str reduction) -> (Tensor loss, Tensor saved)",
+    "Tensor? denominator, str kind, str reduction, str backend) -> (Tensor loss, Tensor saved)",
     tags=TAGS,
 )
 LIBRARY.define(
     "rep_loss_grad_(Tensor(a!) grad, bool accumulate, Tensor grad_loss, Tensor? student, "
     "Tensor? teacher, Tensor? student_proj, Tensor saved, Tensor? rows, Tensor? teacher_rows, "
-    "Tensor? weights, str kind) -> ()",
+    "Tensor? weights, str kind, str backend) -> ()",
     tags=TAGS,
 )
 LIBRARY.define(
@@ -37,7 +40,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "rep_loss_in_place_(Tensor student, Tensor(a!) teacher, Tensor? weights, "
-    "Tensor? denominator, str kind, str reduction) -> (Tensor loss, Tensor saved)",
+    "Tensor? denominator, str kind, str reduction, str backend) -> (Tensor loss, Tensor saved)",
     tags=TAGS,
 )
 
@@ -46,25 +49,35 @@ def _f32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
-@torch.library.impl(LIBRARY, "rep_loss", "CPU")
-def _rep_loss_cpu(student, teacher, student_proj, *options):
-    return cpu.forward(student, teacher, _f32(student_proj), *options)
+def _rep_loss(student, teacher, student_proj, *rest):
+    *options, backend = rest
+    return launcher(backend).forward(student, teacher, _f32(student_proj), *options)
+
+
+for _device in DEVICES:
+    LIBRARY.impl("rep_loss", _rep_loss, _device)
 
 
 @torch.library.register_fake("oprd::rep_loss", lib=LIBRARY)
 def _rep_loss_fake(student, teacher, student_proj, *options):
-    *_, rows, _, _, _, _, reduction = options
-    m = cpu.num_rows(student, rows)
+    *_, rows, _, _, _, _, reduction, _ = options
+    m = layout.num_rows(student, rows)
     rank = 0 if student_proj is None else student_proj.shape[0]
     return (
         student.new_empty((m,) if reduction == "none" else (), dtype=torch.float32),
-        student.new_empty(cpu.saved_size(m, rank, reduction), dtype=torch.float32),
+        student.new_empty(layout.saved_size(m, rank, reduction), dtype=torch.float32),
     )
 
 
-@torch.library.impl(LIBRARY, "rep_loss_grad_", "CPU")
-def _rep_loss_grad_cpu(grad, accumulate, grad_loss, student, teacher, student_proj, *options):
-    cpu.backward_(grad, accumulate, grad_loss, student, teacher, _f32(student_proj), *options)
+def _rep_loss_grad(grad, accumulate, grad_loss, student, teacher, student_proj, *rest):
+    *options, backend = rest
+    launcher(backend).backward_(
+        grad, accumulate, grad_loss, student, teacher, _f32(student_proj), *options
+    )
+
+
+for _device in DEVICES:
+    LIBRARY.impl("rep_loss_grad_", _rep_loss_grad, _device)
 
 
 @torch.library.register_fake("oprd::rep_loss_grad_", lib=LIBRARY)
@@ -78,9 +91,9 @@ _PROJ_CHUNK = 1024
 
 @torch.library.impl(LIBRARY, "rep_loss_grad_proj", "CompositeExplicitAutograd")
 def _rep_loss_grad_proj(grad_loss, student, student_proj, saved, rows, weights):
-    m, rank = cpu.num_rows(student, rows), student_proj.shape[0]
-    coefficient = cpu.coefficients(grad_loss, saved, weights)
-    scaled = cpu.dz_of(saved, m, rank) * coefficient.reshape(-1, 1)
+    m, rank = layout.num_rows(student, rows), student_proj.shape[0]
+    coefficient = layout.coefficients(grad_loss, saved, weights)
+    scaled = layout.dz_of(saved, m, rank) * coefficient.reshape(-1, 1)
     flat = student.flatten(0, -2)
     grad = student_proj.new_zeros(student_proj.shape, dtype=torch.float32)
     for start in range(0, m, _PROJ_CHUNK):
@@ -98,15 +111,18 @@ def _rep_loss_grad_proj_fake(grad_loss, student, student_proj, saved, rows, weig
     return torch.empty_like(student_proj, memory_format=torch.contiguous_format)
 
 
-@torch.library.impl(LIBRARY, "rep_loss_in_place_", "CPU")
-def _rep_loss_in_place_cpu(student, teacher, weights, denominator, kind, reduction):
-    none = (None,) * 5
-    return cpu.forward(student, teacher, *none, weights, denominator, kind, reduction, grad=teacher)
+def _rep_loss_in_place(student, teacher, weights, denominator, kind, reduction, backend):
+    options = (None,) * 5 + (weights, denominator, kind, reduction)
+    return launcher(backend).forward(student, teacher, *options, grad=teacher)
+
+
+for _device in DEVICES:
+    LIBRARY.impl("rep_loss_in_place_", _rep_loss_in_place, _device)
 
 
 @torch.library.register_fake("oprd::rep_loss_in_place_", lib=LIBRARY)
-def _rep_loss_in_place_fake(student, teacher, weights, denominator, kind, reduction):
-    saved = cpu.saved_size(cpu.num_rows(student, None), 0, reduction)
+def _rep_loss_in_place_fake(student, teacher, weights, denominator, kind, reduction, backend):
+    saved = layout.saved_size(layout.num_rows(student, None), 0, reduction)
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty(saved, dtype=torch.float32),
@@ -116,7 +132,8 @@ def _rep_loss_in_place_fake(student, teacher, weights, denominator, kind, reduct
 def save_for_grad(ctx, inputs: Sequence, saved: Tensor, trains_proj: bool) -> None:
     """Keep what `grad_student` and `grad_proj` need of an op's inputs and no more: after a
     projection the wide inputs are dropped, unless the projector itself is trained."""
-    student, teacher, student_proj, _, _, rows, teacher_rows, weights, _, ctx.kind, _ = inputs
+    student, teacher, student_proj, _, _, rows, teacher_rows, weights, _, kind, _, backend = inputs
+    ctx.kind, ctx.backend = kind, backend
     if student_proj is not None:
         ctx.like = (student.shape, student.dtype)
         teacher = None
@@ -148,9 +165,9 @@ def grad_student(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
     if student_proj is not None:
         student = None
     arguments = (into, accumulate, grad_loss, student, teacher, student_proj, saved, rows,
-                 teacher_rows, weights, ctx.kind)  # fmt: skip
+                 teacher_rows, weights, ctx.kind, ctx.backend)  # fmt: skip
     if runs_directly():
-        _rep_loss_grad_cpu(*arguments)
+        _rep_loss_grad(*arguments)
     else:
         torch.ops.oprd.rep_loss_grad_(*arguments)
     return into
@@ -169,7 +186,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, _grad_saved):
-    grads: list[Tensor | None] = [None] * 11
+    grads: list[Tensor | None] = [None] * 12
     if grad_loss is not None:
         refuse_double_backward()
         if ctx.needs_input_grad[0]:
@@ -185,22 +202,22 @@ torch.library.register_autograd(
 
 
 def runs_directly() -> bool:
-    """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The CPU
-    kernels may then be called past it, which halves the overhead of a call."""
+    """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The kernels
+    may then be called past it, which halves the overhead of a call."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def forward(inputs: Sequence) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved`` from inside an autograd.Function."""
+    """Loss and ``saved`` from inside an autograd.Function; ``inputs`` as the op's."""
     if runs_directly():
-        return _rep_loss_cpu(*inputs)
+        return _rep_loss(*inputs)
     return torch.ops.oprd.rep_loss(*inputs)
 
 
 def rep_loss_in_place(*inputs) -> tuple[Tensor, Tensor]:
     """Loss and ``saved``, leaving the gradient in the teacher's memory."""
     if runs_directly():
-        return _rep_loss_in_place_cpu(*inputs)
+        return _rep_loss_in_place(*inputs)
     return torch.ops.oprd.rep_loss_in_place_(*inputs)
 
 

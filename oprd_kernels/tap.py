@@ -66,7 +66,7 @@ def rep_tap(
         tapped = h
         loss, *stats = reference.rep_loss(*inputs)
     else:
-        others = (inputs[1], *inputs[3:])
+        others = (inputs[1], *inputs[3:], chosen)
         tapped, loss, *stats = _RepTap.apply(inputs[0], inputs[2], others, return_stats)
         if tapped.shape != h.shape:
             tapped = tapped.reshape(h.shape)

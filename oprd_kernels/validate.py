@@ -93,9 +93,6 @@ def check_call(
             "student and teacher are the same tensor: the loss is 0 and would teach nothing"
         )
 
-    chosen = choose(backend, student, double)
-    if chosen != "reference" and not torch.compiler.is_compiling():
-        _refuse_functorch()
     m, m_teacher = student.numel() // d_student, teacher.numel() // d_teacher
     if rows is not None:
         rows = _row_index("rows", rows, m, device)
@@ -131,6 +128,9 @@ def check_call(
         kind,
         reduction,
     )
+    chosen = choose(backend, inputs, double)
+    if chosen != "reference" and not torch.compiler.is_compiling():
+        _refuse_functorch()
     return inputs, chosen
 
 

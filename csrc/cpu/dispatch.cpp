@@ -82,32 +82,35 @@ std::int64_t work_per_row(const Problem& problem) {
 // Whole cache lines, so that no two threads write to the same one.
 std::int64_t line_padded(std::int64_t floats) { return (floats + 15) / 16 * 16; }
 
+// Runs a kernel over the rows of all layers with the scratch and the split that the most demanding
+// layer needs.
+template <class Run>
+void split_layers(const Problem* problems, int layers, std::int64_t (*scratch_of)(const Problem&),
+                  Run run) {
+  std::int64_t scratch = 0, elements = 0;
+  for (int layer = 0; layer < layers; ++layer) {
+    scratch = std::max(scratch, line_padded(scratch_of(problems[layer])));
+    elements = std::max(elements, work_per_row(problems[layer]));
+  }
+  split_rows(problems->rows, layers, elements, problems->threads, scratch, run);
+}
+
 }  // namespace
 
 const char* simd_name() { return kernels().name; }
 
 void forward(const Problem* problems, const ForwardOut* outs, int layers) {
-  std::int64_t scratch = 0, elements = 0;
-  for (int layer = 0; layer < layers; ++layer) {
-    scratch = std::max(scratch, line_padded(kernels().forward_scratch(problems[layer])));
-    elements = std::max(elements, work_per_row(problems[layer]));
-  }
-  split_rows(problems->rows, layers, elements, problems->threads, scratch,
-             [&](int layer, std::int64_t begin, std::int64_t end, float* own) {
-               kernels().forward(problems[layer], outs[layer], begin, end, own);
-             });
+  split_layers(problems, layers, kernels().forward_scratch,
+               [&](int layer, std::int64_t begin, std::int64_t end, float* own) {
+                 kernels().forward(problems[layer], outs[layer], begin, end, own);
+               });
 }
 
 void backward(const Problem* problems, const BackwardIn* ins, int layers) {
-  std::int64_t scratch = 0, elements = 0;
-  for (int layer = 0; layer < layers; ++layer) {
-    scratch = std::max(scratch, line_padded(kernels().backward_scratch(problems[layer])));
-    elements = std::max(elements, work_per_row(problems[layer]));
-  }
-  split_rows(problems->rows, layers, elements, problems->threads, scratch,
-             [&](int layer, std::int64_t begin, std::int64_t end, float* own) {
-               kernels().backward(problems[layer], ins[layer], begin, end, own);
-             });
+  split_layers(problems, layers, kernels().backward_scratch,
+               [&](int layer, std::int64_t begin, std::int64_t end, float* own) {
+                 kernels().backward(problems[layer], ins[layer], begin, end, own);
+               });
 }
 
 void gather(const Rows& x, const std::int64_t* index, std::int64_t first, std::int64_t count,

@@ -301,7 +301,7 @@ void unproject_rows(const Problem& p, const BackwardIn& in, const float* proj, c
         const F16 old = S::load16(rows[i] + k);
         value = {old.a + value.a, old.b + value.b};
       }
-      S::store16_any(rows[i] + k, value);
+      S::store16(rows[i] + k, value);
     }
   }
   for (; k < width; ++k) {
@@ -356,7 +356,9 @@ void projected_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 e
     for (int n = 0; n < tile.count; ++n) {
       const i64 i = tile.rows[n];
       const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
-      for (i64 j = 0; j < p.rank; ++j) scratch[n * p.rank + j] = coefficient * in.dz[i * p.rank + j];
+      for (i64 j = 0; j < p.rank; ++j) {
+        scratch[n * p.rank + j] = plain_nan(coefficient * in.dz[i * p.rank + j]);
+      }
     }
     unproject_tile(p, in, proj, tile, scratch);
   });

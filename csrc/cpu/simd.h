@@ -120,7 +120,6 @@ struct Storage<DType::kFloat32> {
     store(p, v.a);
     store(p + kLanes, v.b);
   }
-  OPRD_INLINE void store16_any(float* p, F16 v) { store16(p, v); }
 };
 
 template <>
@@ -167,14 +166,14 @@ struct Storage<DType::kBFloat16> {
     return reinterpret_cast<F8>(Half == 0 ? u << 16 : u & 0xffff0000u);
   }
   OPRD_INLINE F16 load16(const std::uint16_t* p) { return {load_half<0>(p), load_half<1>(p)}; }
-  // Of any operands.
-  OPRD_INLINE void store16_any(std::uint16_t* p, F16 v) {
-    const U8 u = (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u);
-    std::memcpy(p, &u, sizeof u);
-  }
-  // Of operands that load16 gave: their NaNs, and those that arithmetic makes, survive rounding.
+  // The NaNs that load16 and `plain_nan` give, and those that arithmetic makes, survive rounding.
   OPRD_INLINE void store16(std::uint16_t* p, F16 v) {
-    const U8 u = (rounded_bf16_nan(v.a) >> 16) | (rounded_bf16_nan(v.b) & 0xffff0000u);
+    const U8 even = rounded_bf16_nan(v.a) >> 16, odd = rounded_bf16_nan(v.b);
+#if defined(__AVX2__)
+    const U8 u = (U8)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+#else
+    const U8 u = even | (odd & 0xffff0000u);
+#endif
     std::memcpy(p, &u, sizeof u);
   }
 };
@@ -208,25 +207,27 @@ struct Storage<DType::kFloat16> {
     store(p, v.a);
     store(p + kLanes, v.b);
   }
-  OPRD_INLINE void store16_any(std::uint16_t* p, F16 v) { store16(p, v); }
 };
 
 // Whether load16 of this type gives even elements, then odd ones, instead of their order.
 template <class S>
 constexpr bool kEvenOdd = S::dtype == DType::kBFloat16;
 
-// Floats in the order in which S::load16 gives its elements; what is left after the last sixteen
-// stays as it is.
+// A NaN whose payload no later rounding can carry over into a number; anything else as it is.
+OPRD_INLINE float plain_nan(float x) { return x == x ? x : __builtin_nanf(""); }
+
+// Floats in the order in which S::load16 gives its elements, NaNs made plain; what is left after the
+// last sixteen keeps its place.
 template <class S>
 OPRD_INLINE void arrange(const float* from, i64 count, float* to) {
   i64 k = 0;
   for (; k + kStep <= count; k += kStep) {
     for (int n = 0; n < kLanes; ++n) {
-      to[k + n] = from[k + (kEvenOdd<S> ? 2 * n : n)];
-      to[k + kLanes + n] = from[k + (kEvenOdd<S> ? 2 * n + 1 : kLanes + n)];
+      to[k + n] = plain_nan(from[k + (kEvenOdd<S> ? 2 * n : n)]);
+      to[k + kLanes + n] = plain_nan(from[k + (kEvenOdd<S> ? 2 * n + 1 : kLanes + n)]);
     }
   }
-  for (; k < count; ++k) to[k] = from[k];
+  for (; k < count; ++k) to[k] = plain_nan(from[k]);
 }
 
 using Float = Storage<DType::kFloat32>;

@@ -123,7 +123,8 @@ def assert_no_worse_than_torch(case: Case, backend: str, through_tap: bool = Fal
         limit += _error(getattr(rounded, name), want) + floors[name]
         limit += torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
         assert ours_error <= limit, (
-            f"{name}: error {ours_error:.3e}, PyTorch's {torch_error:.3e}, largest {scale:.3e}"
+            f"{name}: error {ours_error:.3e}, allowed {limit:.3e}, PyTorch's {torch_error:.3e}, "
+            f"largest {scale:.3e}"
         )
 
 

@@ -93,13 +93,14 @@ def test_opcheck_and_compile(backend, rank):
     students, teachers, options, lists = make(rank)
     columns = [lists.get(n, []) for n in ("student_proj", "teacher_proj", "teacher_mean")]
     arguments = (students, teachers, *columns, options["rows"], None, options["weights"], None)
-    torch.library.opcheck(torch.ops.oprd.rep_losses.default, (*arguments, "nmse", "mean"))
+    arguments += ("nmse", "mean", backend)
+    torch.library.opcheck(torch.ops.oprd.rep_losses.default, arguments)
     plain = [s.detach() for s in students]
     projs = [p.detach() for p in columns[0]]
     with torch.no_grad():
-        _, saved = torch.ops.oprd.rep_losses(*arguments, "nmse", "mean")
+        _, saved = torch.ops.oprd.rep_losses(*arguments)
     states = ([], []) if rank else (plain, teachers)
-    shared = (options["rows"], None, options["weights"], "nmse")
+    shared = (options["rows"], None, options["weights"], "nmse", backend)
     grads = [torch.zeros_like(s) for s in plain]
     torch.library.opcheck(
         torch.ops.oprd.rep_losses_grad_.default,

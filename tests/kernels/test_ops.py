@@ -20,7 +20,7 @@ OPTIONS = {
 
 
 def op_args(student, teacher, backend, **options):
-    return tuple(check_call(student, teacher, backend=backend, **(OPTIONS | options))[0])
+    return (*check_call(student, teacher, backend=backend, **(OPTIONS | options))[0], backend)
 
 
 def options_for(rank, rows):
@@ -52,14 +52,14 @@ def test_opcheck_backward_ops(backend, rank):
     _, saved = torch.ops.oprd.rep_loss(*args)
     proj = args[2]
     wide = (None, None) if rank else (student, teacher)
-    options = (None, None, None, "nmse")
+    options = (None, None, None, "nmse", backend)
     torch.library.opcheck(
         torch.ops.oprd.rep_loss_grad_.default,
         (torch.randn(6, 12), True, torch.ones(()), *wide, proj, saved, *options),
     )
     torch.library.opcheck(
         torch.ops.oprd.rep_loss_in_place_.default,
-        (student, teacher.clone(), None, None, "nmse", "mean"),
+        (student, teacher.clone(), None, None, "nmse", "mean", backend),
     )
     if rank:
         torch.library.opcheck(

@@ -156,7 +156,7 @@ def test_adds_in_place_where_nobody_else_holds_the_gradient(backend, peak_bytes)
     assert seen[0] == seen[1]
 
 
-def test_takes_no_memory_beside_64_bytes_a_row(backend, peak_bytes):
+def test_takes_no_memory_beside_64_bytes_a_row(compiled_backend, peak_bytes):
     m, d = 16384, 1024
     x, teacher = torch.randn(m, d, requires_grad=True), torch.randn(m, d)
     pool = [torch.ones(m, d)]
@@ -181,7 +181,7 @@ def test_takes_no_memory_beside_64_bytes_a_row(backend, peak_bytes):
             return None
 
     def step():
-        h, loss = rep_tap(Take.apply(x), teacher, backend=backend)
+        h, loss = rep_tap(Take.apply(x), teacher, backend=compiled_backend)
         (Give.apply(h) + loss).backward()
 
     step()

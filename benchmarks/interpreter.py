@@ -1,0 +1,139 @@
+"""Triton's interpreter, watched: every access checked against the tensors of its launch, and the
+bytes counted.
+
+Two of its ways are also put right, which a GPU does not share: it narrows float32 to bfloat16 by
+cutting off bits instead of rounding to nearest, and it copies every storage onto itself after a
+launch, which would bring a sparse tensor's untouched pages into memory.
+
+Install once, before the first launch, where TRITON_INTERPRET=1 is set: `install`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@dataclass
+class Launch:
+    """One launch: bytes loaded and stored per argument that points to the memory.
+
+    Arguments that share memory (a gradient formed over the teacher's) count under the first name.
+    """
+
+    kernel: str
+    loaded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    stored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    regions: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def region_of(self, low: int, high: int) -> str | None:
+        """The argument whose storage holds all of [low, high)."""
+        for begin, end, name in self.regions:
+            if begin <= low and high <= end:
+                return name
+        return None
+
+
+class OutOfBounds(Exception):
+    """A kernel touched memory that belongs to none of its arguments."""
+
+
+_running: list[Launch] = []
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches made inside the block, in order."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def install() -> None:
+    """Watch every launch of this process from now on."""
+    builder: Any = interpreter.InterpreterBuilder
+    if getattr(builder, "watched", False):
+        return
+    builder.watched = True
+    builder.cast_impl = _rounding(builder.cast_impl)
+    builder.create_fp_to_fp = _rounding(builder.create_fp_to_fp)
+    builder.create_masked_load = _checked(builder.create_masked_load, "load")
+    builder.create_masked_store = _checked(builder.create_masked_store, "store")
+    executor: Any = interpreter.GridExecutor
+    executor.__call__ = _launching(executor.__call__)
+    restore = executor._restore_args_dev
+
+    def restore_copies(self, args_dev, args_hst, kwargs, kwargs_hst):
+        tensors = [a for a in (*args_dev, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        if any(not t.is_cpu for t in tensors):
+            restore(self, args_dev, args_hst, kwargs, kwargs_hst)
+
+    executor._restore_args_dev = restore_copies
+
+
+def _rounding(original):
+    def cast(self, src, dst_type, *rounding):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float32 and target == tl.bfloat16:
+            bits = np.ascontiguousarray(src.data).view(np.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            data = np.where(np.isnan(src.data), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+            return interpreter.TensorHandle(data, target)
+        if source == tl.bfloat16 and target == tl.float32:
+            data = (np.ascontiguousarray(src.data).astype(np.uint32) << 16).view(np.float32)
+            return interpreter.TensorHandle(data, target)
+        return original(self, src, dst_type, *rounding)
+
+    return cast
+
+
+def _checked(original, what: str):
+    def access(self, pointers, *rest):
+        mask = rest[1] if what == "store" else rest[0]
+        launch = _running[-1]
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if at.size:
+            size = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+            low, high = int(at.min()), int(at.max()) + size
+            name = launch.region_of(low, high)
+            if name is None:
+                raise OutOfBounds(
+                    f"{launch.kernel}: {what} of [{low:#x}, {high:#x}) outside "
+                    + ", ".join(f"{n} [{b:#x}, {e:#x})" for b, e, n in launch.regions)
+                )
+            (launch.loaded if what == "load" else launch.stored)[name] += at.size * size
+        return original(self, pointers, *rest)
+
+    return access
+
+
+def _launching(original):
+    def call(self, *args, **kwargs):
+        launch = Launch(self.fn.__name__)
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        for name, value in named.items():
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                begin = storage.data_ptr()
+                launch.regions.append((begin, begin + storage.nbytes(), name))
+        _running.append(launch)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _running.pop()
+            if _recorded is not None:
+                _recorded.append(launch)
+
+    return call

@@ -119,7 +119,7 @@ def test_autocast_leaves_the_loss_in_float32(backend):
     student = torch.randn(4, 12, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         h = student @ torch.eye(12)
-        loss = fused_rep_loss(h, torch.randn(4, 12), backend=backend)
+        loss = fused_rep_loss(h, torch.randn(4, 12, dtype=h.dtype), backend=backend)
     assert h.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     loss.backward()

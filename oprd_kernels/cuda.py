@@ -74,11 +74,11 @@ def installation_problem() -> str | None:
     runtime, driver, problem = module.cuda_facts()
     if not problem:
         return None
-    versions = f"built with CUDA {_version(runtime)}, driver for {_version(driver)}"
+    versions = f"built with CUDA {version_name(runtime)}, driver for {version_name(driver)}"
     return f"{problem} ({versions})"
 
 
-def _version(number: int) -> str:
+def version_name(number: int) -> str:
     """CUDA's 12080 as "12.8"; 0 is what a machine without a driver has."""
     return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
 

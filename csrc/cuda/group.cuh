@@ -54,7 +54,6 @@ constexpr int kWarpRows = 4;  // rows, and warps, of a block whose rows have a w
 
 struct WarpGroup {
   static constexpr int kMaxThreads = kWarpRows * kWarp;
-  static constexpr int kSharedBytes = 0;
 
   __device__ i64 row() const {
     return static_cast<i64>(blockIdx.x) * kWarpRows + threadIdx.x / kWarp;
@@ -79,7 +78,7 @@ struct BlockGroup {
   static constexpr int kMaxSums = 4;
   static constexpr int kSlots = 3, kSlotFloats = 8;
   static constexpr int kPartials = kMaxThreads / kWarp * kMaxSums;
-  static constexpr int kSharedBytes = (kPartials + kSlots * kSlotFloats) * sizeof(float);
+  using Memory = BlockMemory<(kPartials + kSlots * kSlotFloats) * sizeof(float)>;
 
   __device__ i64 row() const { return blockIdx.x; }
   __device__ int thread() const { return threadIdx.x; }
@@ -92,7 +91,7 @@ struct BlockGroup {
   template <int N>
   __device__ Doubles<N> sum(const Floats<N>& x) const {
     static_assert(N <= kMaxSums, "room for partial sums");
-    const Shared<float> partials(0);
+    const Shared<float> partials = Memory::at<float>(0);
     const Floats<N> own = warp_sum(x);
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
@@ -114,7 +113,7 @@ struct BlockGroup {
   template <int Slot, int N>
   __device__ Floats<N> share(const Floats<N>& x) const {
     static_assert(Slot < kSlots && N <= kSlotFloats, "room for what is shared");
-    const Shared<float> slot((kPartials + Slot * kSlotFloats) * sizeof(float));
+    const Shared<float> slot = Memory::at<float>((kPartials + Slot * kSlotFloats) * sizeof(float));
     if (is_first()) {
 #pragma unroll
       for (int n = 0; n < N; ++n) slot.store(n, x.v[n]);

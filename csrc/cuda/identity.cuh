@@ -87,6 +87,7 @@ struct StreamedPair : PairAt<D, Vector> {
 
 template <class U, class Group>
 __device__ __forceinline__ void put_zeros(typename U::type* row, i64 width, const Group& group) {
+#pragma unroll 1
   for (i64 u = group.thread(); u < width / U::kElements; u += group.threads()) {
     U::store(row, u, Floats<U::kElements>{});
   }
@@ -188,19 +189,17 @@ void launch_identity_forward(const Problem& p, const ForwardOut& out, const Scal
   const i64 units = p.student_width / U::kElements;
   if (units <= kWarp * U::kHeld) {
     const i64 blocks = (p.rows + kWarpRows - 1) / kWarpRows;
-    launch({"identity_forward (a warp a row)", p, stream, blocks, WarpGroup::kMaxThreads, 0},
+    launch({"identity_forward (a warp a row)", p, stream, blocks, WarpGroup::kMaxThreads},
            identity_forward<D, Vector, WarpGroup, HeldPair>, p, out, scale);
     return;
   }
   const i64 held = (units + U::kHeld - 1) / U::kHeld;
   const i64 threads = (held + kWarp - 1) / kWarp * kWarp;
   if (threads <= BlockGroup::kMaxThreads) {
-    launch({"identity_forward (a block a row)", p, stream, p.rows, static_cast<int>(threads),
-            BlockGroup::kSharedBytes},
+    launch({"identity_forward (a block a row)", p, stream, p.rows, static_cast<int>(threads)},
            identity_forward<D, Vector, BlockGroup, HeldPair>, p, out, scale);
   } else {
-    launch({"identity_forward (wide rows)", p, stream, p.rows, BlockGroup::kMaxThreads,
-            BlockGroup::kSharedBytes},
+    launch({"identity_forward (wide rows)", p, stream, p.rows, BlockGroup::kMaxThreads},
            identity_forward<D, Vector, BlockGroup, StreamedPair>, p, out, scale);
   }
 }
@@ -211,7 +210,7 @@ void launch_identity_backward(const Problem& p, const BackwardIn& in, const Stre
   constexpr i64 kElementsPerJob = kWarp * U::kHeld * U::kElements;
   const i64 jobs_per_row = (p.student_width + kElementsPerJob - 1) / kElementsPerJob;
   const i64 blocks = (p.rows * jobs_per_row + kWarpRows - 1) / kWarpRows;
-  launch({"identity_backward", p, stream, blocks, WarpGroup::kMaxThreads, 0},
+  launch({"identity_backward", p, stream, blocks, WarpGroup::kMaxThreads},
          identity_backward<D, Vector>, p, in, static_cast<int>(jobs_per_row));
 }
 

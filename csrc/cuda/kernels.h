@@ -27,7 +27,6 @@ struct Launch {
   const Stream& stream;
   i64 blocks;
   int threads;
-  int shared_bytes;
 };
 
 [[noreturn]] void fail(const Launch& launch, const std::string& reason);

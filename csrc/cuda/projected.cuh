@@ -98,10 +98,10 @@ struct ForwardTile {
   static constexpr int kZStride = Ranks + 1;
   static constexpr int kZBegin = 2 * kBufferVectors * sizeof(float4);
   static constexpr int kRowsBegin = kZBegin + 2 * kBlockRows * kZStride * sizeof(float);
-  static constexpr int kSharedBytes = kRowsBegin + kBlockRows * sizeof(void*);
+  using Memory = BlockMemory<kRowsBegin + kBlockRows * static_cast<int>(sizeof(void*))>;
 
   __device__ static Shared<float4> buffer(int n) {
-    return Shared<float4>(n * kBufferVectors * static_cast<int>(sizeof(float4)));
+    return Memory::template at<float4>(n * kBufferVectors * static_cast<int>(sizeof(float4)));
   }
 
   // Rows of the buffers that no rank fills add 0 to sums nobody reads.
@@ -164,7 +164,8 @@ struct ForwardTile {
   __device__ static void project(const Problem& p, const Side& side, i64 first_row, int z_begin) {
     using type = typename U::type;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rank = p.rank;
-    const Shared<const type*> rows(kRowsBegin);  // kept there, because registers are scarce here
+    // Kept there, because registers are scarce here.
+    const Shared<const type*> rows = Memory::template at<const type*>(kRowsBegin);
     block_barrier();  // rows and buffers may still be read for the other side
     if (threadIdx.x < kBlockRows) {
       const i64 n = first_row + threadIdx.x;
@@ -195,7 +196,7 @@ struct ForwardTile {
       multiply(raw, side.mean != nullptr, buffer(now), sums);
     }
     sum_and_deal<kWarp / 2, kSums>(sums);
-    const Shared<float> z(z_begin);
+    const Shared<float> z = Memory::template at<float>(z_begin);
 #pragma unroll
     for (int n = 0; n < kSums / kWarp; ++n) {
       const int at = lane * (kSums / kWarp) + n;
@@ -206,7 +207,7 @@ struct ForwardTile {
   // The block's rows of a teacher that is r wide already.
   __device__ static void copy(const Problem& p, i64 first_row, int z_begin) {
     using type = typename U::type;
-    const Shared<float> z(z_begin);
+    const Shared<float> z = Memory::template at<float>(z_begin);
     const int rank = p.rank;
     for (int at = threadIdx.x; at < kBlockRows * rank; at += kThreads) {
       const i64 n = first_row + at / rank;
@@ -261,7 +262,8 @@ __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kThreads, 2)
     return;
   }
   const int begin = threadIdx.x * Tile::kZStride;
-  const ProjectedPair pair{Shared<float>(Tile::kZBegin), Shared<float>(kTeacherZ), begin, rank};
+  const ProjectedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
+                           Tile::Memory::template at<float>(kTeacherZ), begin, rank};
   const PairStats stats = pair_stats(pair, ThreadGroup{}, p.kind);
   put_stats(out, i, stats);
   const PairGradient gradient = pair_gradient(rank, stats, p.kind, 1.f);
@@ -287,14 +289,15 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int begin = static_cast<int>(blockIdx.x) % slices * S::kColumns;
   const int width = static_cast<int>(p.student_width), units = width / U::kElements;
   const i64 first_row = static_cast<i64>(blockIdx.x / slices) * kBackwardRows;
-  const Shared<float4> slice(0);
+  constexpr int kMaxSlice = kMaxRank * S::kVectors * static_cast<int>(sizeof(float4));
+  using Memory = BlockMemory<kMaxSlice + kMaxRank * kBackwardRows * static_cast<int>(sizeof(float))>;
+  const Shared<float4> slice = Memory::template at<float4>(0);
   for (int n = threadIdx.x; n < rank * S::kVectors; n += kBackwardThreads) {
     const int j = n / S::kVectors;
     S::bring(slice, p.student_proj + i64{j} * width, begin, width, j, n % S::kVectors);
   }
   // dz of the tile, scaled, rank by rank: four rows are one vector.
-  constexpr int kMaxSlice = kMaxRank * S::kVectors * sizeof(float4);
-  const Shared<float> scaled(kMaxSlice);
+  const Shared<float> scaled = Memory::template at<float>(kMaxSlice);
   for (int n = threadIdx.x; n < kBackwardRows * rank; n += kBackwardThreads) {
     const i64 i = first_row + n / rank;
     float value = 0.f, coefficient;
@@ -305,7 +308,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
   wait_for_copies();
   block_barrier();
-  const Shared<float4> four_rows(kMaxSlice);
+  const Shared<float4> four_rows = scaled.template as<float4>();
   for (int tile_row = warp * kBackwardAtATime; tile_row < kBackwardRows;
        tile_row += kBackwardWarps * kBackwardAtATime) {
     type* rows[kBackwardAtATime];
@@ -362,7 +365,7 @@ template <DType D, bool Vector, int Ranks>
 void launch_projected_tiles(const Problem& p, const ForwardOut& out, const Stream& stream) {
   using Tile = ForwardTile<D, Vector, Ranks>;
   const i64 blocks = (p.rows + Tile::kBlockRows - 1) / Tile::kBlockRows;
-  launch({"projected_forward", p, stream, blocks, Tile::kThreads, Tile::kSharedBytes},
+  launch({"projected_forward", p, stream, blocks, Tile::kThreads},
          projected_forward<D, Vector, Ranks>, p, out);
 }
 
@@ -389,8 +392,7 @@ void launch_projected_slices(const Problem& p, const BackwardIn& in, const Strea
   using S = Slice<D, Vector>;
   const i64 slices = (p.student_width + S::kColumns - 1) / S::kColumns;
   const i64 blocks = (p.rows + kBackwardRows - 1) / kBackwardRows * slices;
-  const int bytes = kMaxRank * (S::kColumns + kBackwardRows) * sizeof(float);
-  launch({"projected_backward", p, stream, blocks, kBackwardThreads, bytes},
+  launch({"projected_backward", p, stream, blocks, kBackwardThreads},
          projected_backward<D, Vector>, p, in, static_cast<int>(slices));
 }
 

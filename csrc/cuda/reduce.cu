@@ -23,7 +23,7 @@ i64 parts(i64 rows) {
 // The sums over a block, for its first thread.
 template <int N>
 __device__ Doubles<N> block_sum(const Doubles<N>& x) {
-  const Shared<double> partials(0);
+  const Shared<double> partials = BlockMemory<kThreads / kWarp * N * sizeof(double)>::template at<double>(0);
   const Doubles<N> own = warp_sum(x);
   if (threadIdx.x % kWarp == 0) {
     for (int n = 0; n < N; ++n) partials.store(threadIdx.x / kWarp * N + n, own.v[n]);
@@ -36,11 +36,6 @@ __device__ Doubles<N> block_sum(const Doubles<N>& x) {
     }
   }
   return sum;
-}
-
-template <int N>
-constexpr int block_sum_bytes() {
-  return kThreads / kWarp * N * sizeof(double);
 }
 
 __device__ void put_result(const Doubles<kSums>& sum, float scale, float* loss, float* stats) {
@@ -112,7 +107,7 @@ std::int64_t partial_sums(std::int64_t rows) {
 
 void scale_by_weights(const Problem& problem, float* scale, i64 stride, int layers,
                       const Stream& stream) {
-  launch({"sum_weights", problem, stream, 1, kThreads, block_sum_bytes<1>()}, sum_weights, problem,
+  launch({"sum_weights", problem, stream, 1, kThreads}, sum_weights, problem,
          scale, stride, layers);
 }
 
@@ -120,10 +115,10 @@ void reduce(const Problem& problem, const ForwardOut& out, const Scale& scale, f
             float* stats, double* partials, const Stream& stream) {
   const i64 blocks = parts(problem.rows);
   const i64 rows_per_block = (problem.rows + blocks - 1) / blocks;
-  launch({"sum_rows", problem, stream, blocks, kThreads, block_sum_bytes<kSums>()}, sum_rows,
+  launch({"sum_rows", problem, stream, blocks, kThreads}, sum_rows,
          problem, out, scale, rows_per_block, loss, stats, partials);
   if (blocks == 1) return;
-  launch({"sum_parts", problem, stream, 1, kThreads, block_sum_bytes<kSums>()}, sum_parts,
+  launch({"sum_parts", problem, stream, 1, kThreads}, sum_parts,
          static_cast<const double*>(partials), static_cast<int>(blocks), scale, loss, stats);
 }
 

@@ -50,29 +50,39 @@ void store(T* p, T value) {
 template <class T>
 class Shared {
  public:
-  explicit Shared(int byte_offset) : begin_(byte_offset) {}
+  Shared(std::int64_t begin, int limit) : begin_(begin), limit_(limit) {}
   T load(int i) const {
     T value;
-    std::memcpy(&value, emulation::shared_access(at(i), sizeof(T), false), sizeof value);
+    std::memcpy(&value, emulation::shared_access(at(i), sizeof(T), limit_, false), sizeof value);
     return value;
   }
   void store(int i, T value) const {
-    std::memcpy(emulation::shared_access(at(i), sizeof(T), true), &value, sizeof value);
+    std::memcpy(emulation::shared_access(at(i), sizeof(T), limit_, true), &value, sizeof value);
   }
   // What is copied arrives as late as it may: at wait_for_copies.
   void copy_async(int i, const T* from) const {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "what cp.async takes");
     const T value = cuda::load(from);
-    emulation::copy_async(at(i), &value, sizeof value);
+    emulation::copy_async(at(i), &value, sizeof value, limit_);
   }
   template <class Other>
   Shared<Other> as() const {
-    return Shared<Other>(static_cast<int>(begin_));
+    return Shared<Other>(begin_, limit_);
   }
 
  private:
   std::int64_t at(int i) const { return begin_ + std::int64_t{i} * sizeof(T); }
   std::int64_t begin_;
+  int limit_;
+};
+
+template <int Bytes>
+struct BlockMemory {
+  static_assert(Bytes <= 48 * 1024, "static shared memory");
+  template <class T>
+  static Shared<T> at(int byte_offset) {
+    return Shared<T>(byte_offset, Bytes);
+  }
 };
 
 inline void wait_for_copies() { emulation::wait_for_copies(); }
@@ -108,7 +118,7 @@ template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
   try {
-    emulation::run(how.blocks, how.threads, how.shared_bytes, [&] { kernel(arguments...); });
+    emulation::run(how.blocks, how.threads, [&] { kernel(arguments...); });
   } catch (const emulation::Fault& fault) {
     fail(how, fault.what());
   }

@@ -7,10 +7,11 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 64;
+using Memory = BlockMemory<kThreads * sizeof(float)>;
 
 // Each element becomes its neighbour's within the block: right, if `with_barrier`.
 void rotate(float* data, int n, bool with_barrier) {
-  const Shared<float> shared(0);
+  const Shared<float> shared = Memory::at<float>(0);
   const int i = threadIdx.x, at = blockIdx.x * kThreads + i;
   if (at < n) shared.store(i, load(data + at));
   if (with_barrier) block_barrier();
@@ -22,7 +23,7 @@ void correct(float* data, int n) { rotate(data, n, true); }
 void missing_barrier(float* data, int n) { rotate(data, n, false); }
 
 void warp_barrier_across_warps(float* data, int) {
-  const Shared<float> shared(0);
+  const Shared<float> shared = Memory::at<float>(0);
   const int i = threadIdx.x;
   shared.store(i, load(data + i));
   warp_barrier();
@@ -36,10 +37,10 @@ void past_the_end(float* data, int n) {
   if (at <= n) store(data + at, 1.f);  // <
 }
 
-void past_the_shared_end(float*, int) { Shared<float>(0).store(threadIdx.x + 1, 1.f); }
+void past_the_shared_end(float*, int) { Memory::at<float>(0).store(threadIdx.x + 1, 1.f); }
 
 void unwritten_shared(float* data, int) {
-  store(data + threadIdx.x, Shared<float>(0).load(threadIdx.x));
+  store(data + threadIdx.x, Memory::at<float>(0).load(threadIdx.x));
 }
 
 void misaligned_vector(float* data, int) {
@@ -83,7 +84,7 @@ void run_kernel(const std::string& name, float* data, int n) {
   problem.rows = n;
   const Stream stream;
   const i64 blocks = (n + kThreads - 1) / kThreads;
-  launch({name.c_str(), problem, stream, blocks, kThreads, kThreads * int{sizeof(float)}}, kernel,
+  launch({name.c_str(), problem, stream, blocks, kThreads}, kernel,
          data, n);
 }
 

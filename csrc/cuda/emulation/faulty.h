@@ -6,7 +6,7 @@
 namespace oprd {
 namespace emulation {
 
-// Runs the kernel of that name on n floats, with shared memory for as many as threads; what is
+// Runs the kernel of that name on n floats, with shared memory for one a thread; what is
 // wrong with it comes as a Fault.
 void run_faulty(const std::string& name, float* data, int n);
 

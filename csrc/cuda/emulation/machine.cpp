@@ -48,6 +48,7 @@ enum class Waits { kNo, kBlock, kWarp, kEnded };
 struct Copy {
   std::int64_t to;
   std::size_t bytes;
+  int limit;
   char value[16];
 };
 
@@ -72,7 +73,7 @@ bool same(const Site& a, const Site& b) {
 
 class Machine {
  public:
-  void run(std::int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
+  void run(std::int64_t blocks, int threads, const std::function<void()>& body) {
     if (threads % kWarp != 0) throw Fault("blocks must be whole warps");
     body_ = &body;
     now_.blocks.x = static_cast<unsigned>(blocks);
@@ -85,7 +86,7 @@ class Machine {
     std::shuffle(order.begin(), order.end(), random_);
     for (const std::int64_t block : order) {
       now_.block.x = static_cast<unsigned>(block);
-      memory().begin_block(block, shared_bytes);
+      memory().begin_block(block);
       run_block();
     }
   }
@@ -115,15 +116,16 @@ class Machine {
     std::memcpy(result, threads_[partner].given[ahead].data(), bytes);
   }
 
-  void copy_async(std::int64_t to, const void* value, std::size_t bytes) {
-    Copy copy{to, bytes, {}};
+  void copy_async(std::int64_t to, const void* value, std::size_t bytes, int limit) {
+    Copy copy{to, bytes, limit, {}};
     std::memcpy(copy.value, value, bytes);
     threads_[running_].copies.push_back(copy);
   }
 
   void wait_for_copies() {
     for (const Copy& copy : threads_[running_].copies) {
-      std::memcpy(memory().shared_access(copy.to, copy.bytes, true), copy.value, copy.bytes);
+      void* to = memory().shared_access(copy.to, copy.bytes, copy.limit, true);
+      std::memcpy(to, copy.value, copy.bytes);
     }
     threads_[running_].copies.clear();
   }
@@ -267,8 +269,8 @@ void Machine::report_divergence() {
 
 Current& current() { return machine().now(); }
 
-void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes) {
-  machine().copy_async(shared_offset, value, bytes);
+void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes, int limit) {
+  machine().copy_async(shared_offset, value, bytes, limit);
 }
 void wait_for_copies() { machine().wait_for_copies(); }
 void block_barrier(Site site) { machine().block_barrier(site); }
@@ -279,13 +281,13 @@ void shuffle_xor(Site site, int mask, const void* value, void* result, std::size
 void global_access(const void* p, std::size_t bytes, bool write) {
   memory().global_access(reinterpret_cast<std::uintptr_t>(p), bytes, write);
 }
-void* shared_access(std::int64_t offset, std::size_t bytes, bool write) {
-  return memory().shared_access(offset, bytes, write);
+void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write) {
+  return memory().shared_access(offset, bytes, limit, write);
 }
 
-void run(std::int64_t blocks, int threads, int shared_bytes, const std::function<void()>& thread) {
+void run(std::int64_t blocks, int threads, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(machine().busy());
-  machine().run(blocks, threads, shared_bytes, thread);
+  machine().run(blocks, threads, thread);
 }
 
 void seed(std::uint64_t value) { machine().seed(value); }

@@ -37,15 +37,16 @@ struct Site {
 
 // What kernels do; each throws Fault if that is wrong.
 void global_access(const void* p, std::size_t bytes, bool write);
-void* shared_access(std::int64_t offset, std::size_t bytes, bool write);
-void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes);
+// limit: the bytes of shared memory that the kernel has.
+void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write);
+void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes, int limit);
 void wait_for_copies();
 void block_barrier(Site site);
 void warp_barrier(Site site);
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes);
 
 // Runs a launch to its end, or to the first Fault of a thread.
-void run(std::int64_t blocks, int threads, int shared_bytes, const std::function<void()>& thread);
+void run(std::int64_t blocks, int threads, const std::function<void()>& thread);
 
 // Of the random orders.
 void seed(std::uint64_t value);

@@ -64,12 +64,9 @@ const Region& Memory::region_of(std::uintptr_t p, std::size_t bytes) const {
   throw Fault(text);
 }
 
-void Memory::begin_block(std::int64_t block, int shared_bytes) {
+void Memory::begin_block(std::int64_t block) {
   now_.block = block;
-  shared_bytes_ = shared_bytes;
-  shared_granules_.assign(shared_bytes / kSharedGranule + 1, Granule{});
-  // What was there before is rubbish: a quiet NaN as a float, an index far out as an integer.
-  shared_.assign(shared_bytes / sizeof(std::uint64_t) + 1, 0x7fc1dead7fc1deadull);
+  shared_bytes_ = 0;
 }
 
 Granule& Memory::global_granule(std::uintptr_t index) {
@@ -146,7 +143,13 @@ void Memory::global_access(std::uintptr_t p, std::size_t bytes, bool write) {
   }
 }
 
-void* Memory::shared_access(std::int64_t offset, std::size_t bytes, bool write) {
+void* Memory::shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write) {
+  if (shared_bytes_ == 0) {
+    shared_bytes_ = limit;
+    shared_granules_.assign(limit / kSharedGranule + 1, Granule{});
+    shared_.assign(limit / 16 + 1, Line{});
+  }
+  if (limit != shared_bytes_) throw Fault("one kernel has two different shared memories");
   if (offset % static_cast<std::int64_t>(bytes) != 0) {
     throw Fault("misaligned: " + describe(now_) + " accesses " + std::to_string(bytes) +
                 " bytes of shared memory at offset " + std::to_string(offset));

@@ -54,7 +54,7 @@ class Memory {
   void allow(std::vector<Region> regions);
 
   void begin_launch() { ++now_.launch; }
-  void begin_block(std::int64_t block, int shared_bytes);
+  void begin_block(std::int64_t block);
   void set_thread(int thread, unsigned block_epoch, unsigned warp_epoch) {
     now_.thread = thread;
     set_epochs(block_epoch, warp_epoch);
@@ -65,7 +65,7 @@ class Memory {
   }
 
   void global_access(std::uintptr_t p, std::size_t bytes, bool write);
-  void* shared_access(std::int64_t offset, std::size_t bytes, bool write);
+  void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write);
 
   std::map<std::string, Traffic>& traffic() { return traffic_; }
 
@@ -85,8 +85,11 @@ class Memory {
   Granule* last_page_ = nullptr;
   static constexpr std::int64_t kSharedGranule = 4;
   std::vector<Granule> shared_granules_;
-  std::vector<std::uint64_t> shared_;
-  std::int64_t shared_bytes_ = 0;
+  struct alignas(16) Line {
+    char bytes[16];
+  };
+  std::vector<Line> shared_;
+  int shared_bytes_ = 0;  // 0: the block has not used any yet
 };
 
 Memory& memory();

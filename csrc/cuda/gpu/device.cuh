@@ -27,14 +27,11 @@ __device__ __forceinline__ void store(T* p, T value) {
   *p = value;
 }
 
-// The block's shared memory from a byte offset on, as elements of T.
+// Elements of T in the block's shared memory.
 template <class T>
 class Shared {
  public:
-  __device__ __forceinline__ explicit Shared(int byte_offset) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    data_ = reinterpret_cast<T*>(memory + byte_offset);
-  }
+  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
   __device__ __forceinline__ T load(int i) const { return data_[i]; }
   __device__ __forceinline__ void store(int i, T value) const { data_[i] = value; }
   // Begins a copy from global memory, which wait_for_copies ends.
@@ -48,10 +45,23 @@ class Shared {
   }
 
  private:
-  template <class>
-  friend class Shared;
-  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
   T* data_;
+};
+
+// All the shared memory of a kernel: so many bytes.
+template <int Bytes>
+class BlockMemory {
+ public:
+  template <class T>
+  __device__ __forceinline__ static Shared<T> at(int byte_offset) {
+    return Shared<T>(reinterpret_cast<T*>(begin() + byte_offset));
+  }
+
+ private:
+  __device__ __forceinline__ static unsigned char* begin() {
+    __shared__ __align__(16) unsigned char memory[Bytes];
+    return memory;
+  }
 };
 
 // Until here the copies that this thread has begun have arrived; a barrier makes them others' too.
@@ -103,7 +113,7 @@ __device__ __forceinline__ std::uint32_t half_pair(float low, float high) {
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
-  kernel<<<static_cast<unsigned>(how.blocks), how.threads, how.shared_bytes,
+  kernel<<<static_cast<unsigned>(how.blocks), how.threads, 0,
            static_cast<cudaStream_t>(how.stream.handle)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail(how, cudaGetErrorString(error));

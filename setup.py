@@ -7,6 +7,7 @@ that works, the native module is built without the CUDA kernels; `oprd-doctor` s
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,9 +70,10 @@ def first_error(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if any("No CMAKE_CXX_COMPILER could be found" in line for line in lines):
         return "no C++ compiler was found"
-    for line in lines:
-        if "error" in line.lower():
-            return line
+    for pattern in (r"\b(error|fatal)\s*: ", r"CMake Error", r"error"):
+        for line in lines:
+            if re.search(pattern, line, re.IGNORECASE):
+                return line
     return lines[-1] if lines else "the build printed nothing"
 
 

@@ -54,7 +54,8 @@ inline Problem make_problem(const Layer& layer, const Shared& shared) {
   return p;
 }
 
-// Where a layer's part of the buffer `saved` begins, and what is in it (see oprd_kernels/cpu.py).
+// Where a layer's part of the buffer `saved` begins, and what is in it (see
+// oprd_kernels/layout.py).
 struct Saved {
   float* stats;
   float* row_stats;

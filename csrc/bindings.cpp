@@ -1,5 +1,5 @@
 // Python's view of the native backends: tensors arrive as addresses, sizes and strides (see
-// oprd_kernels/cpu.py, which owns all checking), the GIL is released while the kernels run.
+// oprd_kernels/validate.py, which owns all checking), the GIL is released while the kernels run.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

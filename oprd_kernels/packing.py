@@ -1,4 +1,4 @@
-"""Tensors as the native code takes them: addresses, sizes and strides (csrc/bindings.cpp)."""
+"""Tensors as the native code takes them: addresses, sizes and strides (csrc/arguments.h)."""
 
 from __future__ import annotations
 

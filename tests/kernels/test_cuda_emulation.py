@@ -162,12 +162,13 @@ def test_projection_reads_wide_rows_once(traffic, dtype, widths, rank):
     assert of_proj == rank * d_s * 4  # one tile
 
 
-def test_masked_rows_are_not_read(traffic):
+@pytest.mark.parametrize("rank", [0, 3])
+def test_masked_rows_are_not_read(traffic, rank):
     student, teacher = tensors(96, torch.float32)
     weights = (torch.arange(M) % 2).float()
-    _, loaded, _, _ = traffic(
-        lambda: cuda.forward(student, teacher, *(None,) * 5, weights, None, "nmse", "mean")
-    )
+    proj = torch.randn(rank, 96) if rank else None
+    options = (proj, proj, None, None, None, weights, None, "nmse", "mean")
+    _, loaded, _, _ = traffic(lambda: cuda.forward(student, teacher, *options))
     assert loaded == 2 * (M // 2) * 96 * 4
 
 

@@ -70,7 +70,7 @@ class KernelReport:
     @property
     def is_vectorised(self) -> bool:
         """Whether this is a variant for rows that can be read in vectors of 16 bytes."""
-        return "true" in self.kernel
+        return re.search(r"\btrue\b|Lb1E", self.kernel) is not None
 
 
 def find_nvcc() -> str:

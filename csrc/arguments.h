@@ -72,8 +72,8 @@ inline Saved saved_parts(float* saved, const Problem& p, bool row_losses_inside)
   return parts;
 }
 
-// What forward writes for layer number `index`. `each`: reduction "none", loss is (M); else one loss
-// a layer. A layer's grad with address 0: no gradient in forward.
+// What forward writes for layer number `index`. `each`: reduction "none", loss is (M); else one
+// loss a layer. A layer's grad with address 0: no gradient in forward.
 inline ForwardOut forward_out(const Layer& layer, const Problem& p, std::int64_t index, bool each,
                               Address loss, Address saved, std::int64_t saved_per_layer) {
   const Saved parts = saved_parts(pointer<float>(saved) + index * saved_per_layer, p, !each);

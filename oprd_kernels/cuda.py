@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -112,12 +112,14 @@ def _has_dense_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
-def _launch(name: str, arguments: tuple, device: torch.device, memory: Sequence[Memory]) -> None:
+def _launch(
+    name: str, arguments: tuple, device: torch.device, memory: Callable[[], list[Memory]]
+) -> None:
     if (emulated := emulation()) is not None:
         emulated.allow(
             [
                 (kind, mode, x.data_ptr(), x.element_size(), x.shape, x.stride())
-                for kind, mode, x in memory
+                for kind, mode, x in memory()
                 if x is not None
             ]
         )
@@ -170,21 +172,18 @@ def _forward(
     kind, reduction, grad=None,
 ) -> None:  # fmt: skip
     partials = _partials(saved, m)
-    memory: list[Memory] = [
-        ("rows", "r", rows),
-        ("rows", "r", teacher_rows),
-        ("rows", "r", weights),
-        ("rows", "r", denominator),
-        ("rows", "w", saved),
-        ("rows", "w", loss),
-        ("rows", "w", partials),
-    ]
-    for student, teacher, *projectors in columns:
-        memory.append(("activations", "r", student))
-        memory.append(("activations", "rw" if grad is teacher else "r", teacher))
-        memory += [("projectors", "r", x) for x in projectors]
-    if grad is not None and grad is not columns[0][1]:
-        memory.append(("activations", "w", grad))
+
+    def memory() -> list[Memory]:
+        found: list[Memory] = [("rows", "w", x) for x in (saved, loss, partials)]
+        found += [("rows", "r", x) for x in (rows, teacher_rows, weights, denominator)]
+        for student, teacher, *projectors in columns:
+            found.append(("activations", "r", student))
+            found.append(("activations", "rw" if grad is teacher else "r", teacher))
+            found += [("projectors", "r", x) for x in projectors]
+        if grad is not None and grad is not columns[0][1]:
+            found.append(("activations", "w", grad))
+        return found
+
     arguments = (
         layers,
         pack_shared(m, rows, teacher_rows, weights, kind),
@@ -239,16 +238,16 @@ def _backward(
     saved_per_layer, accumulate, rows, teacher_rows, weights, kind,
 ) -> None:  # fmt: skip
     m = num_rows(grads[0], rows)
-    memory: list[Memory] = [
-        ("rows", "r", rows),
-        ("rows", "r", teacher_rows),
-        ("rows", "r", weights),
-        ("rows", "r", grad_loss),
-        ("rows", "r", saved),
-    ]
-    memory += [("activations", "rw" if accumulate else "w", grad) for grad in grads]
-    memory += [("activations", "r", x) for x in (*students, *teachers)]
-    memory += [("projectors", "r", x) for x in projs]
+
+    def memory() -> list[Memory]:
+        found: list[Memory] = [
+            ("rows", "r", x) for x in (rows, teacher_rows, weights, grad_loss, saved)
+        ]
+        found += [("activations", "rw" if accumulate else "w", grad) for grad in grads]
+        found += [("activations", "r", x) for x in (*students, *teachers)]
+        found += [("projectors", "r", x) for x in projs]
+        return found
+
     layers = []
     for grad, student, teacher, proj in zip(grads, students, teachers, projs, strict=True):
         student = grad if student is None else student

@@ -21,9 +21,7 @@ const char* name_of(DType dtype) {
 // Rows as the kernels take them: inner is 0 where one stride says it all, which spares them a
 // division a row.
 Rows canonical(Rows rows) {
-  const bool one_stride =
-      rows.stride_outer == 0 || rows.stride_outer == rows.inner * rows.stride_inner;
-  if (one_stride) rows.inner = 0;
+  if (rows.stride_outer == rows.inner * rows.stride_inner) rows.inner = 0;
   return rows;
 }
 

@@ -132,15 +132,15 @@ __global__ void __launch_bounds__(Group::kMaxThreads)
 // Warp `job` of the launch takes kHeld units a lane of one row.
 template <DType D, bool Vector>
 __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
-    identity_backward(Problem p, BackwardIn in, int jobs_per_row) {
+    identity_backward(Problem p, BackwardIn in, unsigned jobs_per_row) {
   using U = Unit<D, Vector>;
   using type = typename U::type;
   const WarpGroup warp;
-  const i64 job = warp.row();
+  const unsigned job = static_cast<unsigned>(warp.row());
   const i64 i = job / jobs_per_row;
   if (i >= p.rows) return;
   const i64 units = p.student_width / U::kElements;
-  const i64 first = (job % jobs_per_row) * (kWarp * U::kHeld) + warp.thread();
+  const i64 first = i64{job % jobs_per_row} * (kWarp * U::kHeld) + warp.thread();
   const i64 n = student_row(p, i);
   type* grad = row_of<type>(in.grad, n);
   float coefficient;
@@ -211,7 +211,7 @@ void launch_identity_backward(const Problem& p, const BackwardIn& in, const Stre
   const i64 jobs_per_row = (p.student_width + kElementsPerJob - 1) / kElementsPerJob;
   const i64 blocks = (p.rows * jobs_per_row + kWarpRows - 1) / kWarpRows;
   launch({"identity_backward", p, stream, blocks, WarpGroup::kMaxThreads},
-         identity_backward<D, Vector>, p, in, static_cast<int>(jobs_per_row));
+         identity_backward<D, Vector>, p, in, static_cast<unsigned>(jobs_per_row));
 }
 
 }  // namespace cuda

@@ -31,8 +31,8 @@ struct Launch {
 
 [[noreturn]] void fail(const Launch& launch, const std::string& reason);
 
-// One row of blocks is all the kernels use; more than the hardware has is refused.
-constexpr i64 kMaxBlocks = 0x7fffffff;
+// More is refused: the warps of a launch are counted in 32 bits.
+constexpr i64 kMaxBlocks = (1 << 30) - 1;
 
 template <DType>
 void forward_rows(const Problem& problem, const ForwardOut& out, const Scale& scale,

@@ -1,6 +1,6 @@
 // Rows compared after projection to r <= 16 dimensions, on FMA: at that rank tensor cores would
-// mostly multiply padding. H is read once, from global memory to registers; P is read once a tile of
-// rows, from L2 to shared memory, slice of columns by slice.
+// mostly multiply padding. H is read once, from global memory to registers; P is read once a block
+// of rows, from L2 to shared memory, slice of columns by slice.
 //
 // Forward: a warp has kRows rows; a lane sums its columns of all r products of these in registers,
 // then the warp adds up its lanes. Backward: a block has a slice of P and a tile of rows.
@@ -21,8 +21,8 @@ struct Slice {
   static constexpr int kColumns = kWarp * kPerLane;
   static constexpr int kVectors = kColumns / 4;  // float4 to a row
 
-  // Begins to copy a row of P, from column `begin` on, to row j of a slice, this thread's vector n of
-  // it. What lies past the end is 0, so that nothing there can turn a product into NaN.
+  // Begins to copy vector n of a row of P, counted from column `begin` on, to row j of a slice. What
+  // lies past the end is 0, so that nothing there can turn a product into NaN.
   __device__ static void bring(const Shared<float4>& slice, const float* row, int begin, int width,
                                int j, int n) {
     const int place = j * kVectors + n % (kPerLane / 4) * kWarp + n / (kPerLane / 4);
@@ -81,15 +81,16 @@ __device__ __forceinline__ void sum_and_deal(Floats<All>& x) {
   }
 }
 
-// Ranks: r rounded up. kRows: rows a warp has; its lanes have the sums of all products in registers.
+// Ranks: r rounded up. A warp has kRows rows; its lanes have the sums of all products in registers.
+// How many warps a block has is the launch's choice.
 template <DType D, bool Vector, int Ranks>
 struct ForwardTile {
   using S = Slice<D, Vector>;
   using U = Unit<D, Vector>;
   static constexpr int kRows = 4;
-  static constexpr int kWarps = Ranks == 16 ? 6 : 8;  // two blocks fill the registers of an SM
-  static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kBlockRows = kWarps * kRows;
+  static constexpr int kMaxWarps = Ranks == 16 ? 6 : 8;  // two blocks fill an SM's registers
+  static constexpr int kMaxThreads = kMaxWarps * kWarp;
+  static constexpr int kMaxBlockRows = kMaxWarps * kRows;
   static constexpr int kSums = kRows * Ranks;
 
   // Shared memory: two buffers for slices of P and, as its row number Ranks, of the mean; then z of
@@ -97,8 +98,11 @@ struct ForwardTile {
   static constexpr int kBufferVectors = (Ranks + 1) * S::kVectors;
   static constexpr int kZStride = Ranks + 1;
   static constexpr int kZBegin = 2 * kBufferVectors * sizeof(float4);
-  static constexpr int kRowsBegin = kZBegin + 2 * kBlockRows * kZStride * sizeof(float);
-  using Memory = BlockMemory<kRowsBegin + kBlockRows * static_cast<int>(sizeof(void*))>;
+  static constexpr int kRowsBegin = kZBegin + 2 * kMaxBlockRows * kZStride * sizeof(float);
+  using Memory = BlockMemory<kRowsBegin + kMaxBlockRows * static_cast<int>(sizeof(void*))>;
+
+  __device__ static int threads() { return blockDim.x; }
+  __device__ static int block_rows() { return threads() / kWarp * kRows; }
 
   __device__ static Shared<float4> buffer(int n) {
     return Memory::template at<float4>(n * kBufferVectors * static_cast<int>(sizeof(float4)));
@@ -106,7 +110,7 @@ struct ForwardTile {
 
   // Rows of the buffers that no rank fills add 0 to sums nobody reads.
   __device__ static void clear_unused(int rank) {
-    for (int n = rank * S::kVectors + threadIdx.x; n < Ranks * S::kVectors; n += kThreads) {
+    for (int n = rank * S::kVectors + threadIdx.x; n < Ranks * S::kVectors; n += threads()) {
       buffer(0).store(n, float4{});
       buffer(1).store(n, float4{});
     }
@@ -114,12 +118,14 @@ struct ForwardTile {
 
   __device__ static void bring(const Side& side, int rank, int begin, int to) {
 #pragma unroll 1  // unrolled, its addresses would take registers from the sums
-    for (int n = threadIdx.x; n < rank * S::kVectors; n += kThreads) {
+    for (int n = threadIdx.x; n < rank * S::kVectors; n += threads()) {
       const int j = n / S::kVectors;
       S::bring(buffer(to), side.proj + i64{j} * side.width, begin, side.width, j, n % S::kVectors);
     }
-    if (side.mean && threadIdx.x < S::kVectors) {
-      S::bring(buffer(to), side.mean, begin, side.width, Ranks, threadIdx.x);
+    if (!side.mean) return;
+#pragma unroll 1
+    for (int n = threadIdx.x; n < S::kVectors; n += threads()) {
+      S::bring(buffer(to), side.mean, begin, side.width, Ranks, n);
     }
   }
 
@@ -167,12 +173,12 @@ struct ForwardTile {
     // Kept there, because registers are scarce here.
     const Shared<const type*> rows = Memory::template at<const type*>(kRowsBegin);
     block_barrier();  // rows and buffers may still be read for the other side
-    if (threadIdx.x < kBlockRows) {
-      const i64 n = first_row + threadIdx.x;
+    const int thread = threadIdx.x;
+    if (thread < block_rows()) {
+      const i64 n = first_row + thread;
       const bool wanted = n < p.rows && weight(p, n) != 0.f;
-      rows.store(threadIdx.x,
-                 wanted ? row_of<const type>(side.x, side.index ? load(side.index + n) : n)
-                        : nullptr);
+      rows.store(thread, wanted ? row_of<const type>(side.x, side.index ? load(side.index + n) : n)
+                                : nullptr);
     }
     Floats<kSums> sums{};
     block_barrier();
@@ -209,7 +215,7 @@ struct ForwardTile {
     using type = typename U::type;
     const Shared<float> z = Memory::template at<float>(z_begin);
     const int rank = p.rank;
-    for (int at = threadIdx.x; at < kBlockRows * rank; at += kThreads) {
+    for (int at = threadIdx.x; at < block_rows() * rank; at += threads()) {
       const i64 n = first_row + at / rank;
       float value = 0.f;
       if (n < p.rows && weight(p, n) != 0.f) {
@@ -234,12 +240,12 @@ struct ProjectedPair {
 };
 
 template <DType D, bool Vector, int Ranks>
-__global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kThreads, 2)
+__global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
     projected_forward(Problem p, ForwardOut out) {
   using Tile = ForwardTile<D, Vector, Ranks>;
   constexpr int kTeacherZ =
-      Tile::kZBegin + Tile::kBlockRows * Tile::kZStride * static_cast<int>(sizeof(float));
-  const i64 first_row = static_cast<i64>(blockIdx.x) * Tile::kBlockRows;
+      Tile::kZBegin + Tile::kMaxBlockRows * Tile::kZStride * static_cast<int>(sizeof(float));
+  const i64 first_row = static_cast<i64>(blockIdx.x) * Tile::block_rows();
   Tile::clear_unused(p.rank);
   Tile::project(p, {p.student, p.student_rows, p.student_proj, nullptr,
                    static_cast<int>(p.student_width)},
@@ -253,15 +259,16 @@ __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kThreads, 2)
     Tile::copy(p, first_row, kTeacherZ);
   }
   block_barrier();
-  const i64 i = first_row + threadIdx.x;
-  if (threadIdx.x >= Tile::kBlockRows || i >= p.rows) return;
+  const int thread = threadIdx.x;
+  const i64 i = first_row + thread;
+  if (thread >= Tile::block_rows() || i >= p.rows) return;
   const int rank = p.rank;
   if (weight(p, i) == 0.f) {
     put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
     for (int k = 0; k < rank; ++k) store(out.dz + i * rank + k, 0.f);
     return;
   }
-  const int begin = threadIdx.x * Tile::kZStride;
+  const int begin = thread * Tile::kZStride;
   const ProjectedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
                            Tile::Memory::template at<float>(kTeacherZ), begin, rank};
   const PairStats stats = pair_stats(pair, ThreadGroup{}, p.kind);
@@ -290,7 +297,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int width = static_cast<int>(p.student_width), units = width / U::kElements;
   const i64 first_row = static_cast<i64>(blockIdx.x / slices) * kBackwardRows;
   constexpr int kMaxSlice = kMaxRank * S::kVectors * static_cast<int>(sizeof(float4));
-  using Memory = BlockMemory<kMaxSlice + kMaxRank * kBackwardRows * static_cast<int>(sizeof(float))>;
+  constexpr int kScaledBytes = kMaxRank * kBackwardRows * sizeof(float);
+  using Memory = BlockMemory<kMaxSlice + kScaledBytes>;
   const Shared<float4> slice = Memory::template at<float4>(0);
   for (int n = threadIdx.x; n < rank * S::kVectors; n += kBackwardThreads) {
     const int j = n / S::kVectors;
@@ -361,11 +369,16 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
+constexpr i64 kEnoughBlocks = 2 * 148;  // two for each SM of a B200
+
 template <DType D, bool Vector, int Ranks>
 void launch_projected_tiles(const Problem& p, const ForwardOut& out, const Stream& stream) {
   using Tile = ForwardTile<D, Vector, Ranks>;
-  const i64 blocks = (p.rows + Tile::kBlockRows - 1) / Tile::kBlockRows;
-  launch({"projected_forward", p, stream, blocks, Tile::kThreads},
+  int warps = Tile::kMaxWarps;
+  auto blocks = [&] { return (p.rows + warps * Tile::kRows - 1) / (warps * Tile::kRows); };
+  // Few rows: rather bring P more often than leave SMs idle. No result depends on it.
+  while (warps > 2 && blocks() < kEnoughBlocks) warps = (warps + 1) / 2;
+  launch({"projected_forward", p, stream, blocks(), warps * kWarp},
          projected_forward<D, Vector, Ranks>, p, out);
 }
 

@@ -23,7 +23,8 @@ i64 parts(i64 rows) {
 // The sums over a block, for its first thread.
 template <int N>
 __device__ Doubles<N> block_sum(const Doubles<N>& x) {
-  const Shared<double> partials = BlockMemory<kThreads / kWarp * N * sizeof(double)>::template at<double>(0);
+  using Memory = BlockMemory<kThreads / kWarp * N * static_cast<int>(sizeof(double))>;
+  const Shared<double> partials = Memory::template at<double>(0);
   const Doubles<N> own = warp_sum(x);
   if (threadIdx.x % kWarp == 0) {
     for (int n = 0; n < N; ++n) partials.store(threadIdx.x / kWarp * N + n, own.v[n]);

@@ -149,7 +149,7 @@ def test_projection_reads_wide_rows_once(traffic, dtype, widths, rank):
     )
     assert loaded <= SLACK * M * (d_s + d_t) * size
     assert stored == 0
-    tiles = -(-M // 24)  # the smallest tile
+    tiles = -(-M // 8)  # the smallest block
     assert of_proj <= tiles * (rank * (d_s + d_t) + d_t) * 4
     grad = torch.ones_like(student)
     _, loaded, stored, of_proj = traffic(
@@ -256,6 +256,24 @@ def test_projection_in_vectors_matches_the_oracle(dtype, rank, widths):
     )
     assert_no_worse_than_torch(case, "cuda")
     assert_no_worse_than_torch(case, "cuda", through_tap=True)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_many_rows_are_projected_in_large_blocks(emulated, traffic, rank):
+    torch.manual_seed(0)
+    m, d = 9500, 16
+    proj = torch.randn(rank, d)
+    student, teacher = torch.randn(m, d), torch.randn(m, d)
+    case = Case(student, teacher, proj, proj.clone(), torch.randn(d))
+    assert_no_worse_than_torch(case, "cuda")
+    options = (proj, case.teacher_proj, case.teacher_mean, *(None,) * 4, "nmse", "mean")
+    (_, saved), _, _, of_proj = traffic(lambda: cuda.forward(student, teacher, *options))
+    rows_per_block = 32 if rank == 8 else 24
+    assert of_proj == -(-m // rows_per_block) * (2 * rank + 1) * d * 4
+    # The size of a block changes no result.
+    few = cuda.forward(student[:9], teacher[:9], *options[:-1], "none")[1]
+    assert torch.equal(few[5 : 5 + 27], saved[5 : 5 + 27])
+    assert torch.equal(few[-9 * rank :], saved[-m * rank :][: 9 * rank])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

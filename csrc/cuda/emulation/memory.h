@@ -1,5 +1,5 @@
-// What the emulated kernels may touch, and who touched what. Global memory is what has been allowed,
-// element by element: a tensor's padding is not part of it. Two accesses to a byte by different
+// What the emulated kernels may touch, and who touched what. Global memory is what has been
+// allowed, element by element: a tensor's padding is not part of it. Two accesses to a byte by different
 // threads, one of them a write, are a race unless a barrier that both take part in lies between:
 // threads of different blocks have none. What nobody wrote may not be read.
 #pragma once

@@ -72,13 +72,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _precision(rank: int) -> str:
-    # The interpreter knows no other, and multiplies float32 as such.
-    return "ieee" if INTERPRETED else configs.precision(rank)
-
-
 def _on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _meta(config: configs.Config) -> dict[str, Any]:
+    return {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": False,
+    }
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int]:
@@ -136,46 +139,58 @@ def forward(
 def _launch_identity(tensors, denominator, m: int, options: dict[str, Any]) -> None:
     student, teacher, grad = tensors[:3]
     width = student.shape[-1]
-    config = configs.identity_forward(generation(student.device), width)
+    config = configs.identity_forward(generation(student.device), width, grad is not None)
     kernel = identity.identity_forward
     if width > config.columns:
         kernel = identity.identity_forward_wide
     kernel[(triton.cdiv(m, config.rows),)](
         *tensors, denominator, m, width, *_rows(student), *_rows(teacher),
         *(_NOWHERE if grad is None else _rows(grad)), **options, R=config.rows, D=config.columns,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        **_meta(config),
     )  # fmt: skip
+
+
+def _operand(proj: Tensor, x_dtype: torch.dtype) -> Tensor:
+    """A projector as the kernels multiply by it: float32 for few ranks of float32 states, else its
+    (3, r, d) bfloat16 terms."""
+    if proj.shape[0] <= configs.FMA_RANK and x_dtype is torch.float32:
+        return proj
+    terms = proj.new_empty((3, *proj.shape), dtype=torch.bfloat16)
+    grid = (triton.cdiv(proj.numel(), 1024),)
+    projected.split_terms[grid](proj, terms, proj.numel(), B=1024, num_warps=4)
+    return terms
 
 
 def _launch_projected(tensors, projectors, m: int, rank: int, options: dict[str, Any]) -> None:
     student, teacher, loss, saved, rows, teacher_rows, weights = tensors
     student_proj, teacher_proj, teacher_mean = projectors
     device = student.device
-    config = configs.projection(generation(device), student.dtype is torch.bfloat16, rank)
-    blocks = triton.cdiv(m, config.rows)
+    arch = generation(device)
     dz_offset = saved.shape[0] - m * rank
-    product = {"PRECISION": _precision(rank), "INTERPRETED": INTERPRETED}
-    meta = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
+    student_proj = _operand(student_proj, student.dtype)
+    if teacher_proj is not None:
+        teacher_proj = _operand(teacher_proj, teacher.dtype)
+    config = configs.projection(arch, rank)
+    blocks = triton.cdiv(m, config.rows)
     if rank <= configs.FUSED_RANK and blocks >= processors(device):
         projected.projected_forward[(blocks,)](
-            student, teacher, *projectors, loss, saved, rows, teacher_rows, weights, m, rank,
-            student.shape[-1], teacher.shape[-1], dz_offset, *_rows(student), *_rows(teacher),
-            **options, R=config.rows, D=config.columns, K=config.ranks, **product, **meta,
+            student, teacher, student_proj, teacher_proj, teacher_mean, loss, saved, rows,
+            teacher_rows, weights, m, rank, student.shape[-1], teacher.shape[-1], dz_offset,
+            *_rows(student), *_rows(teacher), **options, R=config.rows, D=config.columns,
+            K=config.ranks, INTERPRETED=INTERPRETED, **_meta(config),
         )  # fmt: skip
         return
 
-    def parts_of(x: Tensor, proj: Tensor, mean: Tensor | None, index: Tensor | None):
-        config = configs.projection(generation(device), x.dtype is torch.bfloat16, rank)
+    def parts_of(x: Tensor, proj: Tensor, mean: Tensor | None, index: Tensor | None) -> Tensor:
         width = x.shape[-1]
         rank_blocks = triton.cdiv(rank, config.ranks)
-        wanted = max(2 * processors(device) // (triton.cdiv(m, config.rows) * rank_blocks), 1)
+        wanted = max(2 * processors(device) // (blocks * rank_blocks), 1)
         part = config.columns * max(triton.cdiv(width, config.columns * wanted), 4)
         parts = triton.cdiv(width, part)
         z = x.new_empty((parts, m, rank), dtype=torch.float32)
-        projected.project_part[(triton.cdiv(m, config.rows), parts, rank_blocks)](
-            x, proj, mean, z, index, weights, m, rank, width, part, *_rows(x),
-            R=config.rows, D=config.columns, K=config.ranks, **product, num_warps=config.warps,
-            num_stages=config.stages, enable_fp_fusion=False,
+        projected.project_part[(blocks, parts, rank_blocks)](
+            x, proj, mean, z, index, weights, m, rank, width, part, *_rows(x), R=config.rows,
+            D=config.columns, K=config.ranks, INTERPRETED=INTERPRETED, **_meta(config),
         )  # fmt: skip
         return z
 
@@ -183,11 +198,11 @@ def _launch_projected(tensors, projectors, m: int, rank: int, options: dict[str,
     z_t = None
     if teacher_proj is not None:
         z_t = parts_of(teacher, teacher_proj, teacher_mean, teacher_rows)
-    config = configs.identity_forward(generation(device), rank)
+    config = configs.identity_forward(arch, rank, True)
     projected.compare_parts[(triton.cdiv(m, config.rows),)](
         z_s, z_t, z_s.shape[0], 0 if z_t is None else z_t.shape[0], teacher, loss, saved,
-        teacher_rows, weights, m, rank, dz_offset, *_rows(teacher), **options,
-        R=config.rows, K=config.columns, num_warps=config.warps, enable_fp_fusion=False,
+        teacher_rows, weights, m, rank, dz_offset, *_rows(teacher), **options, R=config.rows,
+        K=config.columns, **_meta(config),
     )  # fmt: skip
 
 
@@ -225,7 +240,6 @@ def backward_(
     if m == 0:
         return
     stride = grad_loss.stride(0) if grad_loss.dim() else 0
-    meta: dict[str, Any] = {"ACCUMULATE": accumulate, "enable_fp_fusion": False}
     with _on(grad.device):
         if student_proj is None:
             assert student is not None
@@ -235,16 +249,17 @@ def backward_(
             identity.identity_backward[grid](
                 grad, student, teacher, saved, grad_loss, stride, rows, teacher_rows, weights, m,
                 width, *_rows(student), *_rows(teacher), *_rows(grad), KIND=KIND_CODES[kind],
-                R=config.rows, D=config.columns, num_warps=config.warps, **meta,
+                ACCUMULATE=accumulate, R=config.rows, D=config.columns, **_meta(config),
             )  # fmt: skip
             return
         rank = student_proj.shape[0]
         config = configs.projection_backward(generation(grad.device), rank)
         grid = triton.cdiv(m, config.rows), triton.cdiv(width, config.columns)
+        proj = _operand(student_proj, torch.float32)
         projected.projected_backward[grid](
-            grad, student_proj, saved, saved.shape[0] - m * rank, grad_loss, stride, rows, weights,
-            m, rank, width, *_rows(grad), R=config.rows, D=config.columns, K=config.ranks,
-            PRECISION=_precision(rank), num_warps=config.warps, num_stages=config.stages, **meta,
+            grad, proj, saved, saved.shape[0] - m * rank, grad_loss, stride, rows, weights, m, rank,
+            width, *_rows(grad), ACCUMULATE=accumulate, R=config.rows, D=config.columns,
+            K=config.ranks, INTERPRETED=INTERPRETED, **_meta(config),
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Launch configurations: a small fixed table, by device generation, dtype, width and rank.
+"""Launch configurations: a small fixed table, by device generation, width and rank.
 
 Never by the number of rows, which changes with every batch: nothing is tuned or recompiled at run
 time. Chosen by reading registers, spills and load widths off compiled kernels
@@ -11,7 +11,7 @@ import functools
 from typing import NamedTuple
 
 MAX_ROW_BLOCK = 16384
-"""Elements of a row that a program keeps in registers."""
+"""Elements of a row that a program keeps in registers; half of it if it also forms the gradient."""
 WIDE_BLOCK = 8192
 FMA_RANK = 16
 """Up to this rank float32 operands are multiplied by plain FMA."""
@@ -36,15 +36,19 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _warp_size(generation: str) -> int:
+    return 64 if generation.startswith("gfx") else 32
+
+
 def _warps(elements: int, per_thread: int, generation: str) -> int:
-    threads = 64 if generation.startswith("gfx") else 32
+    threads = _warp_size(generation)
     return min(max(next_power_of_2(elements // (per_thread * threads)), 1), 512 // threads)
 
 
 @functools.cache
-def identity_forward(generation: str, width: int) -> Config:
+def identity_forward(generation: str, width: int, with_gradient: bool) -> Config:
     """Whole rows in registers: 16 elements of each tensor a thread, 32 in the widest."""
-    if width > MAX_ROW_BLOCK:
+    if width > MAX_ROW_BLOCK // (2 if with_gradient else 1):
         return Config(1, WIDE_BLOCK, 0, _warps(WIDE_BLOCK, 16, generation), 1)
     columns = max(next_power_of_2(width), 16)
     rows = max(2048 // columns, 1)
@@ -59,33 +63,32 @@ def identity_backward(generation: str, width: int) -> Config:
     return Config(rows, columns, 0, _warps(rows * columns, 16, generation), 1)
 
 
+# Rows, columns, threads and stages of the projection by (generation, ranks in a block). Rows >=
+# ranks as far as registers go: every block of rows reads P again, out of L2. The float32
+# accumulators of 256 x 256 alone would fill a multiprocessor's registers, so there it is 128 rows,
+# and where operands come from registers too (sm80, gfx942), 64.
+_PROJECTION = {
+    **{(g, r): (128, 32, 256, 3) for g in ("sm80", "sm90", "sm100") for r in (16, 32, 64, 128)},
+    ("sm80", 256): (64, 16, 256, 3),
+    ("sm90", 256): (128, 32, 256, 2),
+    ("sm100", 256): (128, 32, 256, 2),
+    **{("gfx942", r): (64, 32, 256, 2) for r in (32, 64, 256)},
+    **{("gfx942", r): (128, 32, 256, 2) for r in (16, 128)},
+}
+
+
 @functools.cache
-def projection(generation: str, bf16: bool, rank: int) -> Config:
-    """Forward. Rows >= ranks as far as registers go, so that reading P again for every block of
-    rows does not outweigh the hidden states themselves."""
+def projection(generation: str, rank: int) -> Config:
+    """Forward: blocks of rows by all of d, for up to MAX_RANK_BLOCK ranks."""
     ranks = min(max(next_power_of_2(rank), 16), MAX_RANK_BLOCK)
-    stages = 2 if generation.startswith("gfx") else 3
-    if ranks <= FUSED_RANK:
-        rows, columns, threads = 64, 64, 128
-    elif ranks == 128:
-        rows, columns, threads = 128, 32, 256
-    else:
-        rows, columns, threads = 128, 32, 512
-    if not bf16:  # goes into the products as float32
-        columns = 32
-    warps = threads // (64 if generation.startswith("gfx") else 32)
-    return Config(rows, columns, ranks, warps, stages)
+    rows, columns, threads, stages = _PROJECTION[generation, ranks]
+    return Config(rows, columns, ranks, threads // _warp_size(generation), stages)
 
 
 @functools.cache
 def projection_backward(generation: str, rank: int) -> Config:
     """Backward: tiles of the gradient, a few ranks at a time."""
+    warps = 256 // _warp_size(generation)
     if rank <= FMA_RANK:
-        return Config(32, 128, 16, 2 if generation.startswith("gfx") else 4, 1)
-    threads = 64 if generation.startswith("gfx") else 32
-    return Config(64, 128, 32, 256 // threads, 2)
-
-
-def precision(rank: int) -> str:
-    """How `tl.dot` multiplies float32 operands."""
-    return "ieee" if rank <= FMA_RANK else "bf16x6"
+        return Config(32, 128, 16, warps, 1)
+    return Config(64, 128, 32, warps, 2)

@@ -1,9 +1,11 @@
 """Rows compared after a projection: z = P h in one pass over the hidden states, and dh = P' dz.
 
-Products are tl.dot with float32 accumulators. A bfloat16 h is exact in the tensor cores' own type,
-so P is split into the three bfloat16 terms that float32 consists of: three products, as exact as
-float32's. Other operands go in as float32 (PRECISION): "bf16x6" splits both, on tensor cores;
-"ieee" is plain FMA, enough where r <= 16.
+Products are exact to float32 in either of two ways, chosen by the type in which P arrives:
+
+- float32: plain FMA (`tl.dot`, "ieee");
+- bfloat16: P as the three terms that a float32 consists of (`split_terms`), on tensor cores. A
+  bfloat16 h is exact as it is: three products. Any other operand is split too: the six products
+  that are not below float32's last place.
 
 Shapes: R rows of a program, D columns at a time, K ranks (r padded to a power of two).
 """
@@ -23,58 +25,86 @@ from oprd_kernels.triton_backend.pair import (
 
 
 @triton.jit
-def add_product(z_RK, h_RD, p_DK, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """z + h p. INTERPRETED: Triton's interpreter multiplies bfloat16 as if it were integers, so the
-    terms are widened there, which changes nothing in their values."""
-    if h_RD.dtype == tl.bfloat16:
-        high_DK = p_DK.to(tl.bfloat16)
-        rest_DK = p_DK - high_DK.to(tl.float32)
-        middle_DK = rest_DK.to(tl.bfloat16)
-        low_DK = (rest_DK - middle_DK.to(tl.float32)).to(tl.bfloat16)
-        if INTERPRETED:
-            h = h_RD.to(tl.float32)
-            z_RK = tl.dot(h, low_DK.to(tl.float32), z_RK)
-            z_RK = tl.dot(h, middle_DK.to(tl.float32), z_RK)
-            z_RK = tl.dot(h, high_DK.to(tl.float32), z_RK)
-        else:
-            z_RK = tl.dot(h_RD, low_DK, z_RK)
-            z_RK = tl.dot(h_RD, middle_DK, z_RK)
-            z_RK = tl.dot(h_RD, high_DK, z_RK)
-        return z_RK
+def terms_of(x):
+    """x as the sum of three bfloat16: its upper, middle and lower bits."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def split_terms(proj, terms, n, B: tl.constexpr):
+    """terms (3, n) bfloat16 of proj (n,) float32: once a call, as every block of rows needs it."""
+    i_B = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    high_B, middle_B, low_B = terms_of(tl.load(proj + i_B, mask=i_B < n, other=0.0))
+    tl.store(terms + i_B, high_B, mask=i_B < n)
+    tl.store(terms + n + i_B, middle_B, mask=i_B < n)
+    tl.store(terms + 2 * n + i_B, low_B, mask=i_B < n)
+
+
+@triton.jit
+def add_product(a, b, c, INTERPRETED: tl.constexpr):
+    """a b + c of bfloat16 a and b. INTERPRETED: Triton's interpreter multiplies their bits as if
+    they were integers, so they are widened there, which changes nothing in their values."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c, input_precision="ieee")
     else:
-        return tl.dot(h_RD.to(tl.float32), p_DK, z_RK, input_precision=PRECISION)
+        return tl.dot(a, b, c)
+
+
+@triton.jit
+def add_exact_product(a, b_high, b_middle, b_low, c, INTERPRETED: tl.constexpr):
+    """a b + c as exact as in float32, for b in three terms; small products first."""
+    if a.dtype == tl.bfloat16:
+        c = add_product(a, b_low, c, INTERPRETED)
+        c = add_product(a, b_middle, c, INTERPRETED)
+        return add_product(a, b_high, c, INTERPRETED)
+    else:
+        a_high, a_middle, a_low = terms_of(a.to(tl.float32))
+        c = add_product(a_low, b_high, c, INTERPRETED)
+        c = add_product(a_middle, b_middle, c, INTERPRETED)
+        c = add_product(a_high, b_low, c, INTERPRETED)
+        c = add_product(a_middle, b_high, c, INTERPRETED)
+        c = add_product(a_high, b_middle, c, INTERPRETED)
+        return add_product(a_high, b_high, c, INTERPRETED)
 
 
 @triton.jit
 def projection(
     x, row_R, stride_last, valid_R, proj, mean, k_K, rank, width, begin, end,
-    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """(R, K) P (x - mean) over columns [begin, end)."""
+    """(R, K) P (x - mean) over columns from begin, a multiple of D, up to end or the width."""
     z_RK = tl.zeros((R, K), tl.float32)
     for first in range(begin, end, D):
         d_D = first + tl.arange(0, D)
-        inside_D = d_D < end
+        inside_D = d_D < width
         at_RD = x + row_R[:, None] + d_D[None, :] * stride_last
         h_RD = tl.load(at_RD, mask=valid_R[:, None] & inside_D[None, :], other=0.0)
-        at_DK = proj + k_K[None, :].to(tl.int64) * width + d_D[:, None]
-        p_DK = tl.load(at_DK, mask=inside_D[:, None] & (k_K < rank)[None, :], other=0.0)
         if mean is not None:  # before the product: after it, z would be a difference of large sums
             mean_D = tl.load(mean + d_D, mask=inside_D, other=0.0)
             h_RD = h_RD.to(tl.float32) - mean_D[None, :]
-        z_RK = add_product(z_RK, h_RD, p_DK, PRECISION, INTERPRETED)
+        at_DK = proj + k_K[None, :].to(tl.int64) * width + d_D[:, None]
+        mask_DK = inside_D[:, None] & (k_K < rank)[None, :]
+        p_DK = tl.load(at_DK, mask=mask_DK, other=0.0)
+        if proj.dtype.element_ty == tl.bfloat16:
+            middle_DK = tl.load(at_DK + rank * width, mask=mask_DK, other=0.0)
+            low_DK = tl.load(at_DK + 2 * rank * width, mask=mask_DK, other=0.0)
+            z_RK = add_exact_product(h_RD, p_DK, middle_DK, low_DK, z_RK, INTERPRETED)
+        else:
+            z_RK = tl.dot(h_RD.to(tl.float32), p_DK, z_RK, input_precision="ieee")
     return z_RK
 
 
-@triton.jit(do_not_specialize=["m", "rank", "dz_offset"])
+@triton.jit(do_not_specialize=["m", "dz_offset"])
 def projected_forward(
     student, teacher, student_proj, teacher_proj, teacher_mean, loss, saved, rows, teacher_rows,
     weights, m, rank, student_width, teacher_width, dz_offset,
     student_inner, student_outer, student_stride, student_last,
     teacher_inner, teacher_outer, teacher_stride, teacher_last,
     KIND: tl.constexpr, EACH: tl.constexpr, R: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Loss, statistics and dz of R rows in one pass over both; without ``teacher_proj`` the teacher
     is r wide already."""
@@ -87,7 +117,7 @@ def projected_forward(
     t_R = row_offsets(teacher_rows, i_R, in_range_R, teacher_inner, teacher_outer, teacher_stride)
     z_s_RK = projection(
         student, s_R, student_last, valid_R, student_proj, None, k_K, rank, student_width,
-        0, student_width, R, D, K, PRECISION, INTERPRETED,
+        0, student_width, R, D, K, INTERPRETED,
     )  # fmt: skip
     if teacher_proj is None:
         mask_RK = valid_R[:, None] & (k_K < rank)[None, :]
@@ -95,7 +125,7 @@ def projected_forward(
     else:
         z_t_RK = projection(
             teacher, t_R, teacher_last, valid_R, teacher_proj, teacher_mean, k_K, rank,
-            teacher_width, 0, teacher_width, R, D, K, PRECISION, INTERPRETED,
+            teacher_width, 0, teacher_width, R, D, K, INTERPRETED,
         )  # fmt: skip
     put_comparison(
         z_s_RK, z_t_RK, loss, saved, dz_offset, i_R, in_range_R, k_K, m, rank, weight_R, KIND, EACH
@@ -117,12 +147,11 @@ def put_comparison(
     tl.store(dz_at, dz_RK, mask=in_range_R[:, None] & (k_K < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["m", "rank", "part"])
+@triton.jit(do_not_specialize=["m"])
 def project_part(
     x, proj, mean, z, index, weights, m, rank, width, part,
     inner, stride_outer, stride, stride_last,
-    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """z[n] (M, r) of one side over columns [n * part, (n + 1) * part), n = program_id(1), and ranks
     from K * program_id(2) on: for few rows, which would leave most of the chip idle, and for ranks
@@ -133,11 +162,9 @@ def project_part(
     k_K = tl.program_id(2) * K + tl.arange(0, K)
     valid_R = row_weights(weights, i_R, in_range_R) != 0
     row_R = row_offsets(index, i_R, in_range_R, inner, stride_outer, stride)
-    begin = n * part
-    end = tl.minimum(begin + part, width)
     z_RK = projection(
-        x, row_R, stride_last, valid_R, proj, mean, k_K, rank, width, begin, end,
-        R, D, K, PRECISION, INTERPRETED,
+        x, row_R, stride_last, valid_R, proj, mean, k_K, rank, width, n * part, (n + 1) * part,
+        R, D, K, INTERPRETED,
     )  # fmt: skip
     z_at = z + (n.to(tl.int64) * m + i_R)[:, None] * rank + k_K[None, :]
     tl.store(z_at, z_RK, mask=in_range_R[:, None] & (k_K < rank)[None, :])
@@ -154,7 +181,7 @@ def sum_parts(z, parts, i_R, valid_R, k_K, m, rank, R: tl.constexpr, K: tl.const
     return z_RK
 
 
-@triton.jit(do_not_specialize=["m", "rank", "dz_offset", "parts_s", "parts_t"])
+@triton.jit(do_not_specialize=["m", "dz_offset", "parts_s", "parts_t"])
 def compare_parts(
     z_s, z_t, parts_s, parts_t, teacher, loss, saved, teacher_rows, weights, m, rank, dz_offset,
     teacher_inner, teacher_outer, teacher_stride, teacher_last,
@@ -181,12 +208,12 @@ def compare_parts(
     )
 
 
-@triton.jit(do_not_specialize=["m", "rank", "dz_offset"])
+@triton.jit(do_not_specialize=["m", "dz_offset"])
 def projected_backward(
     grad, student_proj, saved, dz_offset, grad_loss, grad_loss_stride, rows, weights, m, rank,
     width, grad_inner, grad_outer, grad_stride, grad_last,
     ACCUMULATE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write, or ACCUMULATE, (g dz) P in the supervised rows of ``grad``: R rows, D columns, K ranks
     at a time."""
@@ -206,9 +233,22 @@ def projected_backward(
         inside_K = k_K < rank
         dz_at = saved + dz_offset + i_R.to(tl.int64)[:, None] * rank + k_K[None, :]
         dz_RK = tl.load(dz_at, mask=active_R[:, None] & inside_K[None, :], other=0.0)
+        dz_RK = dz_RK * coefficient_R[:, None]
         at_KD = student_proj + k_K[:, None].to(tl.int64) * width + d_D[None, :]
-        p_KD = tl.load(at_KD, mask=inside_K[:, None] & inside_D[None, :], other=0.0)
-        g_RD = tl.dot(dz_RK * coefficient_R[:, None], p_KD, g_RD, input_precision=PRECISION)
+        mask_KD = inside_K[:, None] & inside_D[None, :]
+        p_KD = tl.load(at_KD, mask=mask_KD, other=0.0)
+        if student_proj.dtype.element_ty == tl.bfloat16:
+            middle_KD = tl.load(at_KD + rank * width, mask=mask_KD, other=0.0)
+            if grad.dtype.element_ty == tl.float32:
+                low_KD = tl.load(at_KD + 2 * rank * width, mask=mask_KD, other=0.0)
+                g_RD = add_exact_product(dz_RK, p_KD, middle_KD, low_KD, g_RD, INTERPRETED)
+            else:  # three products leave 2^-16, far below the rounding of what is stored
+                high_RK, middle_RK, _ = terms_of(dz_RK)
+                g_RD = add_product(middle_RK, p_KD, g_RD, INTERPRETED)
+                g_RD = add_product(high_RK, middle_KD, g_RD, INTERPRETED)
+                g_RD = add_product(high_RK, p_KD, g_RD, INTERPRETED)
+        else:
+            g_RD = tl.dot(dz_RK, p_KD, g_RD, input_precision="ieee")
     g_R = row_offsets(rows, i_R, in_range_R, grad_inner, grad_outer, grad_stride)
     g_at = grad + g_R[:, None] + d_D[None, :] * grad_last
     if ACCUMULATE:

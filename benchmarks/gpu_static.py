@@ -1,0 +1,69 @@
+"""What the GPU kernels compile to, read without a GPU: registers, spills, load widths, occupancy.
+
+python -m benchmarks.gpu_static [--arch sm90] [--output benchmarks/results/gpu_static.md] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.gpu_code import Code
+from benchmarks.gpu_triton import CASES, TARGETS, compiled_code
+
+HEAD = ("backend", "kernel", "call", "target", "warps", "registers", "shared KiB", "spill bytes",
+        "local ld/st", "128-bit ld/st", "narrower", "matrix instructions", "occupancy")  # fmt: skip
+
+
+def triton_rows(archs: list[str]) -> list[tuple[str, str, Code]]:
+    """(backend, call, code) of every kernel that the calls of `CASES` launch, each once."""
+    rows, seen = [], set()
+    for arch in archs:
+        for case in CASES:
+            for code in compiled_code(case, arch):
+                if code not in seen:
+                    seen.add(code)
+                    rows.append(("triton", str(case), code))
+    return rows
+
+
+def markdown(rows: list[tuple[str, str, Code]]) -> str:
+    """The table."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    for backend, call, c in rows:
+        cells = (backend, c.kernel, call, c.arch, c.warps, c.registers, f"{c.shared / 1024:.1f}",
+                 c.spill, c.local, c.vector, c.narrow, ", ".join(c.matrix) or "-",
+                 f"{c.occupancy:.0%}")  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(
+    arch: list[str] | None = None, output: Path | None = None, json_lines: bool = False
+) -> None:
+    """Compile for GPUs that need not be here and print what came out.
+
+    Args:
+        arch: targets, of sm80, sm90, sm100 and gfx942; default: all.
+        output: also write the table there.
+        json_lines: print one JSON object a kernel instead of the table.
+    """
+    rows = triton_rows(arch or list(TARGETS))
+    if json_lines:
+        for backend, call, code in rows:
+            print(json.dumps({"backend": backend, "call": call} | asdict(code)))
+        return
+    table = markdown(rows)
+    print(table)
+    if output is not None:
+        output.write_text(f"`{' '.join(['python -m benchmarks.gpu_static', *sys.argv[1:]])}`\n\n")
+        with output.open("a") as file:
+            file.write(table + "\n")
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main)

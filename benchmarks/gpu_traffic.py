@@ -1,0 +1,175 @@
+"""Bytes that the Triton kernels move, counted in the interpreter, and the time they would take.
+
+python -m benchmarks.gpu_traffic [--output benchmarks/results/gpu_traffic.md]
+
+Activations (hidden states, gradients) against the least that each mode can do with (design.md);
+reads of the projectors, which a GPU serves out of L2, apart; statistics, dz and sums of a few
+floats a row as "per row". The times are a roofline PREDICTION from data-sheet peaks: no GPU was
+measured.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import interpreter
+from oprd_kernels import triton_backend
+from oprd_kernels.triton_backend import configs
+
+ACTIVATIONS = ("student", "teacher", "grad", "x")
+PROJECTORS = ("student_proj", "teacher_proj", "teacher_mean", "proj", "mean", "terms")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROWS, WIDTH, TEACHER_WIDTH = 128, 512, 640
+
+# Data-sheet peaks: GB/s of memory, TFLOP/s of dense bf16 tensor cores and of fp32 FMA. NVIDIA A100
+# 80GB SXM, H100 SXM, B200; AMD Instinct MI300X.
+DEVICES = {
+    "A100": (2039, 312, 19.5),
+    "H100": (3350, 989, 67),
+    "B200": (8000, 2250, 75),
+    "MI300X": (5300, 1307, 163),
+}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A mode and what it must move: ``reads`` of M dS e, of M dT e, ``writes`` of M dS e."""
+
+    name: str
+    student_reads: int
+    teacher_reads: int
+    writes: int
+    rank: int = 0
+    products: int = 0
+
+
+REGIMES = (
+    Regime("identity forward", 1, 1, 0),
+    Regime("identity in place", 1, 1, 1),
+    Regime("identity, rep_tap backward", 2, 1, 1),
+    Regime("projected forward", 1, 1, 0, rank=8, products=2),
+    Regime("projected, rep_tap backward", 1, 0, 1, rank=8, products=1),
+    Regime("projected forward", 1, 1, 0, rank=64, products=2),
+    Regime("projected, rep_tap backward", 1, 0, 1, rank=64, products=1),
+    Regime("projected forward", 1, 1, 0, rank=256, products=2),
+    Regime("projected, rep_tap backward", 1, 0, 1, rank=256, products=1),
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes a regime's launches load and store, and the least it could do with."""
+
+    activations: int
+    floor: int
+    projectors: int
+    per_row: int
+
+
+def count(regime: Regime, dtype: str, rows: torch.Tensor | None = None) -> Traffic:
+    """Run ``regime`` in the interpreter on ROWS rows and count.
+
+    Args:
+        rows: pick these of four times as many rows of the student.
+    """
+    torch.manual_seed(0)
+    d_t = TEACHER_WIDTH if regime.rank else WIDTH
+    e = DTYPES[dtype].itemsize
+    student = torch.randn(ROWS if rows is None else 4 * ROWS, WIDTH).to(DTYPES[dtype])
+    teacher = torch.randn(ROWS, d_t).to(DTYPES[dtype])
+    projectors: list[torch.Tensor | None] = [None] * 3
+    if regime.rank:
+        projectors = [torch.randn(regime.rank, d) for d in (WIDTH, d_t)] + [torch.randn(d_t)]
+    grad = teacher if regime.name.endswith("in place") else None
+    forward = (student, teacher, *projectors, rows, None, None, None, "nmse", "mean", grad)
+    with interpreter.recorded() as launches:
+        _, saved = triton_backend.forward(*forward)
+    if regime.name.endswith("backward"):
+        wide = (None, None) if regime.rank else (student, teacher)
+        with interpreter.recorded() as launches:
+            triton_backend.backward_(
+                torch.zeros_like(student), True, torch.ones(()), *wide, projectors[0], saved,
+                rows, None, None, "nmse",
+            )  # fmt: skip
+    totals = {"activations": 0, "projectors": 0, "per_row": 0}
+    for launch in launches:
+        for moved in (launch.loaded, launch.stored):
+            for name, size in moved.items():
+                kind = "activations" if name in ACTIVATIONS else "per_row"
+                totals["projectors" if name in PROJECTORS else kind] += size
+    floor = (regime.student_reads + regime.writes) * ROWS * WIDTH * e
+    floor += regime.teacher_reads * ROWS * d_t * e
+    return Traffic(floor=floor, **totals)
+
+
+def predicted_milliseconds(regime: Regime, dtype: str, device: str, m: int, d: int) -> float:
+    """The larger of bytes over peak bandwidth and operations over peak rate; d wide both sides."""
+    bandwidth, tensor, fma = DEVICES[device]
+    e = DTYPES[dtype].itemsize
+    size = (regime.student_reads + regime.teacher_reads + regime.writes) * m * d * e
+    flops = 2.0 * regime.products * m * d * max(regime.rank, 16 if regime.rank else 0)
+    backward = regime.name.endswith("backward")
+    if regime.rank <= configs.FMA_RANK and (dtype == "fp32" or backward):
+        seconds = flops / (fma * 1e12)
+    else:  # in bfloat16 terms, see triton_backend/projected.py
+        # bf16 forward: three for the student, six for a teacher with a mean
+        products = 6.0 if dtype == "fp32" else 3.0 if backward else 4.5
+        seconds = flops * products / (tensor * 1e12)
+    return max(size / (bandwidth * 1e9), seconds) * 1e3
+
+
+def report() -> str:
+    """Both tables."""
+    lines = [
+        "| regime | r | dtype | activation bytes / floor | projector bytes / floor | per-row bytes / floor |",  # noqa: E501
+        "|---|---|---|---|---|---|",
+    ]
+    for regime in REGIMES:
+        for dtype in DTYPES:
+            t = count(regime, dtype)
+            ratios = [f"{x / t.floor:.3f}" for x in (t.activations, t.projectors, t.per_row)]
+            cells = (regime.name, regime.rank or "-", dtype, *ratios)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        f"Counted on {ROWS} rows, {WIDTH} <- {TEACHER_WIDTH} wide. Projector bytes shrink relative "
+        "to the rest as more rows share a block.",
+        "",
+        "PREDICTION, not a measurement: milliseconds for 65,536 rows, 2,048 wide on both sides, at "
+        "the data sheets' peaks.",
+        "",
+        "| regime | r | dtype | " + " | ".join(DEVICES) + " |",
+        "|---|---|---|" + "---|" * len(DEVICES),
+    ]
+    for regime in REGIMES:
+        for dtype in DTYPES:
+            times = [predicted_milliseconds(regime, dtype, gpu, 65536, 2048) for gpu in DEVICES]
+            cells = (regime.name, regime.rank or "-", dtype, *(f"{t:.2f}" for t in times))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(output: Path | None = None) -> None:
+    """Count and print.
+
+    Args:
+        output: also write the tables there.
+    """
+    interpreter.install()
+    text = "`python -m benchmarks.gpu_traffic`\n\n" + report()
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main)

@@ -1,0 +1,69 @@
+"""What the Triton kernels compile to for GPUs that are not here (`benchmarks.gpu_static`)."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+pytest.importorskip("triton")
+from benchmarks.gpu_code import triton_tool
+
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+
+
+@cache
+def compiled(arch):
+    """Every kernel of the table; in a process of its own, as this one interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = ["-m", "benchmarks.gpu_static", "--json_lines", "true", "--arch", f"[{arch}]"]
+    run = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.fixture(params=TARGETS)
+def kernels(request):
+    if request.param != "gfx942" and not (triton_tool("cuobjdump") and triton_tool("nvdisasm")):
+        pytest.skip("this build of triton has no cuobjdump and nvdisasm to read cubins with")
+    return compiled(request.param)
+
+
+def test_nothing_spills(kernels):
+    spilled = [k for k in kernels if k["spill"] or k["local"]]
+    assert not spilled
+    assert all(k["registers"] > 0 for k in kernels)  # the report was read
+
+
+def test_activations_move_in_128_bits(kernels):
+    """Every row-wise load and store: what is narrower are indices, weights, statistics and dz."""
+    for k in kernels:
+        if k["kernel"].startswith("identity_"):
+            # Wide: three passes over both tensors and their stores; statistics are nine accesses.
+            assert k["vector"] >= 2, k
+            assert k["narrow"] <= 13, k
+        elif k["kernel"] in ("projected_forward", "projected_backward", "project_part"):
+            assert k["vector"] >= 4, k
+
+
+def test_large_ranks_use_tensor_cores(kernels):
+    names = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
+    seen = 0
+    for k in kernels:
+        rank = int(k["call"].split()[0][2:]) if k["call"].startswith("r=") else 0
+        if rank > 16 and k["kernel"] in ("projected_forward", "project_part", "projected_backward"):
+            assert any(m.startswith(names[k["arch"]]) for m in k["matrix"]), k
+            seen += 1
+    assert seen >= 6
+
+
+def test_every_kernel_of_the_backend_is_in_the_table(kernels):
+    assert {k["kernel"] for k in kernels} == {
+        "identity_forward", "identity_forward_wide", "identity_backward", "split_terms",
+        "projected_forward", "project_part", "compare_parts", "projected_backward", "sum_chunk",
+        "finish",
+    }  # fmt: skip

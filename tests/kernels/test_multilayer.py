@@ -92,6 +92,7 @@ def test_same_bits_on_any_number_of_threads(backend):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_opcheck_and_compile(backend, rank):
+    torch.compiler.reset()
     students, teachers, options, lists = make(rank)
     columns = [lists.get(n, []) for n in ("student_proj", "teacher_proj", "teacher_mean")]
     arguments = (students, teachers, *columns, options["rows"], None, options["weights"], None)

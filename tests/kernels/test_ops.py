@@ -89,6 +89,7 @@ def test_reference_passes_gradcheck_in_float64(rank, kind):
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("tapped", [False, True], ids=["loss", "tap"])
 def test_compiles_as_one_graph(backend, tapped, rank, compiler):
+    torch.compiler.reset()  # `f` is compiled anew for each combination, more often than it may be
     torch.manual_seed(0)
     teacher, options = torch.randn(3, 12), options_for(rank, True)
     w = torch.randn(12, 12)

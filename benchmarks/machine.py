@@ -60,7 +60,8 @@ def describe() -> dict[str, str | int]:
     from oprd_kernels import backends
 
     simd = "no native kernels" if backends.native_problem() else backends.native().simd_name()
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": cpu,
         "cores": torch.get_num_threads(),
         "simd": simd,

@@ -1,15 +1,19 @@
-"""Times all variants of a case in turns, in one process, and what memory each takes."""
+"""Times all variants of a case in turns, in one process, and what memory each takes.
+
+On a CPU by the wall clock, on a GPU by its own events.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.machine import allocator
-from benchmarks.regimes import OURS, Case
+from benchmarks.regimes import DTYPES, OURS, Case, device
 from oprd.memory import PeakMemory, trim
 
 
@@ -36,8 +40,11 @@ def measure(case: Case, mode: str, budget: float = 2.0, min_rounds: int = 5) -> 
     rounds made. A variant of more than a second a call gets fewer rounds.
 
     Args:
-        mode: ``warm`` or ``fresh`` memory, see `benchmarks.machine.allocator`.
+        mode: ``warm`` or ``fresh`` memory, see `benchmarks.machine.allocator`; a GPU's caching
+            allocator is always warm.
     """
+    if device().type == "cuda":
+        return measure_gpu(case, budget, min_rounds)
     seconds: dict[str, list[float]] = {name: [] for name in case.variants}
     extra: dict[str, int | None] = {}
     with allocator("fresh"):
@@ -58,23 +65,63 @@ def measure(case: Case, mode: str, budget: float = 2.0, min_rounds: int = 5) -> 
                     continue
                 if mode == "fresh":
                     trim()  # nothing that an earlier call has freed is left to reuse
-                before = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - before)
+                seconds[name].append(_wall_seconds(call))
             rounds += 1
     return {name: Measured(seconds[name], extra[name]) for name in case.variants}
 
 
-def gemm_flops() -> float:
-    """Float32 operations a second of a 1536^3 product on the current number of threads."""
-    n = 1536
-    a, b, c = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-    times = []
-    for _ in range(7):
-        before = time.perf_counter()
-        torch.mm(a, b, out=c)
-        times.append(time.perf_counter() - before)
-    return 2 * n**3 / statistics.median(times[1:])
+def measure_gpu(case: Case, budget: float, min_rounds: int) -> dict[str, Measured]:
+    """The same by CUDA events. Before every call a buffer of four times the L2 cache is written, so
+    that no call finds its inputs there; the queue is full before the first event, so that launches
+    are not what is timed."""
+    gpu = device()
+    cache = torch.cuda.get_device_properties(gpu).L2_cache_size
+    flush = torch.empty(max(4 * cache, 2**26), dtype=torch.int8, device=gpu)
+    extra: dict[str, int | None] = {}
+    for name, call in case.variants.items():
+        for _ in range(3):  # compilation, clocks
+            call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        extra[name] = torch.cuda.max_memory_allocated() - before
+    seconds: dict[str, list[float]] = {name: [] for name in case.variants}
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < min_rounds or (time.perf_counter() - start < budget and rounds < 200):
+        for name, call in case.variants.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            seconds[name].append(begin.elapsed_time(end) * 1e-3)
+        rounds += 1
+    return {name: Measured(seconds[name], extra[name]) for name in case.variants}
+
+
+def gemm_flops(dtype: str = "fp32") -> float:
+    """Operations a second of a square product: float32 on the current number of threads of a CPU,
+    ``dtype`` on a GPU (bf16: its tensor cores)."""
+    gpu = device().type == "cuda"
+    n = 8192 if gpu else 1536
+    kind = DTYPES[dtype] if gpu else torch.float32
+    a, b = (torch.randn(n, n, device=device()).to(kind) for _ in range(2))
+    product = Case("gemm", n, n, dtype, 0, 0, 0, {"gemm": lambda: torch.mm(a, b)})
+    if gpu:
+        times = measure_gpu(product, 0.5, 10)["gemm"].seconds
+    else:
+        times = [_wall_seconds(product.variants["gemm"]) for _ in range(7)][1:]
+    return 2 * n**3 / statistics.median(times)
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
 
 
 def floor_seconds(case: Case, copy_seconds: float, flops_per_second: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -77,9 +78,14 @@ class _Downstream(torch.autograd.Function):
         return ctx.make_grad(), None
 
 
+def device() -> torch.device:
+    """Where the benchmarks run: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _states(m: int, d: int, dtype: str, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(m, d, generator=generator).to(DTYPES[dtype])
+    generator = torch.Generator(device()).manual_seed(seed)
+    return torch.randn(m, d, generator=generator, device=device()).to(DTYPES[dtype])
 
 
 @functools.cache
@@ -164,7 +170,7 @@ def bridge(rank: int, m: int, d: int, dtype: str, fresh: bool, compile: bool) ->
     projectors = {"student_proj": p_s, "teacher_proj": p_t, "teacher_mean": mean}
     compiled = _compiled(peers.eager_projected, rank, m, d, dtype, threads) if compile else None
 
-    buffers = [torch.empty(m, n) for n in (d, d_t, rank, rank, d)]
+    buffers = [torch.empty(m, n, device=x.device) for n in (d, d_t, rank, rank, d)]
 
     def products() -> None:
         """The three bare products in float32, upcast included: what BLAS alone would take."""
@@ -184,6 +190,8 @@ def bridge(rank: int, m: int, d: int, dtype: str, fresh: bool, compile: bool) ->
     }
     if compiled:
         variants["compile"] = flow(lambda h: (h, compiled(h, teacher, *arguments)), x, fresh)
+    if find_spec("liger_kernel"):
+        variants["liger"] = flow(lambda h: (h, peers.liger(h, teacher, p_s, p_t)), x, fresh)
     # Forward reads both; backward reads and writes the gradient. Three products of 2 M d r.
     floor_bytes = m * (d + d_t) * e + 2 * m * d * e
     floor_flops = 2 * m * rank * (2 * d + d_t)
@@ -196,7 +204,7 @@ def last_k(m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
     batch, length, k = 8, 16384, m // 8
     x = _states(batch * length, d, dtype).view(batch, length, d).requires_grad_()
     teacher_full = _states(batch * length, d, dtype, 1).view(batch, length, d)
-    rows = torch.arange(batch * length).view(batch, length)[:, -k:].reshape(-1)
+    rows = torch.arange(batch * length, device=x.device).view(batch, length)[:, -k:].reshape(-1)
     teacher = teacher_full.flatten(0, 1)[rows]
     e = x.element_size()
     variants = {

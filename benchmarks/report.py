@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-PEERS = ("eager", "compile", "upstream", "three sgemms")
+PEERS = ("eager", "compile", "upstream", "three sgemms", "liger")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Point:
     floor_seconds: float
     extra_bytes: int | None
     activation_bytes: int
+    floor_bytes: int
 
     @property
     def case(self) -> tuple:
@@ -68,6 +69,7 @@ def row(point: Point, others: dict[str, Point]) -> list[str]:
         str(point.threads),
         point.variant,
         milliseconds(point.median),
+        f"{point.floor_bytes / point.median / 1e9:.3g}",
         f"{point.median / point.floor_seconds:.2f}x",
         *ratios,
         extra,
@@ -78,7 +80,7 @@ def row(point: Point, others: dict[str, Point]) -> list[str]:
 def markdown(points: list[Point], machine: dict) -> str:
     """One table: our variants with what the peers take beside them."""
     head = [
-        *("regime", "M", "d", "dtype", "memory", "threads", "variant", "ms", "of floor"),
+        *("regime", "M", "d", "dtype", "memory", "threads", "variant", "ms", "GB/s", "of floor"),
         *(f"{peer} takes" for peer in PEERS),
         *("extra MiB", "extra / M d e"),
     ]
@@ -86,7 +88,8 @@ def markdown(points: list[Point], machine: dict) -> str:
         "Machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()),
         "",
         "Times are medians of variants run in turns. 'of floor': time over the least that this "
-        "run's copy bandwidth and GEMM peak allow. '... takes': that peer's time over ours.",
+        "run's copy bandwidth and GEMM peak allow. 'GB/s': the bytes it cannot do without over the "
+        "time. '... takes': that peer's time over ours.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

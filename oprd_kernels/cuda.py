@@ -53,8 +53,8 @@ def emulation() -> ModuleType | None:
 
 def unavailable(device: torch.device) -> str | None:
     """Why no kernel of this backend can run on tensors of ``device``; None if it can."""
-    if emulation() is not None:
-        return None if device.type == "cpu" else f"the emulation takes CPU tensors, not {device}"
+    if device.type == "cpu" and emulation() is not None:
+        return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the cuda backend takes tensors on an NVIDIA GPU, not on {device}"
     return installation_problem() or _capability_problem(device)
@@ -115,7 +115,8 @@ def _has_dense_rows(x: Tensor) -> bool:
 def _launch(
     name: str, arguments: tuple, device: torch.device, memory: Callable[[], list[Memory]]
 ) -> None:
-    if (emulated := emulation()) is not None:
+    if device.type == "cpu":
+        emulated: Any = emulation()
         emulated.allow(
             [
                 (kind, mode, x.data_ptr(), x.element_size(), x.shape, x.stride())
@@ -131,7 +132,8 @@ def _launch(
 
 def _partials(like: Tensor, m: int) -> Tensor | None:
     """Where a reduction over many rows puts its parts' sums."""
-    size = (emulation() or backends.native()).cuda_partial_sums(m)
+    module: Any = emulation() if like.is_cpu else backends.native()
+    size = module.cuda_partial_sums(m)
     return like.new_empty(size, dtype=torch.float64) if size else None
 
 

@@ -1,11 +1,14 @@
 """The benchmark harness runs: a tiny case of every regime, and its report."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import measure, regimes, report, test_overhead
-from benchmarks.test_rep_loss import BUILDERS, settings
+from benchmarks.test_rep_loss import BUILDERS, LIGER, settings
 
 TINY = dict.fromkeys(BUILDERS, (16, 32)) | {"layers_28": (28, 16)}
 
@@ -15,7 +18,8 @@ TINY = dict.fromkeys(BUILDERS, (16, 32)) | {"layers_28": (28, 16)}
 def test_every_variant_of_every_regime_runs(regime, mode):
     build, expected = BUILDERS[regime]
     case = build(*TINY[regime], "fp32", mode == "fresh", False)
-    assert set(case.variants) == set(expected) - {"compile"}
+    liger = set(LIGER) if regime.startswith("bridge") else set()
+    assert set(case.variants) == (set(expected) - {"compile"}) | liger
     measured = measure.measure(case, mode, budget=0.0, min_rounds=2)
     assert all(len(m.seconds) >= 2 for m in measured.values())
     assert measure.floor_seconds(case, measured["copy"].median, 1e9) > 0
@@ -32,6 +36,53 @@ def test_settings_are_distinct_and_full_has_more():
     quick, full = list(settings(False)), list(settings(True))
     assert len(set(quick)) == len(quick)
     assert len(full) > 2 * len(quick)
+
+
+class MockedEvent:
+    """A CUDA event that tells the wall clock's time, in milliseconds as they do."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def mocked_cuda(monkeypatch):
+    """As much of torch.cuda as the harness uses, over the CPU."""
+    properties = SimpleNamespace(L2_cache_size=1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "Event", MockedEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 356)
+
+
+def test_gpu_harness_runs_on_mocked_events(mocked_cuda):
+    case = regimes.bridge(8, 16, 32, "bf16", False, False)
+    measured = measure.measure_gpu(case, budget=0.0, min_rounds=3)
+    assert set(measured) == set(case.variants)
+    for m in measured.values():
+        assert len(m.seconds) == 3
+        assert 0 < m.median < 1
+        assert m.extra_bytes == 256
+
+
+def test_gpu_settings_build(monkeypatch):
+    """What would be run where there is a GPU names regimes and variants that exist."""
+    monkeypatch.setattr(regimes, "device", lambda: torch.device("cuda"))
+    chosen = list(settings(False))
+    assert len(set(chosen)) == len(chosen) >= 20
+    for regime, m, _, dtype, mode, _, wanted in chosen:
+        assert m >= 8192
+        assert dtype in regimes.DTYPES
+        assert mode == "warm"
+        assert set(wanted) <= {*BUILDERS[regime][1], "liger"}
 
 
 def test_overhead_is_measured_for_all_three():
@@ -52,6 +103,7 @@ def entry(variant, m, median):
         "floor_seconds": 0.001,
         "extra_bytes": 1024,
         "activation_bytes": 2048,
+        "floor_bytes": 4096,
     }
     return {"stats": {"median": median}, "extra_info": info}
 
@@ -64,6 +116,6 @@ def test_report_writes_table_and_plot(tmp_path):
     table = (tmp_path / "run.md").read_text()
     assert "Machine: cpu x" in table
     line = next(x for x in table.splitlines() if x.startswith("| identity in place | 10 |"))
-    assert "| 2.00x | 5.00x |" in line  # of the floor; eager over ours
+    assert "| 0.00205 | 2.00x | 5.00x |" in line  # GB/s; of the floor; eager over ours
     assert "| 0.500 |" in line  # extra memory over M d e
     assert (tmp_path / "run.png").stat().st_size > 1000

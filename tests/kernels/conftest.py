@@ -54,7 +54,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def compiled_backend(backend: str) -> str:
-    """The backend, where the kernels themselves run: an interpreter's memory is not theirs."""
+    """The backend, where the kernels themselves run: an interpreter's or emulation's memory
+    and threads are not theirs."""
     if backend != "cpu":
-        pytest.skip(f"{backend} kernels do not run themselves here: no memory of theirs to measure")
+        pytest.skip(f"{backend} kernels are emulated here: memory and threads are not theirs")
     return backend

@@ -70,8 +70,11 @@ class Result:
     grad_proj: Tensor | None
 
 
-def run(case: Case, backend: str, through_tap: bool = False) -> Result:
-    """Forward and backward; through the tap, with a second use of the states behind it."""
+def run(case: Case, backend: str, through_tap: bool = False, device: str = "cpu") -> Result:
+    """Forward and backward on ``device``; through the tap, with a second use of the states behind
+    it. The result is on the CPU."""
+    tensors = {n: x for n, x in vars(case).items() if isinstance(x, Tensor)}
+    case = replace(case, **{n: x.to(device) for n, x in tensors.items()})
     # detach() keeps the strides, which clone() would tidy up.
     student = case.student.detach().requires_grad_()
     proj = None if case.student_proj is None else case.student_proj.detach().requires_grad_()
@@ -80,22 +83,23 @@ def run(case: Case, backend: str, through_tap: bool = False) -> Result:
         h, loss, stats = rep_tap(student, case.teacher, return_stats=True, **kwargs)
     else:
         loss, stats = fused_rep_loss(student, case.teacher, return_stats=True, **kwargs)
-    upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1))[: loss.numel()]
+    upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1), device=device)[: loss.numel()]
     total = (loss * upstream.reshape(loss.shape)).sum()
     if through_tap:
         total = total + (h * downstream_grad(h)).sum()
     total.backward()
     return Result(
-        loss.detach(),
-        torch.stack(list(stats)),
-        student.grad,
-        None if proj is None else proj.grad,
+        loss.detach().cpu(),
+        torch.stack(list(stats)).cpu(),
+        student.grad.cpu(),
+        None if proj is None else proj.grad.cpu(),
     )
 
 
 def downstream_grad(h: Tensor) -> Tensor:
     """A fixed gradient for what lies behind a tap."""
-    return torch.linspace(-1, 1, h.numel(), dtype=torch.float32).reshape(h.shape).to(h.dtype)
+    values = torch.linspace(-1, 1, h.numel(), dtype=torch.float32, device=h.device)
+    return values.reshape(h.shape).to(h.dtype)
 
 
 def is_for_another_backend(case: Case, backend: str) -> bool:
@@ -110,16 +114,18 @@ def is_for_another_backend(case: Case, backend: str) -> bool:
     )
 
 
-def assert_no_worse_than_torch(case: Case, backend: str, through_tap: bool = False) -> None:
-    """Holds ``backend`` to the rule above: loss, statistics and every gradient."""
+def assert_no_worse_than_torch(
+    case: Case, backend: str, through_tap: bool = False, device: str = "cpu"
+) -> None:
+    """Holds ``backend`` on ``device`` to the rule above: loss, statistics and every gradient."""
     if is_for_another_backend(case, backend):
         with pytest.raises(BackendUnavailable, match=f"backend={backend!r} can't run: .*: it "):
-            run(case, backend, through_tap)
+            run(case, backend, through_tap, device)
         return
     exact = run(case.in_float64(), "reference", through_tap)
     torch32 = run(case, "reference", through_tap)
     rounded = run(case.rounded_once(), "reference", through_tap)
-    ours = run(case, backend, through_tap)
+    ours = run(case, backend, through_tap, device)
     floors = unit_vector_floors(case)
     for name in vars(exact):
         want, got = getattr(exact, name), getattr(ours, name)

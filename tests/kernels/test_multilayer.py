@@ -73,7 +73,7 @@ def test_reference_backend_agrees():
     )
 
 
-def test_same_bits_on_any_number_of_threads(backend):
+def test_same_bits_on_any_number_of_threads(compiled_backend):
     torch.manual_seed(0)
     students = [torch.randn(301, 517, requires_grad=True) for _ in range(LAYERS)]
     teachers = [torch.randn(301, 517) for _ in range(LAYERS)]
@@ -81,7 +81,7 @@ def test_same_bits_on_any_number_of_threads(backend):
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            losses = fused_rep_losses(students, teachers, backend=backend)
+            losses = fused_rep_losses(students, teachers, backend=compiled_backend)
             losses.sum().backward()
             results.append([losses, *gradients(students)])
     finally:

@@ -229,14 +229,14 @@ def test_one_row_without_leading_dimensions(backend):
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-def test_same_bits_on_any_number_of_threads(backend, rank):
+def test_same_bits_on_any_number_of_threads(compiled_backend, rank):
     case = make_case(rank, m=301, d_s=1031, d_t=517 if rank else None)
     threads = torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 3, 7):
             torch.set_num_threads(n)
-            results.append(run(case, backend))
+            results.append(run(case, compiled_backend))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

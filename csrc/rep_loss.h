@@ -103,4 +103,39 @@ void scatter(const Problem& problem, const float* values, std::int64_t first, st
              const Rows& grad, bool accumulate);
 
 }  // namespace cpu
+
+// Device pointers throughout, the projectors and the scale included: nothing is allocated, and the
+// host never waits for the device, so that a call may be captured in a CUDA graph. Student, teacher
+// and grad share one dtype and have stride_last 1; rank is at most kMaxRank. A launch that fails
+// throws std::runtime_error, which names the kernel, the shape and the dtype.
+namespace cuda {
+
+constexpr std::int64_t kMaxRank = 16;
+
+struct Stream {
+  int device = 0;
+  void* handle = nullptr;  // cudaStream_t
+};
+
+// What follows the rows of a layer: loss and batch statistics as cpu::reduce has them.
+struct Reduction {
+  const float* denominator = nullptr;  // one value; null: the sum of the weights
+  bool mean = false;
+  bool each = false;  // reduction "none": row losses are multiplied by their weights and are it
+  float* losses = nullptr;  // one a layer, unless `each`
+  float* stats = nullptr;   // kBatchStats a layer
+  std::int64_t stats_stride = 0;  // from layer to layer, in floats
+  double* partials = nullptr;     // room for partial_sums(rows)
+};
+
+// Doubles that the reduction of so many rows puts its partial sums in.
+std::int64_t partial_sums(std::int64_t rows);
+
+// ForwardOut::grad_scale is not used: the reduction's scale is formed on the device.
+void forward(const Problem* problems, const ForwardOut* outs, int layers,
+             const Reduction& reduction, const Stream& stream);
+
+void backward(const Problem* problems, const BackwardIn* ins, int layers, const Stream& stream);
+
+}  // namespace cuda
 }  // namespace oprd

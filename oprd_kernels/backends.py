@@ -24,14 +24,22 @@ def _import_native() -> tuple[ModuleType | None, str]:
         return importlib.import_module("oprd_kernels._native"), ""
     except ImportError as error:
         reason = str(error)
-    if _BUILD_REPORT.exists():  # written by setup.py
-        reason = json.loads(_BUILD_REPORT.read_text())["native"] or reason
-    return None, reason
+    return None, _build_report().get("native") or reason
+
+
+def _build_report() -> dict[str, str | None]:
+    """What setup.py recorded: why a part was not built, or None."""
+    return json.loads(_BUILD_REPORT.read_text()) if _BUILD_REPORT.exists() else {}
+
+
+def cuda_build_problem() -> str:
+    """Why the native module has no CUDA kernels."""
+    return _build_report().get("cuda") or "this build has none"
 
 
 _native, _reason = _import_native()
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
 """In the order ``backend="auto"`` prefers them."""
 
 
@@ -68,7 +76,7 @@ def launcher(backend: str) -> ModuleType:
     return importlib.import_module(f"oprd_kernels.{_LAUNCHERS[backend]}")
 
 
-_LAUNCHERS = {"triton": "triton_backend", "cpu": "cpu"}
+_LAUNCHERS = {"cuda": "cuda", "triton": "triton_backend", "cpu": "cpu"}
 
 
 def _cpu_problem(device: torch.device) -> str | None:
@@ -102,6 +110,12 @@ def _warn_reference(device_type: str, reasons: str) -> None:
     )
 
 
+def _cuda_unsupported(inputs: Inputs) -> str | None:
+    from oprd_kernels import cuda  # not by `launcher`, which torch.compile can't trace
+
+    return cuda.unsupported(inputs)
+
+
 def choose(backend: str, inputs: Inputs, double: bool) -> str:
     """The backend to use: the one named, or the first of BACKENDS that can do this call.
 
@@ -124,7 +138,7 @@ def choose(backend: str, inputs: Inputs, double: bool) -> str:
         if double:
             reason = "it takes float32, bfloat16 and float16 tensors, not float64; use 'reference'"
         elif backend == "cuda":
-            reason = launcher(backend).unsupported(inputs)
+            reason = _cuda_unsupported(inputs)
     if reason:
         raise BackendUnavailable(f"backend={backend!r} can't run: {reason}")
     return backend
@@ -132,10 +146,10 @@ def choose(backend: str, inputs: Inputs, double: bool) -> str:
 
 def _choose_gpu(device: torch.device, inputs: Inputs) -> str:
     reasons = []
-    for name in ("triton",):
+    for name in ("cuda", "triton"):
         reason = unavailable(name, device)
         if reason is None and name == "cuda":
-            reason = launcher(name).unsupported(inputs)
+            reason = _cuda_unsupported(inputs)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}.")

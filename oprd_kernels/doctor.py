@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from oprd_kernels import backends
+from oprd_kernels import backends, cuda
 from oprd_kernels._version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "vllm")
@@ -34,10 +34,15 @@ def report() -> str:
         lines.append(f"  cpu        live: C++, {simd}, {torch.get_num_threads()} threads")
     else:
         lines.append(f"  cpu        missing: {problem}")
+    problem = cuda.installation_problem()
+    if problem is None:
+        runtime, driver, _ = backends.native().cuda_facts()
+        versions = f"CUDA {cuda.version_name(runtime)}, driver for {cuda.version_name(driver)}"
+        architectures = backends.native().cuda_architectures
+        lines.append(f"  cuda       live: C++ for sm_{architectures}, {versions}")
+    else:
+        lines.append(f"  cuda       missing: {problem}")
     lines.append("  reference  live: plain PyTorch, any device, and float64")
-    lines.append(
-        "GPU tensors: this version has no fused GPU kernel; they run the PyTorch reference."
-    )
     return "\n".join(lines)
 
 

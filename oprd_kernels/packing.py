@@ -1,4 +1,4 @@
-"""Tensors as the native code takes them: addresses, sizes and strides (csrc/bindings.cpp)."""
+"""Tensors as the native code takes them: addresses, sizes and strides (csrc/arguments.h)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def pack_rows(x: Tensor) -> tuple[int, int, int, int, int, int]:
     """A (N, d) or (B, T, d) tensor."""
     strides, inner = x.stride(), max(x.shape[-2], 1)
     if len(strides) == 2:
-        return x.data_ptr(), DTYPE_CODES[x.dtype], inner, 0, strides[0], strides[1]
+        outer = inner * strides[0]  # as if it went on: one stride says where every row is
+        return x.data_ptr(), DTYPE_CODES[x.dtype], inner, outer, strides[0], strides[1]
     return x.data_ptr(), DTYPE_CODES[x.dtype], inner, strides[0], strides[1], strides[2]
 
 

@@ -89,6 +89,7 @@ def test_reference_passes_gradcheck_in_float64(rank, kind):
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("tapped", [False, True], ids=["loss", "tap"])
 def test_compiles_as_one_graph(backend, tapped, rank, compiler):
+    torch.compiler.reset()  # `f` is compiled anew for each combination, more often than it may be
     torch.manual_seed(0)
     teacher, options = torch.randn(3, 12), options_for(rank, True)
     w = torch.randn(12, 12)
@@ -119,7 +120,7 @@ def test_autocast_leaves_the_loss_in_float32(backend):
     student = torch.randn(4, 12, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         h = student @ torch.eye(12)
-        loss = fused_rep_loss(h, torch.randn(4, 12), backend=backend)
+        loss = fused_rep_loss(h, torch.randn(4, 12, dtype=h.dtype), backend=backend)
     assert h.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     loss.backward()

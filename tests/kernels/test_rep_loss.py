@@ -194,6 +194,7 @@ def strided_variants():
         "last dimension strided": torch.randn(6, 4, 80)[..., ::2],
         "last dimension first": torch.randn(40, 6, 4).permute(1, 2, 0),
         "expanded": torch.randn(1, 1, 40).expand(6, 4, 40),
+        "expanded batches": torch.randn(1, 4, 40).expand(6, 4, 40),
         "four dimensions": base.reshape(2, 3, 4, 40),
         "fortran": torch.randn(40, 24).T.reshape(6, 4, 40),
     }

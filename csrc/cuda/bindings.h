@@ -1,0 +1,10 @@
+// The CUDA backend's functions, for the module _native and for the emulation's.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace oprd {
+
+void bind_cuda(pybind11::module_& m);
+
+}  // namespace oprd

@@ -1,0 +1,128 @@
+// The device as the kernels see it, on the host: what gpu/device.cuh has, with every access to
+// memory and every synchronisation going through the emulated machine, which watches them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../../cpu/simd.h"
+#include "kernels.h"
+#include "machine.h"
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+// What CUDA has as built-in variables of a thread and types.
+#define threadIdx (::oprd::emulation::current().thread)
+#define blockIdx (::oprd::emulation::current().block)
+#define blockDim (::oprd::emulation::current().threads)
+#define gridDim (::oprd::emulation::current().blocks)
+
+struct alignas(16) uint4 {
+  std::uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace oprd {
+namespace cuda {
+
+constexpr int kWarp = emulation::kWarp;
+
+template <class T>
+T load(const T* p) {
+  emulation::global_access(p, sizeof(T), false);
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <class T>
+void store(T* p, T value) {
+  emulation::global_access(p, sizeof(T), true);
+  std::memcpy(p, &value, sizeof value);
+}
+
+template <class T>
+class Shared {
+ public:
+  Shared(std::int64_t begin, int limit) : begin_(begin), limit_(limit) {}
+  T load(int i) const {
+    T value;
+    std::memcpy(&value, emulation::shared_access(at(i), sizeof(T), limit_, false), sizeof value);
+    return value;
+  }
+  void store(int i, T value) const {
+    std::memcpy(emulation::shared_access(at(i), sizeof(T), limit_, true), &value, sizeof value);
+  }
+  // What is copied arrives as late as it may: at wait_for_copies.
+  void copy_async(int i, const T* from) const {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "what cp.async takes");
+    const T value = cuda::load(from);
+    emulation::copy_async(at(i), &value, sizeof value, limit_);
+  }
+  template <class Other>
+  Shared<Other> as() const {
+    return Shared<Other>(begin_, limit_);
+  }
+
+ private:
+  std::int64_t at(int i) const { return begin_ + std::int64_t{i} * sizeof(T); }
+  std::int64_t begin_;
+  int limit_;
+};
+
+template <int Bytes>
+struct BlockMemory {
+  static_assert(Bytes <= 48 * 1024, "static shared memory");
+  template <class T>
+  static Shared<T> at(int byte_offset) {
+    return Shared<T>(byte_offset, Bytes);
+  }
+};
+
+inline void wait_for_copies() { emulation::wait_for_copies(); }
+
+// Where it stands in the source tells one barrier from another.
+inline void block_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::block_barrier({file, line});
+}
+inline void warp_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::warp_barrier({file, line});
+}
+
+template <class T>
+T shuffle_xor(const T& value, int mask, const char* file = __builtin_FILE(),
+              int line = __builtin_LINE()) {
+  static_assert(sizeof(T) % sizeof(std::uint32_t) == 0, "made of words");
+  T result;
+  emulation::shuffle_xor({file, line}, mask, &value, &result, sizeof(T));
+  return result;
+}
+
+// oprd::fma is the one of csrc/cpu/simd.h, which may round twice.
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline std::uint32_t bf16_pair(float low, float high) {
+  return bf16_of(low) | std::uint32_t{bf16_of(high)} << 16;
+}
+inline std::uint32_t half_pair(float low, float high) {
+  return half_of(low) | std::uint32_t{half_of(high)} << 16;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
+  try {
+    emulation::run(how.blocks, how.threads, [&] { kernel(arguments...); });
+  } catch (const emulation::Fault& fault) {
+    fail(how, fault.what());
+  }
+}
+
+}  // namespace cuda
+}  // namespace oprd

@@ -1,0 +1,98 @@
+// What the emulated kernels may touch, and who touched what. Global memory is what has been
+// allowed, element by element: a tensor's padding is not part of it. Two accesses to a byte by different
+// threads, one of them a write, are a race unless a barrier that both take part in lies between:
+// threads of different blocks have none. What nobody wrote may not be read.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace oprd {
+namespace emulation {
+
+struct Traffic {
+  std::int64_t loaded = 0, stored = 0;  // bytes
+};
+
+// A tensor that the kernels of a call may access.
+struct Region {
+  struct Dimension {
+    std::int64_t size, stride;  // in elements
+  };
+
+  std::string kind;  // bytes are counted by this: "activations", ..
+  std::string mode;  // "r": read, "w": written, before anything of it is read; "rw"
+  std::uintptr_t address = 0;
+  std::int64_t item_bytes = 1;
+  std::vector<Dimension> dimensions;
+  Traffic* traffic = nullptr;
+
+  bool has(std::uintptr_t p, std::size_t bytes) const;
+};
+
+// The last accesses to one granule of memory.
+struct Access {
+  std::uint32_t launch = 0;  // 0: none
+  std::uint32_t block_epoch = 0, warp_epoch = 0;
+  std::int64_t block = 0;
+  std::int32_t thread = 0;
+  // Reads of one epoch by several threads are kept as one.
+  enum Spread : std::int8_t { kThread, kWarp, kBlock, kGrid } spread = kThread;
+};
+struct Granule {
+  Access written, read;
+};
+
+class Memory {
+ public:
+  // From now on these, and no others, may be accessed; nothing has been so far.
+  void allow(std::vector<Region> regions);
+
+  void begin_launch() { ++now_.launch; }
+  void begin_block(std::int64_t block);
+  void set_thread(int thread, unsigned block_epoch, unsigned warp_epoch) {
+    now_.thread = thread;
+    set_epochs(block_epoch, warp_epoch);
+  }
+  void set_epochs(unsigned block_epoch, unsigned warp_epoch) {
+    now_.block_epoch = block_epoch;
+    now_.warp_epoch = warp_epoch;
+  }
+
+  void global_access(std::uintptr_t p, std::size_t bytes, bool write);
+  void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write);
+
+  std::map<std::string, Traffic>& traffic() { return traffic_; }
+
+ private:
+  const Region& region_of(std::uintptr_t p, std::size_t bytes) const;
+  Granule& global_granule(std::uintptr_t index);
+  void touch(Granule& granule, bool write, const Region* region);  // null: shared memory
+  std::string describe(const Access& access) const;
+
+  std::vector<Region> regions_;
+  mutable std::size_t last_region_ = 0;
+  std::map<std::string, Traffic> traffic_;
+  Access now_;
+  static constexpr std::uintptr_t kGlobalGranule = 2, kPage = 512;
+  std::unordered_map<std::uintptr_t, std::unique_ptr<Granule[]>> pages_;
+  std::uintptr_t last_page_number_ = 0;
+  Granule* last_page_ = nullptr;
+  static constexpr std::int64_t kSharedGranule = 4;
+  std::vector<Granule> shared_granules_;
+  struct alignas(16) Line {
+    char bytes[16];
+  };
+  std::vector<Line> shared_;
+  int shared_bytes_ = 0;  // 0: the block has not used any yet
+};
+
+Memory& memory();
+
+}  // namespace emulation
+}  // namespace oprd

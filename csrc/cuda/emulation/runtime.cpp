@@ -1,0 +1,14 @@
+// The CUDA runtime of the emulation: a machine without devices to choose from.
+
+#include "kernels.h"
+
+namespace oprd {
+namespace cuda {
+
+DeviceGuard::DeviceGuard(int device) : previous_(device) {}
+DeviceGuard::~DeviceGuard() = default;
+
+Facts facts() { return {0, 0, "emulated on the host"}; }
+
+}  // namespace cuda
+}  // namespace oprd

@@ -1,0 +1,123 @@
+// The device as the kernels see it. The emulation has a header of the same name and contents, which
+// runs them on the host and watches every access: kernels reach memory through here only.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace oprd {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+// Global memory. T is an element or a 16-byte vector (uint4, float4).
+template <class T>
+__device__ __forceinline__ T load(const T* p) {
+  return *p;
+}
+template <class T>
+__device__ __forceinline__ void store(T* p, T value) {
+  *p = value;
+}
+
+// Elements of T in the block's shared memory.
+template <class T>
+class Shared {
+ public:
+  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
+  __device__ __forceinline__ T load(int i) const { return data_[i]; }
+  __device__ __forceinline__ void store(int i, T value) const { data_[i] = value; }
+  // Begins a copy from global memory, which wait_for_copies ends.
+  __device__ __forceinline__ void copy_async(int i, const T* from) const {
+    __pipeline_memcpy_async(data_ + i, from, sizeof(T));
+  }
+  // The same memory as elements of another type.
+  template <class Other>
+  __device__ __forceinline__ Shared<Other> as() const {
+    return Shared<Other>(reinterpret_cast<Other*>(data_));
+  }
+
+ private:
+  T* data_;
+};
+
+// All the shared memory of a kernel: so many bytes.
+template <int Bytes>
+class BlockMemory {
+ public:
+  template <class T>
+  __device__ __forceinline__ static Shared<T> at(int byte_offset) {
+    return Shared<T>(reinterpret_cast<T*>(begin() + byte_offset));
+  }
+
+ private:
+  __device__ __forceinline__ static unsigned char* begin() {
+    __shared__ __align__(16) unsigned char memory[Bytes];
+    return memory;
+  }
+};
+
+// Until here the copies that this thread has begun have arrived; a barrier makes them others' too.
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+// The value of the lane whose number differs in the bits of `mask`; all lanes take part. T is made
+// of 32-bit words.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
+  constexpr int kWords = sizeof(T) / sizeof(std::uint32_t);
+  std::uint32_t words[kWords];
+  memcpy(words, &value, sizeof value);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __shfl_xor_sync(0xffffffffu, words[i], mask);
+  T result;
+  memcpy(&result, words, sizeof result);
+  return result;
+}
+
+// a * b + c with one rounding. Nothing else is contracted (-fmad=false).
+__device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+__device__ __forceinline__ std::uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float float_of(std::uint32_t u) { return __uint_as_float(u); }
+__device__ __forceinline__ float float_of_half(std::uint16_t h) {
+  return __half2float(__ushort_as_half(h));
+}
+
+// Two floats rounded to nearest even, the first in the low half.
+__device__ __forceinline__ std::uint32_t bf16_pair(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  std::uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ std::uint32_t half_pair(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  std::uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
+  kernel<<<static_cast<unsigned>(how.blocks), how.threads, 0,
+           static_cast<cudaStream_t>(how.stream.handle)>>>(arguments...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail(how, cudaGetErrorString(error));
+}
+
+}  // namespace cuda
+}  // namespace oprd

@@ -1,0 +1,422 @@
+// Rows compared after projection to r <= 16 dimensions, on FMA: at that rank tensor cores would
+// mostly multiply padding. H is read once, from global memory to registers; P is read once a block
+// of rows, from L2 to shared memory, slice of columns by slice.
+//
+// Forward: a warp has kRows rows; a lane sums its columns of all r products of these in registers,
+// then the warp adds up its lanes. Backward: a block has a slice of P and a tile of rows.
+#pragma once
+
+#include "pair.cuh"
+
+namespace oprd {
+namespace cuda {
+
+// The columns of a slice: a lane has kUnits units of each row, kPerLane elements. In shared memory
+// a row of a slice of P lies as kPerLane / 4 times 32 float4, one a lane.
+template <DType D, bool Vector>
+struct Slice {
+  using U = Unit<D, Vector>;
+  static constexpr int kUnits = Vector ? 1 : 4;
+  static constexpr int kPerLane = kUnits * U::kElements;
+  static constexpr int kColumns = kWarp * kPerLane;
+  static constexpr int kVectors = kColumns / 4;  // float4 to a row
+
+  // Begins to copy vector n of a row of P, counted from column `begin` on, to row j of a slice. What
+  // lies past the end is 0, so that nothing there can turn a product into NaN.
+  __device__ static void bring(const Shared<float4>& slice, const float* row, int begin, int width,
+                               int j, int n) {
+    const int place = j * kVectors + n % (kPerLane / 4) * kWarp + n / (kPerLane / 4);
+    if constexpr (Vector) {
+      const int column = begin + 4 * n;
+      if (column < width) {
+        slice.copy_async(place, reinterpret_cast<const float4*>(row + column));
+      } else {
+        slice.store(place, float4{});
+      }
+    } else {
+      const Shared<float> elements = slice.template as<float>();
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = begin + n + e * kWarp;
+        if (column < width) {
+          elements.copy_async(place * 4 + e, row + column);
+        } else {
+          elements.store(place * 4 + e, 0.f);
+        }
+      }
+    }
+  }
+};
+
+struct Four {
+  float v[4];
+};
+__device__ __forceinline__ Four four(const float4& x) { return {{x.x, x.y, x.z, x.w}}; }
+
+// One side of the projection: z = P (h - mean).
+struct Side {
+  Rows x;
+  const i64* index;
+  const float* proj;
+  const float* mean;
+  int width;
+};
+
+// At each step a lane gives the half of its values that its partner keeps: after five, lane l has
+// the warp's sums of values l * N / 32 and on. N / 32 shuffles a lane less than summing each value.
+template <int Mask, int N, int All>
+__device__ __forceinline__ void sum_and_deal(Floats<All>& x) {
+  if constexpr (Mask > 0) {
+    const bool upper = (threadIdx.x & Mask) != 0;
+    Floats<N / 2> give;
+#pragma unroll
+    for (int n = 0; n < N / 2; ++n) {
+      give.v[n] = upper ? x.v[n] : x.v[n + N / 2];
+      x.v[n] = upper ? x.v[n + N / 2] : x.v[n];
+    }
+    give = shuffle_xor(give, Mask);
+#pragma unroll
+    for (int n = 0; n < N / 2; ++n) x.v[n] += give.v[n];
+    sum_and_deal<Mask / 2, N / 2>(x);
+  }
+}
+
+// Ranks: r rounded up. A warp has kRows rows; its lanes have the sums of all products in registers.
+// How many warps a block has is the launch's choice.
+template <DType D, bool Vector, int Ranks>
+struct ForwardTile {
+  using S = Slice<D, Vector>;
+  using U = Unit<D, Vector>;
+  static constexpr int kRows = 4;
+  static constexpr int kMaxWarps = Ranks == 16 ? 6 : 8;  // two blocks fill an SM's registers
+  static constexpr int kMaxThreads = kMaxWarps * kWarp;
+  static constexpr int kMaxBlockRows = kMaxWarps * kRows;
+  static constexpr int kSums = kRows * Ranks;
+
+  // Shared memory: two buffers for slices of P and, as its row number Ranks, of the mean; then z of
+  // both sides, rows padded to spare bank conflicts; then where the rows of H are.
+  static constexpr int kBufferVectors = (Ranks + 1) * S::kVectors;
+  static constexpr int kZStride = Ranks + 1;
+  static constexpr int kZBegin = 2 * kBufferVectors * sizeof(float4);
+  static constexpr int kRowsBegin = kZBegin + 2 * kMaxBlockRows * kZStride * sizeof(float);
+  using Memory = BlockMemory<kRowsBegin + kMaxBlockRows * static_cast<int>(sizeof(void*))>;
+
+  __device__ static int threads() { return blockDim.x; }
+  __device__ static int block_rows() { return threads() / kWarp * kRows; }
+
+  __device__ static Shared<float4> buffer(int n) {
+    return Memory::template at<float4>(n * kBufferVectors * static_cast<int>(sizeof(float4)));
+  }
+
+  // Rows of the buffers that no rank fills add 0 to sums nobody reads.
+  __device__ static void clear_unused(int rank) {
+    for (int n = rank * S::kVectors + threadIdx.x; n < Ranks * S::kVectors; n += threads()) {
+      buffer(0).store(n, float4{});
+      buffer(1).store(n, float4{});
+    }
+  }
+
+  __device__ static void bring(const Side& side, int rank, int begin, int to) {
+#pragma unroll 1  // unrolled, its addresses would take registers from the sums
+    for (int n = threadIdx.x; n < rank * S::kVectors; n += threads()) {
+      const int j = n / S::kVectors;
+      S::bring(buffer(to), side.proj + i64{j} * side.width, begin, side.width, j, n % S::kVectors);
+    }
+    if (!side.mean) return;
+#pragma unroll 1
+    for (int n = threadIdx.x; n < S::kVectors; n += threads()) {
+      S::bring(buffer(to), side.mean, begin, side.width, Ranks, n);
+    }
+  }
+
+  // sums[i][j] += (h_i - mean) . P_j over this lane's columns of a slice.
+  __device__ static void multiply(const typename U::Raw (&raw)[kRows][S::kUnits], bool mean,
+                                  const Shared<float4>& slice, Floats<kSums>& sums) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int quarter = 0; quarter < S::kPerLane / 4; ++quarter) {
+      Four h[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int n = quarter * 4 + e;
+          h[i].v[e] = U::floats(raw[i][n / U::kElements]).v[n % U::kElements];
+        }
+      }
+      if (mean) {
+        const Four m = four(slice.load(Ranks * S::kVectors + quarter * kWarp + lane));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) h[i].v[e] -= m.v[e];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < Ranks; ++j) {
+        const Four proj = four(slice.load(j * S::kVectors + quarter * kWarp + lane));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            sums.v[i * Ranks + j] = fma(h[i].v[e], proj.v[e], sums.v[i * Ranks + j]);
+          }
+        }
+      }
+    }
+  }
+
+  // z of the block's rows into shared memory. Rows that are masked, or not there, stay 0.
+  __device__ static void project(const Problem& p, const Side& side, i64 first_row, int z_begin) {
+    using type = typename U::type;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rank = p.rank;
+    // Kept there, because registers are scarce here.
+    const Shared<const type*> rows = Memory::template at<const type*>(kRowsBegin);
+    block_barrier();  // rows and buffers may still be read for the other side
+    const int thread = threadIdx.x;
+    if (thread < block_rows()) {
+      const i64 n = first_row + thread;
+      const bool wanted = n < p.rows && weight(p, n) != 0.f;
+      rows.store(thread, wanted ? row_of<const type>(side.x, side.index ? load(side.index + n) : n)
+                                : nullptr);
+    }
+    Floats<kSums> sums{};
+    block_barrier();
+    bring(side, rank, 0, 0);
+    const int units = side.width / U::kElements;
+    int now = 0;
+    for (int begin = 0; begin < side.width; begin += S::kColumns, now = 1 - now) {
+      typename U::Raw raw[kRows][S::kUnits];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const type* row = rows.load(warp * kRows + i);
+#pragma unroll
+        for (int n = 0; n < S::kUnits; ++n) {
+          const int u = begin / U::kElements + n * kWarp + lane;
+          raw[i][n] = row && u < units ? U::load(row, u) : typename U::Raw{};
+        }
+      }
+      wait_for_copies();
+      block_barrier();  // all of this slice is there, and the one before has been used
+      if (begin + S::kColumns < side.width) bring(side, rank, begin + S::kColumns, 1 - now);
+      multiply(raw, side.mean != nullptr, buffer(now), sums);
+    }
+    sum_and_deal<kWarp / 2, kSums>(sums);
+    const Shared<float> z = Memory::template at<float>(z_begin);
+#pragma unroll
+    for (int n = 0; n < kSums / kWarp; ++n) {
+      const int at = lane * (kSums / kWarp) + n;
+      z.store((warp * kRows + at / Ranks) * kZStride + at % Ranks, sums.v[n]);
+    }
+  }
+
+  // The block's rows of a teacher that is r wide already.
+  __device__ static void copy(const Problem& p, i64 first_row, int z_begin) {
+    using type = typename U::type;
+    const Shared<float> z = Memory::template at<float>(z_begin);
+    const int rank = p.rank;
+    for (int at = threadIdx.x; at < block_rows() * rank; at += threads()) {
+      const i64 n = first_row + at / rank;
+      float value = 0.f;
+      if (n < p.rows && weight(p, n) != 0.f) {
+        value = Storage<D>::get(
+            load(row_of<const type>(p.teacher, teacher_row(p, n)) + at % rank));
+      }
+      z.store(at / rank * kZStride + at % rank, value);
+    }
+  }
+};
+
+// z_S and z_T of a row in shared memory, for one thread.
+struct ProjectedPair {
+  Shared<float> s, t;
+  int begin, rank;
+
+  __device__ i64 width() const { return rank; }
+  template <class F>
+  __device__ void each(F f) const {
+    for (int k = 0; k < rank; ++k) f(s.load(begin + k), t.load(begin + k));
+  }
+};
+
+template <DType D, bool Vector, int Ranks>
+__global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
+    projected_forward(Problem p, ForwardOut out) {
+  using Tile = ForwardTile<D, Vector, Ranks>;
+  constexpr int kTeacherZ =
+      Tile::kZBegin + Tile::kMaxBlockRows * Tile::kZStride * static_cast<int>(sizeof(float));
+  const i64 first_row = static_cast<i64>(blockIdx.x) * Tile::block_rows();
+  Tile::clear_unused(p.rank);
+  Tile::project(p, {p.student, p.student_rows, p.student_proj, nullptr,
+                   static_cast<int>(p.student_width)},
+                first_row, Tile::kZBegin);
+  if (p.teacher_proj) {
+    // The mean goes before the product: after it, z_T would be a difference of large sums.
+    Tile::project(p, {p.teacher, p.teacher_rows, p.teacher_proj, p.teacher_mean,
+                     static_cast<int>(p.teacher_width)},
+                  first_row, kTeacherZ);
+  } else {
+    Tile::copy(p, first_row, kTeacherZ);
+  }
+  block_barrier();
+  const int thread = threadIdx.x;
+  const i64 i = first_row + thread;
+  if (thread >= Tile::block_rows() || i >= p.rows) return;
+  const int rank = p.rank;
+  if (weight(p, i) == 0.f) {
+    put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
+    for (int k = 0; k < rank; ++k) store(out.dz + i * rank + k, 0.f);
+    return;
+  }
+  const int begin = thread * Tile::kZStride;
+  const ProjectedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
+                           Tile::Memory::template at<float>(kTeacherZ), begin, rank};
+  const PairStats stats = pair_stats(pair, ThreadGroup{}, p.kind);
+  put_stats(out, i, stats);
+  const PairGradient gradient = pair_gradient(rank, stats, p.kind, 1.f);
+  for (int k = 0; k < rank; ++k) {
+    store(out.dz + i * rank + k, gradient.of(pair.s.load(begin + k), pair.t.load(begin + k)));
+  }
+}
+
+// Rows of a block of the backward pass, and how many of them a warp takes at a time.
+constexpr int kBackwardRows = 64;
+constexpr int kBackwardAtATime = 4;
+constexpr int kBackwardWarps = 8;
+constexpr int kBackwardThreads = kBackwardWarps * kWarp;
+
+// dH = (coefficient dz) P. A block has the slice of P of `job % slices` and a tile of rows.
+template <DType D, bool Vector>
+__global__ void __launch_bounds__(kBackwardThreads)
+    projected_backward(Problem p, BackwardIn in, int slices) {
+  using S = Slice<D, Vector>;
+  using U = Unit<D, Vector>;
+  using type = typename U::type;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rank = p.rank;
+  const int begin = static_cast<int>(blockIdx.x) % slices * S::kColumns;
+  const int width = static_cast<int>(p.student_width), units = width / U::kElements;
+  const i64 first_row = static_cast<i64>(blockIdx.x / slices) * kBackwardRows;
+  constexpr int kMaxSlice = kMaxRank * S::kVectors * static_cast<int>(sizeof(float4));
+  constexpr int kScaledBytes = kMaxRank * kBackwardRows * sizeof(float);
+  using Memory = BlockMemory<kMaxSlice + kScaledBytes>;
+  const Shared<float4> slice = Memory::template at<float4>(0);
+  for (int n = threadIdx.x; n < rank * S::kVectors; n += kBackwardThreads) {
+    const int j = n / S::kVectors;
+    S::bring(slice, p.student_proj + i64{j} * width, begin, width, j, n % S::kVectors);
+  }
+  // dz of the tile, scaled, rank by rank: four rows are one vector.
+  const Shared<float> scaled = Memory::template at<float>(kMaxSlice);
+  for (int n = threadIdx.x; n < kBackwardRows * rank; n += kBackwardThreads) {
+    const i64 i = first_row + n / rank;
+    float value = 0.f, coefficient;
+    if (i < p.rows && coefficient_of(p, in, i, &coefficient)) {
+      value = coefficient * load(in.dz + i * rank + n % rank);
+    }
+    scaled.store(n % rank * kBackwardRows + n / rank, value);
+  }
+  wait_for_copies();
+  block_barrier();
+  const Shared<float4> four_rows = scaled.template as<float4>();
+  for (int tile_row = warp * kBackwardAtATime; tile_row < kBackwardRows;
+       tile_row += kBackwardWarps * kBackwardAtATime) {
+    type* rows[kBackwardAtATime];
+    bool zero[kBackwardAtATime];
+    typename U::Raw old[kBackwardAtATime][S::kUnits];
+#pragma unroll
+    for (int i = 0; i < kBackwardAtATime; ++i) {
+      const i64 n = first_row + tile_row + i;
+      float coefficient;
+      zero[i] = n < p.rows && !coefficient_of(p, in, n, &coefficient);
+      const bool left_alone = n >= p.rows || (zero[i] && in.accumulate);
+      rows[i] = left_alone ? nullptr : row_of<type>(in.grad, student_row(p, n));
+#pragma unroll
+      for (int k = 0; k < S::kUnits; ++k) {
+        const int u = begin / U::kElements + k * kWarp + lane;
+        const bool adds = rows[i] && in.accumulate && u < units;
+        old[i][k] = adds ? U::load(rows[i], u) : typename U::Raw{};
+      }
+    }
+    Floats<S::kPerLane> sums[kBackwardAtATime] = {};
+    for (int j = 0; j < rank; ++j) {
+      const Four dz = four(four_rows.load((j * kBackwardRows + tile_row) / 4));
+#pragma unroll
+      for (int quarter = 0; quarter < S::kPerLane / 4; ++quarter) {
+        const Four proj = four(slice.load(j * S::kVectors + quarter * kWarp + lane));
+#pragma unroll
+        for (int i = 0; i < kBackwardAtATime; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            sums[i].v[quarter * 4 + e] = fma(dz.v[i], proj.v[e], sums[i].v[quarter * 4 + e]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBackwardAtATime; ++i) {
+#pragma unroll
+      for (int k = 0; k < S::kUnits; ++k) {
+        const int u = begin / U::kElements + k * kWarp + lane;
+        if (!rows[i] || u >= units) continue;
+        auto value = U::floats(old[i][k]);
+#pragma unroll
+        for (int e = 0; e < U::kElements; ++e) {
+          const float sum = sums[i].v[k * U::kElements + e];
+          value.v[e] = in.accumulate ? value.v[e] + sum : zero[i] ? 0.f : sum;
+        }
+        U::store(rows[i], u, value);
+      }
+    }
+  }
+}
+
+constexpr i64 kEnoughBlocks = 2 * 148;  // two for each SM of a B200
+
+template <DType D, bool Vector, int Ranks>
+void launch_projected_tiles(const Problem& p, const ForwardOut& out, const Stream& stream) {
+  using Tile = ForwardTile<D, Vector, Ranks>;
+  int warps = Tile::kMaxWarps;
+  auto blocks = [&] { return (p.rows + warps * Tile::kRows - 1) / (warps * Tile::kRows); };
+  // Few rows: rather bring P more often than leave SMs idle. No result depends on it.
+  while (warps > 2 && blocks() < kEnoughBlocks) warps = (warps + 1) / 2;
+  launch({"projected_forward", p, stream, blocks(), warps * kWarp},
+         projected_forward<D, Vector, Ranks>, p, out);
+}
+
+inline bool is_aligned(const float* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
+
+// Without vectors (odd widths) one variant serves all ranks.
+template <DType D>
+void launch_projected_forward(const Problem& p, const ForwardOut& out, const Stream& stream) {
+  const bool vectors = takes_vectors(p.student, p.student_width) && is_aligned(p.student_proj) &&
+                       (!p.teacher_proj || (takes_vectors(p.teacher, p.teacher_width) &&
+                                            is_aligned(p.teacher_proj) &&
+                                            is_aligned(p.teacher_mean)));
+  if (!vectors) {
+    launch_projected_tiles<D, false, 16>(p, out, stream);
+  } else if (p.rank <= 8) {
+    launch_projected_tiles<D, true, 8>(p, out, stream);
+  } else {
+    launch_projected_tiles<D, true, 16>(p, out, stream);
+  }
+}
+
+template <DType D, bool Vector>
+void launch_projected_slices(const Problem& p, const BackwardIn& in, const Stream& stream) {
+  using S = Slice<D, Vector>;
+  const i64 slices = (p.student_width + S::kColumns - 1) / S::kColumns;
+  const i64 blocks = (p.rows + kBackwardRows - 1) / kBackwardRows * slices;
+  launch({"projected_backward", p, stream, blocks, kBackwardThreads},
+         projected_backward<D, Vector>, p, in, static_cast<int>(slices));
+}
+
+template <DType D>
+void launch_projected_backward(const Problem& p, const BackwardIn& in, const Stream& stream) {
+  if (takes_vectors(in.grad, p.student_width) && is_aligned(p.student_proj)) {
+    launch_projected_slices<D, true>(p, in, stream);
+  } else {
+    launch_projected_slices<D, false>(p, in, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace oprd

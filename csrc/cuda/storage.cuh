@@ -1,0 +1,147 @@
+// Storage types, what a thread reads at a time, and where rows are.
+#pragma once
+
+#include "group.cuh"
+
+namespace oprd {
+namespace cuda {
+
+template <DType>
+struct Storage;
+
+template <>
+struct Storage<DType::kFloat32> {
+  using type = float;
+  static constexpr int kPerWord = 1;
+  __device__ static float get(float x) { return x; }
+  __device__ static float put(float x) { return x; }
+  __device__ static Floats<1> unpack(std::uint32_t word) { return {{float_of(word)}}; }
+  __device__ static std::uint32_t pack(const Floats<1>& x) { return bits_of(x.v[0]); }
+};
+
+template <>
+struct Storage<DType::kBFloat16> {
+  using type = std::uint16_t;
+  static constexpr int kPerWord = 2;
+  __device__ static float get(std::uint16_t x) { return float_of(std::uint32_t{x} << 16); }
+  __device__ static std::uint16_t put(float x) {
+    return static_cast<std::uint16_t>(bf16_pair(x, 0.f));
+  }
+  __device__ static Floats<2> unpack(std::uint32_t word) {
+    return {{float_of(word << 16), float_of(word & 0xffff0000u)}};
+  }
+  __device__ static std::uint32_t pack(const Floats<2>& x) { return bf16_pair(x.v[0], x.v[1]); }
+};
+
+template <>
+struct Storage<DType::kFloat16> {
+  using type = std::uint16_t;
+  static constexpr int kPerWord = 2;
+  __device__ static float get(std::uint16_t x) { return float_of_half(x); }
+  __device__ static std::uint16_t put(float x) {
+    return static_cast<std::uint16_t>(half_pair(x, 0.f));
+  }
+  __device__ static Floats<2> unpack(std::uint32_t word) {
+    return {{float_of_half(static_cast<std::uint16_t>(word)),
+             float_of_half(static_cast<std::uint16_t>(word >> 16))}};
+  }
+  __device__ static std::uint32_t pack(const Floats<2>& x) { return half_pair(x.v[0], x.v[1]); }
+};
+
+// What a thread reads and writes at a time: a vector of 16 bytes, or one element where width, base
+// or strides do not allow vectors.
+template <DType D, bool Vector>
+struct Unit;
+
+template <DType D>
+struct Unit<D, true> {
+  using S = Storage<D>;
+  using type = typename S::type;
+  using Raw = uint4;
+  static constexpr int kElements = 4 * S::kPerWord;
+  static constexpr int kHeld = 4;  // how many of a row a thread keeps in registers
+
+  __device__ static Raw load(const type* row, i64 u) {
+    return cuda::load(reinterpret_cast<const uint4*>(row) + u);
+  }
+  __device__ static void store(type* row, i64 u, const Floats<kElements>& x) {
+    uint4 raw;
+    raw.x = word(x, 0);
+    raw.y = word(x, 1);
+    raw.z = word(x, 2);
+    raw.w = word(x, 3);
+    cuda::store(reinterpret_cast<uint4*>(row) + u, raw);
+  }
+  __device__ static Floats<kElements> floats(const Raw& raw) {
+    Floats<kElements> x;
+    put(x, 0, raw.x);
+    put(x, 1, raw.y);
+    put(x, 2, raw.z);
+    put(x, 3, raw.w);
+    return x;
+  }
+
+ private:
+  __device__ static std::uint32_t word(const Floats<kElements>& x, int w) {
+    Floats<S::kPerWord> part;
+#pragma unroll
+    for (int n = 0; n < S::kPerWord; ++n) part.v[n] = x.v[w * S::kPerWord + n];
+    return S::pack(part);
+  }
+  __device__ static void put(Floats<kElements>& x, int w, std::uint32_t bits) {
+    const Floats<S::kPerWord> part = S::unpack(bits);
+#pragma unroll
+    for (int n = 0; n < S::kPerWord; ++n) x.v[w * S::kPerWord + n] = part.v[n];
+  }
+};
+
+template <DType D>
+struct Unit<D, false> {
+  using S = Storage<D>;
+  using type = typename S::type;
+  using Raw = type;
+  static constexpr int kElements = 1;
+  static constexpr int kHeld = 16;
+
+  __device__ static Raw load(const type* row, i64 u) { return cuda::load(row + u); }
+  __device__ static void store(type* row, i64 u, const Floats<1>& x) {
+    cuda::store(row + u, S::put(x.v[0]));
+  }
+  __device__ static Floats<1> floats(Raw raw) { return {{S::get(raw)}}; }
+};
+
+// Whether rows can be read in vectors of 16 bytes.
+inline bool takes_vectors(const Rows& rows, i64 width) {
+  const i64 element = rows.dtype == DType::kFloat32 ? 4 : 2;
+  auto whole = [&](i64 elements) { return elements * element % 16 == 0; };
+  return reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 && whole(width) &&
+         whole(rows.stride_inner) && (rows.inner == 0 || whole(rows.stride_outer));
+}
+
+// Row n of canonical rows (dispatch.cpp): inner is 0 where stride_inner says it all.
+template <class T>
+__device__ __forceinline__ T* row_of(const Rows& rows, i64 n) {
+  T* data = static_cast<T*>(rows.data);
+  if (rows.inner == 0) return data + n * rows.stride_inner;
+  return data + n / rows.inner * rows.stride_outer + n % rows.inner * rows.stride_inner;
+}
+
+__device__ __forceinline__ i64 student_row(const Problem& p, i64 i) {
+  return p.student_rows ? load(p.student_rows + i) : i;
+}
+__device__ __forceinline__ i64 teacher_row(const Problem& p, i64 i) {
+  return p.teacher_rows ? load(p.teacher_rows + i) : i;
+}
+__device__ __forceinline__ float weight(const Problem& p, i64 i) {
+  return p.weights ? load(p.weights + i) : 1.f;
+}
+
+__device__ __forceinline__ float value_of(const Scale& scale) {
+  if (!scale.device) return scale.value;
+  const float value = load(scale.device);
+  if (!scale.inverse) return value;
+  return value == 0.f ? 0.f : 1.f / value;
+}
+
+}  // namespace cuda
+}  // namespace oprd

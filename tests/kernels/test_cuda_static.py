@@ -1,0 +1,73 @@
+"""What can be said of the CUDA kernels' machine code without running it, and of a build."""
+
+import pytest
+import torch
+
+from benchmarks import gpu_cuda
+from oprd_kernels import backends, cuda, doctor
+
+
+@pytest.fixture(scope="module")
+def reports():
+    try:
+        return gpu_cuda.reports()
+    except gpu_cuda.Missing as reason:
+        pytest.skip(str(reason))
+
+
+def test_every_unit_compiles_for_every_architecture(reports):
+    found = {(r.unit, r.arch) for r in reports}
+    assert found == {(u, a) for u in gpu_cuda.UNITS for a in gpu_cuda.ARCHITECTURES}
+    for arch in gpu_cuda.ARCHITECTURES:
+        kernels = [r.kernel for r in reports if r.unit == "bf16" and r.arch == arch]
+        for name in ("identity_forward", "identity_backward", "projected_forward"):
+            assert any(name in kernel for kernel in kernels)
+
+
+def test_nothing_is_spilled_or_kept_in_local_memory(reports):
+    bad = [r for r in reports if r.spill_bytes or r.local_accesses]
+    assert not bad
+
+
+def test_vectors_are_read_and_written_16_bytes_at_a_time(reports):
+    for r in reports:
+        if r.unit == "reduce":
+            continue
+        assert (r.loads_128 > 0) == r.is_vectorised, r
+        writes_rows = "projected_forward" not in r.kernel  # it writes z, r floats a row
+        assert (r.stores_128 > 0) == (r.is_vectorised and writes_rows), r
+
+
+def test_two_blocks_of_the_projection_fit_an_sm(reports):
+    for r in reports:
+        if "projected" in r.kernel:
+            assert r.occupancy * gpu_cuda.MAX_WARPS >= 2 * r.threads // gpu_cuda.WARP, r
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_the_backend_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "emulation", lambda: None)
+    cuda.installation_problem.cache_clear()
+    assert "NVIDIA GPU, not on cpu" in cuda.unavailable(torch.device("cpu"))
+    if backends.native_problem() or not hasattr(backends.native(), "cuda_forward"):
+        pytest.skip("the native module here has no CUDA kernels")
+    assert "driver" in cuda.unavailable(torch.device("cuda"))
+    assert "cuda       missing: " in doctor.report()
+    layer = ((0, 0, 1, 0, 0, 1),) * 2 + (4, 4, 0, 0, 0, 0, (0, 0, 1, 0, 0, 1))
+    with pytest.raises(RuntimeError, match="oprd CUDA: cudaGetDevice: "):
+        backends.native().cuda_forward(
+            [layer], (1, 0, 0, 0, 0, 1), 0, False, False, 0, 0, 0, 0, 0, 0
+        )
+
+
+def test_a_build_without_cuda_is_explained(monkeypatch):
+    class Native:
+        """As it is built without nvcc."""
+
+    monkeypatch.setattr(backends, "_native", Native())
+    monkeypatch.setattr(backends, "_build_report", lambda: {"native": None, "cuda": "no nvcc"})
+    monkeypatch.setattr(cuda, "emulation", lambda: None)
+    cuda.installation_problem.cache_clear()
+    problem = cuda.unavailable(torch.device("cuda"))
+    cuda.installation_problem.cache_clear()
+    assert "the CUDA kernels are not installed (no nvcc). Install the CUDA toolkit" in problem

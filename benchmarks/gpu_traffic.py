@@ -120,7 +120,7 @@ def predicted_milliseconds(regime: Regime, dtype: str, device: str, m: int, d: i
         seconds = flops / (fma * 1e12)
     else:  # in bfloat16 terms, see triton_backend/projected.py
         # bf16 forward: three for the student, six for a teacher with a mean
-        products = 6.0 if dtype == "fp32" else 3.0 if backward else 4.5
+        products = 6.0 if dtype == "fp32" or backward else 4.5
         seconds = flops * products / (tensor * 1e12)
     return max(size / (bandwidth * 1e9), seconds) * 1e3
 

@@ -21,6 +21,10 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
+def _triton(device: torch.device) -> str:
+    return "interpreted" if device.type == "cpu" else f"configured as {generation(device)}"
+
+
 def report() -> str:
     """What ``oprd-doctor`` prints."""
     lines = [f"oprd {__version__}, Python {platform.python_version()}, {platform.platform()}"]
@@ -42,6 +46,9 @@ def report() -> str:
         lines.append(f"  cuda       live: C++ for sm_{architectures}, {versions}")
     else:
         lines.append(f"  cuda       missing: {problem}")
+    gpu = torch.device("cuda" if gpus else "cpu")
+    problem = backends.unavailable("triton", gpu)
+    lines.append(f"  triton     {f'missing: {problem}' if problem else 'live: ' + _triton(gpu)}")
     lines.append("  reference  live: plain PyTorch, any device, and float64")
     return "\n".join(lines)
 

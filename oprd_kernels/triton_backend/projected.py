@@ -239,14 +239,9 @@ def projected_backward(
         p_KD = tl.load(at_KD, mask=mask_KD, other=0.0)
         if student_proj.dtype.element_ty == tl.bfloat16:
             middle_KD = tl.load(at_KD + rank * width, mask=mask_KD, other=0.0)
-            if grad.dtype.element_ty == tl.float32:
-                low_KD = tl.load(at_KD + 2 * rank * width, mask=mask_KD, other=0.0)
-                g_RD = add_exact_product(dz_RK, p_KD, middle_KD, low_KD, g_RD, INTERPRETED)
-            else:  # three products leave 2^-16, far below the rounding of what is stored
-                high_RK, middle_RK, _ = terms_of(dz_RK)
-                g_RD = add_product(middle_RK, p_KD, g_RD, INTERPRETED)
-                g_RD = add_product(high_RK, middle_KD, g_RD, INTERPRETED)
-                g_RD = add_product(high_RK, p_KD, g_RD, INTERPRETED)
+            low_KD = tl.load(at_KD + 2 * rank * width, mask=mask_KD, other=0.0)
+            # All six for 16-bit gradients too: the sum over ranks may cancel.
+            g_RD = add_exact_product(dz_RK, p_KD, middle_KD, low_KD, g_RD, INTERPRETED)
         else:
             g_RD = tl.dot(dz_RK, p_KD, g_RD, input_precision="ieee")
     g_R = row_offsets(rows, i_R, in_range_R, grad_inner, grad_outer, grad_stride)

@@ -63,7 +63,7 @@ class KernelReport:
             MAX_BLOCKS,
             MAX_WARPS // warps,
             REGISTERS // registers_per_warp // warps,
-            SHARED_BYTES[self.arch] // (self.shared_bytes + RESERVED_SHARED_BYTES[self.arch]),
+            SHARED_BYTES[self.arch] // max(self.shared_bytes + RESERVED_SHARED_BYTES[self.arch], 1),
         )
         return blocks * warps / MAX_WARPS
 

@@ -9,6 +9,7 @@ import torch
 
 from oprd_kernels import backends, cuda
 from oprd_kernels._version import __version__
+from oprd_kernels.triton_backend import generation
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "vllm")
 

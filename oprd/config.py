@@ -121,7 +121,7 @@ class DistillConfig:
         k: for ``last_k`` and ``first_k``.
         shift: ``after``: the state that has read the token; ``before``: the one that predicts it.
         reduction: ``token-mean`` or ``seq-mean`` over the global batch.
-        backend: of the kernels: ``auto``, ``cpu`` or ``reference``.
+        backend: of the kernels: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
     """
 
     kind: Literal["mse", "nmse", "cosine"] = "mse"
@@ -131,7 +131,7 @@ class DistillConfig:
     k: int = 2000
     shift: Shift = "before"
     reduction: Reduction = "token-mean"
-    backend: Literal["auto", "cpu", "reference"] = "auto"
+    backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
 
 
 @dataclass

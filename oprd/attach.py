@@ -13,7 +13,7 @@ Shapes: B sequences of T tokens, M supervised rows, L compared layers, d hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,6 +182,19 @@ class Distiller:
         Returns:
             L tensors (M, d) in the teacher's dtype.
         """
+        was_training = self.teacher.backbone.training
+        self.teacher.backbone.eval()
+        try:
+            with self.capture_teacher(rows) as states:
+                self.teacher.forward(input_ids, attention_mask)
+        finally:
+            self.teacher.backbone.train(was_training)
+        return states()
+
+    @contextmanager
+    def capture_teacher(self, rows: Tensor) -> Iterator[Callable[[], list[Tensor]]]:
+        """While open, a forward pass of the teacher, however it is called, leaves its hidden states
+        at the supervised rows; the function yielded returns them, as `teacher_states` does."""
         states: dict[int, Tensor] = {}
 
         def keep_rows(block: int):
@@ -195,15 +208,11 @@ class Distiller:
             last = block == self.teacher_layers - 1
             module = self.teacher.norm if last else self.teacher.layers[block]
             handles.append(module.register_forward_hook(keep_rows(block)))
-        was_training = self.teacher.backbone.training
-        self.teacher.backbone.eval()
         try:
-            self.teacher.forward(input_ids, attention_mask)
+            yield lambda: [states[block] for _, block in self.pairs]
         finally:
-            self.teacher.backbone.train(was_training)
             for handle in handles:
                 handle.remove()
-        return [states[block] for _, block in self.pairs]
 
     @contextmanager
     def taps(

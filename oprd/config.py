@@ -10,6 +10,7 @@ from typing import Literal
 
 from oprd.errors import ConfigError
 from oprd.positions import Positions, Reduction, Shift
+from oprd.vocab_losses import Form
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -115,23 +116,60 @@ class DistillConfig:
     Attributes:
         kind: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d of
             ``cosine``.
-        coefficient: multiplies the loss.
         layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks counted from 0.
         positions: ``all``, ``last``, ``last_k`` or ``first_k`` response tokens.
         k: for ``last_k`` and ``first_k``.
         shift: ``after``: the state that has read the token; ``before``: the one that predicts it.
         reduction: ``token-mean`` or ``seq-mean`` over the global batch.
         backend: of the kernels: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
+        init_head_from_teacher: copy the teacher's LM head into the student before training. OPRD
+            itself gives an untied head no gradient. (Ours, not the paper's.)
     """
 
     kind: Literal["mse", "nmse", "cosine"] = "mse"
-    coefficient: float = 1.0
     layers: str | list[int] = "all"
     positions: Positions = "all"
     k: int = 2000
     shift: Shift = "before"
     reduction: Reduction = "token-mean"
     backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
+    init_head_from_teacher: bool = False
+
+
+OBJECTIVES: dict[str, Form | None] = {
+    "oprd": None,
+    "opd_top1": "top1",
+    "opd_topk": "topk",
+    "opd_topk_advantage": "topk_advantage",
+    "opd_topk_raw": "topk_raw",
+    "opd_full": "full",
+    "opd_full_forward": "full_forward",
+}
+"""Names of objectives; of output-space ones with their `oprd.vocab_losses` form."""
+
+
+@dataclass
+class OpdConfig:
+    """Output-space objectives, the baselines (see `oprd.vocab_losses.VocabLoss`).
+
+    Attributes:
+        k: of the top-k objectives.
+        support: whose k most probable tokens they look at.
+        implementation: ``chunked``: LM head and loss in chunks of tokens, gradients formed on the
+            way; ``materialised``: [B, T, V] logits and log-softmax, as other trainers do.
+        chunk_tokens: rows in a chunk.
+    """
+
+    k: int = 16
+    support: Literal["student", "teacher"] = "student"
+    implementation: Literal["chunked", "materialised"] = "chunked"
+    chunk_tokens: int = 256
+
+    def form(self, objective: str) -> Form:
+        """The form of an output-space objective."""
+        form = OBJECTIVES[objective]
+        assert form is not None
+        return form
 
 
 @dataclass
@@ -212,6 +250,8 @@ class TrainConfig:
             once; gradients accumulate.
         save_every: steps between checkpoints (a Hugging Face directory); 0: none but at the end.
         log_every: steps between progress lines where the output is not a terminal.
+        objectives: what is minimised, a weight for each: ``oprd``, ``opd_top1``, ``opd_topk``,
+            ``opd_topk_advantage``, ``opd_topk_raw``, ``opd_full``, ``opd_full_forward``.
     """
 
     output_dir: str | None = None
@@ -227,7 +267,9 @@ class TrainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objectives: dict[str, float] = field(default_factory=lambda: {"oprd": 1.0})
     distill: DistillConfig = field(default_factory=DistillConfig)
+    opd: OpdConfig = field(default_factory=OpdConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -254,6 +296,8 @@ def check_values(cfg: TrainConfig) -> None:
         "rollout.batch_size": cfg.rollout.batch_size,
         "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
         "distill.k": cfg.distill.k,
+        "opd.k": cfg.opd.k,
+        "opd.chunk_tokens": cfg.opd.chunk_tokens,
         "eval.samples": cfg.eval.samples,
         "eval.max_new_tokens": cfg.eval.max_new_tokens,
         "eval.batch_size": cfg.eval.batch_size,
@@ -277,8 +321,16 @@ def check_values(cfg: TrainConfig) -> None:
         e.temperature > 0 or e.samples == 1,
         f"eval.samples is {e.samples} at eval.temperature 0: greedy samples are all the same",
     )
-    coefficient = cfg.distill.coefficient
-    need(coefficient > 0, f"distill.coefficient must be above 0, got {coefficient}")
+    need(bool(cfg.objectives), f"objectives is empty: name at least one of {[*OBJECTIVES]}")
+    for name, weight in cfg.objectives.items():
+        need(name in OBJECTIVES, f"objectives: {name!r} is not one of {[*OBJECTIVES]}")
+        need(weight > 0, f"objectives.{name} must be above 0, got {weight}: leave it out instead")
+    if "opd_topk" in cfg.objectives:
+        need(
+            cfg.opd.k >= 2,
+            f"opd.k must be at least 2 for opd_topk, got {cfg.opd.k}: on one "
+            "token the loss is always 0. Use opd_top1",
+        )
     need(o.lr > 0, f"optim.lr must be above 0, got {o.lr}")
     need(all(0 <= b < 1 for b in o.betas), f"optim.betas must lie in [0, 1), got {o.betas}")
     need(o.weight_decay >= 0, f"optim.weight_decay must not be negative, got {o.weight_decay}")

@@ -44,15 +44,17 @@ class Decoder:
         Positions count the tokens that ``attention_mask`` (B, T) keeps, so that padding on either
         side changes nothing.
         """
-        position_ids = None
-        if attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
+
+
+def position_ids(attention_mask: Tensor | None) -> Tensor | None:
+    """(B, T) int64: each token's place among those that are not padding."""
+    return None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def find_decoder(model: Any) -> Decoder:

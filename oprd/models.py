@@ -163,3 +163,26 @@ def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, 
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the {limit} positions "
             f"of the {who}: lower data.max_prompt_tokens or the max_new_tokens"
         )
+
+
+def copy_lm_head(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Give the student the teacher's LM head.
+
+    Raises:
+        ConfigError: if the heads differ in shape, or the student's is tied to its embeddings.
+    """
+    ours, theirs = student.get_output_embeddings(), teacher.get_output_embeddings()
+    if ours.weight is student.get_input_embeddings().weight:
+        raise ConfigError(
+            "distill.init_head_from_teacher: the student's head is tied to its embeddings, which "
+            "OPRD trains: leave the option off"
+        )
+    if ours.weight.shape != theirs.weight.shape:
+        raise ConfigError(
+            f"distill.init_head_from_teacher: the student's head is {tuple(ours.weight.shape)}, "
+            f"the teacher's {tuple(theirs.weight.shape)}: they must be alike"
+        )
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+        if getattr(ours, "bias", None) is not None and getattr(theirs, "bias", None) is not None:
+            ours.bias.copy_(theirs.bias)

@@ -72,13 +72,13 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
 
     _check_world(cfg)
     check_output_dir(cfg)
-    backend = cfg.distill.backend
-    if backend != "auto" and (reason := backends.unavailable(backend, _device(cfg))):
+    device, backend = _device(cfg), cfg.distill.backend
+    if backend != "auto" and (reason := backends.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
 
     student = attempt(lambda: load_config(cfg.student.path))
     teacher = attempt(lambda: load_config(cfg.teacher.path))
-    if student and teacher:
+    if student and teacher and "oprd" in cfg.objectives:
         found.layer_pairs = check_pair(student, teacher, cfg.distill.layers)
     _check_lengths(cfg, student, teacher)
 

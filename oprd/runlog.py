@@ -120,9 +120,12 @@ class RunLog:
 
 def step_line(metrics: dict) -> str:
     """One step in a line."""
-    parts = [
-        f"loss {metrics['actor/rep_loss']:.4g}",
-        f"cos {metrics['rep/cosine_similarity']:.4f}",
+    losses = {n: x for n, x in metrics.items() if n.startswith("actor/") and n.endswith("_loss")}
+    names = ["loss"] if len(losses) == 1 else [n[len("actor/") : -len("_loss")] for n in losses]
+    parts = [f"{n} {x:.4g}" for n, x in zip(names, losses.values(), strict=True)]
+    if "rep/cosine_similarity" in metrics:
+        parts.append(f"cos {metrics['rep/cosine_similarity']:.4f}")
+    parts += [
         f"len {metrics['response_length/mean']:.1f}",
         f"{metrics['perf/tokens_per_second']:.0f} tok/s",
     ]

@@ -24,18 +24,19 @@ import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
-from oprd.attach import Distiller, attach
+from oprd.attach import attach
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
 from oprd.data import step_batches
 from oprd.evaluate import EvalResult, evaluate
 from oprd.memory import GIB, PeakMemory
-from oprd.models import load_model
-from oprd.positions import Supervision, supervise
+from oprd.models import copy_lm_head, load_model
+from oprd.objectives import REP, Chosen, Objectives, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
-from oprd.rollout import Batch, Rollout, collate, generate, micro_batches
+from oprd.rollout import Rollout, collate, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 
+METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
 
 
@@ -143,39 +144,35 @@ class Trainer:
         parts = []
         for part in micro_batches(rollouts, cfg.micro_batch_tokens):
             batch = collate(part, self.tokenizer.pad_token_id, device)
-            parts.append((batch, self._supervise(batch)))
+            parts.append((batch, self.objectives.supervise(batch)))
         # Normalised by the whole global batch, so that no split of it changes the loss.
-        (total,) = distributed.sum_over_ranks([sum(chosen.total for _, chosen in parts)], device)
+        totals = self._totals([chosen for _, chosen in parts])
 
         self.student.train()
         outputs, peaks = [], []
         for batch, chosen in parts:
             with self.timer("teacher"), self._autocast():
-                states = self.distiller.teacher_states(
-                    batch.input_ids, batch.attention_mask, chosen.rows
-                )
+                teacher = self.objectives.teacher_pass(batch, chosen)
             with self.timer("student update"), PeakMemory(device) as peak:
                 with self._autocast():
-                    out = self.distiller.student_loss(
-                        batch.input_ids, batch.attention_mask, chosen.rows, states,
-                        chosen.weights, total,
-                    )  # fmt: skip
-                (cfg.distill.coefficient * out.loss).backward()
+                    out = self.objectives.student_pass(batch, chosen, teacher, totals)
+                out.loss.backward()
             outputs.append(out)
             peaks.append(peak)
-            del states
+            del teacher
         with self.timer("student update"), PeakMemory(device) as peak:
             distributed.sum_gradients(self.student.parameters())
             norm = torch.nn.utils.clip_grad_norm_(
                 self.student.parameters(), cfg.optim.max_grad_norm or math.inf
             )
-            layer_losses = self._reduced_losses(outputs)
-            self._check_finite(layer_losses, norm.item(), rollouts)
+            losses, layer_losses = self._reduced_losses(outputs)
+            self._check_finite(losses, layer_losses, norm.item(), rollouts)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()
-        return self._metrics(rollouts, outputs, layer_losses, norm.item(), [*peaks, peak])
+        metrics = self._metrics(rollouts, losses, norm.item(), [*peaks, peak])
+        return metrics | self._rep_metrics(outputs, layer_losses)
 
     # Its parts ----------------------------------------------------------------------------------
 
@@ -189,18 +186,24 @@ class Trainer:
             self.student: PreTrainedModel = load_model(cfg.student, self.device)
         if cfg.student.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        # The distiller keeps the part of the teacher that is needed; the rest goes here.
-        self.distiller: Distiller = attach(
-            self.student,
-            teacher,
-            layers=d.layers,
-            kind=d.kind,
-            positions=d.positions,
-            k=d.k,
-            shift=d.shift,
-            reduction=d.reduction,
-            backend=d.backend,
-        )
+        if d.init_head_from_teacher:
+            copy_lm_head(teacher, self.student)
+        distiller = None
+        if REP in cfg.objectives:
+            distiller = attach(
+                self.student,
+                teacher,
+                layers=d.layers,
+                kind=d.kind,
+                positions=d.positions,
+                k=d.k,
+                shift=d.shift,
+                reduction=d.reduction,
+                backend=d.backend,
+            )
+        # Without output-space objectives the distiller keeps the part of the teacher that is
+        # needed; the rest goes here.
+        self.objectives = Objectives(cfg.objectives, self.student, teacher, distiller, d, cfg.opd)
         o = cfg.optim
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
@@ -210,9 +213,14 @@ class Trainer:
             schedule, self.optimizer, math.ceil(o.warmup_ratio * cfg.steps), cfg.steps
         )
 
-    def _supervise(self, batch: Batch) -> Supervision:
-        d = self.cfg.distill
-        return supervise(batch.response_mask, d.positions, d.k, d.shift, d.reduction)
+    def _totals(self, chosen: list[Chosen]) -> dict[str, float]:
+        """By objective, the denominator of its mean over the global batch."""
+        counts = [
+            sum(c.rep.total for c in chosen if c.rep),
+            sum(c.opd.total for c in chosen if c.opd),
+        ]
+        rep, opd = distributed.sum_over_ranks(counts, self.device)
+        return {name: rep if name == REP else opd for name in self.cfg.objectives}
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = self.cfg.autocast
@@ -220,27 +228,36 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, dtype))
 
-    def _reduced_losses(self, outputs: list) -> list[float]:
-        """Each layer's loss over the global batch."""
-        local = torch.stack([out.layer_losses for out in outputs]).double().sum(0)
-        return distributed.sum_over_ranks(local.tolist(), self.device)
+    def _reduced_losses(self, outputs: list[StudentPass]) -> tuple[dict[str, float], list[float]]:
+        """Each objective's loss over the global batch, before weighting, and each layer's."""
+        names = list(outputs[0].parts)
+        local = torch.stack([torch.stack([*out.parts.values()]) for out in outputs]).double().sum(0)
+        values = local.tolist()
+        if outputs[0].rep is not None:
+            reps = torch.stack([out.rep.layer_losses for out in outputs if out.rep])
+            values += reps.double().sum(0).tolist()
+        values = distributed.sum_over_ranks(values, self.device)
+        return dict(zip(names, values[: len(names)], strict=True)), values[len(names) :]
 
     def _check_finite(
-        self, layer_losses: list[float], norm: float, rollouts: list[Rollout]
+        self,
+        losses: dict[str, float],
+        layer_losses: list[float],
+        norm: float,
+        rollouts: list[Rollout],
     ) -> None:
-        bad = [
-            block
-            for (block, _), loss in zip(self.distiller.pairs, layer_losses, strict=True)
-            if not math.isfinite(loss)
-        ]
-        if not bad and math.isfinite(norm):
+        by_layer = dict(zip(self._student_blocks(), layer_losses, strict=True))
+        bad = [block for block, loss in by_layer.items() if not math.isfinite(loss)]
+        bad_objectives = [name for name, loss in losses.items() if not math.isfinite(loss)]
+        if not bad and not bad_objectives and math.isfinite(norm):
             return
         step = self.step + 1
         file = self.directory / f"failed_step_{step}_rank_{distributed.rank()}.pt"
         torch.save(
             {
                 "step": step,
-                "layer_losses": dict(zip(self.distiller.pairs, layer_losses, strict=True)),
+                "losses": losses,
+                "layer_losses": by_layer,
                 "grad_norm": norm,
                 "rollouts": [(r.prompt_ids, r.response_ids) for r in rollouts],
             },
@@ -248,48 +265,63 @@ class Trainer:
         )
         self.optimizer.zero_grad()
         student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
-        what = f"the loss of student layer(s) {bad}" if bad else "the gradient norm"
+        what = "the gradient norm"
+        if bad_objectives:
+            what = f"the loss of {' and '.join(bad_objectives)}"
+            what += f" in student layer(s) {bad}" if bad else ""
         raise TrainingStopped(
-            f"step {step}: {what} is not finite (loss {layer_losses}, gradient norm {norm}). "
+            f"step {step}: {what} is not finite (loss {losses}, gradient norm {norm}). "
             f"The batch is in {file}; the student as it was before this step in {student}. Lower "
             "optim.lr, or use float32 for models in float16"
         )
 
+    def _student_blocks(self) -> list[int]:
+        distiller = self.objectives.distiller
+        return [] if distiller is None else [block for block, _ in distiller.pairs]
+
+    def _rep_metrics(self, outputs: list[StudentPass], layer_losses: list[float]) -> dict[str, Any]:
+        """Of the representation loss, reduced over ranks."""
+        if self.objectives.distiller is None:
+            return {}
+        found = [out.rep for out in outputs if out.rep is not None]
+        counts = [out.num_valid.item() for out in found]
+        weighted = [
+            (count * x.mean().item(), count * y.mean().item(), count * z.mean().item())
+            for count, out in zip(counts, found, strict=True)
+            for x, y, z in [(out.layer_cosine, out.layer_student_norm, out.layer_teacher_norm)]
+        ]
+        sums = [sum(column) for column in zip(*weighted, strict=True)]
+        cosine, norm_s, norm_t, count = distributed.sum_over_ranks(
+            [*sums, sum(counts)], self.device
+        )
+        cosine, norm_s, norm_t = (x / count if count else 0.0 for x in (cosine, norm_s, norm_t))
+        width = self.objectives.distiller.student.width
+        return {
+            "rep/cosine_similarity": cosine,
+            "rep/norm_mse": 2 * (1 - cosine) / width if count else 0.0,
+            "rep/student_norm": norm_s,
+            "rep/teacher_norm": norm_t,
+            "rep/layer_loss": layer_losses,
+            "rep/supervised_tokens": int(count),
+        }
+
     def _metrics(
         self,
         rollouts: list[Rollout],
-        outputs: list,
-        layer_losses: list[float],
+        losses: dict[str, float],
         norm: float,
         peaks: list[PeakMemory],
     ) -> dict[str, Any]:
         """Reduced over ranks, under the names that method.md's figures use."""
-        counts = [out.num_valid.item() for out in outputs]
-        weighted = [
-            (count * x.mean().item(), count * y.mean().item(), count * z.mean().item())
-            for count, out in zip(counts, outputs, strict=True)
-            for x, y, z in [(out.layer_cosine, out.layer_student_norm, out.layer_teacher_norm)]
-        ]
         lengths = [len(r.response_ids) for r in rollouts]
-        sums = [sum(column) for column in zip(*weighted, strict=True)]
-        sums += [sum(counts), sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
+        sums = [sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
         sums += [sum(len(r) for r in rollouts)]
-        cosine, norm_s, norm_t, count, length, responses, truncated, tokens = (
-            distributed.sum_over_ranks(sums, self.device)
-        )
+        length, responses, truncated, tokens = distributed.sum_over_ranks(sums, self.device)
         seconds = self.timer.take_step()
-        metrics = {
-            "actor/rep_loss": sum(layer_losses) / len(layer_losses),
+        metrics = {METRICS.get(name, f"actor/{name}_loss"): x for name, x in losses.items()}
+        metrics |= {
             "actor/grad_norm": norm,
             "actor/lr": self.scheduler.get_last_lr()[0],
-            "rep/cosine_similarity": cosine / count if count else 0.0,
-            "rep/norm_mse": 2 * (1 - cosine / count) / self.distiller.student.width
-            if count
-            else 0.0,
-            "rep/student_norm": norm_s / count if count else 0.0,
-            "rep/teacher_norm": norm_t / count if count else 0.0,
-            "rep/layer_loss": layer_losses,
-            "rep/supervised_tokens": int(count),
             "response_length/mean": length / responses,
             "response_length/max": distributed.max_over_ranks(float(max(lengths)), self.device),
             "response_length/clip_ratio": truncated / responses,

@@ -148,6 +148,17 @@ class _Chunked(torch.autograd.Function):
         ctx, student_Md, weight, bias, head, loss, teacher_logits, tokens_M, weights_M,
         denominator, chunk,
     ):  # fmt: skip
+        with torch.autocast(student_Md.device.type, enabled=False):
+            return _Chunked._forward(
+                ctx, student_Md, weight, bias, head, loss, teacher_logits, tokens_M, weights_M,
+                denominator, chunk,
+            )  # fmt: skip
+
+    @staticmethod
+    def _forward(
+        ctx, student_Md, weight, bias, head, loss, teacher_logits, tokens_M, weights_M,
+        denominator, chunk,
+    ):  # fmt: skip
         wide = torch.float64 if student_Md.dtype == torch.float64 else torch.float32
         total = student_Md.new_zeros((), dtype=wide)
         d_student = torch.empty_like(student_Md) if ctx.needs_input_grad[0] else None

@@ -143,7 +143,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(DEMO / "teacher").save_pretrained(tmp_path / "teacher")
     cfg = small_run(tmp_path / "run", teacher__path=str(tmp_path / "teacher"), eval__teacher=False)
-    with pytest.raises(TrainingStopped, match=r"step 1: the loss of student layer\(s\) \[2, 3\]"):
+    with pytest.raises(
+        TrainingStopped, match=r"step 1: the loss of oprd in student layer\(s\) \[2, 3\]"
+    ):
         train(cfg)
     batch = torch.load(tmp_path / "run" / "failed_step_1_rank_0.pt", weights_only=True)
     assert len(batch["rollouts"]) == 8

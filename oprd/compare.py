@@ -1,0 +1,354 @@
+"""``oprd-compare``: objectives side by side, from the same student, prompts, seeds and schedule.
+
+    oprd-compare [--config recipes/compare_demo.yaml] [--seeds '[0, 1, 2]'] [--output_dir ..]
+
+Every objective's learning rate is chosen from the same grid, by validation accuracy on a seed of
+its own; then the seeds are run. A run that is finished already is read, not repeated, so that an
+interrupted comparison can be started again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from oprd.config import EvalConfig, OpdConfig, TrainConfig
+from oprd.errors import ConfigError
+from oprd.memory import GIB
+from oprd.train import train
+
+PHASES = ("rollout", "teacher", "student update")
+
+
+@dataclass
+class Variant:
+    """One way to train.
+
+    Attributes:
+        objectives: as `TrainConfig.objectives`.
+        opd: how its output-space losses are computed.
+    """
+
+    objectives: dict[str, float]
+    opd: OpdConfig = field(default_factory=OpdConfig)
+
+
+def _demo_variants() -> dict[str, Variant]:
+    return {
+        "OPD top-1": Variant({"opd_top1": 1.0}),
+        "OPD top-4": Variant({"opd_topk": 1.0}, OpdConfig(k=4)),
+        "OPD full": Variant({"opd_full": 1.0}),
+        "OPRD": Variant({"oprd": 1.0}),
+        "OPD top-1 + OPRD": Variant({"opd_top1": 1.0, "oprd": 1.0}),
+    }
+
+
+@dataclass
+class CompareConfig:
+    """A comparison. Every default is the demo's.
+
+    Attributes:
+        output_dir: every run gets a directory in it, and the table and figure are written there.
+        variants: what is compared, by name.
+        learning_rates: the grid that every variant's rate is chosen from.
+        tuning_seed: of the runs that choose.
+        seeds: of the runs that are reported.
+        selection_set: the evaluation set that rates are chosen by and progress is measured on.
+        report_set: the one whose accuracy is reported.
+        target: share of the teacher's accuracy whose steps and seconds are reported.
+        run: everything the runs have in common.
+    """
+
+    output_dir: str = "runs/compare"
+    variants: dict[str, Variant] = field(default_factory=_demo_variants)
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
+    tuning_seed: int = 100
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    selection_set: str = "val"
+    report_set: str = "test"
+    target: float = 0.95
+    run: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run came to.
+
+    Attributes:
+        curve: (step, seconds of training so far, accuracy on the selection set).
+        seconds: by phase.
+        delta_peak: GiB, None if not measured.
+    """
+
+    curve: list[tuple[int, float, float]]
+    accuracy: float
+    seconds: dict[str, float]
+    delta_peak: float | None
+    tokens_per_second: float
+
+    def reached(self, accuracy: float) -> tuple[int, float] | None:
+        """Step and training seconds at which an evaluation first saw ``accuracy``."""
+        return next(((step, s) for step, s, a in self.curve if a >= accuracy), None)
+
+
+def check(cfg: CompareConfig) -> None:
+    """Everything that is wrong with the comparison itself.
+
+    Raises:
+        ConfigError: listing all of it.
+    """
+    problems = []
+    sets = cfg.run.eval.sets
+    for name in {cfg.selection_set, cfg.report_set} - set(sets):
+        problems.append(f"run.eval.sets has no {name!r}, only {[*sets]}")
+    if cfg.selection_set in sets and not sets[cfg.selection_set].every:
+        problems.append(
+            f"run.eval.sets.{cfg.selection_set}.every is 0: progress is measured on it, so set the "
+            "steps between evaluations"
+        )
+    lists: dict[str, list[Any]] = {"learning_rates": cfg.learning_rates, "seeds": cfg.seeds}
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            problems.append(f"{name} must be distinct values, at least one, got {values}")
+    if not cfg.variants:
+        problems.append("variants is empty: name at least one")
+    if not 0 < cfg.target <= 1:
+        problems.append(f"target must lie in (0, 1], got {cfg.target}")
+    if cfg.run.output_dir is not None:
+        problems.append("run.output_dir is set: runs are written to directories in output_dir")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+class Comparison:
+    """Runs what is missing of a `CompareConfig` and reports."""
+
+    def __init__(self, cfg: CompareConfig) -> None:
+        check(cfg)
+        self.cfg, self.directory = cfg, Path(cfg.output_dir)
+        self.console = Console()
+
+    def run(self) -> dict[str, Any]:
+        """Tune, run the seeds, write ``compare.json``, ``compare.md`` and ``compare.png``."""
+        cfg = self.cfg
+        self._keep_config()
+        teacher = self._teacher_accuracy()
+        rates = {name: self._best_rate(name) for name in cfg.variants}
+        results = {
+            name: [self._result(name, rates[name], seed) for seed in cfg.seeds]
+            for name in cfg.variants
+        }
+        report = summarise(cfg, teacher, rates, results)
+        (self.directory / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+        text = markdown(cfg, report)
+        (self.directory / "compare.md").write_text(text + "\n")
+        plot(cfg, teacher[cfg.selection_set], results, self.directory / "compare.png")
+        print(text)  # as it is: a console would break its lines
+        return report
+
+    def _keep_config(self) -> None:
+        """A directory holds one comparison: the runs in it were made with this configuration."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        file = self.directory / "config.json"
+        values = asdict(self.cfg)
+        # More seeds and rates may be added later; the rest decides what the runs there mean.
+        shared = {k: v for k, v in values.items() if k not in ("learning_rates", "seeds")}
+        shared["variants"] = {}
+        if file.exists():
+            earlier = json.loads(file.read_text())
+            if earlier != json.loads(json.dumps(shared)):
+                raise ConfigError(
+                    f"output_dir {self.directory} holds a comparison with other settings (see "
+                    "config.json in it): choose a new directory"
+                )
+        file.write_text(json.dumps(shared, indent=2) + "\n")
+
+    def _teacher_accuracy(self) -> dict[str, float]:
+        file = self.directory / "teacher.json"
+        if not file.exists():
+            run = copy.deepcopy(self.cfg.run)
+            run.output_dir, run.steps = str(self._free(self.directory / "teacher")), 1
+            run.eval.teacher = True
+            summary = train(run)
+            accuracy = {n: r.avg for n, r in summary.evaluations["teacher"].items()}
+            file.write_text(json.dumps(accuracy) + "\n")
+        return json.loads(file.read_text())
+
+    def _best_rate(self, name: str) -> float:
+        """The rate with the best last accuracy on the selection set; of equals, the smaller."""
+        found = {
+            lr: self._result(name, lr, self.cfg.tuning_seed).curve[-1][2]
+            for lr in sorted(self.cfg.learning_rates)
+        }
+        return max(found, key=lambda lr: found[lr])
+
+    def _result(self, name: str, lr: float, seed: int) -> Result:
+        directory = self.directory / _slug(name) / f"lr_{lr:g}_seed_{seed}"
+        if not (directory / "summary.json").exists():
+            variant = self.cfg.variants[name]
+            run = copy.deepcopy(self.cfg.run)
+            run.name, run.seed, run.optim.lr = f"{name}, lr {lr:g}, seed {seed}", seed, lr
+            run.objectives, run.opd = dict(variant.objectives), variant.opd
+            run.eval.teacher = False
+            run.output_dir = str(self._free(directory))
+            self.console.rule(run.name)
+            if train(run).interrupted:
+                (directory / "summary.json").unlink()
+                raise KeyboardInterrupt
+        return read_result(directory, self.cfg.selection_set, self.cfg.report_set)
+
+    def _free(self, directory: Path) -> Path:
+        """``directory``; what a run that did not finish has left there is moved aside."""
+        if directory.exists():
+            n = 1
+            while (aside := directory.with_name(f"{directory.name}.unfinished_{n}")).exists():
+                n += 1
+            directory.rename(aside)
+        return directory
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def read_result(directory: Path, selection_set: str, report_set: str) -> Result:
+    """From what a finished run has written."""
+    summary = json.loads((directory / "summary.json").read_text())
+    curve: list[tuple[int, float, float]] = []
+    seconds = 0.0
+    tokens, token_seconds = 0.0, 0.0
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        if "actor/grad_norm" in metrics:
+            spent = sum(metrics[f"time/{phase.replace(' ', '_')}_s"] for phase in PHASES)
+            seconds += spent
+            tokens += metrics["perf/tokens_per_second"] * spent
+            token_seconds += spent
+        elif (accuracy := metrics.get(f"val/{selection_set}/avg@1")) is not None:
+            curve.append((metrics["step"], seconds, accuracy))
+    return Result(
+        curve=curve,
+        accuracy=summary["evaluations"]["student after"][report_set]["avg"],
+        seconds={phase: summary["seconds"].get(phase, 0.0) for phase in PHASES},
+        delta_peak=summary["mem/actor_update_delta_peak_GB"],
+        tokens_per_second=tokens / token_seconds if token_seconds else 0.0,
+    )
+
+
+def summarise(
+    cfg: CompareConfig,
+    teacher: dict[str, float],
+    rates: dict[str, float],
+    results: dict[str, list[Result]],
+) -> dict[str, Any]:
+    """Means and spreads over seeds, by variant."""
+    target = cfg.target * teacher[cfg.selection_set]
+    variants = {}
+    for name, runs in results.items():
+        accuracies = [r.accuracy for r in runs]
+        reached = [hit for r in runs if (hit := r.reached(target))]
+        peaks = [r.delta_peak for r in runs if r.delta_peak is not None]
+        variants[name] = {
+            "lr": rates[name],
+            "accuracy": accuracies,
+            "accuracy_mean": statistics.mean(accuracies),
+            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            "seconds": {p: statistics.mean(r.seconds[p] for r in runs) for p in PHASES},
+            "delta_peak_GB": max(peaks) if peaks else None,
+            "tokens_per_second": statistics.mean(r.tokens_per_second for r in runs),
+            "reached": len(reached),
+            "steps_to_target": statistics.mean(s for s, _ in reached) if reached else None,
+            "seconds_to_target": statistics.mean(s for _, s in reached) if reached else None,
+        }
+    return {"teacher": teacher, "target_accuracy": target, "variants": variants}
+
+
+def markdown(cfg: CompareConfig, report: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        f"{cfg.run.steps} steps, seeds {cfg.seeds}; learning rate of each from "
+        f"{cfg.learning_rates} by accuracy on {cfg.selection_set} with seed {cfg.tuning_seed}. "
+        f"Teacher: {report['teacher'][cfg.report_set]:.4f} on {cfg.report_set}. Target: "
+        f"{cfg.target:.0%} of the teacher's accuracy on {cfg.selection_set}, seen every "
+        f"{cfg.run.eval.sets[cfg.selection_set].every} steps; seconds are of training alone.",
+        "",
+        f"| objective | lr | {cfg.report_set} accuracy, mean ± std | rollout s | teacher s | "
+        "student update s | delta-peak MiB | tokens/s | seeds at target | steps | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, v in report["variants"].items():
+        peak, steps, seconds = v["delta_peak_GB"], v["steps_to_target"], v["seconds_to_target"]
+        cells = [
+            name,
+            f"{v['lr']:g}",
+            f"{v['accuracy_mean']:.4f} ± {v['accuracy_std']:.4f}",
+            *(f"{v['seconds'][phase]:.1f}" for phase in PHASES),
+            "-" if peak is None else f"{peak * GIB / 2**20:.1f}",
+            f"{v['tokens_per_second']:.0f}",
+            f"{v['reached']}/{len(cfg.seeds)}",
+            "-" if steps is None else f"{steps:.0f}",
+            "-" if seconds is None else f"{seconds:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], path: Path) -> None:
+    """Accuracy over steps and over seconds of training: means, and ranges over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for name, runs in results.items():
+        columns = list(zip(*(r.curve for r in runs), strict=False))  # by evaluation
+        accuracy = [[point[2] for point in column] for column in columns]
+        mean = [statistics.mean(values) for values in accuracy]
+        steps = [column[0][0] for column in columns]
+        seconds = [statistics.mean(point[1] for point in column) for column in columns]
+        for axis, xs in zip(axes, (steps, seconds), strict=True):
+            (line,) = axis.plot(xs, mean, label=name)
+            low, high = [min(v) for v in accuracy], [max(v) for v in accuracy]
+            axis.fill_between(xs, low, high, alpha=0.15, color=line.get_color())
+    for axis, label in zip(axes, ("step", "seconds of training"), strict=True):
+        axis.axhline(teacher, color="black", linestyle=":", label="teacher")
+        axis.set(xlabel=label)
+    axes[0].set(ylabel=f"accuracy on {cfg.selection_set}")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``oprd-compare``. Exit codes: 0, 2 wrong configuration, 130 interrupted."""
+    from oprd.cli import Parser, quiet_libraries
+
+    parser = Parser(prog="oprd-compare", description="Objectives side by side.")
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options")
+    parser.add_class_arguments(CompareConfig, None)
+    parser.set_defaults({"run.eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
+    parser.set_defaults({"variants": {k: asdict(v) for k, v in _demo_variants().items()}})
+    parsed = parser.instantiate(parser.parse_args(argv))
+    quiet_libraries()
+    values = {k: v for k, v in vars(parsed).items() if k != "config"}
+    try:
+        Comparison(CompareConfig(**values)).run()
+    except ConfigError as error:
+        sys.stderr.write(f"oprd-compare: error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("oprd-compare: interrupted; the same command goes on from here\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

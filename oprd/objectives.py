@@ -1,0 +1,197 @@
+"""What a run minimises: a weighted sum of objectives from one rollout, one teacher forward and one
+student forward (Eq. 7).
+
+``oprd`` compares hidden states; ``opd_*`` compare next-token distributions (`oprd.vocab_losses`).
+
+Shapes: B sequences of T tokens, M supervised tokens, V vocabulary, d hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oprd.attach import Distiller, RepOutput
+from oprd.config import DistillConfig, OpdConfig
+from oprd.decoder import find_decoder, position_ids
+from oprd.lm_head import LMHead
+from oprd.positions import Supervision, supervise
+from oprd.rollout import Batch
+from oprd.vocab_losses import VocabLoss, chunked, materialised
+
+REP = "oprd"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The supervised tokens of a batch: of the representation loss, and of output-space losses,
+    which read the state that predicts a token and take all tokens of the responses."""
+
+    rep: Supervision | None
+    opd: Supervision | None
+
+
+@dataclass
+class TeacherPass:
+    """What the objectives need of the teacher on a batch.
+
+    Attributes:
+        states: L tensors (M, d), if hidden states are compared.
+        last_Md: final hidden states where tokens are predicted, if logits are made in chunks.
+        logits_BTV: all logits, if they are materialised.
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    last_Md: Tensor | None = None
+    logits_BTV: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StudentPass:
+    """Of a batch: the weighted sum to call ``backward`` on, each objective's loss before weighting,
+    detached, and the representation loss's own findings, if it is one of them."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    rep: RepOutput | None
+
+
+class Objectives:
+    """A weighted sum of objectives on a pair of models."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        distiller: Distiller | None,
+        distill: DistillConfig,
+        opd: OpdConfig,
+    ) -> None:
+        """
+        Args:
+            weights: by name, see `oprd.config.OBJECTIVES`.
+            distiller: the pair's taps, if ``oprd`` is among them.
+            distill: positions, shift and reduction.
+            opd: how output-space losses are computed.
+        """
+        self.weights = dict(weights)
+        self.distiller = distiller if REP in weights else None
+        self.distill, self.opd = distill, opd
+        self.vocab = {
+            name: VocabLoss(opd.form(name), opd.k, opd.support) for name in weights if name != REP
+        }
+        self.student, self.decoder = student, find_decoder(student)
+        if self.vocab:  # else the distiller's part of the teacher is all that is kept
+            self.teacher, self.teacher_decoder = teacher, find_decoder(teacher)
+            self.materialised = opd.implementation == "materialised"
+            if not self.materialised:
+                self.head, self.teacher_head = LMHead.of(student), LMHead.of(teacher)
+
+    def supervise(self, batch: Batch) -> Chosen:
+        """Which tokens of a batch are supervised."""
+        d, mask = self.distill, batch.response_mask
+        rep = opd = None
+        if self.distiller:
+            rep = supervise(mask, d.positions, d.k, d.shift, d.reduction)
+        if self.vocab:
+            opd = supervise(mask, "all", d.k, "before", d.reduction)
+        return Chosen(rep, opd)
+
+    @torch.no_grad()
+    def teacher_pass(self, batch: Batch, chosen: Chosen) -> TeacherPass:
+        """Run the teacher once."""
+        if not self.vocab:
+            assert self.distiller is not None
+            assert chosen.rep is not None
+            states = self.distiller.teacher_states(
+                batch.input_ids, batch.attention_mask, chosen.rep.rows
+            )
+            return TeacherPass(states)
+        assert chosen.opd is not None
+        capture: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.distiller:
+            assert chosen.rep is not None
+            capture = self.distiller.capture_teacher(chosen.rep.rows)
+        self.teacher.eval()
+        result = TeacherPass()
+        with capture as captured:
+            if self.materialised:
+                result.logits_BTV = _logits(self.teacher, batch)
+            else:
+                hidden = self.teacher_decoder.forward(batch.input_ids, batch.attention_mask)
+                result.last_Md = hidden.flatten(0, 1)[chosen.opd.rows]
+        if captured is not None:
+            result.states = captured()
+        return result
+
+    def student_pass(
+        self, batch: Batch, chosen: Chosen, teacher: TeacherPass, totals: Mapping[str, float]
+    ) -> StudentPass:
+        """Run the student once.
+
+        Args:
+            totals: by objective, the denominator of its mean over the global batch.
+        """
+        session: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.distiller:
+            assert chosen.rep is not None
+            session = self.distiller.taps(
+                teacher.states, chosen.rep.rows, chosen.rep.weights, totals[REP]
+            )
+        with session as taps:
+            if self.vocab and self.materialised:
+                output = _logits(self.student, batch)
+            else:
+                output = self.decoder.forward(batch.input_ids, batch.attention_mask)
+        rep = None if taps is None else taps.output()
+        losses = {} if rep is None else {REP: rep.loss}
+        for name in self.vocab:
+            losses[name] = self._vocab_loss(name, batch, chosen, teacher, output, totals[name])
+        terms = [self.weights[name] * loss for name, loss in losses.items()]
+        parts = {name: loss.detach() for name, loss in losses.items()}
+        return StudentPass(torch.stack(terms).sum(), parts, rep)
+
+    def _vocab_loss(
+        self,
+        name: str,
+        batch: Batch,
+        chosen: Chosen,
+        teacher: TeacherPass,
+        output: Tensor,
+        total: float,
+    ) -> Tensor:
+        opd = chosen.opd
+        assert opd is not None
+        tokens_M = batch.input_ids.flatten()[opd.rows + 1]
+        if self.materialised:
+            assert teacher.logits_BTV is not None
+            return materialised(
+                self.vocab[name], output, teacher.logits_BTV, opd.rows, tokens_M, opd.weights, total
+            )
+        last_Md, head = teacher.last_Md, self.teacher_head
+        assert last_Md is not None
+
+        def teacher_logits(at: slice) -> Tensor:
+            return head.logits(head.products(last_Md[at]))
+
+        student_Md = output.flatten(0, 1)[opd.rows]
+        return chunked(
+            self.vocab[name], student_Md, self.head, teacher_logits, tokens_M, opd.weights, total,
+            self.opd.chunk_tokens,
+        )  # fmt: skip
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(B, T, V), of every position, as the model itself makes them."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=position_ids(batch.attention_mask),
+        use_cache=False,
+    ).logits

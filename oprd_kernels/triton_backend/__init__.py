@@ -52,11 +52,12 @@ def unavailable(device: torch.device) -> str | None:
 
 @functools.cache
 def _generation(index: int) -> str:
-    """The row of `configs` that fits a device best."""
+    """The row of `configs` that fits a device best: consumer Blackwell (sm_120) has the shared
+    memory and the tensor-core instructions of the generation before Hopper."""
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(index)
-    return "sm80" if major < 9 else "sm90" if major == 9 else "sm100"
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
 def generation(device: torch.device) -> str:

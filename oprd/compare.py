@@ -69,7 +69,7 @@ class CompareConfig:
 
     output_dir: str = "runs/compare"
     variants: dict[str, Variant] = field(default_factory=_demo_variants)
-    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
+    learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])
     tuning_seed: int = 100
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     selection_set: str = "val"

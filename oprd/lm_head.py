@@ -51,20 +51,27 @@ class LMHead:
         cap = getattr(config, "final_logit_softcapping", None)
         return cls(head.weight, getattr(head, "bias", None), cap)
 
-    def products(self, states_md: Tensor) -> Tensor:
-        """(m, V) W h, float32 (float64 for float64 states)."""
-        states, weight = states_md.detach(), self.weight.detach()
-        if states.dtype == weight.dtype == torch.float32 or states.dtype == torch.float64:
-            return states @ weight.to(states.dtype).T
-        if states.is_cuda and states.dtype == weight.dtype:
-            return torch.mm(states, weight.T, out_dtype=torch.float32)
-        return states.float() @ weight.float().T
+    def operand(self, states: Tensor) -> Tensor:
+        """The weight as `multiply` is to take it with such states; once a call, as it is large."""
+        weight = self.weight.detach()
+        on_tensor_cores = states.is_cuda and states.dtype == weight.dtype
+        return weight if on_tensor_cores else weight.to(wide_dtype(states.dtype))
 
     def logits(self, products_mV: Tensor) -> Tensor:
         """From the products: bias and cap."""
         logits = products_mV if self.bias is None else products_mV + self.bias.detach()
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
-    def backward_states(self, d_products_mV: Tensor) -> Tensor:
-        """(m, d) gradient with respect to the states."""
-        return d_products_mV @ self.weight.detach().to(d_products_mV.dtype)
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of products of ``dtype`` are kept in: float32, or float64 for itself."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in `wide_dtype`. On a GPU a 16-bit ``b`` keeps its type, for
+    the tensor cores, and ``a`` is rounded to it."""
+    wide = wide_dtype(b.dtype)
+    if a.is_cuda and b.dtype != wide:
+        return torch.mm(a.to(b.dtype), b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)

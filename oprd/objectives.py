@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from oprd.attach import Distiller, RepOutput
 from oprd.config import DistillConfig, OpdConfig
 from oprd.decoder import find_decoder, position_ids
-from oprd.lm_head import LMHead
+from oprd.lm_head import LMHead, multiply
 from oprd.positions import Supervision, supervise
 from oprd.rollout import Batch
 from oprd.vocab_losses import VocabLoss, chunked, materialised
@@ -176,9 +176,10 @@ class Objectives:
             )
         last_Md, head = teacher.last_Md, self.teacher_head
         assert last_Md is not None
+        operand_Vd = head.operand(last_Md)
 
         def teacher_logits(at: slice) -> Tensor:
-            return head.logits(head.products(last_Md[at]))
+            return head.logits(multiply(last_Md[at], operand_Vd.T))
 
         student_Md = output.flatten(0, 1)[opd.rows]
         return chunked(

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oprd.lm_head import LMHead
+from oprd.lm_head import LMHead, multiply, wide_dtype
 
 Form = Literal["top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward"]
 
@@ -159,7 +159,7 @@ class _Chunked(torch.autograd.Function):
         ctx, student_Md, weight, bias, head, loss, teacher_logits, tokens_M, weights_M,
         denominator, chunk,
     ):  # fmt: skip
-        wide = torch.float64 if student_Md.dtype == torch.float64 else torch.float32
+        wide, operand_Vd = wide_dtype(student_Md.dtype), head.operand(student_Md)
         total = student_Md.new_zeros((), dtype=wide)
         d_student = torch.empty_like(student_Md) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
@@ -168,7 +168,7 @@ class _Chunked(torch.autograd.Function):
             d_bias = torch.zeros_like(bias, dtype=wide)
         for start in range(0, student_Md.shape[0], chunk):
             at = slice(start, min(start + chunk, student_Md.shape[0]))
-            products = head.products(student_Md[at])
+            products = multiply(student_Md[at].detach(), operand_Vd.T)
             with torch.enable_grad():
                 products.requires_grad_()
                 logits = head.logits(products)
@@ -180,9 +180,9 @@ class _Chunked(torch.autograd.Function):
                 (d_products,) = torch.autograd.grad(part, products)
             total += part.detach()
             if d_student is not None:
-                d_student[at] = head.backward_states(d_products)
+                d_student[at] = multiply(d_products, operand_Vd)
             if d_weight is not None:
-                d_weight.addmm_(d_products.T, student_Md[at].to(wide))
+                d_weight += multiply(d_products.T, student_Md[at].detach())
             if d_bias is not None:
                 d_bias += d_products.sum(0)
         ctx.gradients = (d_student, d_weight, d_bias)

@@ -14,16 +14,19 @@ from benchmarks.gpu_code import Missing, find_cuobjdump
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 
 
-def compile_table(arch):
-    """Every kernel of the table; in a process of its own, as this one interprets."""
+def run(module, *arguments):
+    """What a module prints; in a process of its own, as this one interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = ["-m", "benchmarks.gpu_static", "--json_lines", "true", "--backend", "[triton]"]
-    command += ["--arch", f"[{arch}]"]
-    run = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def compile_table(arch):
+    """Every kernel of the table."""
+    options = ("--json_lines", "true", "--backend", "[triton]", "--arch", f"[{arch}]")
+    return [json.loads(line) for line in run("benchmarks.gpu_static", *options).splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +80,7 @@ def test_every_kernel_of_the_backend_is_in_the_table(kernels):
         "projected_forward", "project_part", "compare_parts", "projected_backward", "sum_chunk",
         "finish",
     }  # fmt: skip
+
+
+def test_every_option_compiles():
+    assert int(run("tests.kernels.triton_options")) > 100

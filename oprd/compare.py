@@ -47,7 +47,7 @@ def _demo_variants() -> dict[str, Variant]:
         "OPD top-4": Variant({"opd_topk": 1.0}, OpdConfig(k=4)),
         "OPD full": Variant({"opd_full": 1.0}),
         "OPRD": Variant({"oprd": 1.0}),
-        "OPD top-1 + OPRD": Variant({"opd_top1": 1.0, "oprd": 1.0}),
+        "OPD top-1 + 10 OPRD": Variant({"opd_top1": 1.0, "oprd": 10.0}),
     }
 
 
@@ -158,18 +158,25 @@ class Comparison:
         """A directory holds one comparison: the runs in it were made with this configuration."""
         self.directory.mkdir(parents=True, exist_ok=True)
         file = self.directory / "config.json"
-        values = asdict(self.cfg)
-        # More seeds and rates may be added later; the rest decides what the runs there mean.
-        shared = {k: v for k, v in values.items() if k not in ("learning_rates", "seeds")}
-        shared["variants"] = {}
+        values = json.loads(json.dumps(asdict(self.cfg)))
+        # Variants, seeds and rates may be added later; the rest decides what the runs there mean.
+        ours = {k: v for k, v in values.items() if k not in ("learning_rates", "seeds")}
         if file.exists():
-            earlier = json.loads(file.read_text())
-            if earlier != json.loads(json.dumps(shared)):
+            theirs = json.loads(file.read_text())
+            variants = theirs["variants"] | ours["variants"]
+            if theirs | {"variants": {}} != ours | {"variants": {}}:
                 raise ConfigError(
                     f"output_dir {self.directory} holds a comparison with other settings (see "
                     "config.json in it): choose a new directory"
                 )
-        file.write_text(json.dumps(shared, indent=2) + "\n")
+            changed = [n for n, v in theirs["variants"].items() if ours["variants"].get(n, v) != v]
+            if changed:
+                raise ConfigError(
+                    f"output_dir {self.directory} holds runs of other variants called {changed}: "
+                    "give yours other names, or choose a new directory"
+                )
+            ours["variants"] = variants
+        file.write_text(json.dumps(ours, indent=2) + "\n")
 
     def _teacher_accuracy(self) -> dict[str, float]:
         file = self.directory / "teacher.json"

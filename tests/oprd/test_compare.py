@@ -53,6 +53,10 @@ def test_table_figure_and_restart(tmp_path, capsys):
     other.run.steps = 3
     with pytest.raises(ConfigError, match="holds a comparison with other settings"):
         Comparison(other).run()
+    other = tiny(tmp_path)
+    other.variants["OPRD"].objectives["oprd"] = 2.0
+    with pytest.raises(ConfigError, match=r"other variants called \['OPRD'\]"):
+        Comparison(other).run()
 
 
 def test_steps_and_seconds_to_the_target():

@@ -80,9 +80,8 @@ def main(
     table = markdown(rows)
     print(table)
     if output is not None:
-        output.write_text(f"`{' '.join(['python -m benchmarks.gpu_static', *sys.argv[1:]])}`\n\n")
-        with output.open("a") as file:
-            file.write(table + "\n")
+        command = " ".join(["python -m benchmarks.gpu_static", *sys.argv[1:]])
+        output.write_text(f"`{command}`\n\n{table}\n")
 
 
 if __name__ == "__main__":

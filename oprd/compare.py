@@ -182,7 +182,7 @@ class Comparison:
         file = self.directory / "teacher.json"
         if not file.exists():
             run = copy.deepcopy(self.cfg.run)
-            run.output_dir, run.steps = str(self._free(self.directory / "teacher")), 1
+            run.output_dir, run.steps = str(_free(self.directory / "teacher")), 1
             run.eval.teacher = True
             summary = train(run)
             accuracy = {n: r.avg for n, r in summary.evaluations["teacher"].items()}
@@ -205,21 +205,22 @@ class Comparison:
             run.name, run.seed, run.optim.lr = f"{name}, lr {lr:g}, seed {seed}", seed, lr
             run.objectives, run.opd = dict(variant.objectives), variant.opd
             run.eval.teacher = False
-            run.output_dir = str(self._free(directory))
+            run.output_dir = str(_free(directory))
             self.console.rule(run.name)
             if train(run).interrupted:
                 (directory / "summary.json").unlink()
                 raise KeyboardInterrupt
         return read_result(directory, self.cfg.selection_set, self.cfg.report_set)
 
-    def _free(self, directory: Path) -> Path:
-        """``directory``; what a run that did not finish has left there is moved aside."""
-        if directory.exists():
-            n = 1
-            while (aside := directory.with_name(f"{directory.name}.unfinished_{n}")).exists():
-                n += 1
-            directory.rename(aside)
-        return directory
+
+def _free(directory: Path) -> Path:
+    """``directory``; what a run that did not finish has left there is moved aside."""
+    if directory.exists():
+        n = 1
+        while (aside := directory.with_name(f"{directory.name}.unfinished_{n}")).exists():
+            n += 1
+        directory.rename(aside)
+    return directory
 
 
 def _slug(name: str) -> str:

@@ -57,6 +57,14 @@ class LMHead:
         on_tensor_cores = states.is_cuda and states.dtype == weight.dtype
         return weight if on_tensor_cores else weight.to(wide_dtype(states.dtype))
 
+    def products(self, states_md: Tensor, operand_Vd: Tensor) -> Tensor:
+        """(m, V) in `wide_dtype`, with the `operand` made for such states."""
+        return multiply(states_md, operand_Vd.T)
+
+    def backward_states(self, d_products_mV: Tensor, operand_Vd: Tensor) -> Tensor:
+        """(m, d): the gradient of the states from that of their products."""
+        return multiply(d_products_mV, operand_Vd)
+
     def logits(self, products_mV: Tensor) -> Tensor:
         """From the products: bias and cap."""
         logits = products_mV if self.bias is None else products_mV + self.bias.detach()
@@ -75,3 +83,13 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and b.dtype != wide:
         return torch.mm(a.to(b.dtype), b, out_dtype=wide)
     return a.to(wide) @ b.to(wide)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 8192) -> None:
+    """total += a @ b in place, without a second tensor of its size."""
+    if not a.is_cuda or b.dtype == total.dtype:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        return
+    for start in range(0, total.shape[0], rows):
+        at = slice(start, start + rows)
+        total[at] += multiply(a[at], b)

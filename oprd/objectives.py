@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from oprd.attach import Distiller, RepOutput
 from oprd.config import DistillConfig, OpdConfig
 from oprd.decoder import find_decoder, position_ids
-from oprd.lm_head import LMHead, multiply
+from oprd.lm_head import LMHead
 from oprd.positions import Supervision, supervise
 from oprd.rollout import Batch
 from oprd.vocab_losses import VocabLoss, chunked, materialised
@@ -179,7 +179,7 @@ class Objectives:
         operand_Vd = head.operand(last_Md)
 
         def teacher_logits(at: slice) -> Tensor:
-            return head.logits(multiply(last_Md[at], operand_Vd.T))
+            return head.logits(head.products(last_Md[at], operand_Vd))
 
         student_Md = output.flatten(0, 1)[opd.rows]
         return chunked(

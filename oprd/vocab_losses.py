@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oprd.lm_head import LMHead, multiply, wide_dtype
+from oprd.lm_head import LMHead, add_product, wide_dtype
 
 Form = Literal["top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward"]
 
@@ -168,7 +168,7 @@ class _Chunked(torch.autograd.Function):
             d_bias = torch.zeros_like(bias, dtype=wide)
         for start in range(0, student_Md.shape[0], chunk):
             at = slice(start, min(start + chunk, student_Md.shape[0]))
-            products = multiply(student_Md[at].detach(), operand_Vd.T)
+            products = head.products(student_Md[at].detach(), operand_Vd)
             with torch.enable_grad():
                 products.requires_grad_()
                 logits = head.logits(products)
@@ -180,9 +180,9 @@ class _Chunked(torch.autograd.Function):
                 (d_products,) = torch.autograd.grad(part, products)
             total += part.detach()
             if d_student is not None:
-                d_student[at] = multiply(d_products, operand_Vd)
+                d_student[at] = head.backward_states(d_products, operand_Vd)
             if d_weight is not None:
-                d_weight += multiply(d_products.T, student_Md[at].detach())
+                add_product(d_weight, d_products.T, student_Md[at].detach())
             if d_bias is not None:
                 d_bias += d_products.sum(0)
         ctx.gradients = (d_student, d_weight, d_bias)

@@ -1,0 +1,402 @@
+"""The actor update by itself, on given rollouts and ready teacher outputs, timed in parts.
+
+An update is forward, loss and backward into gradients that exist beforehand; no optimizer step, no
+teacher forward. Parts are times between points that the update itself passes (the LM head's call,
+the arrival of a gradient, a tap), so that they add up to the whole.
+
+Shapes: B sequences of T tokens, M supervised rows, d hidden width, L blocks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oprd.attach import Distiller, TapSession, attach
+from oprd.decoder import find_decoder
+from oprd.lm_head import LMHead
+from oprd.memory import PeakMemory
+from oprd.positions import supervise
+from oprd.vocab_losses import VocabLoss, chunked, materialised
+from oprd_kernels import ops, rep_tap
+
+BACKBONE_FORWARD, BACKBONE_BACKWARD = "backbone forward", "backbone backward"
+HEAD_FORWARD, HEAD_BACKWARD = "LM head forward", "LM head backward"
+LOSS, LOSS_BACKWARD, TERM = "loss from logits", "loss backward", "distillation term"
+TEACHER_HEAD = "teacher's LM head"
+PARTS = (
+    BACKBONE_FORWARD,
+    HEAD_FORWARD,
+    TEACHER_HEAD,
+    LOSS,
+    LOSS_BACKWARD,
+    HEAD_BACKWARD,
+    TERM,
+    BACKBONE_BACKWARD,
+)
+
+
+class Laps:
+    """Seconds by part: each call books the time since the last one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parts: dict[str, float] = defaultdict(float)
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        """The time since the last call was spent on ``part``."""
+        now = self._now()
+        self.parts[part] += now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One update: seconds by part, and bytes (None where the system does not tell)."""
+
+    parts: dict[str, float]
+    delta_peak: int | None
+
+
+@dataclass
+class Measured:
+    """What the rounds of one objective gave.
+
+    Attributes:
+        seconds: of the whole update, by timed round.
+        parts: seconds of each part, by timed round.
+        delta_peaks: bytes, of the rounds that measured memory.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    delta_peaks: list[int | None] = field(default_factory=list)
+
+    def add(self, sample: Sample) -> None:
+        """Take the seconds of a timed round."""
+        self.seconds.append(sum(sample.parts.values()))
+        self.parts.append(sample.parts)
+
+
+@dataclass
+class Ready:
+    """What the teacher has given before the update begins.
+
+    Attributes:
+        states: of each block (of the final norm for the last), (M, d).
+        bridged: these states projected, (M, r) float32; empty without Bridge.
+        last: (M, d), the states that its LM head reads.
+        logits: (B, T, V), None unless something materialised reads them.
+    """
+
+    states: list[Tensor]
+    bridged: list[Tensor]
+    last: Tensor
+    logits: Tensor | None
+
+
+class ActorUpdate:
+    """One student, one batch of rollouts, and the updates of every objective on them.
+
+    Args:
+        student: a causal LM; it is put into training mode and given zeroed gradients.
+        teacher: another of the same width; None: the student's own weights. Time and memory do not
+            depend on their values.
+        batch, tokens, prompt: B sequences of T random tokens, of which ``prompt`` are not
+            supervised.
+        k: of the top-k objectives. The form is the public code's: a detached advantage from
+            log-probs over the whole vocabulary.
+        rank: r, of the Bridge's random projectors.
+        chunk: rows at a time in the chunked losses.
+        with_logits: keep the teacher's [B, T, V] logits for the materialised losses.
+        with_bridge: project the teacher's states.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any = None,
+        *,
+        batch: int,
+        tokens: int,
+        prompt: int,
+        k: int = 16,
+        rank: int = 8,
+        chunk: int = 128,
+        with_logits: bool = True,
+        with_bridge: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.student, self.teacher = student, student if teacher is None else teacher
+        self.decoder, self.head = find_decoder(student), LMHead.of(student)
+        self.teacher_head = LMHead.of(self.teacher)
+        self.chunk = chunk
+        self.device = self.head.weight.device
+        student.train()
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.manual_seed(seed)
+        vocab = min(self.head.weight.shape[0], self.teacher_head.weight.shape[0])
+        self.ids = torch.randint(vocab, (batch, tokens), device=self.device)
+        response = torch.zeros_like(self.ids, dtype=torch.bool)
+        response[:, prompt:] = True
+        chosen = supervise(response, "all", shift="before")
+        self.rows, self.count = chosen.rows, chosen.total
+        self.sampled = self.ids.flatten()[self.rows + 1]
+        d, dtype = self.decoder.width, self.head.weight.dtype
+        self.end_gradient = 1e-3 * torch.randn(batch, tokens, d, device=self.device, dtype=dtype)
+        shape = (self.decoder.num_layers, rank, d)
+        self.projectors = torch.randn(shape, device=self.device) / d**0.5
+        self.losses = {
+            "top1": VocabLoss("top1"),
+            "topk": VocabLoss("topk_advantage", k=k),
+            "full": VocabLoss("full"),
+        }
+        self.ready = self._ask_teacher(with_logits, with_bridge)
+
+    def _ask_teacher(self, with_logits: bool, with_bridge: bool) -> Ready:
+        """The teacher's outputs, with noise that keeps them from being the student's."""
+        with self.tapped("all") as distiller:
+            states = distiller.teacher_states(self.ids, None, self.rows)
+        for s in states:
+            s.add_(0.1 * s.float().std() * torch.randn_like(s))
+        bridged = []
+        if with_bridge:
+            bridged = [s.float() @ p.T for s, p in zip(states, self.projectors, strict=True)]
+        logits = None
+        if with_logits:
+            # Of the noisy states at the rows that are read; elsewhere of anything.
+            every = self.end_gradient.flatten(0, 1).to(states[-1].dtype, copy=True)
+            every[self.rows] = states[-1]
+            products = self.teacher_head.products(every, self.teacher_head.operand(every))
+            narrow = self.teacher_head.logits(products).to(every.dtype)
+            logits = narrow.view(*self.ids.shape, -1)
+        return Ready(states, bridged, states[-1], logits)
+
+    @contextmanager
+    def tapped(self, layers: str) -> Iterator[Distiller]:
+        """The student with taps while open."""
+        distiller = attach(
+            self.student, self.teacher, layers=layers, kind="mse", positions="all", shift="before"
+        )
+        try:
+            yield distiller
+        finally:
+            distiller.detach()
+
+    def zero_gradients(self) -> None:
+        """In place: they stay resident."""
+        for parameter in self.student.parameters():
+            parameter.grad.zero_()
+
+    def measure(self, objective: str) -> Sample:
+        """Run one update (or the log-prob forward)."""
+        self.zero_gradients()
+        with self.prepared(objective) as run:
+            gc.collect()
+            with PeakMemory(self.device) as peak:
+                laps = Laps(self.device)
+                run(laps)
+        return Sample(dict(laps.parts), peak.delta)
+
+    @contextmanager
+    def prepared(self, objective: str) -> Iterator[Callable[[Laps], None]]:
+        """The update of an objective, with whatever must be in place for it."""
+        if objective == "backbone":
+            yield self._backbone
+        elif objective == "logprob":
+            yield self._logprob
+        elif objective in ("oprd", "oprd_last", "bridge"):
+            with self.tapped("last" if objective == "oprd_last" else "all") as distiller:
+                bridge = objective == "bridge"
+                yield lambda laps: self._oprd(distiller, bridge, laps)
+        else:
+            loss = self.losses[objective.removesuffix("_chunked").removeprefix("opd_")]
+            update = self._chunked if objective.endswith("_chunked") else self._materialised
+            yield lambda laps: update(loss, laps)
+
+    def _backbone(self, laps: Laps) -> None:
+        states = self.decoder.forward(self.ids)
+        laps(BACKBONE_FORWARD)
+        states.backward(self.end_gradient)
+        laps(BACKBONE_BACKWARD)
+
+    def _oprd(self, distiller: Distiller, bridge: bool, laps: Laps) -> None:
+        targets = self.ready.bridged if bridge else self.ready.states[-len(distiller.pairs) :]
+        with distiller.taps(targets, self.rows, denominator=float(self.count)) as session:
+            projectors = self.projectors if bridge else None
+            session.tap = _timed_tap(session, laps, projectors)  # type: ignore
+            self.decoder.forward(self.ids)
+        laps(BACKBONE_FORWARD)
+        loss = session.output().loss
+        laps(TERM)
+        with _timed_tap_backward(laps):
+            loss.backward()
+        laps(BACKBONE_BACKWARD)
+
+    @contextmanager
+    def _timed_head(self, laps: Laps) -> Iterator[None]:
+        """Books the student's LM head, its backward and what came before each, while open."""
+
+        def before(_module, args) -> None:
+            laps(BACKBONE_FORWARD)
+            if args[0].requires_grad:
+                args[0].register_hook(lambda _grad: laps(HEAD_BACKWARD))
+
+        def after(_module, _args, logits) -> None:
+            laps(HEAD_FORWARD)
+            if logits.requires_grad:
+                logits.register_hook(lambda _grad: laps(LOSS_BACKWARD))
+
+        head = self.student.get_output_embeddings()
+        hooks = (head.register_forward_pre_hook(before), head.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _materialised(self, loss: VocabLoss, laps: Laps) -> None:
+        if self.ready.logits is None:
+            raise ValueError("materialised losses need ActorUpdate(with_logits=True)")
+        with self._timed_head(laps):
+            value = materialised(
+                loss,
+                self.student(input_ids=self.ids, use_cache=False).logits,
+                self.ready.logits,
+                self.rows,
+                self.sampled,
+                None,
+                self.count,
+            )
+            laps(LOSS)
+            value.backward()
+            laps(BACKBONE_BACKWARD)
+
+    def _chunked(self, loss: VocabLoss, laps: Laps) -> None:
+        states = self.decoder.forward(self.ids).flatten(0, 1)[self.rows]
+        states.register_hook(lambda _grad: laps(HEAD_BACKWARD))
+        laps(BACKBONE_FORWARD)
+
+        operand = self.teacher_head.operand(self.ready.last)
+
+        def teacher_logits(at: slice) -> Tensor:
+            products = self.teacher_head.products(self.ready.last[at], operand)
+            logits = self.teacher_head.logits(products)
+            laps(TEACHER_HEAD)
+            return logits
+
+        head = _TimedHead(self.head.weight, self.head.bias, self.head.softcap, laps=laps)
+        value = chunked(
+            loss, states, head, teacher_logits, self.sampled, None, self.count, self.chunk
+        )
+        laps(HEAD_BACKWARD)  # the last chunk's share of the weight's gradient
+        value.backward()
+        laps(BACKBONE_BACKWARD)
+
+    @torch.no_grad()
+    def _logprob(self, laps: Laps) -> None:
+        """Log-probs of the sampled tokens, as OPD paths compute them once more before updating."""
+        with self._timed_head(laps):
+            logits = self.student(input_ids=self.ids, use_cache=False).logits
+            rows_MV = logits.flatten(0, 1).float()[self.rows]
+            chosen = rows_MV.gather(-1, self.sampled[:, None]).squeeze(-1)
+            (chosen - rows_MV.logsumexp(-1)).sum()
+        laps(LOSS)
+
+    @torch.no_grad()
+    def teacher_seconds(self, what: str) -> float:
+        """One forward of the teacher.
+
+        Args:
+            what: ``states`` (the rows of every block), ``last`` (of the last, without the LM head)
+                or ``logits``.
+        """
+        if what == "logits":
+            was_training = self.teacher.training
+            self.teacher.eval()
+            laps = Laps(self.device)
+            self.teacher(input_ids=self.ids, use_cache=False)
+            laps(what)
+            self.teacher.train(was_training)
+        else:
+            with self.tapped("all" if what == "states" else "last") as distiller:
+                laps = Laps(self.device)
+                distiller.teacher_states(self.ids, None, self.rows)
+                laps(what)
+        return laps.parts[what]
+
+
+@dataclass(frozen=True)
+class _TimedHead(LMHead):
+    """Books the head's products; a chunk's loss and its gradient count as the loss."""
+
+    laps: Laps = field(kw_only=True)
+
+    def products(self, states_md: Tensor, operand_Vd: Tensor) -> Tensor:
+        self.laps(HEAD_BACKWARD)  # the chunk before it ended with the weight's gradient
+        products = super().products(states_md, operand_Vd)
+        self.laps(HEAD_FORWARD)
+        return products
+
+    def backward_states(self, d_products_mV: Tensor, operand_Vd: Tensor) -> Tensor:
+        self.laps(LOSS)
+        gradient = super().backward_states(d_products_mV, operand_Vd)
+        self.laps(HEAD_BACKWARD)
+        return gradient
+
+
+def _timed_tap(
+    session: TapSession, laps: Laps, projectors: Tensor | None
+) -> Callable[[int, Tensor], Tensor]:
+    """The session's tap with its time booked; through the Bridge's projectors (L, r, d) if any."""
+    plain = session.tap
+    options = session.options | {"kind": "nmse"}
+
+    def tap(index: int, h: Tensor) -> Tensor:
+        laps(BACKBONE_FORWARD)
+        if projectors is None:
+            h = plain(index, h)
+        else:
+            target = session.teacher_states[index]
+            h, loss, stats = rep_tap(
+                h, target, student_proj=projectors[index], **options, return_stats=True
+            )
+            session.found[index] = (loss, stats)
+        laps(TERM)
+        return h
+
+    return tap
+
+
+@contextmanager
+def _timed_tap_backward(laps: Laps) -> Iterator[None]:
+    """Books the taps' gradients while open. Not by hooks on the graph: they would hold on to the
+    gradients that a tap adds into, and make it copy them."""
+    plain = ops.grad_student
+
+    def timed(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
+        laps(BACKBONE_BACKWARD)
+        gradient = plain(ctx, grad_loss, into=into)
+        laps(TERM)
+        return gradient
+
+    ops.grad_student = timed
+    try:
+        yield
+    finally:
+        ops.grad_student = plain

@@ -1,0 +1,338 @@
+"""The tables, the Markdown and the numbers of ``oprd-gains``."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from oprd import planner
+from oprd.actor_update import PARTS, Measured
+from oprd.memory import GIB
+from oprd.planner import Moment, Shape, Update
+
+if TYPE_CHECKING:
+    from oprd.gains import GainsConfig, Plan
+
+MIB = 2**20
+
+PAPER_SHAPE = Shape(
+    d=1536, layers=28, heads=12, kv_heads=2, head_dim=128, intermediate=8960, vocab=151936,
+    tied=False,
+)  # fmt: skip
+PAPER_GIB = {"opd_top1": 30.2, "opd_topk": 45.0, "oprd": 20.5}
+"""Table 3's actor-update delta-peaks; its "GB" are GiB."""
+
+
+def paper_update(rows_per_sequence: int) -> Update:
+    """A rank's micro-batch in the paper: 2 sequences of 16,384 tokens, bf16, FSDP over 8 GPUs."""
+    return Update(
+        batch=2, tokens=16384, rows=2 * rows_per_sequence, dtype_bytes=2, checkpointing=True,
+        widen_head=False, shards=8,
+    )  # fmt: skip
+
+
+PAPER_LOGITS = 32768 * PAPER_SHAPE.vocab * 2
+PAPER_STACK = PAPER_SHAPE.layers * 32768 * PAPER_SHAPE.d * 4
+
+PAPER_DIFFERENCES = (
+    "The paper's delta-peak also holds what is resident here beforehand: the gradients' float32 "
+    f"shard ({PAPER_SHAPE.parameters * 4 / 8 / GIB:.1f} GiB) and the optimizer step's temporaries.",
+    "Its OPRD still computes the student's logits and drops them: "
+    f"{PAPER_LOGITS / GIB:.1f} GiB in bf16. It also casts every layer to float32 and stacks them "
+    f"padded, (B, L, T, d), before cutting to the last 2,000 tokens: {PAPER_STACK / GIB:.1f} GiB. "
+    "Ours does neither; the row 'OPRD with both' adds them to our prediction.",
+    "Its OPD has the teacher's log-probs of the sampled token or of k tokens; ours reads the "
+    "teacher's [B,T,V] logits, whose float32 rows are a named term. Its log-softmax for top-1 may "
+    "be a fused cross-entropy (flash-attn's) without a float32 copy; ours makes three more of "
+    f"{2 * PAPER_LOGITS / GIB:.1f} GiB each. So our materialised losses are predicted above the "
+    "paper's: at this size nobody should run them; chunked, the same losses take what OPRD takes "
+    "and the head's gradient.",
+    "The prediction is for sequences of the full 16,384 tokens. Responses settled at 5,700 "
+    "(OPRD) and 7,000 (OPD); a maximum over ranks and steps sees the longest.",
+)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to place the numbers."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = _cpuinfo()
+        name = next((ln.split(":")[1].strip() for ln in lines if "model name" in ln), name)
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers", "oprd")},
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def label(objective: str, k: int) -> str:
+    """How tables call it."""
+    return planner.OBJECTIVES[objective].replace("top-k", f"top-{k}")
+
+
+def summary(
+    results: dict[str, Measured], teacher: dict[str, list[float]], peaks: dict[str, Moment]
+) -> list[dict[str, Any]]:
+    """One row an objective: medians, ratios to OPRD, parts of the median round, prediction."""
+    extra = None
+    if "logprob" in results:
+        extra = results["logprob"].seconds[_middle(results["logprob"].seconds)]
+    rows: list[dict[str, Any]] = []
+    for objective, measured in results.items():
+        middle = _middle(measured.seconds)
+        seconds = measured.seconds[middle]
+        kind = planner.TEACHER_FORWARD.get(objective)
+        of_teacher = median(teacher[kind]) if kind else None
+        step = None
+        if of_teacher is not None:
+            step = seconds + of_teacher
+            if planner.reads_teacher_logits(objective) and extra is not None:
+                step += extra
+        delta = measured.delta_peaks[0] if measured.delta_peaks else None
+        rows.append(
+            {
+                "objective": objective,
+                "seconds": seconds,
+                "seconds_by_round": measured.seconds,
+                "parts": {part: measured.parts[middle].get(part, 0.0) for part in PARTS},
+                "delta_peak_bytes": delta,
+                "predicted_bytes": peaks[objective].total,
+                "predicted_at": peaks[objective].name,
+                "predicted_terms": peaks[objective].terms,
+                "teacher_forward_seconds": of_teacher,
+                "step_seconds": step,
+            }
+        )
+    oprd = next(row for row in rows if row["objective"] == "oprd")
+    backbone = next((row for row in rows if row["objective"] == "backbone"), None)
+    for row in rows:
+        for name, of in (("seconds", "time"), ("delta_peak_bytes", "memory"),
+                         ("step_seconds", "step")):  # fmt: skip
+            row[f"{of}_to_oprd"] = _ratio(row[name], oprd[name])
+            if name != "step_seconds":
+                other = backbone[name] if backbone else None
+                row[f"{of}_to_backbone"] = _ratio(row[name], other)
+    return rows
+
+
+def _middle(seconds: list[float]) -> int:
+    """The median round (the lower of two), so that its parts add up to it."""
+    order = sorted(range(len(seconds)), key=seconds.__getitem__)
+    return order[(len(order) - 1) // 2]
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _mib(size: float | None) -> str:
+    return _number(None if size is None else size / MIB, 0)
+
+
+HEADINGS = (
+    "objective", "update s", "x OPRD", "x backbone", "delta-peak MiB", "x OPRD", "x backbone",
+    "predicted MiB", "teacher s", "step s", "x OPRD",
+)  # fmt: skip
+MEANING = (
+    "update: forward, loss and backward into existing gradients; step: update, the teacher's "
+    "forward and, for materialised OPD, the log-prob forward"
+)
+
+
+def main_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
+    """The cells under `HEADINGS`."""
+    return [
+        [
+            label(row["objective"], k),
+            _number(row["seconds"], 2),
+            _number(row["time_to_oprd"], 3),
+            _number(row["time_to_backbone"], 3),
+            _mib(row["delta_peak_bytes"]),
+            _number(row["memory_to_oprd"], 2),
+            _number(row["memory_to_backbone"], 2),
+            _mib(row["predicted_bytes"]),
+            _number(row["teacher_forward_seconds"], 2),
+            _number(row["step_seconds"], 2),
+            _number(row["step_to_oprd"], 2),
+        ]
+        for row in rows
+    ]
+
+
+def part_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
+    """Seconds of each of `PARTS` in the median round."""
+    cells = []
+    for row in rows:
+        parts = [row["parts"][part] for part in PARTS]
+        shown = [f"{seconds:.3f}" if seconds else "-" for seconds in parts]
+        cells.append([label(row["objective"], k), *shown])
+    return cells
+
+
+def conclusions(rows: list[dict[str, Any]], k: int) -> list[str]:
+    """What the distillation term costs."""
+    lines = []
+    for row in rows:
+        term = row["parts"]["distillation term"]
+        if term:
+            statistics = row["predicted_terms"].get("rep rows' statistics", 0)
+            lines.append(
+                f"{label(row['objective'], k)}: the distillation term takes "
+                f"{1000 * term:.1f} ms, {term / row['seconds']:.2%} of the update, and "
+                f"{statistics / MIB:.2f} MiB of statistics"
+            )
+    return lines
+
+
+def _table(title: str, headings: tuple[str, ...], rows: list[list[str]], caption: str) -> Table:
+    table = Table(title=title, caption=caption)
+    table.add_column(headings[0])
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _mode_title(mode: str) -> str:
+    return f"gradient checkpointing {mode}"
+
+
+def tables(report: dict[str, Any], mode: str, rows: list[dict[str, Any]]) -> list[Any]:
+    """What the terminal shows of one mode."""
+    k = report["config"]["k"]
+    title = _mode_title(mode)
+    return [
+        _table(f"actor update, {title}", HEADINGS, main_rows(rows, k), MEANING),
+        _table(
+            f"where the seconds go, {title}",
+            ("objective", *PARTS),
+            part_rows(rows, k),
+            "of the median round; in chunks the loss includes its backward",
+        ),
+        *conclusions(rows, k),
+    ]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The same as a file."""
+    cfg, shape = report["config"], report["shape"]
+    shown = ", ".join(f"{name} {value}" for name, value in shape.items())
+    about = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    resident = ", ".join(f"{n} {_mib(s)} MiB" for n, s in report["resident_bytes"].items() if s)
+    lines = [
+        "# The actor update, measured",
+        "",
+        f"`{report['command']}`",
+        "",
+        f"- machine: {about}",
+        f"- student: {report['parameters'] / 1e6:,.0f} M parameters, {cfg['dtype']}: {shown}",
+        f"- {cfg['batch']} sequences of {cfg['tokens']} random tokens, {report['rows']} supervised",
+        f"- {cfg['rounds']} rounds in turns; median; memory from a round before them, in which "
+        "freed tensors leave the process at once",
+        f"- resident beforehand: {resident}",
+        "- materialised: `model(input_ids).logits` and the teacher's ready [B,T,V] logits, as TRL; "
+        "verl hands over log-probs instead, which saves the teacher's float32 rows. Chunked: the "
+        "teacher's last states are ready, and its head runs in the chunks",
+        f"- top-{cfg['k']}: the public code's form, a detached advantage from full log-probs",
+        f"- {MEANING}",
+    ]
+    for mode, rows in report["modes"].items():
+        for title, headings, cells in (
+            (_mode_title(mode), HEADINGS, main_rows(rows, cfg["k"])),
+            (f"where the seconds go, {_mode_title(mode)}", ("objective", *PARTS),
+             part_rows(rows, cfg["k"])),
+        ):  # fmt: skip
+            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_markdown(headings, cells)]
+        lines += ["", *(f"- {line}" for line in conclusions(rows, cfg["k"]))]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (list(headings), rule, *rows)]
+
+
+def prediction_tables(cfg: GainsConfig, shape: Shape, plan: Plan) -> list[Table]:
+    """The planner's delta-peaks with the terms of each."""
+    found = []
+    resident = ", ".join(f"{name} {_mib(size)}" for name, size in plan.resident.items() if size)
+    for mode, peaks in plan.peaks.items():
+        rows = [
+            [label(o, cfg.k), _mib(m.total), f"{m.total / peaks['oprd'].total:.2f}", m.name,
+             _terms(m)]
+            for o, m in peaks.items()
+        ]  # fmt: skip
+        table = Table(
+            title=f"predicted, {shape.parameters / 1e6:,.0f} M parameters, {cfg.batch} x "
+            f"{cfg.tokens} tokens, {cfg.dtype}, {_mode_title('on' if mode else 'off')}",
+            caption=f"resident beforehand, MiB: {resident}",
+        )
+        table.add_column("objective")
+        table.add_column("delta-peak MiB", justify="right")
+        table.add_column("x OPRD", justify="right")
+        table.add_column("peaks at")
+        table.add_column("terms, MiB")
+        for row in rows:
+            table.add_row(*row)
+        found.append(table)
+    return found
+
+
+def _terms(moment: Moment) -> str:
+    ordered = sorted(moment.terms.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size / MIB:,.0f}" for name, size in ordered if size >= MIB)
+
+
+def paper_table() -> Table:
+    """The planner on the paper's run, beside what the paper reports."""
+    table = Table(
+        title="the paper's run: R1-Distill-Qwen-1.5B, 32,768 tokens a rank, bf16, FSDP over 8"
+    )
+    table.add_column("objective")
+    table.add_column("predicted GiB", justify="right")
+    table.add_column("paper GiB", justify="right")
+    table.add_column("peaks at")
+    table.add_column("terms, GiB")
+    for name, moment, reported in paper_rows():
+        ordered = sorted(moment.terms.items(), key=lambda item: -item[1])
+        terms = ", ".join(f"{n} {s / GIB:.1f}" for n, s in ordered if s >= GIB / 20)
+        table.add_row(name, f"{moment.total / GIB:.1f}", _number(reported, 1), moment.name, terms)
+    return table
+
+
+def paper_rows() -> list[tuple[str, Moment, float | None]]:
+    """(label, prediction, the paper's GiB or None)."""
+    rows: list[tuple[str, Moment, float | None]] = []
+    for objective in ("oprd", "opd_top1", "opd_topk", "opd_top1_chunked", "opd_topk_chunked"):
+        update = paper_update(2000 if objective == "oprd" else 16384)
+        moment = planner.predict(objective, PAPER_SHAPE, update)
+        if objective == "oprd":
+            rows.append((label(objective, 16), moment, None))
+            stored = planner.moments(objective, PAPER_SHAPE, update)
+            block = next(m for m in stored if m.name == "backward of a block")
+            both = block.terms | {
+                "logits [B,T,V]": PAPER_LOGITS, "float32 stack (B,L,T,d)": PAPER_STACK
+            }  # fmt: skip
+            rows.append(("OPRD with both", Moment(block.name, both), PAPER_GIB[objective]))
+        else:
+            rows.append((label(objective, 16), moment, PAPER_GIB.get(objective)))
+    return rows

@@ -1,0 +1,389 @@
+"""How much memory the actor update takes at its peak, from shapes alone.
+
+The update is followed through the moments at which memory can peak; at each, every tensor that
+lives then is a named term. The predicted delta-peak is the largest of these sums. What is counted
+is what PyTorch's eager mode keeps for a Qwen2-like block (RMSNorm, grouped-query attention by a
+flash kernel, gated MLP); weights, preallocated gradients and the teacher's ready outputs are
+resident beforehand and listed apart.
+
+Bytes. Shapes: B sequences of T tokens, N = B * T, M supervised rows, d hidden width, L blocks,
+V vocabulary, e bytes per number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+FLOAT32 = 4
+
+OBJECTIVES = {
+    "backbone": "backbone alone",
+    "oprd": "OPRD, all layers",
+    "oprd_last": "OPRD, last layer",
+    "bridge": "Bridge, all layers",
+    "opd_top1": "OPD top-1, materialised",
+    "opd_topk": "OPD top-k, materialised",
+    "opd_full": "OPD full, materialised",
+    "opd_top1_chunked": "OPD top-1, chunked",
+    "opd_topk_chunked": "OPD top-k, chunked",
+    "opd_full_chunked": "OPD full, chunked",
+    "logprob": "log-prob forward",
+}
+"""Names of what can be measured and predicted, and how tables call it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of Qwen2's kind.
+
+    Attributes:
+        d: hidden width.
+        layers, heads, kv_heads, head_dim, intermediate, vocab: as configurations name them.
+        tied: the LM head is the embedding table.
+    """
+
+    d: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a Hugging Face configuration.
+
+        Raises:
+            ValueError: naming the entry that the configuration lacks.
+        """
+        text = config.get_text_config()
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        missing = [n for n in (*names, "intermediate_size") if not getattr(text, n, None)]
+        if missing:
+            raise ValueError(
+                f"a {type(config).__name__} has no {', '.join(missing)}: the planner knows "
+                "decoders with a gated MLP (Qwen, Llama and their like)"
+            )
+        d, layers, heads, vocab = (getattr(text, name) for name in names)
+        return cls(
+            d=d,
+            layers=layers,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or d // heads,
+            intermediate=text.intermediate_size,
+            vocab=vocab,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+        )
+
+    @property
+    def block_parameters(self) -> int:
+        """Of one block; biases and norms, a thousandth of it, are left out."""
+        attention = 2 * self.d * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.d * self.intermediate
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        tables = 1 if self.tied else 2
+        return self.layers * self.block_parameters + tables * self.vocab * self.d
+
+    def block_activations(self, e: int) -> int:
+        """Bytes per token that a block keeps for its backward.
+
+        Two norms (input in float32, normalised, scaled, 1/rms), attention (q, k, v, output,
+        log-sum-exp), MLP (gate, its SiLU, up, their product).
+        """
+        norms = 2 * (FLOAT32 * self.d + 2 * e * self.d + FLOAT32)
+        attention = 2 * e * (self.heads + self.kv_heads) * self.head_dim + FLOAT32 * self.heads
+        return norms + attention + 4 * e * self.intermediate
+
+
+@dataclass(frozen=True)
+class Update:
+    """One actor update (one micro-batch).
+
+    Attributes:
+        batch: B.
+        tokens: T.
+        rows: M, supervised.
+        dtype_bytes: e.
+        checkpointing: activations of each block are recomputed in its backward.
+        chunk: rows at a time in the chunked losses.
+        widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
+        shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
+    """
+
+    batch: int
+    tokens: int
+    rows: int
+    dtype_bytes: int = FLOAT32
+    checkpointing: bool = True
+    chunk: int = 256
+    widen_head: bool = True
+    shards: int = 1
+
+    @property
+    def all_tokens(self) -> int:
+        """N."""
+        return self.batch * self.tokens
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive beyond what was resident, at one point of the update; bytes by name."""
+
+    name: str
+    terms: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.terms.values())
+
+
+def predict(objective: str, shape: Shape, update: Update) -> Moment:
+    """The moment at which the update's memory peaks; its total is the delta-peak.
+
+    Args:
+        objective: one of `OBJECTIVES`.
+
+    Raises:
+        ValueError: for an unknown objective.
+    """
+    return max(moments(objective, shape, update), key=lambda moment: moment.total)
+
+
+def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
+    """Every moment at which memory can peak, in order.
+
+    Raises:
+        ValueError: for an unknown objective.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+    n, e, d = update.all_tokens, update.dtype_bytes, shape.d
+    states = n * d * e
+    head = shape.vocab * d * e
+    root = _gathered_root(shape, update)
+    if objective == "logprob":
+        mlp = {"one block's MLP": 3 * n * shape.intermediate * e}
+        return [Moment("blocks", mlp | root | _gathered_block(shape, update))] + [
+            Moment(name, {"final states": states} | root | terms)
+            for name, terms in _logprob_moments(shape, update)
+        ]
+    stored = _stored(objective, shape, update) | root
+    found = [Moment("end of the forward", stored)]
+    calls_head = objective.startswith("opd")
+    kept_head = {}
+    if calls_head:
+        chunked = objective.endswith("_chunked")
+        of_loss = _chunked_moments if chunked else _materialised_moments
+        form = objective.removesuffix("_chunked").removeprefix("opd_")
+        found += [Moment(name, stored | terms) for name, terms in of_loss(form, shape, update)]
+        if shape.tied or update.shards > 1:  # waits for the embedding's, or for the reduce-scatter
+            kept_head = {"head's weight gradient": head}
+    block = _block_backward(shape, update)
+    done = (
+        {"final norm"} if calls_head or objective == "backbone" else {"final norm", "final states"}
+    )
+    left = {name: size for name, size in stored.items() if name not in done}
+    found.append(Moment("backward of a block", left | block | kept_head))
+    embedding = {"embedding's weight gradient": head, "gradient of states": states}
+    found.append(Moment("backward of the embedding", embedding | kept_head | root))
+    return found
+
+
+def _stored(objective: str, shape: Shape, update: Update) -> dict[str, int]:
+    """What the forward leaves for the backward."""
+    n, e, d, layers = update.all_tokens, update.dtype_bytes, shape.d, shape.layers
+    terms = {"final norm": n * (FLOAT32 * d + e * d + FLOAT32), "final states": n * d * e}
+    if update.checkpointing:
+        terms["checkpoints"] = layers * n * d * e
+    else:
+        terms["activations"] = layers * n * shape.block_activations(e)
+    if objective in ("oprd", "bridge"):
+        terms["rep rows' statistics"] = layers * update.rows * 16
+        if e < FLOAT32 and not update.checkpointing:
+            # Block outputs: in float32 the next norm keeps them anyway, as checkpoints are kept.
+            terms["states at the taps"] = (layers - 1) * n * d * e
+    return terms
+
+
+def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
+    """What comes on top in the backward of one block: its MLP is where that is most."""
+    n, e, d, wide = update.all_tokens, update.dtype_bytes, shape.d, shape.intermediate
+    # At the product of gate and up: three gradients, the down projection's input gone; or at the
+    # down projection: one gradient and that of its weight.
+    terms = {
+        "gradients in the MLP": max(2 * n * wide * e, n * wide * e + d * wide * e),
+        "gradient of states": 2 * n * d * e,
+    }
+    if update.checkpointing:
+        terms["recomputed activations"] = n * shape.block_activations(e)
+    terms |= _gathered_block(shape, update)
+    if update.shards > 1:
+        reduced = FLOAT32 + e
+        terms["block's gradients before reduce-scatter"] = shape.block_parameters * reduced
+    return terms
+
+
+def _gathered_block(shape: Shape, update: Update) -> dict[str, int]:
+    if update.shards == 1:
+        return {}
+    # The block at work and the next one, which is prefetched.
+    return {"gathered weights, two blocks": 2 * shape.block_parameters * update.dtype_bytes}
+
+
+def _gathered_root(shape: Shape, update: Update) -> dict[str, int]:
+    if update.shards == 1:
+        return {}
+    tables = 1 if shape.tied else 2
+    size = tables * shape.vocab * shape.d * update.dtype_bytes
+    return {"gathered weights, embedding and head": size}
+
+
+Terms = Iterator[tuple[str, dict[str, int]]]
+
+
+def _row_copies(shape: Shape, update: Update) -> Terms:
+    """[B, T, V] logits, and the supervised rows of them in float32."""
+    n, e, v = update.all_tokens, update.dtype_bytes, shape.vocab
+    rows = update.rows * v * FLOAT32
+    logits = {"logits [B,T,V]": n * v * e}
+    if e < FLOAT32:
+        copies = {"float32 copy of logits": n * v * FLOAT32, "rows of logits, float32": rows}
+        yield "float32 logits", logits | copies
+
+
+def _logprob_moments(shape: Shape, update: Update) -> Terms:
+    yield from _row_copies(shape, update)
+    rows = update.rows * shape.vocab * FLOAT32
+    yield (
+        "log-softmax",
+        {
+            "logits [B,T,V]": update.all_tokens * shape.vocab * update.dtype_bytes,
+            "rows of logits, float32": rows,
+            "exponentials of log-sum-exp": rows,
+        },
+    )
+
+
+def _materialised_moments(form: str, shape: Shape, update: Update) -> Terms:
+    """`oprd.vocab_losses.materialised` and its backward."""
+    n, e, v, d = update.all_tokens, update.dtype_bytes, shape.vocab, shape.d
+    x = update.rows * v * FLOAT32
+    logits = {"logits [B,T,V]": n * v * e}
+    both = {"rows of logits, float32": x, "teacher's rows, float32": x}
+    if e < FLOAT32:
+        copy = {"float32 copy of the teacher's logits": n * v * FLOAT32}
+        yield "float32 logits", logits | both | copy
+    if form == "full":
+        wide = {"log-softmax, student and teacher": 2 * x, "p, log p - log q, their product": 3 * x}
+        yield "loss", logits | both | wide
+        yield "loss backward", {"log-softmax, p, log p - log q": 3 * x, "their gradients": 2 * x}
+    else:
+        yield "loss", logits | both | {"exponentials of log-sum-exp": x}
+        grads = {"exponentials and gradients of log-sum-exp": 3 * x}
+        yield "loss backward", {"rows of logits, float32": x} | grads
+    gradient = {"gradient of logits, float32": n * v * FLOAT32}
+    yield "gradient of the rows", {"gradient of the rows": x} | gradient
+    if e < FLOAT32:
+        yield "gradient narrowed", gradient | {"gradient of logits": n * v * e}
+    yield (
+        "head backward",
+        {
+            "gradient of logits": n * v * e,
+            "head's weight gradient": v * d * e,
+            "gradient of states": n * d * e,
+        },
+    )
+
+
+def _chunked_moments(form: str, shape: Shape, update: Update) -> Terms:
+    """`oprd.vocab_losses.chunked`: gradients are formed in its forward."""
+    e, v, d, m = update.dtype_bytes, shape.vocab, shape.d, update.rows
+    rows = min(update.chunk, m)
+    x = rows * v * FLOAT32
+    kept = {
+        "rows of states and their gradient": 2 * m * d * e,
+        "head's weight gradient, float32": v * d * FLOAT32,
+    }
+    if e < FLOAT32 and update.widen_head:
+        kept["float32 copies of the heads"] = 2 * v * d * FLOAT32
+    # The last chunk's gradient stays until the next one is there.
+    terms = {"chunk's logits, student and teacher": 2 * x}
+    if m > rows:
+        terms["last chunk's gradient"] = x
+    if form == "full":
+        terms["chunk's log-softmax, p, log p - log q, gradients"] = 6 * x
+    else:
+        terms["chunk's exponentials and gradients of log-sum-exp"] = 3 * x
+    yield "loss in a chunk", kept | terms
+    if e < FLOAT32:
+        yield "gradients narrowed", kept | {"head's weight gradient": v * d * e}
+
+
+def resident(shape: Shape, update: Update, teacher_bytes: int, ready_bytes: int) -> dict[str, int]:
+    """What is there before the update begins, bytes by name.
+
+    Args:
+        teacher_bytes: of the teacher's weights, 0 if it shares the student's.
+        ready_bytes: of what the teacher has given.
+    """
+    weights = shape.parameters * update.dtype_bytes // update.shards
+    return {
+        "student's weights": weights,
+        "student's gradients": weights,
+        "teacher's weights": teacher_bytes,
+        "teacher's outputs": ready_bytes,
+    }
+
+
+def teacher_rows(objective: str, shape: Shape, update: Update, rank: int) -> int:
+    """Bytes of the teacher's outputs that an update of this objective reads."""
+    m, e = update.rows, update.dtype_bytes
+    if objective == "bridge":
+        return shape.layers * m * rank * FLOAT32
+    sizes = {
+        "states": shape.layers * m * shape.d * e,
+        "last": m * shape.d * e,
+        "logits": update.all_tokens * shape.vocab * e,
+        None: 0,
+    }
+    return sizes[TEACHER_FORWARD.get(objective)]
+
+
+TEACHER_FORWARD = {
+    "oprd": "states",
+    "bridge": "states",
+    "oprd_last": "last",
+    "opd_top1": "logits",
+    "opd_topk": "logits",
+    "opd_full": "logits",
+    "opd_top1_chunked": "last",
+    "opd_topk_chunked": "last",
+    "opd_full_chunked": "last",
+}
+"""What the teacher's forward returns for an objective: the rows of every block's states, of the
+last one's, or logits."""
+
+
+def reads_teacher_logits(objective: str) -> bool:
+    """Whether the update reads the teacher's [B, T, V] logits."""
+    return TEACHER_FORWARD.get(objective) == "logits"
+
+
+def ready_bytes(objectives: list[str], shape: Shape, update: Update, rank: int) -> int:
+    """Of the teacher's outputs that are resident while these objectives are measured: each block's
+    rows, and what else is read."""
+    size = teacher_rows("oprd", shape, update, rank)
+    if "bridge" in objectives:
+        size += teacher_rows("bridge", shape, update, rank)
+    if any(map(reads_teacher_logits, objectives)):
+        size += teacher_rows("opd_full", shape, update, rank)
+    return size

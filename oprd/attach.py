@@ -13,6 +13,7 @@ Shapes: B sequences of T tokens, M supervised rows, L compared layers, d hidden 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,8 +136,16 @@ class Distiller:
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-        self.student, teacher_decoder = find_decoder(student), find_decoder(teacher)
-        self.pairs = pair_layers(layers, self.student.num_layers, teacher_decoder.num_layers)
+        self.student, self.layers = find_decoder(student), layers
+        self._take_teacher(teacher)
+        self.kind, self.backend = kind, backend
+        self.positions, self.k, self.shift, self.reduction = positions, k, shift, reduction
+        self._board = _Board()
+        self._points = [self._add_tap(i, block) for i, (block, _) in enumerate(self.pairs)]
+
+    def _take_teacher(self, teacher: nn.Module) -> None:
+        teacher_decoder = find_decoder(teacher)
+        self.pairs = pair_layers(self.layers, self.student.num_layers, teacher_decoder.num_layers)
         if self.student.width != teacher_decoder.width:
             raise ValueError(
                 f"the student is {self.student.width} wide and the teacher "
@@ -146,10 +155,6 @@ class Distiller:
             )
         self.teacher = cut(teacher_decoder, max(block for _, block in self.pairs) + 1)
         self.teacher_layers = teacher_decoder.num_layers
-        self.kind, self.backend = kind, backend
-        self.positions, self.k, self.shift, self.reduction = positions, k, shift, reduction
-        self._board = _Board()
-        self._points = [self._add_tap(i, block) for i, (block, _) in enumerate(self.pairs)]
 
     def _add_tap(self, index: int, block: int) -> nn.Module:
         last = block == self.student.num_layers - 1
@@ -160,13 +165,24 @@ class Distiller:
         module._oprd_tap = (self._board, index)
         return module
 
+    def with_teacher(self, teacher: nn.Module) -> Distiller:
+        """The same student, its taps and everything else, with another teacher: for batches of
+        which that one knows more. Any of them opens the taps, and `detach` of any removes them.
+
+        Raises:
+            ValueError: as `attach`.
+        """
+        other = copy.copy(self)
+        other._take_teacher(teacher)
+        return other
+
     def detach(self) -> None:
         """Take the taps off the student."""
         for module in self._points:
             module.__dict__.pop("_oprd_tap", None)
             # Unless FSDP2 has subclassed it since: then the tap-less call stays as it is.
             module.__class__ = vars(type(module)).get("_oprd_original", type(module))
-        self._points = []
+        self._points.clear()
 
     @torch.no_grad()
     def teacher_states(
@@ -175,7 +191,7 @@ class Distiller:
         """The teacher's hidden states at the supervised rows, for each compared layer.
 
         Args:
-            input_ids: (B, T) int64, the student's rollouts.
+            input_ids: (B, T) int64, the student's rollouts, as the teacher is to read them.
             attention_mask: (B, T), 0 for padding; None: no padding.
             rows: (M,) int64, of the (B * T, d) states.
 

@@ -123,10 +123,12 @@ def dry_run(cfg: TrainConfig) -> None:
         f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
         f"{r.responses_per_prompt} responses, at most {r.max_new_tokens} new tokens"
     )
-    print(f"student {cfg.student.path} <- teacher {cfg.teacher.path}")
-    if found.layer_pairs:
-        pairs = ", ".join(f"{s}<-{t}" for s, t in found.layer_pairs)
-        print(f"layers (student<-teacher): {pairs}")
+    for name, teacher in cfg.all_teachers.items():
+        where = f" for the prompts of {name}" if name else ""
+        print(f"student {cfg.student.path} <- teacher {teacher.path}{where}")
+        if name in found.layer_pairs:
+            pairs = ", ".join(f"{s}<-{t}" for s, t in found.layer_pairs[name])
+            print(f"layers (student<-teacher): {pairs}")
     for name, prompts in {"train": found.train, **found.eval_sets}.items():
         if prompts:
             longest = max(len(p.token_ids) for p in prompts.prompts)

@@ -12,6 +12,7 @@ from oprd.errors import ConfigError
 from oprd.positions import Positions, Reduction, Shift
 from oprd.vocab_losses import Form
 
+SELF = ("self:start", "self:current")
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -38,14 +39,21 @@ class TeacherConfig:
     """The frozen model. Only its layers down to the deepest one compared are kept in memory.
 
     Attributes:
-        path: a local directory, a hub name, or ``demo:teacher``.
-        dtype: of its weights.
+        path: a local directory, a hub name, ``demo:teacher``, or the student itself, which then
+            needs prompts that tell it more (``teacher_prompt``): ``self:start``, a copy of the
+            weights it begins with; ``self:current``, those it has at the time.
+        dtype: of its weights (of ``self:current`` the student's).
         attn_implementation: as the student's.
     """
 
     path: str = "demo:teacher"
     dtype: DType = "float32"
     attn_implementation: str | None = None
+
+    @property
+    def is_self(self) -> bool:
+        """Whether it is the student."""
+        return self.path in SELF
 
 
 @dataclass
@@ -57,6 +65,11 @@ class PromptsConfig:
         split: of a hub data set.
         prompt_field: plain text or a list of chat messages. Dots reach into nested fields.
         answer_field: the reference answer; needed by the sets that are evaluated.
+        teacher_prompt: what the teacher reads instead, for privileged information: text in which
+            ``{prompt}`` is the prompt (of a chat, its last user message) and ``{name}`` any field
+            of the row. Null: the prompt.
+        source_field: a field that names each prompt's source, for ``teachers``; null: the set's
+            name.
         limit: use the first so many rows; null: all.
     """
 
@@ -64,6 +77,8 @@ class PromptsConfig:
     split: str = "train"
     prompt_field: str = "prompt"
     answer_field: str = "answer"
+    teacher_prompt: str | None = None
+    source_field: str | None = None
     limit: int | None = None
 
 
@@ -73,20 +88,36 @@ class DataConfig:
 
     Attributes:
         train: the prompts that rollouts are made from.
+        sources: several sets instead of ``train``, by name; prompts are drawn from all of them
+            together.
         chat_template: ``auto``: apply the tokenizer's chat template to chat messages and leave
             plain text as it is; ``always``: plain text becomes a user's message; ``never``.
         chat_template_kwargs: passed to the chat template, e.g. ``{enable_thinking: false}``.
         prompt_suffix: appended to the text, or to the last user message, that lacks it.
-        max_prompt_tokens: longer prompts are treated as ``overlong`` says.
+        max_prompt_tokens: longer prompts are treated as ``overlong`` says,
+        max_teacher_prompt_tokens: as are those whose ``teacher_prompt`` is longer than this; null:
+            the same limit.
         overlong: ``drop`` (and count) or ``error``.
     """
 
     train: PromptsConfig = field(default_factory=lambda: PromptsConfig("demo:train.jsonl"))
+    sources: dict[str, PromptsConfig] = field(default_factory=dict)
     chat_template: Literal["auto", "always", "never"] = "auto"
     chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     prompt_suffix: str = ""
     max_prompt_tokens: int = 8
+    max_teacher_prompt_tokens: int | None = None
     overlong: Literal["drop", "error"] = "drop"
+
+    @property
+    def training_sets(self) -> dict[str, PromptsConfig]:
+        """By name."""
+        return self.sources or {"train": self.train}
+
+    @property
+    def teacher_prompt_limit(self) -> int:
+        """Tokens."""
+        return self.max_teacher_prompt_tokens or self.max_prompt_tokens
 
 
 @dataclass
@@ -250,6 +281,7 @@ class TrainConfig:
             once; gradients accumulate.
         save_every: steps between checkpoints (a Hugging Face directory); 0: none but at the end.
         log_every: steps between progress lines where the output is not a terminal.
+        teachers: one for each source of prompts, instead of ``teacher``.
         objectives: what is minimised, a weight for each: ``oprd``, ``opd_top1``, ``opd_topk``,
             ``opd_topk_advantage``, ``opd_topk_raw``, ``opd_full``, ``opd_full_forward``.
     """
@@ -265,6 +297,7 @@ class TrainConfig:
     log_every: int = 10
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objectives: dict[str, float] = field(default_factory=lambda: {"oprd": 1.0})
@@ -272,6 +305,11 @@ class TrainConfig:
     opd: OpdConfig = field(default_factory=OpdConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By the source of prompts that each is for; under "", if it is one for all of them."""
+        return self.teachers or {"": self.teacher}
 
 
 def check_values(cfg: TrainConfig) -> None:
@@ -301,8 +339,11 @@ def check_values(cfg: TrainConfig) -> None:
         "eval.samples": cfg.eval.samples,
         "eval.max_new_tokens": cfg.eval.max_new_tokens,
         "eval.batch_size": cfg.eval.batch_size,
+        "data.max_teacher_prompt_tokens": cfg.data.max_teacher_prompt_tokens,
         "data.train.limit": cfg.data.train.limit,
-    } | {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
+    }
+    at_least_one |= {f"data.sources.{name}.limit": s.limit for name, s in cfg.data.sources.items()}
+    at_least_one |= {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
     for name, value in at_least_one.items():
         need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
     not_negative = {"save_every": cfg.save_every}
@@ -330,6 +371,19 @@ def check_values(cfg: TrainConfig) -> None:
             cfg.opd.k >= 2,
             f"opd.k must be at least 2 for opd_topk, got {cfg.opd.k}: on one "
             "token the loss is always 0. Use opd_top1",
+        )
+    need(
+        not cfg.teachers or cfg.teacher == TeacherConfig(),
+        "both teacher and teachers are given: leave one of them out",
+    )
+    need(
+        not cfg.data.sources or cfg.data.train == DataConfig().train,
+        "both data.train and data.sources are given: leave one of them out",
+    )
+    if cfg.distill.init_head_from_teacher:
+        need(
+            len(cfg.teachers) < 2 and not any(t.is_self for t in cfg.all_teachers.values()),
+            "distill.init_head_from_teacher needs one teacher that is not the student itself",
         )
     need(o.lr > 0, f"optim.lr must be above 0, got {o.lr}")
     need(all(0 <= b < 1 for b in o.betas), f"optim.betas must lie in [0, 1), got {o.betas}")

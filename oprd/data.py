@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,17 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready for generation."""
+    """A prompt ready for generation.
+
+    Attributes:
+        source: which `oprd.config.TrainConfig.teachers` are chosen by.
+        teacher_ids: what the teacher reads instead; None: the same.
+    """
 
     token_ids: list[int]
     answer: str | None
+    source: str = ""
+    teacher_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,33 @@ def with_suffix(prompt: Any, suffix: str) -> Any:
     return [*prompt[:last], message, *prompt[last + 1 :]]
 
 
+FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+
+
+def privileged(prompt: Any, template: str, row: dict[str, Any], where: str) -> Any:
+    """The prompt, text or chat messages, as the teacher reads it: the text (of the last user
+    message) put into ``template``, with any other field of the row.
+
+    Raises:
+        ConfigError: if the row lacks a field that the template names.
+    """
+
+    def fill(text: str) -> str:
+        def value(match: re.Match) -> str:
+            name = match.group(1)
+            return text if name == "prompt" else str(get_field(row, name, where))
+
+        return FIELD.sub(value, template)
+
+    if isinstance(prompt, str):
+        return fill(prompt)
+    last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
+    if last is None:
+        raise ConfigError(f"{where}: a chat without a user's message: teacher_prompt needs one")
+    message = prompt[last] | {"content": fill(prompt[last]["content"])}
+    return [*prompt[:last], message, *prompt[last + 1 :]]
+
+
 def encode_prompt(
     prompt: Any, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, where: str
 ) -> list[int]:
@@ -180,6 +215,7 @@ def load_prompts(
     cfg: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     for_evaluation: bool = False,
+    name: str = "",
 ) -> PromptSet:
     """Read and tokenise a set of prompts.
 
@@ -189,6 +225,7 @@ def load_prompts(
         tokenizer: the student's.
         for_evaluation: then every row needs an answer and counts. In training a prompt that is
             given several times counts once (DAPO-Math-17k is published with 100 copies of each).
+        name: the prompts' source, unless their rows say it.
 
     Raises:
         ConfigError: saying where (file and line) and what.
@@ -212,21 +249,54 @@ def load_prompts(
         answer = None
         if for_evaluation:
             answer = str(get_field(row, source.answer_field, where))
-        if len(ids) > cfg.max_prompt_tokens:
-            if cfg.overlong == "error":
-                raise ConfigError(
-                    f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens="
-                    f"{cfg.max_prompt_tokens}: raise it, or set data.overlong=drop"
-                )
+        told = None
+        if source.teacher_prompt is not None:
+            told = privileged(prompt, source.teacher_prompt, row, where)
+            told = encode_prompt(told, tokenizer, cfg, where)
+        if _too_long("the prompt", ids, "max_prompt_tokens", cfg.max_prompt_tokens, cfg, where) or (
+            told is not None
+            and _too_long(
+                "the teacher's prompt", told, "max_teacher_prompt_tokens",
+                cfg.teacher_prompt_limit, cfg, where,
+            )
+        ):  # fmt: skip
             dropped += 1
             continue
-        prompts.append(Prompt(ids, answer))
+        of = name
+        if source.source_field is not None:
+            of = str(get_field(row, source.source_field, where))
+        prompts.append(Prompt(ids, answer, of, told))
     if not prompts:
         raise ConfigError(
             f"all {dropped} prompts of {source.path} are longer than data.max_prompt_tokens="
-            f"{cfg.max_prompt_tokens}: raise it"
+            f"{cfg.max_prompt_tokens} (or, the teacher's, {cfg.teacher_prompt_limit}): raise it"
         )
     return PromptSet(prompts, dropped, repeated)
+
+
+def _too_long(
+    what: str, ids: list[int], option: str, limit: int, cfg: DataConfig, where: str
+) -> bool:
+    if len(ids) > limit and cfg.overlong == "error":
+        raise ConfigError(
+            f"{where}: {what} has {len(ids)} tokens, more than data.{option}={limit}: raise it, or "
+            "set data.overlong=drop"
+        )
+    return len(ids) > limit
+
+
+def load_training_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """The prompts of all sources.
+
+    Raises:
+        ConfigError: as `load_prompts`.
+    """
+    sets = [
+        load_prompts(source, cfg, tokenizer, name=name)
+        for name, source in cfg.training_sets.items()
+    ]
+    prompts = [prompt for found in sets for prompt in found.prompts]
+    return PromptSet(prompts, sum(s.dropped for s in sets), sum(s.repeated for s in sets))
 
 
 def step_batches(num_prompts: int, batch_size: int, seed: int) -> Iterator[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +26,11 @@ DEMO = Path(__file__).parent / "demo"
 def demo_path(path: str) -> str:
     """``demo:NAME`` is a file or directory that comes with the package."""
     return str(DEMO / path.removeprefix("demo:")) if path.startswith("demo:") else path
+
+
+def teacher_path(teacher: TeacherConfig, student: StudentConfig) -> str:
+    """Where a teacher's files are: the student's, if that teaches itself."""
+    return student.path if teacher.is_self else teacher.path
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -64,6 +71,30 @@ def _not_loadable(what: str, path: str, error: Exception) -> ConfigError:
         f"no {what} at {path!r}: it is not a directory on this machine, and loading it from the "
         f"hub failed: {str(error).splitlines()[0]}"
     )
+
+
+def load_teachers(
+    teachers: Mapping[str, TeacherConfig],
+    student: StudentConfig,
+    student_model: PreTrainedModel,
+    device: torch.device | str = "cpu",
+) -> dict[str, PreTrainedModel]:
+    """Teachers by name; names with the same configuration share a model.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    loaded: list[tuple[TeacherConfig, PreTrainedModel]] = []
+    models = {}
+    for name, cfg in teachers.items():
+        model = next((m for other, m in loaded if other == cfg), None)
+        if model is None and cfg.path == "self:current":
+            model = student_model
+        elif model is None:
+            model = load_model(replace(cfg, path=teacher_path(cfg, student)), device)
+        loaded.append((cfg, model))
+        models[name] = model
+    return models
 
 
 def load_model(

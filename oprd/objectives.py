@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from oprd.attach import Distiller, RepOutput
 from oprd.config import DistillConfig, OpdConfig
-from oprd.decoder import find_decoder, position_ids
+from oprd.decoder import Decoder, find_decoder, position_ids
 from oprd.lm_head import LMHead
 from oprd.positions import Supervision, supervise
 from oprd.rollout import Batch
@@ -36,16 +36,34 @@ class Chosen:
     opd: Supervision | None
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher.
+
+    Attributes:
+        distiller: the student's taps with this teacher, if hidden states are compared.
+        model, decoder: all of it, if distributions are compared.
+        head: its LM head, if logits are made in chunks.
+    """
+
+    distiller: Distiller | None
+    model: PreTrainedModel | None = None
+    decoder: Decoder | None = None
+    head: LMHead | None = None
+
+
 @dataclass
 class TeacherPass:
     """What the objectives need of the teacher on a batch.
 
     Attributes:
+        teacher: whose it is.
         states: L tensors (M, d), if hidden states are compared.
         last_Md: final hidden states where tokens are predicted, if logits are made in chunks.
         logits_BTV: all logits, if they are materialised.
     """
 
+    teacher: Teacher
     states: list[Tensor] = field(default_factory=list)
     last_Md: Tensor | None = None
     logits_BTV: Tensor | None = None
@@ -62,70 +80,86 @@ class StudentPass:
 
 
 class Objectives:
-    """A weighted sum of objectives on a pair of models."""
+    """A weighted sum of objectives on a student and its teachers."""
 
     def __init__(
         self,
         weights: Mapping[str, float],
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        distiller: Distiller | None,
+        teachers: Mapping[str, PreTrainedModel],
+        distillers: Mapping[str, Distiller],
         distill: DistillConfig,
         opd: OpdConfig,
     ) -> None:
         """
         Args:
             weights: by name, see `oprd.config.OBJECTIVES`.
-            distiller: the pair's taps, if ``oprd`` is among them.
+            teachers: by name.
+            distillers: the student's taps with each of them, if ``oprd`` is among the objectives.
             distill: positions, shift and reduction.
             opd: how output-space losses are computed.
         """
         self.weights = dict(weights)
-        self.distiller = distiller if REP in weights else None
         self.distill, self.opd = distill, opd
         self.vocab = {
             name: VocabLoss(opd.form(name), opd.k, opd.support) for name in weights if name != REP
         }
         self.student, self.decoder = student, find_decoder(student)
-        if self.vocab:  # else the distiller's part of the teacher is all that is kept
-            self.teacher, self.teacher_decoder = teacher, find_decoder(teacher)
-            self.materialised = opd.implementation == "materialised"
-            if not self.materialised:
-                self.head, self.teacher_head = LMHead.of(student), LMHead.of(teacher)
+        self.materialised = opd.implementation == "materialised"
+        if self.vocab and not self.materialised:
+            self.head = LMHead.of(student)
+        self.teachers = {
+            name: self._teacher(model, distillers.get(name)) for name, model in teachers.items()
+        }
+
+    def _teacher(self, model: PreTrainedModel, distiller: Distiller | None) -> Teacher:
+        if not self.vocab:  # the distiller's part of it is all that is kept
+            return Teacher(distiller)
+        head = None if self.materialised else LMHead.of(model)
+        return Teacher(distiller, model, find_decoder(model), head)
+
+    @property
+    def distiller(self) -> Distiller | None:
+        """The taps, with one of the teachers, if hidden states are compared."""
+        return next(iter(self.teachers.values())).distiller
 
     def supervise(self, batch: Batch) -> Chosen:
         """Which tokens of a batch are supervised."""
-        d, mask = self.distill, batch.response_mask
+        d, mask, partner = self.distill, batch.response_mask, batch.partner
         rep = opd = None
-        if self.distiller:
-            rep = supervise(mask, d.positions, d.k, d.shift, d.reduction)
+        if REP in self.weights:
+            rep = supervise(mask, d.positions, d.k, d.shift, d.reduction, partner)
         if self.vocab:
-            opd = supervise(mask, "all", d.k, "before", d.reduction)
+            opd = supervise(mask, "all", d.k, "before", d.reduction, partner)
         return Chosen(rep, opd)
 
     @torch.no_grad()
-    def teacher_pass(self, batch: Batch, chosen: Chosen) -> TeacherPass:
-        """Run the teacher once."""
-        if not self.vocab:
-            assert self.distiller is not None
+    def teacher_pass(self, batch: Batch, chosen: Chosen, name: str) -> TeacherPass:
+        """Run a teacher, by its name, once."""
+        teacher = self.teachers[name]
+        read = batch.for_teacher
+        if teacher.model is None:
+            assert teacher.distiller is not None
             assert chosen.rep is not None
-            states = self.distiller.teacher_states(
-                batch.input_ids, batch.attention_mask, chosen.rep.rows
-            )
-            return TeacherPass(states)
+            rows = chosen.rep.teacher_rows
+            states = teacher.distiller.teacher_states(read.input_ids, read.attention_mask, rows)
+            return TeacherPass(teacher, states)
         assert chosen.opd is not None
+        assert teacher.decoder is not None
         capture: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.distiller:
+        if teacher.distiller:
             assert chosen.rep is not None
-            capture = self.distiller.capture_teacher(chosen.rep.rows)
-        self.teacher.eval()
-        result = TeacherPass()
+            capture = teacher.distiller.capture_teacher(chosen.rep.teacher_rows)
+        was_training = teacher.model.training  # as it is when the student teaches itself
+        teacher.model.eval()
+        result = TeacherPass(teacher)
         with capture as captured:
             if self.materialised:
-                result.logits_BTV = _logits(self.teacher, batch)
+                result.logits_BTV = _logits(teacher.model, read)
             else:
-                hidden = self.teacher_decoder.forward(batch.input_ids, batch.attention_mask)
-                result.last_Md = hidden.flatten(0, 1)[chosen.opd.rows]
+                hidden = teacher.decoder.forward(read.input_ids, read.attention_mask)
+                result.last_Md = hidden.flatten(0, 1)[chosen.opd.teacher_rows]
+        teacher.model.train(was_training)
         if captured is not None:
             result.states = captured()
         return result
@@ -139,9 +173,10 @@ class Objectives:
             totals: by objective, the denominator of its mean over the global batch.
         """
         session: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.distiller:
+        distiller = teacher.teacher.distiller
+        if distiller:
             assert chosen.rep is not None
-            session = self.distiller.taps(
+            session = distiller.taps(
                 teacher.states, chosen.rep.rows, chosen.rep.weights, totals[REP]
             )
         with session as taps:
@@ -172,10 +207,12 @@ class Objectives:
         if self.materialised:
             assert teacher.logits_BTV is not None
             return materialised(
-                self.vocab[name], output, teacher.logits_BTV, opd.rows, tokens_M, opd.weights, total
-            )
-        last_Md, head = teacher.last_Md, self.teacher_head
+                self.vocab[name], output, teacher.logits_BTV, opd.rows, tokens_M, opd.weights,
+                total, opd.teacher_rows,
+            )  # fmt: skip
+        last_Md, head = teacher.last_Md, teacher.teacher.head
         assert last_Md is not None
+        assert head is not None
         operand_Vd = head.operand(last_Md)
 
         def teacher_logits(at: slice) -> Tensor:

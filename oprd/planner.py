@@ -194,6 +194,9 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
     left = {name: size for name, size in stored.items() if name not in done}
     found.append(Moment("backward of a block", left | block | kept_head))
     embedding = {"embedding's weight gradient": head, "gradient of states": states}
+    if shape.tied and calls_head and not objective.endswith("_chunked"):
+        # The product's gradient is a transposed view, which autograd does not add to in place.
+        embedding["sum of both weight gradients"] = head
     found.append(Moment("backward of the embedding", embedding | kept_head | root))
     return found
 

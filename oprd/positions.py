@@ -22,12 +22,14 @@ class Supervision:
 
     Attributes:
         rows: (M,) int64, the rows of the (B * T, d) hidden states that are compared.
+        teacher_rows: (M,) int64, the rows of the teacher's states that these are compared with.
         weights: (M,) float32 for ``seq-mean``, None for ``token-mean`` (all 1).
         total: what this batch adds to the denominator of the mean: its supervised tokens
             (``token-mean``) or its sequences that have any (``seq-mean``).
     """
 
     rows: Tensor
+    teacher_rows: Tensor
     weights: Tensor | None
     total: int
 
@@ -50,6 +52,7 @@ def supervise(
     k: int = 2000,
     shift: Shift = "after",
     reduction: Reduction = "token-mean",
+    partner_BT: Tensor | None = None,
 ) -> Supervision:
     """Pick the supervised states of a batch.
 
@@ -62,13 +65,15 @@ def supervise(
             text).
         reduction: ``token-mean``: every token counts the same; ``seq-mean``: every rollout does
             (Eq. 6 to the letter).
+        partner_BT: where the teacher has other rows: by state of the student, the teacher's row, or
+            -1: such a state is not supervised. None: the same rows.
 
     Raises:
         ValueError: if ``before`` meets a response that starts at position 0: nothing precedes it.
     """
     chosen_BT = supervised_tokens(response_mask_BT, positions, k)
     rows = chosen_BT.flatten().nonzero().squeeze(1)
-    per_sequence = chosen_BT.sum(-1)
+    sequence = rows // chosen_BT.shape[1]
     if shift == "before":
         if chosen_BT[:, 0].any():
             raise ValueError(
@@ -76,8 +81,13 @@ def supervise(
                 "position 0: give every prompt at least one token"
             )
         rows = rows - 1
+    teacher_rows = rows
+    if partner_BT is not None:
+        teacher_rows = partner_BT.flatten()[rows]
+        paired = teacher_rows >= 0
+        rows, teacher_rows, sequence = rows[paired], teacher_rows[paired], sequence[paired]
     if reduction == "token-mean":
-        return Supervision(rows, None, rows.numel())
-    sequence = chosen_BT.nonzero()[:, 0]
+        return Supervision(rows, teacher_rows, None, rows.numel())
+    per_sequence = sequence.bincount(minlength=len(chosen_BT))
     weights = 1.0 / per_sequence[sequence].to(torch.float32)
-    return Supervision(rows, weights, int((per_sequence > 0).sum()))
+    return Supervision(rows, teacher_rows, weights, int((per_sequence > 0).sum()))

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.config import TrainConfig, check_values
-from oprd.data import PromptSet, load_prompts
+from oprd.data import PromptSet, load_prompts, load_training_prompts
 from oprd.errors import ConfigError, Unreachable
 from oprd.models import (
     check_length,
@@ -23,6 +23,7 @@ from oprd.models import (
     check_vocabularies,
     load_config,
     load_tokenizer,
+    teacher_path,
 )
 from oprd_kernels import backends
 
@@ -36,7 +37,7 @@ class Preflight:
     Attributes:
         tokenizer: the student's.
         train, eval_sets: tokenised prompts.
-        layer_pairs: (student block, teacher block).
+        layer_pairs: by teacher, (student block, teacher block).
         notes: what the user should know.
         unchecked: what lies on a hub that is out of reach; only ever filled by a dry run.
     """
@@ -44,7 +45,7 @@ class Preflight:
     tokenizer: PreTrainedTokenizerBase | None = None
     train: PromptSet | None = None
     eval_sets: dict[str, PromptSet] = field(default_factory=dict)
-    layer_pairs: list[tuple[int, int]] | None = None
+    layer_pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
@@ -77,27 +78,34 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
 
     student = attempt(lambda: load_config(cfg.student.path))
-    teacher = attempt(lambda: load_config(cfg.teacher.path))
-    if student and teacher and "oprd" in cfg.objectives:
-        found.layer_pairs = check_pair(student, teacher, cfg.distill.layers)
-    _check_lengths(cfg, student, teacher)
-
+    _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
     found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
-    teacher_tokenizer = attempt(lambda: load_tokenizer(cfg.teacher.path))
-    if tokenizer and teacher_tokenizer and teacher:
-        check_vocabularies(tokenizer, teacher_tokenizer, teacher)
-        found.notes += _vocabulary_notes(student, teacher, tokenizer, teacher_tokenizer)
+    for name, teacher_cfg in cfg.all_teachers.items():
+        path = teacher_path(teacher_cfg, cfg.student)
+        teacher = attempt(partial(load_config, path))
+        if student and teacher and "oprd" in cfg.objectives:
+            found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers)
+        who = f"teacher of {name}" if name else "teacher"
+        longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
+        _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher)
+        teacher_tokenizer = attempt(partial(load_tokenizer, path))
+        if tokenizer and teacher_tokenizer and teacher:
+            check_vocabularies(tokenizer, teacher_tokenizer, teacher)
+            found.notes += _vocabulary_notes(student, teacher, tokenizer, teacher_tokenizer)
 
     if tokenizer is None:
         found.unchecked.append("the prompts: they need the student's tokenizer")
         return found
-    found.train = attempt(lambda: load_prompts(cfg.data.train, cfg.data, tokenizer))
+    found.train = attempt(lambda: load_training_prompts(cfg.data, tokenizer))
+    if found.train:
+        _check_sources(cfg, found.train)
     for name, source in cfg.eval.sets.items():
         load = partial(load_prompts, source, cfg.data, tokenizer, for_evaluation=True)
         prompts = attempt(load)
         if prompts:
             found.eval_sets[name] = prompts
-    for name, prompts in {"data.train": found.train, **found.eval_sets}.items():
+    train = {"data.sources" if cfg.data.sources else "data.train": found.train}
+    for name, prompts in {**train, **found.eval_sets}.items():
         if prompts and prompts.dropped:
             found.notes.append(
                 f"{name}: {prompts.dropped} of {prompts.dropped + len(prompts)} prompts dropped, "
@@ -129,16 +137,34 @@ def _check_world(cfg: TrainConfig) -> None:
         )
 
 
-def _check_lengths(
-    cfg: TrainConfig, student: PretrainedConfig | None, teacher: PretrainedConfig | None
+def _check_length(
+    cfg: TrainConfig, config: PretrainedConfig | None, who: str, prompt: int, evaluated: bool
 ) -> None:
-    for config, who in ((student, "student"), (teacher, "teacher")):
-        if config is None:
-            continue
-        new = cfg.rollout.max_new_tokens
-        if cfg.eval.sets and (who == "student" or cfg.eval.teacher):
-            new = max(new, cfg.eval.max_new_tokens)
-        check_length(config, cfg.data.max_prompt_tokens, new, who)
+    if config is not None:
+        new = max(cfg.rollout.max_new_tokens, cfg.eval.max_new_tokens if evaluated else 0)
+        check_length(config, prompt, new, who)
+
+
+def _check_sources(cfg: TrainConfig, train: PromptSet) -> None:
+    """Every source has a teacher, every teacher a source, and something to say."""
+    sources = {p.source for p in train.prompts}
+    if cfg.teachers and (missing := sorted(sources - set(cfg.teachers))):
+        raise ConfigError(
+            f"no teacher for the prompts of {', '.join(missing)}: teachers has "
+            f"{', '.join(cfg.teachers)}"
+        )
+    if cfg.teachers and (idle := sorted(set(cfg.teachers) - sources)):
+        raise ConfigError(
+            f"no prompts for the teacher of {', '.join(idle)}: their sources are "
+            f"{', '.join(sorted(sources))} (data.sources, or source_field)"
+        )
+    selves = {name for name, teacher in cfg.all_teachers.items() if teacher.is_self}
+    blind = {p.source for p in train.prompts if p.teacher_ids is None}
+    if selves and (same := sorted(blind if "" in selves else blind & selves)):
+        raise ConfigError(
+            f"the teacher is the student itself and reads the same prompts ({', '.join(same)}): it "
+            "has nothing to teach. Tell it more by teacher_prompt of these prompts"
+        )
 
 
 def _vocabulary_notes(

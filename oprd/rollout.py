@@ -6,7 +6,7 @@ Shapes: B sequences of T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,30 +15,98 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """A prompt and one response: token ids, EOS included if it was reached."""
+class Reading:
+    """What the teacher reads in place of a rollout's tokens: after another prompt, say.
+
+    Attributes:
+        prompt_ids, response_ids: the teacher's token ids.
+        pairs: (i, j): the student's i-th response token and the teacher's j-th end at the same
+            place of the text; both increase. None: they are the same tokens.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
-    truncated: bool
-    """Cut at max_new_tokens, before EOS."""
+    pairs: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """A prompt and one response: token ids, EOS included if it was reached.
+
+    Attributes:
+        truncated: cut at max_new_tokens, before EOS.
+        source: of the prompt, which decides on the teacher.
+        reading: what that teacher reads; None: the same.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    truncated: bool
+    source: str = ""
+    reading: Reading | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two models' inputs."""
+        return max(len(self), len(self.reading or ()))
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Rollouts padded on the right: int64 ids, int64 attention mask, bool response mask, (B, T)."""
+    """Rollouts padded on the right.
+
+    Attributes:
+        input_ids, attention_mask: (B, T) int64.
+        response_mask: (B, T) bool.
+        reading: the same rollouts as the teacher reads them, T' tokens wide; None: as they are.
+        partner: (B, T) int64: by state of the student, the row of the teacher's (B * T', d) states
+            that has read the same text; -1 where there is none. None without ``reading``.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    reading: Batch | None = None
+    partner: Tensor | None = None
+
+    @property
+    def for_teacher(self) -> Batch:
+        """What the teacher reads."""
+        return self if self.reading is None else self.reading
 
 
-def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device | str) -> Batch:
+def collate(
+    rollouts: Sequence[Rollout],
+    pad_id: int,
+    device: torch.device | str,
+    teacher_pad_id: int | None = None,
+) -> Batch:
     """One right-padded batch. A token is masked for its place, never for being the padding id:
     where pad and EOS are one token, the EOS of a response still counts."""
+    batch = _pad(rollouts, pad_id, device)
+    if all(r.reading is None for r in rollouts):
+        return batch
+    readings = [r.reading or Reading(r.prompt_ids, r.response_ids) for r in rollouts]
+    reading = _pad(readings, pad_id if teacher_pad_id is None else teacher_pad_id, device)
+    width = reading.input_ids.shape[1]
+    partner = torch.full(batch.input_ids.shape, -1, dtype=torch.long)
+    for i, (ours, theirs) in enumerate(zip(rollouts, readings, strict=True)):
+        pairs = theirs.pairs
+        if pairs is None:
+            pairs = [(j, j) for j in range(len(ours.response_ids))]
+        # The prompts' last states precede the same text too: they predict its first token.
+        mine, its = torch.tensor([(-1, -1), *pairs]).T
+        partner[i, len(ours.prompt_ids) + mine] = i * width + len(theirs.prompt_ids) + its
+    return replace(batch, reading=reading, partner=partner.to(device))
+
+
+def _pad(rollouts: Sequence[Rollout | Reading], pad_id: int, device: torch.device | str) -> Batch:
     length = max(len(r) for r in rollouts)
     ids = torch.full((len(rollouts), length), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
@@ -54,8 +122,8 @@ def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rol
     """Split so that no batch, padded to its longest, exceeds ``max_tokens`` (a longer single
     rollout is a batch of its own). Rollouts of like length go together."""
     batches: list[list[Rollout]] = []
-    for rollout in sorted(rollouts, key=len, reverse=True):
-        if batches and len(batches[-1][0]) * (len(batches[-1]) + 1) <= max_tokens:
+    for rollout in sorted(rollouts, key=lambda r: r.longest, reverse=True):
+        if batches and batches[-1][0].longest * (len(batches[-1]) + 1) <= max_tokens:
             batches[-1].append(rollout)
         else:
             batches.append([rollout])

@@ -15,7 +15,7 @@ import math
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,16 @@ import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
-from oprd.attach import attach
+from oprd.attach import Distiller, attach
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
-from oprd.data import step_batches
+from oprd.data import Prompt, step_batches
 from oprd.evaluate import EvalResult, evaluate
 from oprd.memory import GIB, PeakMemory
-from oprd.models import copy_lm_head, load_model
+from oprd.models import copy_lm_head, load_model, load_teachers
 from oprd.objectives import REP, Chosen, Objectives, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
-from oprd.rollout import Rollout, collate, generate, micro_batches
+from oprd.rollout import Reading, Rollout, collate, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
@@ -126,33 +126,36 @@ class Trainer:
         """This rank's share of the step's responses, sampled from the student as it is."""
         cfg = self.cfg.rollout
         mine = indices[distributed.rank() :: distributed.world_size()]
-        prompts = [self.prompts[i].token_ids for i in mine]
+        prompts = [self.prompts[i] for i in mine for _ in range(cfg.responses_per_prompt)]
         with self._autocast():
-            return generate(
+            rollouts = generate(
                 self.student,
                 self.tokenizer,
-                [p for p in prompts for _ in range(cfg.responses_per_prompt)],
+                [p.token_ids for p in prompts],
                 max_new_tokens=cfg.max_new_tokens,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
                 batch_size=cfg.batch_size,
             )
+        return [_for_teacher(r, p) for r, p in zip(rollouts, prompts, strict=True)]
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Teacher states, student gradients, one optimizer step; returns the step's metrics."""
         cfg, device = self.cfg, self.device
         parts = []
-        for part in micro_batches(rollouts, cfg.micro_batch_tokens):
-            batch = collate(part, self.tokenizer.pad_token_id, device)
-            parts.append((batch, self.objectives.supervise(batch)))
+        for name in self.objectives.teachers:
+            own = [r for r in rollouts if name in ("", r.source)]
+            for part in micro_batches(own, cfg.micro_batch_tokens):
+                batch = collate(part, self.tokenizer.pad_token_id, device)
+                parts.append((name, batch, self.objectives.supervise(batch)))
         # Normalised by the whole global batch, so that no split of it changes the loss.
-        totals = self._totals([chosen for _, chosen in parts])
+        totals = self._totals([chosen for _, _, chosen in parts])
 
         self.student.train()
         outputs, peaks = [], []
-        for batch, chosen in parts:
+        for name, batch, chosen in parts:
             with self.timer("teacher"), self._autocast():
-                teacher = self.objectives.teacher_pass(batch, chosen)
+                teacher = self.objectives.teacher_pass(batch, chosen, name)
             with self.timer("student update"), PeakMemory(device) as peak:
                 with self._autocast():
                     out = self.objectives.student_pass(batch, chosen, teacher, totals)
@@ -179,18 +182,23 @@ class Trainer:
     def _load(self) -> None:
         cfg, d = self.cfg, self.cfg.distill
         with self.timer("loading"):
-            teacher = load_model(cfg.teacher, self.device)
-        if cfg.eval.teacher:
-            self._evaluate("teacher", teacher)
-        with self.timer("loading"):
             self.student: PreTrainedModel = load_model(cfg.student, self.device)
+            teachers = load_teachers(cfg.all_teachers, cfg.student, self.student, self.device)
+        if cfg.eval.teacher:
+            for name, teacher in teachers.items():
+                self._evaluate(f"teacher {name}".strip(), teacher)
         if cfg.student.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
         if d.init_head_from_teacher:
-            copy_lm_head(teacher, self.student)
-        distiller = None
-        if REP in cfg.objectives:
-            distiller = attach(
+            copy_lm_head(next(iter(teachers.values())), self.student)
+        distillers: dict[str, Distiller] = {}
+        for name, teacher in teachers.items():
+            if REP not in cfg.objectives:
+                break
+            if distillers:
+                distillers[name] = next(iter(distillers.values())).with_teacher(teacher)
+                continue
+            distillers[name] = attach(
                 self.student,
                 teacher,
                 layers=d.layers,
@@ -203,7 +211,7 @@ class Trainer:
             )
         # Without output-space objectives the distiller keeps the part of the teacher that is
         # needed; the rest goes here.
-        self.objectives = Objectives(cfg.objectives, self.student, teacher, distiller, d, cfg.opd)
+        self.objectives = Objectives(cfg.objectives, self.student, teachers, distillers, d, cfg.opd)
         o = cfg.optim
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
@@ -363,13 +371,20 @@ class Trainer:
             return
         with self.timer("evaluation"), self._autocast():
             results = {
-                name: evaluate(model, self.tokenizer, sets[name].prompts, self.cfg.eval)
+                name: evaluate(model, self.tokenizer, self._asked(who, name), self.cfg.eval)
                 for name in names
             }
         self.timer.take_step()
         self.log.evaluation(self.step, who, results)
         if who != "student":
             self.evaluations[who] = results
+
+    def _asked(self, who: str, name: str) -> list[Prompt]:
+        """An evaluation set's prompts, a teacher's with what it is told."""
+        prompts = self.checked.eval_sets[name].prompts
+        if who.startswith("student"):
+            return prompts
+        return [replace(p, token_ids=p.teacher_ids or p.token_ids) for p in prompts]
 
     def _save(self, directory: Path) -> Path:
         with self.timer("saving"):
@@ -391,13 +406,22 @@ class Trainer:
         )
         if distributed.rank() == 0:
             write_summary(summary)
-            origin = DEMO_ORIGIN if self.cfg.teacher.path.startswith("demo:") else None
+            paths = [teacher.path for teacher in self.cfg.all_teachers.values()]
+            origin = DEMO_ORIGIN if paths == ["demo:teacher"] else None
             for table in closing_tables(self.evaluations, summary.phases, delta, origin):
                 self.log.console.print(table)
             state = f"interrupted after step {self.step}" if interrupted else "finished"
             self.log.say(f"{state}; student: {student}  metrics: {self.directory}/metrics.jsonl")
         self.log.close()
         return summary
+
+
+def _for_teacher(rollout: Rollout, prompt: Prompt) -> Rollout:
+    """The rollout with its prompt's source, and what the teacher reads."""
+    reading = None
+    if prompt.teacher_ids is not None:
+        reading = Reading(prompt.teacher_ids, rollout.response_ids)
+    return replace(rollout, source=prompt.source, reading=reading)
 
 
 class Interrupt:

@@ -95,16 +95,19 @@ def materialised(
     tokens_M: Tensor,
     weights_M: Tensor | None,
     denominator: float,
+    teacher_rows_M: Tensor | None = None,
 ) -> Tensor:
     """The loss from the logits of all B * T positions, as verl and TRL compute it.
 
     Args:
         rows_M: int64, which of the B * T positions predict a supervised token.
+        teacher_rows_M: the same of the teacher's; None: the same positions.
         weights_M: of the rows; None: 1.
         denominator: what the weighted sum is divided by.
     """
     student_MV = student_logits_BTV.flatten(0, 1).float()[rows_M]
-    teacher_MV = teacher_logits_BTV.flatten(0, 1).float()[rows_M]
+    teacher_rows_M = rows_M if teacher_rows_M is None else teacher_rows_M
+    teacher_MV = teacher_logits_BTV.flatten(0, 1).float()[teacher_rows_M]
     width = min(student_MV.shape[-1], teacher_MV.shape[-1])  # padding of the vocabulary may differ
     losses = loss.row_losses(student_MV[:, :width], teacher_MV[:, :width], tokens_M)
     return _weighted_mean(losses, weights_M, denominator)

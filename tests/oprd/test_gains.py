@@ -189,7 +189,7 @@ CASES = [
     *((BLOCKS, True, dtype, checkpointing, name) for dtype in (torch.float32, torch.bfloat16)
       for checkpointing in (True, False) for name in ("backbone", "oprd", "bridge")),
     *((TABLES, True, torch.float32, True, name)
-      for name in ("backbone", "oprd", "opd_top1_chunked")),
+      for name in ("backbone", "oprd", "opd_top1", "opd_top1_chunked")),
 ]  # fmt: skip
 
 

@@ -22,12 +22,12 @@ def gradients(weights, architecture="qwen2", parts=((0, 3),), **opd):
     """Loss by objective and the gradient of their weighted sum, the batch in ``parts``."""
     student, teacher = (make_model(architecture, seed) for seed in (0, 1))
     d = DistillConfig(positions="last_k", k=3, shift="after")
-    distiller = None
+    distillers = {}
     if REP in weights:
-        distiller = attach(
+        distillers[""] = attach(
             student, teacher, kind=d.kind, positions=d.positions, k=d.k, shift=d.shift
         )
-    objectives = Objectives(weights, student, teacher, distiller, d, OpdConfig(k=4, **opd))
+    objectives = Objectives(weights, student, {"": teacher}, distillers, d, OpdConfig(k=4, **opd))
     whole = make_batch()
     batches = [Batch(*(x[begin:end] for x in whole)) for begin, end in parts]
     chosen = [objectives.supervise(batch) for batch in batches]
@@ -36,7 +36,7 @@ def gradients(weights, architecture="qwen2", parts=((0, 3),), **opd):
     }
     losses = dict.fromkeys(weights, 0.0)
     for batch, one in zip(batches, chosen, strict=True):
-        out = objectives.student_pass(batch, one, objectives.teacher_pass(batch, one), totals)
+        out = objectives.student_pass(batch, one, objectives.teacher_pass(batch, one, ""), totals)
         out.loss.backward()
         for name, loss in out.parts.items():
             losses[name] += loss.item()

@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
+from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig, check_values
 from oprd.data import PromptSet, load_prompts
 from oprd.errors import ConfigError, Unreachable
@@ -23,6 +24,7 @@ from oprd.models import (
     check_vocabularies,
     load_config,
     load_tokenizer,
+    model_info,
 )
 from oprd_kernels import backends
 
@@ -72,20 +74,31 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
 
     _check_world(cfg)
     check_output_dir(cfg)
-    device, backend = _device(cfg), cfg.distill.backend
+    device, backend = check_device(cfg.device), cfg.distill.backend
     if backend != "auto" and (reason := backends.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
+
+    bridge = None if cfg.bridge.path is None else read_info(cfg.bridge.path)
+    if bridge is not None:
+        bridge.check_rank(cfg.bridge.rank)
+        found.notes += _bridge_notes(cfg, bridge)
 
     student = attempt(lambda: load_config(cfg.student.path))
     teacher = attempt(lambda: load_config(cfg.teacher.path))
     if student and teacher and "oprd" in cfg.objectives:
-        found.layer_pairs = check_pair(student, teacher, cfg.distill.layers)
+        found.layer_pairs = check_pair(student, teacher, cfg.distill.layers, bridge)
     _check_lengths(cfg, student, teacher)
 
     found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
     teacher_tokenizer = attempt(lambda: load_tokenizer(cfg.teacher.path))
     if tokenizer and teacher_tokenizer and teacher:
         check_vocabularies(tokenizer, teacher_tokenizer, teacher)
+        if bridge is not None and student and found.layer_pairs:
+            bridge.check(
+                model_info(student, tokenizer=tokenizer),
+                model_info(teacher, tokenizer=teacher_tokenizer),
+                found.layer_pairs,
+            )
         found.notes += _vocabulary_notes(student, teacher, tokenizer, teacher_tokenizer)
 
     if tokenizer is None:
@@ -108,15 +121,30 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     return found
 
 
-def _device(cfg: TrainConfig) -> torch.device:
-    if cfg.device == "auto":
+def _bridge_notes(cfg: TrainConfig, bridge: BridgeInfo) -> list[str]:
+    notes = []
+    if bridge.shift is not None and bridge.shift != cfg.distill.shift:
+        notes.append(
+            f"the bridge was fitted on states {bridge.shift!r} a token, this run compares those "
+            f"{cfg.distill.shift!r} it (distill.shift)"
+        )
+    return notes
+
+
+def check_device(name: str) -> torch.device:
+    """The device that ``device=name`` means.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(cfg.device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device {cfg.device!r} is unknown: {error}") from error
+        raise ConfigError(f"device {name!r} is unknown: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={cfg.device}, but torch sees no GPU: use device=cpu")
+        raise ConfigError(f"device={name}, but torch sees no GPU: use device=cpu")
     return device
 
 

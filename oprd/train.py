@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
 from oprd.attach import attach
+from oprd.bridge import load_bridge
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
 from oprd.data import step_batches
@@ -190,6 +191,7 @@ class Trainer:
             copy_lm_head(teacher, self.student)
         distiller = None
         if REP in cfg.objectives:
+            b = cfg.bridge
             distiller = attach(
                 self.student,
                 teacher,
@@ -200,6 +202,7 @@ class Trainer:
                 shift=d.shift,
                 reduction=d.reduction,
                 backend=d.backend,
+                bridge=None if b.path is None else load_bridge(b.path, b.rank),
             )
         # Without output-space objectives the distiller keeps the part of the teacher that is
         # needed; the rest goes here.
@@ -295,7 +298,7 @@ class Trainer:
             [*sums, sum(counts)], self.device
         )
         cosine, norm_s, norm_t = (x / count if count else 0.0 for x in (cosine, norm_s, norm_t))
-        width = self.objectives.distiller.student.width
+        width = self.objectives.distiller.compared_width
         return {
             "rep/cosine_similarity": cosine,
             "rep/norm_mse": 2 * (1 - cosine) / width if count else 0.0,

@@ -98,4 +98,6 @@ def random_student_proj(rank: int, width: int, seed: int) -> Tensor:
     Normal with variance 1 / dS, so that a lower rank is a slice of a higher one.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rank, width, generator=generator) / width**0.5
+    # Row by row: one call for all would give other numbers at another rank.
+    rows = [torch.randn(width, generator=generator) for _ in range(rank)]
+    return torch.stack(rows) / width**0.5

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oprd.bridge.bank import Bridge, ModelInfo
+from oprd.bridge.project import Projectors
 from oprd.decoder import cut, find_decoder, first_tensor, replace_first
 from oprd.layers import LayerSpec, pair_layers
 from oprd.positions import Positions, Reduction, Shift, supervise
@@ -55,6 +57,8 @@ class TapSession:
 
     teacher_states: Sequence[Tensor]
     options: dict
+    student_proj: Callable[[int, torch.device], Tensor] | None = None
+    """P_S (r, dS) of the index-th compared layer, with a bridge."""
     found: dict[int, tuple[Tensor, RepLossStats]] = field(default_factory=dict)
 
     def tap(self, index: int, h: Tensor) -> Tensor:
@@ -63,7 +67,10 @@ class TapSession:
             raise RuntimeError(
                 "the student ran twice inside one `taps` context: open one per forward pass"
             )
-        h, loss, stats = rep_tap(h, self.teacher_states[index], **self.options, return_stats=True)
+        proj = None if self.student_proj is None else self.student_proj(index, h.device)
+        h, loss, stats = rep_tap(
+            h, self.teacher_states[index], student_proj=proj, **self.options, return_stats=True
+        )
         self.found[index] = (loss, stats)
         return h
 
@@ -133,26 +140,35 @@ class Distiller:
         shift: Shift,
         reduction: Reduction,
         backend: str,
+        bridge: Bridge | None = None,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
         self.student, self.layers = find_decoder(student), layers
-        self._take_teacher(teacher)
+        self._take_teacher(teacher, bridge)
         self.kind, self.backend = kind, backend
         self.positions, self.k, self.shift, self.reduction = positions, k, shift, reduction
         self._board = _Board()
         self._points = [self._add_tap(i, block) for i, (block, _) in enumerate(self.pairs)]
 
-    def _take_teacher(self, teacher: nn.Module) -> None:
+    def _take_teacher(self, teacher: nn.Module, bridge: Bridge | None) -> None:
         teacher_decoder = find_decoder(teacher)
         self.pairs = pair_layers(self.layers, self.student.num_layers, teacher_decoder.num_layers)
-        if self.student.width != teacher_decoder.width:
+        if bridge is not None:
+            ours, theirs = (
+                ModelInfo(d.width, d.num_layers) for d in (self.student, teacher_decoder)
+            )
+            bridge.info.check(ours, theirs, self.pairs)
+        elif self.student.width != teacher_decoder.width:
             raise ValueError(
                 f"the student is {self.student.width} wide and the teacher "
-                f"{teacher_decoder.width}: plain OPRD compares equal widths. Choose a teacher of "
-                "the student's width, or project both in your own loop with "
-                "oprd_kernels.rep_tap(student_proj=, teacher_proj=)"
+                f"{teacher_decoder.width}: without a bridge, OPRD compares equal widths. Fit one "
+                "with oprd-bridge fit and pass bridge=load_bridge(file), or choose a teacher of "
+                "the student's width"
             )
+        self.projectors = None if bridge is None else Projectors(bridge)
+        self.compared_width = self.student.width if bridge is None else bridge.info.rank
+        """D: what `nmse` divides by."""
         self.teacher = cut(teacher_decoder, max(block for _, block in self.pairs) + 1)
         self.teacher_layers = teacher_decoder.num_layers
 
@@ -165,7 +181,7 @@ class Distiller:
         module._oprd_tap = (self._board, index)
         return module
 
-    def with_teacher(self, teacher: nn.Module) -> Distiller:
+    def with_teacher(self, teacher: nn.Module, bridge: Bridge | None = None) -> Distiller:
         """The same student, its taps and everything else, with another teacher: for batches of
         which that one knows more. Any of them opens the taps, and `detach` of any removes them.
 
@@ -173,7 +189,7 @@ class Distiller:
             ValueError: as `attach`.
         """
         other = copy.copy(self)
-        other._take_teacher(teacher)
+        other._take_teacher(teacher, bridge)
         return other
 
     def detach(self) -> None:
@@ -196,7 +212,7 @@ class Distiller:
             rows: (M,) int64, of the (B * T, d) states.
 
         Returns:
-            L tensors (M, d) in the teacher's dtype.
+            L tensors (M, d) in the teacher's dtype; with a bridge (M, r) float32, projected.
         """
         was_training = self.teacher.backbone.training
         self.teacher.backbone.eval()
@@ -213,22 +229,33 @@ class Distiller:
         at the supervised rows; the function yielded returns them, as `teacher_states` does."""
         states: dict[int, Tensor] = {}
 
-        def keep_rows(block: int):
+        def keep_rows(pair: tuple[int, int]):
             def hook(_module, _args, output) -> None:
-                states[block] = first_tensor(output).flatten(0, -2)[rows]
+                states[pair[1]] = self._kept(pair, first_tensor(output).flatten(0, -2), rows)
 
             return hook
 
         handles = []
-        for _, block in self.pairs:
-            last = block == self.teacher_layers - 1
-            module = self.teacher.norm if last else self.teacher.layers[block]
-            handles.append(module.register_forward_hook(keep_rows(block)))
+        for pair in self.pairs:
+            last = pair[1] == self.teacher_layers - 1
+            module = self.teacher.norm if last else self.teacher.layers[pair[1]]
+            handles.append(module.register_forward_hook(keep_rows(pair)))
         try:
             yield lambda: [states[block] for _, block in self.pairs]
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _kept(self, pair: tuple[int, int], states: Tensor, rows: Tensor) -> Tensor:
+        """What is kept of a teacher layer's states (N, dT): rows, or with a bridge what they are
+        projected to (Eq. 14), so that full-width states never outlive the layer."""
+        if self.projectors is None:
+            return states[rows]
+        return self.projectors.teacher(pair[0], states, rows)
+
+    def _student_proj(self, index: int, device: torch.device) -> Tensor:
+        assert self.projectors is not None
+        return self.projectors.student(self.pairs[index][0], device)
 
     @contextmanager
     def taps(
@@ -256,7 +283,8 @@ class Distiller:
             "kind": self.kind,
             "backend": self.backend,
         }
-        session = TapSession(teacher_states, options)
+        project = None if self.projectors is None else self._student_proj
+        session = TapSession(teacher_states, options, project)
         self._board.session = session
         try:
             yield session
@@ -312,20 +340,24 @@ def attach(
     shift: Shift = "after",
     reduction: Reduction = "token-mean",
     backend: str = "auto",
+    bridge: Bridge | None = None,
 ) -> Distiller:
     """Put OPRD's taps on a student and prepare its teacher.
 
     Args:
         student: a Hugging Face decoder, with or without LM head (Llama, Qwen2/3, Phi, Gemma,
             GPT-2, GPT-NeoX, ..).
-        teacher: another of the same width. It is not changed; the `Distiller` holds on to the part
-            of it that is needed, so drop your reference to free the rest. Its parameters get no
-            gradient.
+        teacher: another, of the same width unless there is a bridge. It is not changed; the
+            `Distiller` holds on to the part of it that is needed, so drop your reference to free
+            the rest. Its parameters get no gradient.
         layers: ``"last"``, ``"all"``, ``"even"``, ``"odd"`` or a list of student blocks (0 ..).
             Layers correspond by relative depth (Eq. 11) where the depths differ.
         kind: ``"mse"`` (Eq. 6), ``"nmse"`` or ``"cosine"``.
         positions, k, shift, reduction: see `oprd.positions.supervise`.
         backend: see `oprd_kernels.fused_rep_loss`.
+        bridge: frozen projectors (`oprd.bridge.load_bridge`): the loss is taken between
+            P_S h_S and P_T (h_T - mu_T) (Eq. 14-15), whatever the widths. The paper's kind is
+            then ``"nmse"``.
 
     Raises:
         ValueError: if the two do not fit together, saying what would.
@@ -340,4 +372,5 @@ def attach(
         shift=shift,
         reduction=reduction,
         backend=backend,
+        bridge=bridge,
     )

@@ -167,6 +167,21 @@ class DistillConfig:
     init_head_from_teacher: bool = False
 
 
+@dataclass
+class BridgeConfig:
+    """Projectors into a shared space, for a teacher of any width and depth (see `oprd.bridge`).
+
+    The loss is then taken there; the paper's is ``distill.kind: nmse``.
+
+    Attributes:
+        path: what ``oprd-bridge fit`` or ``import`` wrote; null: states are compared as they are.
+        rank: use the first so many directions; null: all that the file has.
+    """
+
+    path: str | None = None
+    rank: int | None = None
+
+
 OBJECTIVES: dict[str, Form | None] = {
     "oprd": None,
     "opd_top1": "top1",
@@ -302,6 +317,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objectives: dict[str, float] = field(default_factory=lambda: {"oprd": 1.0})
     distill: DistillConfig = field(default_factory=DistillConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
     opd: OpdConfig = field(default_factory=OpdConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -334,6 +350,7 @@ def check_values(cfg: TrainConfig) -> None:
         "rollout.batch_size": cfg.rollout.batch_size,
         "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
         "distill.k": cfg.distill.k,
+        "bridge.rank": cfg.bridge.rank,
         "opd.k": cfg.opd.k,
         "opd.chunk_tokens": cfg.opd.chunk_tokens,
         "eval.samples": cfg.eval.samples,
@@ -366,6 +383,19 @@ def check_values(cfg: TrainConfig) -> None:
     for name, weight in cfg.objectives.items():
         need(name in OBJECTIVES, f"objectives: {name!r} is not one of {[*OBJECTIVES]}")
         need(weight > 0, f"objectives.{name} must be above 0, got {weight}: leave it out instead")
+    if cfg.bridge.path is None:
+        need(cfg.bridge.rank is None, "bridge.rank is given without bridge.path")
+    else:
+        need(
+            "oprd" in cfg.objectives,
+            f"bridge.path={cfg.bridge.path} is given, but objectives {[*cfg.objectives]} compare "
+            "no hidden states: add oprd, or leave the bridge out",
+        )
+        need(
+            len(cfg.teachers) < 2,
+            f"bridge.path={cfg.bridge.path} is fitted for one teacher, and teachers has "
+            f"{len(cfg.teachers)}: train with one at a time",
+        )
     if "opd_topk" in cfg.objectives:
         need(
             cfg.opd.k >= 2,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +78,33 @@ def find_decoder(model: Any) -> Decoder:
             f"found {[name for name, _ in backbone.named_children()]}"
         )
     return Decoder(backbone, layers[0], norms[0])
+
+
+@contextmanager
+def watch(
+    decoder: Decoder, blocks: Iterable[int], depth: int, see: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """While open, forward passes of ``decoder``, however it is called, hand over hidden states.
+
+    Args:
+        blocks: counted from 0. Block i's state is entry i + 1 of ``hidden_states``: its output, or
+            for the last block of the model the final norm's.
+        depth: the model's layers, of which ``decoder`` may have only the first.
+        see: called with a block's number and its states (B, T, d).
+    """
+
+    def hook(block: int) -> Callable[..., None]:
+        return lambda _module, _args, output: see(block, first_tensor(output))
+
+    handles = []
+    try:
+        for block in blocks:
+            module = decoder.norm if block == depth - 1 else decoder.layers[block]
+            handles.append(module.register_forward_hook(hook(block)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def cut(decoder: Decoder, num_layers: int) -> Decoder:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def init(device: str) -> torch.device:
@@ -58,6 +58,13 @@ def max_over_ranks(value: float, device: torch.device) -> float:
     tensor = torch.tensor(value, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """The ranks' tensors added up, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

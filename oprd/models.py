@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from oprd.bridge.bank import BridgeInfo, ModelInfo, fingerprint
 from oprd.config import StudentConfig, TeacherConfig
 from oprd.errors import ConfigError, Unreachable, is_unreachable
 from oprd.layers import LayerSpec, pair_layers
@@ -116,25 +117,45 @@ def load_model(
     return model.to(device).eval()
 
 
+def model_info(
+    config: PretrainedConfig,
+    path: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> ModelInfo:
+    """A model as bridges know it."""
+    text = config.get_text_config()
+    vocabulary = None if tokenizer is None else fingerprint(tokenizer.get_vocab())
+    return ModelInfo(text.hidden_size, text.num_hidden_layers, path, vocabulary)
+
+
 def check_pair(
-    student: PretrainedConfig, teacher: PretrainedConfig, layers: LayerSpec
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    layers: LayerSpec,
+    bridge: BridgeInfo | None = None,
 ) -> list[tuple[int, int]]:
-    """The layer pairs of two models that plain OPRD can compare.
+    """The layer pairs of two models that OPRD can compare: plainly, or through a bridge.
 
     Raises:
-        ConfigError: if their widths differ, or the layers asked for don't exist.
+        ConfigError: if their widths differ and there is no bridge, the bridge is not theirs, or the
+            layers asked for don't exist.
     """
-    s, t = student.get_text_config(), teacher.get_text_config()
-    if s.hidden_size != t.hidden_size:
+    s, t = model_info(student), model_info(teacher)
+    if bridge is None and s.width != t.width:
         raise ConfigError(
-            f"the student is {s.hidden_size} wide and the teacher {t.hidden_size}: plain OPRD "
-            "compares equal widths, and no projector is given. Choose a teacher of the student's "
-            "width"
+            f"the student is {s.width} wide and the teacher {t.width}: without a bridge, OPRD "
+            "compares equal widths. Fit one with oprd-bridge fit and pass it as bridge.path, or "
+            "choose a teacher of the student's width"
         )
+    assert s.layers is not None
+    assert t.layers is not None
     try:
-        return pair_layers(layers, s.num_hidden_layers, t.num_hidden_layers)
+        pairs = pair_layers(layers, s.layers, t.layers)
     except ValueError as error:
         raise ConfigError(f"distill.layers: {error}") from error
+    if bridge is not None:
+        bridge.check(s, t, pairs)
+    return pairs
 
 
 def check_vocabularies(

@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
+from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig, check_values
 from oprd.data import PromptSet, load_prompts, load_training_prompts
 from oprd.errors import ConfigError, Unreachable
@@ -23,6 +24,7 @@ from oprd.models import (
     check_vocabularies,
     load_config,
     load_tokenizer,
+    model_info,
     teacher_path,
 )
 from oprd_kernels import backends
@@ -73,9 +75,14 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
 
     _check_world(cfg)
     check_output_dir(cfg)
-    device, backend = _device(cfg), cfg.distill.backend
+    device, backend = check_device(cfg.device), cfg.distill.backend
     if backend != "auto" and (reason := backends.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
+
+    bridge = None if cfg.bridge.path is None else read_info(cfg.bridge.path)
+    if bridge is not None:
+        bridge.check_rank(cfg.bridge.rank)
+        found.notes += _bridge_notes(cfg, bridge)
 
     student = attempt(lambda: load_config(cfg.student.path))
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
@@ -84,13 +91,19 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
         path = teacher_path(teacher_cfg, cfg.student)
         teacher = attempt(partial(load_config, path))
         if student and teacher and "oprd" in cfg.objectives:
-            found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers)
+            found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers, bridge)
         who = f"teacher of {name}" if name else "teacher"
         longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
         _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher)
         teacher_tokenizer = attempt(partial(load_tokenizer, path))
         if tokenizer and teacher_tokenizer and teacher:
             check_vocabularies(tokenizer, teacher_tokenizer, teacher)
+            if bridge is not None and student and name in found.layer_pairs:
+                bridge.check(
+                    model_info(student, tokenizer=tokenizer),
+                    model_info(teacher, tokenizer=teacher_tokenizer),
+                    found.layer_pairs[name],
+                )
             found.notes += _vocabulary_notes(student, teacher, tokenizer, teacher_tokenizer)
 
     if tokenizer is None:
@@ -116,15 +129,30 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     return found
 
 
-def _device(cfg: TrainConfig) -> torch.device:
-    if cfg.device == "auto":
+def _bridge_notes(cfg: TrainConfig, bridge: BridgeInfo) -> list[str]:
+    notes = []
+    if bridge.shift is not None and bridge.shift != cfg.distill.shift:
+        notes.append(
+            f"the bridge was fitted on states {bridge.shift!r} a token, this run compares those "
+            f"{cfg.distill.shift!r} it (distill.shift)"
+        )
+    return notes
+
+
+def check_device(name: str) -> torch.device:
+    """The device that ``device=name`` means.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(cfg.device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device {cfg.device!r} is unknown: {error}") from error
+        raise ConfigError(f"device {name!r} is unknown: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={cfg.device}, but torch sees no GPU: use device=cpu")
+        raise ConfigError(f"device={name}, but torch sees no GPU: use device=cpu")
     return device
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
 from oprd.attach import Distiller, attach
+from oprd.bridge import load_bridge
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
 from oprd.data import Prompt, step_batches
@@ -191,6 +192,7 @@ class Trainer:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
         if d.init_head_from_teacher:
             copy_lm_head(next(iter(teachers.values())), self.student)
+        b = cfg.bridge
         distillers: dict[str, Distiller] = {}
         for name, teacher in teachers.items():
             if REP not in cfg.objectives:
@@ -208,6 +210,7 @@ class Trainer:
                 shift=d.shift,
                 reduction=d.reduction,
                 backend=d.backend,
+                bridge=None if b.path is None else load_bridge(b.path, b.rank),
             )
         # Without output-space objectives the distiller keeps the part of the teacher that is
         # needed; the rest goes here.
@@ -303,7 +306,7 @@ class Trainer:
             [*sums, sum(counts)], self.device
         )
         cosine, norm_s, norm_t = (x / count if count else 0.0 for x in (cosine, norm_s, norm_t))
-        width = self.objectives.distiller.student.width
+        width = self.objectives.distiller.compared_width
         return {
             "rep/cosine_similarity": cosine,
             "rep/norm_mse": 2 * (1 - cosine) / width if count else 0.0,

@@ -1,0 +1,213 @@
+"""The configuration of a fit, and everything that can be found wrong with it beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from oprd import distributed
+from oprd.bridge.bank import ModelInfo, check_new_file
+from oprd.bridge.sgd import SgdConfig
+from oprd.config import DataConfig, RolloutConfig, StudentConfig, TeacherConfig
+from oprd.data import Prompt, load_prompts
+from oprd.errors import ConfigError
+from oprd.layers import corresponding_layer, select_layers
+from oprd.models import (
+    check_length,
+    check_vocabularies,
+    load_config,
+    load_tokenizer,
+    model_info,
+)
+from oprd.positions import Positions, Shift
+from oprd.preflight import check_device
+
+
+@dataclass
+class FitConfig:
+    """A run of ``oprd-bridge fit``.
+
+    Attributes:
+        output: the file to write; one that exists is refused.
+        rank: r, the number of the teacher's principal directions. Any smaller rank is a slice of
+            the result (``bridge.rank`` in training).
+        prompts: how many of ``data.train`` are rolled out, chosen by ``seed``.
+        layers: student layers to fit, as ``distill.layers``: ``all`` lets training choose.
+        positions, k, shift: which hidden states, as in ``distill``.
+        held_out: share of the prompts whose responses are not fitted on but judge the result.
+        solver: ``ridge``: closed form; ``sgd``: AdamW on rows that are kept, as in the paper.
+        ridge: strength of the penalty, relative to the mean squared hidden state.
+        products: of the statistics; float32 is for GPUs that are slow in float64 (sums stay
+            float64).
+        seed: of prompts, sampling, the random projector compared with, and sgd.
+        device: ``auto``: the GPU of this rank, else the CPU.
+        autocast: run the models' matrix products in this dtype; null: off.
+        micro_batch_tokens: at most so many tokens, padding included, go through the models at once.
+        rollout: sampling; ``prompts_per_step`` of them at once, over all ranks.
+    """
+
+    output: str = "bridge.safetensors"
+    rank: int = 8
+    prompts: int = 2000
+    layers: str | list[int] = "all"
+    positions: Positions = "all"
+    k: int = 2000
+    shift: Shift = "before"
+    held_out: float = 0.1
+    solver: Literal["ridge", "sgd"] = "ridge"
+    ridge: float = 1e-6
+    products: Literal["float64", "float32"] = "float64"
+    seed: int = 0
+    device: str = "auto"
+    autocast: Literal["bfloat16"] | None = None
+    micro_batch_tokens: int = 32768
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sgd: SgdConfig = field(default_factory=SgdConfig)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks loaded on their way.
+
+    Attributes:
+        tokenizer: the student's.
+        prompts: chosen ones, in the order of the fit; the first ``held_out_prompts`` of them
+            are held out.
+        pairs: (student block, teacher block).
+        student, teacher: as the bridge's file will describe them.
+        notes: what the user should know.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    held_out_prompts: int
+    pairs: list[tuple[int, int]]
+    student: ModelInfo
+    teacher: ModelInfo
+    notes: list[str]
+
+
+def check_values(cfg: FitConfig) -> None:
+    """Everything that is wrong with the numbers themselves.
+
+    Raises:
+        ConfigError: listing all of it.
+    """
+    problems = []
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            problems.append(message)
+
+    at_least_one = {
+        "rank": cfg.rank,
+        "k": cfg.k,
+        "micro_batch_tokens": cfg.micro_batch_tokens,
+        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "data.train.limit": cfg.data.train.limit,
+        "rollout.prompts_per_step": cfg.rollout.prompts_per_step,
+        "rollout.responses_per_prompt": cfg.rollout.responses_per_prompt,
+        "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
+        "rollout.batch_size": cfg.rollout.batch_size,
+        "sgd.epochs": cfg.sgd.epochs,
+        "sgd.batch_rows": cfg.sgd.batch_rows,
+        "sgd.max_rows": cfg.sgd.max_rows,
+    }
+    for name, value in at_least_one.items():
+        need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+    need(cfg.prompts >= 2, f"prompts must be at least 2 (one is held out), got {cfg.prompts}")
+    need(0 < cfg.held_out < 1, f"held_out must lie in (0, 1), got {cfg.held_out}")
+    need(cfg.ridge >= 0, f"ridge must not be negative, got {cfg.ridge}")
+    need(cfg.sgd.lr > 0, f"sgd.lr must be above 0, got {cfg.sgd.lr}")
+    need(
+        cfg.rollout.temperature > 0,
+        f"rollout.temperature must be above 0, got {cfg.rollout.temperature}: rollouts are sampled",
+    )
+    need(0 < cfg.rollout.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {cfg.rollout.top_p}")
+    need(
+        not cfg.student.gradient_checkpointing,
+        "student.gradient_checkpointing has no use here: nothing is trained through the student",
+    )
+    ranks = distributed.world_size()
+    need(
+        cfg.solver == "ridge" or ranks == 1,
+        f"solver=sgd keeps rows and runs on one rank, there are {ranks}: use ridge, which is exact "
+        "over ranks",
+    )
+    need(
+        cfg.rollout.prompts_per_step >= ranks,
+        f"rollout.prompts_per_step={cfg.rollout.prompts_per_step} leaves some of {ranks} ranks "
+        "nothing to do",
+    )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def pair_for_fit(layers: str | list[int], student: int, teacher: int) -> list[tuple[int, int]]:
+    """(student block, teacher block) by Eq. 11. Unlike in training, two student layers may stand
+    beside one layer of a shallower teacher: training chooses among them.
+
+    Raises:
+        ConfigError: if the layers asked for don't exist.
+    """
+    try:
+        blocks = select_layers(layers, student)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return [(block, corresponding_layer(block, student, teacher)) for block in blocks]
+
+
+def check_fit(cfg: FitConfig) -> Checked:
+    """Check configuration, models' configurations, tokenizers, prompts and output.
+
+    Raises:
+        ConfigError: the first problem found (of the values: all of them).
+    """
+    check_values(cfg)
+    check_new_file(cfg.output)
+    check_device(cfg.device)
+    configs = load_config(cfg.student.path), load_config(cfg.teacher.path)
+    tokenizers = load_tokenizer(cfg.student.path), load_tokenizer(cfg.teacher.path)
+    check_vocabularies(*tokenizers, configs[1])
+    student = model_info(configs[0], cfg.student.path, tokenizers[0])
+    teacher = model_info(configs[1], cfg.teacher.path, tokenizers[1])
+    if cfg.rank > min(student.width, teacher.width):
+        raise ConfigError(
+            f"rank must be at most the smaller width, {min(student.width, teacher.width)}, got "
+            f"{cfg.rank}"
+        )
+    assert student.layers is not None
+    assert teacher.layers is not None
+    pairs = pair_for_fit(cfg.layers, student.layers, teacher.layers)
+    for config, who in zip(configs, ("student", "teacher"), strict=True):
+        check_length(config, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, who)
+    found = load_prompts(cfg.data.train, cfg.data, tokenizers[0])
+    notes = []
+    if found.dropped:
+        notes.append(
+            f"{found.dropped} prompts dropped, longer than {cfg.data.max_prompt_tokens} tokens"
+        )
+    if len(found) < 2:
+        raise ConfigError(
+            f"{cfg.data.train.path} has {len(found)} prompt: at least 2 are needed, one is held out"
+        )
+    if len(found) < cfg.prompts:
+        notes.append(f"prompts={cfg.prompts} is asked for, {len(found)} are there")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(found), generator=generator)[: cfg.prompts].tolist()
+    held_out = min(max(1, round(cfg.held_out * len(order))), len(order) - 1)
+    return Checked(
+        tokenizer=tokenizers[0],
+        prompts=[found.prompts[i] for i in order],
+        held_out_prompts=held_out,
+        pairs=pairs,
+        student=student,
+        teacher=teacher,
+        notes=notes,
+    )

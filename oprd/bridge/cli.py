@@ -1,0 +1,145 @@
+"""``oprd-bridge``: fit, sweep, import and show bridges.
+
+oprd-bridge fit --student.path ./student --teacher.path ./teacher --output bridge.safetensors
+oprd-bridge sweep bridge.safetensors --output_dir sweep
+oprd-bridge import ps_bank.pt --output bridge.safetensors
+oprd-bridge show bridge.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from oprd.bridge.bank import BridgeInfo, check_new_file, read_info, save_bridge
+from oprd.bridge.checks import FitConfig, check_fit
+from oprd.bridge.importing import read_ps_bank
+from oprd.bridge.show import tables
+from oprd.bridge.sweep import sweep
+from oprd.cli import Parser, quiet_libraries
+from oprd.errors import ConfigError
+
+
+def make_parser() -> Parser:
+    """The parser of ``oprd-bridge``."""
+    parser = Parser(
+        prog="oprd-bridge",
+        description="Projectors that let a student learn from a teacher of any width and depth.",
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+
+    fit = Parser(description="Fit a bridge to student rollouts. Without options: the demo's pair.")
+    fit.add_argument("--config", action="config", help="a YAML file with any of the options")
+    fit.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check configuration, prompts and models' configurations; load no weights, write "
+        "nothing",
+    )
+    fit.add_class_arguments(FitConfig, None)
+    commands.add_subcommand("fit", fit, help="fit a bridge to student rollouts")
+
+    sweep = Parser(description="Cosine before and after fitting by rank (the paper's Figure 12).")
+    sweep.add_argument("bridge", help="a file that fit wrote")
+    sweep.add_argument("--output_dir", default="sweep", help="for sweep.csv, .json and .png")
+    commands.add_subcommand("sweep", sweep, help="cosine by rank: table and figure")
+
+    imported = Parser(description="Turn a ps_bank.pt of the public code into a bridge.")
+    imported.add_argument("bank", help="linear layouts only; nothing in it is run")
+    imported.add_argument("--output", required=True, help="the file to write")
+    imported.add_argument(
+        "--student", type=str | None, default=None,
+        help="the model it was fitted for, to check and record its shape",
+    )  # fmt: skip
+    imported.add_argument("--teacher", type=str | None, default=None, help="likewise")
+    commands.add_subcommand("import", imported, help="read a ps_bank.pt of the public code")
+
+    show = Parser(description="What a bridge is, and how well its layers do.")
+    show.add_argument("bridge", help="a file that fit or import wrote")
+    show.add_argument("--rank", type=int | None, default=None, help="at this rank")
+    commands.add_subcommand("show", show, help="describe a bridge")
+    return parser
+
+
+def run_fit(options: Namespace) -> None:
+    """``oprd-bridge fit``."""
+    values = {k: v for k, v in vars(options).items() if k not in ("config", "dry_run")}
+    cfg = FitConfig(**values)
+    if not options.dry_run:
+        from oprd.bridge.fit import fit
+
+        fit(cfg)
+        return
+    found = check_fit(cfg)
+    for note in found.notes:
+        print(f"note: {note}")
+    print("layers (student<-teacher): " + ", ".join(f"{s}<-{t}" for s, t in found.pairs))
+    print(f"prompts: {len(found.prompts)}, {found.held_out_prompts} of them held out")
+    print("everything checked: the fit can start")
+
+
+def run_import(options: Namespace) -> None:
+    """``oprd-bridge import``."""
+    check_new_file(options.output)
+    bridge = read_ps_bank(options.bank)
+    save_bridge(replace(bridge, info=_with_models(bridge.info, options)), options.output)
+    print(f"bridge: {options.output}")
+
+
+def _with_models(info: BridgeInfo, options: Namespace) -> BridgeInfo:
+    """With the shapes of the models named, once they are known to fit."""
+    from oprd.models import load_config, model_info
+
+    found = {
+        who: model_info(load_config(path), path)
+        for who in ("student", "teacher")
+        if (path := getattr(options, who)) is not None
+    }
+    info.check(found.get("student", info.student), found.get("teacher", info.teacher), info.pairs)
+    for who, blocks in zip(("student", "teacher"), zip(*info.pairs, strict=True), strict=True):
+        if who in found and max(blocks) >= (found[who].layers or 0):
+            raise ConfigError(
+                f"the bridge has {who} block {max(blocks)}, but {found[who].path} has "
+                f"{found[who].layers} layers"
+            )
+    return replace(
+        info,
+        student=found.get("student", info.student),
+        teacher=found.get("teacher", info.teacher),
+    )
+
+
+def run_show(options: Namespace) -> None:
+    """``oprd-bridge show``."""
+    for table in tables(read_info(options.bridge).at_rank(options.rank)):
+        Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``oprd-bridge``.
+
+    Exit codes: 0, 2 wrong configuration or file, 130 interrupted.
+    """
+    parser = make_parser()
+    parsed = parser.instantiate(parser.parse_args(argv))
+    options = parsed[parsed.command]
+    quiet_libraries()
+    try:
+        if parsed.command == "fit":
+            run_fit(options)
+        elif parsed.command == "sweep":
+            Console().print(sweep(options.bridge, options.output_dir))
+        elif parsed.command == "import":
+            run_import(options)
+        else:
+            run_show(options)
+    except ConfigError as error:
+        sys.stderr.write(f"oprd-bridge: error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("oprd-bridge: interrupted\n")
+        sys.exit(130)

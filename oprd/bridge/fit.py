@@ -1,0 +1,341 @@
+"""Fitting a bridge: prompts, student rollouts, one streaming pass of both models, projectors.
+
+    oprd-bridge fit --student.path ./student --teacher.path ./teacher --output bridge.safetensors
+    torchrun --nproc-per-node 2 -m oprd.bridge fit ..
+
+Shapes: B sequences of T tokens, N = B T states, M supervised ones, dS and dT widths, r rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from oprd import distributed
+from oprd.bridge.bank import Bridge, BridgeInfo, RankReport, save_bridge
+from oprd.bridge.checks import Checked, FitConfig, check_fit
+from oprd.bridge.heldout import Agreement, ranks_up_to
+from oprd.bridge.project import project_rows
+from oprd.bridge.sgd import KeptRows, sgd
+from oprd.bridge.show import tables
+from oprd.bridge.solve import (
+    TeacherBasis,
+    random_student_proj,
+    residual_variances,
+    ridge,
+    teacher_basis,
+)
+from oprd.bridge.statistics import PairStatistics
+from oprd.decoder import Decoder, cut, find_decoder, watch
+from oprd.models import load_model
+from oprd.positions import supervise
+from oprd.rollout import Rollout, collate, generate, micro_batches
+from oprd.train import seed_everything
+
+See = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Of a student block: its states (N, dS), the supervised rows of it (M,), the teacher's (M, dT)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Both models, the teacher only as deep as it is needed."""
+
+    student: Decoder
+    teacher: Decoder
+    teacher_depth: int
+    pairs: list[tuple[int, int]]
+
+
+class Fitter:
+    """The state of a fit. `run` is the algorithm."""
+
+    def __init__(self, cfg: FitConfig, checked: Checked) -> None:
+        self.cfg, self.checked = cfg, checked
+        self.device = distributed.init(cfg.device)
+        self.console = Console(quiet=distributed.rank() != 0, highlight=False, soft_wrap=True)
+
+    def run(self) -> Bridge:
+        """Roll out, stream, solve, judge; on every rank the same bridge."""
+        cfg, found = self.cfg, self.checked
+        for note in found.notes:
+            self.say(f"note: {note}")
+        seed_everything(cfg.seed)
+        student = load_model(cfg.student, self.device)
+        fitted, held_out = self._rollouts(student)
+        teacher = find_decoder(load_model(cfg.teacher, self.device))
+        depth = max(block for _, block in found.pairs) + 1
+        models = Prepared(
+            find_decoder(student), cut(teacher, depth), teacher.num_layers, found.pairs
+        )
+        del teacher
+        statistics = self._statistics(models, fitted)
+        rows = next(iter(statistics.values())).count
+        self.say(f"{rows} rows a layer; {cfg.solver} for {len(found.pairs)} layers")
+        if rows < found.student.width:
+            self.say(
+                f"note: {rows} rows are fewer than the student's {found.student.width} dimensions, "
+                "so the projectors fit them too well: raise prompts"
+            )
+        bases = {block: teacher_basis(s, cfg.rank) for block, s in statistics.items()}
+        if cfg.solver == "ridge":
+            student_proj = {
+                block: ridge(s, bases[block].directions, cfg.ridge).float()
+                for block, s in statistics.items()
+            }
+        else:
+            student_proj = self._sgd(models, statistics, bases, fitted, held_out)
+        return self._judge(models, statistics, bases, student_proj, held_out)
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[], object]]:
+        """A live bar on a terminal, a line elsewhere; yields what advances it."""
+        if not self.console.is_terminal or distributed.rank() != 0:
+            self.say(f"{what} ..")
+            yield lambda: None
+            return
+        with Progress(console=self.console) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+
+    def _rollouts(self, student) -> tuple[list[Rollout], list[Rollout]]:
+        """This rank's responses: to fit on, and held out. The split is by prompt, and the same for
+        any number of ranks."""
+        r, rank, ranks = self.cfg.rollout, distributed.rank(), distributed.world_size()
+        chosen, num_held_out = self.checked.prompts, self.checked.held_out_prompts
+        parts: list[list[Rollout]] = [[], []]
+        steps = range(0, len(chosen), r.prompts_per_step)
+        with self.progress("student rollouts", len(steps)) as advance:
+            for start in steps:
+                mine = range(len(chosen))[start : start + r.prompts_per_step][rank::ranks]
+                numbers = [n for n in mine for _ in range(r.responses_per_prompt)]
+                if numbers:
+                    with self._autocast():
+                        rollouts = generate(
+                            student,
+                            self.checked.tokenizer,
+                            [chosen[n].token_ids for n in numbers],
+                            max_new_tokens=r.max_new_tokens,
+                            temperature=r.temperature,
+                            top_p=r.top_p,
+                            batch_size=r.batch_size,
+                        )
+                    for n, rollout in zip(numbers, rollouts, strict=True):
+                        parts[n < num_held_out].append(rollout)
+                advance()
+        return parts[0], parts[1]
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.cfg.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.cfg.autocast))
+
+    @torch.no_grad()
+    def _stream(self, models: Prepared, rollouts: Sequence[Rollout], what: str, see: See) -> None:
+        """Run both models on rollouts and show ``see`` each layer's states, one batch at a time."""
+        cfg = self.cfg
+        batches = micro_batches(rollouts, cfg.micro_batch_tokens)
+        with self.progress(what, len(batches)) as advance:
+            for part in batches:
+                batch = collate(part, self.checked.tokenizer.pad_token_id, self.device)
+                rows = supervise(batch.response_mask, cfg.positions, cfg.k, cfg.shift).rows
+                with self._autocast():
+                    stream_batch(models, batch.input_ids, batch.attention_mask, rows, see)
+                advance()
+
+    def _statistics(
+        self, models: Prepared, rollouts: Sequence[Rollout]
+    ) -> dict[int, PairStatistics]:
+        """By student block, of all ranks' rollouts."""
+        # Apple's GPUs have no float64.
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        statistics = {
+            block: PairStatistics.empty(models.student.width, models.teacher.width, device)
+            for block, _ in models.pairs
+        }
+        products = getattr(torch, self.cfg.products)
+
+        def see(block: int, student: Tensor, rows: Tensor, teacher: Tensor) -> None:
+            statistics[block].update(student, teacher, rows, products)
+
+        self._stream(models, rollouts, "statistics of both models", see)
+        for one in statistics.values():
+            one.reduce_over_ranks()
+        return statistics
+
+    def _sgd(
+        self,
+        models: Prepared,
+        statistics: dict[int, PairStatistics],
+        bases: dict[int, TeacherBasis],
+        fitted: Sequence[Rollout],
+        held_out: Sequence[Rollout],
+    ) -> dict[int, Tensor]:
+        """Student projectors by AdamW on rows that are kept: a second pass, as what the teacher is
+        projected to is known only now."""
+        cfg, blocks = self.cfg, [block for block, _ in models.pairs]
+
+        def keep(rollouts: Sequence[Rollout], what: str) -> KeptRows:
+            kept = KeptRows(blocks, self._count_rows(rollouts), cfg.sgd.max_rows, cfg.seed)
+
+            def see(block: int, student: Tensor, rows: Tensor, teacher: Tensor) -> None:
+                picked = kept.pick(block, len(rows)).to(rows.device)
+                z = project_rows(teacher, picked, *self._teacher_side(bases, statistics, block))
+                kept.keep(block, student[rows[picked]], z)
+
+            self._stream(models, rollouts, what, see)
+            return kept
+
+        parts = keep(fitted, "rows for sgd"), keep(held_out, "held-out rows for sgd")
+        projectors = {}
+        with self.progress("sgd", len(blocks)) as advance:
+            for block in blocks:
+                (h, z), (other_h, other_z) = (kept.of(block) for kept in parts)
+                projectors[block] = sgd(h, z, other_h, other_z, cfg.sgd, cfg.seed, self.device)
+                advance()
+        return projectors
+
+    def _count_rows(self, rollouts: Sequence[Rollout]) -> int:
+        """Supervised rows."""
+        cfg, total = self.cfg, 0
+        for part in micro_batches(rollouts, cfg.micro_batch_tokens):
+            mask = collate(part, 0, "cpu").response_mask
+            total += supervise(mask, cfg.positions, cfg.k, cfg.shift).rows.numel()
+        return total
+
+    def _teacher_side(
+        self, bases: dict[int, TeacherBasis], statistics: dict[int, PairStatistics], block: int
+    ) -> tuple[Tensor, Tensor]:
+        """P_T and mu_T, float32, where the models are."""
+        return (
+            bases[block].directions.to(self.device, torch.float32),
+            statistics[block].teacher_mean.to(self.device, torch.float32),
+        )
+
+    def _judge(
+        self,
+        models: Prepared,
+        statistics: dict[int, PairStatistics],
+        bases: dict[int, TeacherBasis],
+        student_proj: dict[int, Tensor],
+        held_out: Sequence[Rollout],
+    ) -> Bridge:
+        """Held-out cosines at every rank in one pass, and the bridge."""
+        cfg, found = self.cfg, self.checked
+        before = random_student_proj(cfg.rank, found.student.width, cfg.seed).to(self.device)
+        after = {block: p.to(self.device) for block, p in student_proj.items()}
+        teacher_side = {
+            block: self._teacher_side(bases, statistics, block) for block in student_proj
+        }
+        ranks = ranks_up_to(cfg.rank)
+        agreements = {block: [Agreement(ranks), Agreement(ranks)] for block, _ in models.pairs}
+
+        def see(block: int, student: Tensor, rows: Tensor, teacher: Tensor) -> None:
+            everything = torch.arange(len(teacher), device=teacher.device)
+            z = project_rows(teacher, everything, *teacher_side[block])
+            for proj, agreement in zip((before, after[block]), agreements[block], strict=True):
+                agreement.update(project_rows(student, rows, proj), z)
+
+        self._stream(models, held_out, "held-out rows", see)
+        means = {
+            block: [agreement.mean_cosines(self.device) for agreement in pair]
+            for block, pair in agreements.items()
+        }
+        r2: dict[int, Tensor] = {}
+        explained: dict[int, Tensor] = {}
+        for block, s in statistics.items():
+            variances = bases[block].variances
+            left = residual_variances(
+                s, student_proj[block].to(variances.device), bases[block].directions
+            )
+            r2[block] = 1 - left.cumsum(0) / variances[: cfg.rank].cumsum(0)
+            explained[block] = variances.cumsum(0) / variances.sum()
+        blocks = [block for block, _ in models.pairs]
+        reports = [
+            RankReport(
+                rank=rank,
+                cosine_before=[means[b][0][i] for b in blocks],
+                cosine_after=[means[b][1][i] for b in blocks],
+                explained_variance=[explained[b][rank - 1].item() for b in blocks],
+                student_r2=[r2[b][rank - 1].item() for b in blocks],
+            )
+            for i, rank in enumerate(ranks)
+        ]
+        info = BridgeInfo(
+            student=found.student,
+            teacher=found.teacher,
+            pairs=models.pairs,
+            rank=cfg.rank,
+            solver=cfg.solver,
+            ridge=cfg.ridge if cfg.solver == "ridge" else None,
+            rows=statistics[blocks[0]].count,
+            held_out_rows=agreements[blocks[0]][0].total_rows(self.device),
+            positions=cfg.positions,
+            k=cfg.k,
+            shift=cfg.shift,
+            teacher_input="shared_ids",
+            ranks=reports,
+        )
+        return Bridge(
+            {block: p.cpu() for block, p in after.items()},
+            {block: p.cpu() for block, (p, _) in teacher_side.items()},
+            {block: m.cpu() for block, (_, m) in teacher_side.items()},
+            info,
+        )
+
+
+def stream_batch(
+    models: Prepared, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, see: See
+) -> None:
+    """Run both models on one batch; the teacher first, of which only ``rows`` are kept, then the
+    student, whose states are shown to ``see`` as they appear.
+
+    Args:
+        input_ids, attention_mask: (B, T).
+        rows: (M,) int64, supervised rows of the (B T, d) states.
+    """
+    beside: dict[int, Tensor] = {}
+
+    def keep(block: int, states: Tensor) -> None:
+        beside[block] = states.flatten(0, -2)[rows]
+
+    teacher_blocks = sorted({block for _, block in models.pairs})
+    with watch(models.teacher, teacher_blocks, models.teacher_depth, keep):
+        models.teacher.forward(input_ids, attention_mask)
+    paired = dict(models.pairs)
+
+    def show(block: int, states: Tensor) -> None:
+        see(block, states.flatten(0, -2), rows, beside[paired[block]])
+
+    with watch(models.student, list(paired), models.student.num_layers, show):
+        models.student.forward(input_ids, attention_mask)
+
+
+def fit(cfg: FitConfig) -> Bridge:
+    """Fit a bridge and write it to ``cfg.output``.
+
+    Raises:
+        ConfigError: before anything is loaded, if the fit could not finish; or if the states do not
+            allow it.
+    """
+    checked = check_fit(cfg)
+    try:
+        fitter = Fitter(cfg, checked)
+        bridge = fitter.run()
+        if distributed.rank() == 0:
+            save_bridge(bridge, cfg.output)
+            for table in tables(bridge.info):
+                fitter.console.print(table)
+            fitter.say(f"bridge: {cfg.output}")
+        return bridge
+    finally:
+        distributed.shutdown()

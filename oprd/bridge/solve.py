@@ -1,0 +1,103 @@
+"""From statistics to projectors: the teacher's principal directions, and the student's map to them.
+
+Shapes: dS and dT widths of student and teacher, r rank, N rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oprd.bridge.statistics import PairStatistics
+from oprd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TeacherBasis:
+    """The teacher's principal directions.
+
+    Attributes:
+        directions: (r, dT) float64, orthonormal rows, by falling variance.
+        variances: (dT,) float64, every eigenvalue of the covariance, falling.
+    """
+
+    directions: Tensor
+    variances: Tensor
+
+
+def teacher_basis(statistics: PairStatistics, rank: int) -> TeacherBasis:
+    """The top ``rank`` eigenvectors of the teacher's covariance (P_T).
+
+    The sign of each is fixed by making its largest component positive, so that the same rows give
+    the same basis on any machine.
+
+    Raises:
+        ConfigError: if there are too few rows for so many directions, or any state is not finite.
+    """
+    if statistics.count <= rank:
+        raise ConfigError(
+            f"{statistics.count} rows cannot give {rank} principal directions: lower rank, or "
+            "raise prompts"
+        )
+    if not statistics.teacher_scatter.isfinite().all():
+        raise ConfigError("the teacher has hidden states that are not finite: use another dtype")
+    variances, vectors = torch.linalg.eigh(statistics.teacher_scatter / statistics.count)
+    directions = vectors.flip(1).T[:rank]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return TeacherBasis(directions * largest.sign(), variances.flip(0).clamp(min=0))
+
+
+def ridge(statistics: PairStatistics, directions: Tensor, strength: float) -> Tensor:
+    """The P_S (r, dS) that minimises ||P_S h_S - P_T (h_T - mu_T)||^2 + penalty ||P_S||^2.
+
+    In closed form from H_S'H_S and H_S'(H_T - mu): one Cholesky factor serves every row of P_S.
+    Rows do not depend on each other, so a lower rank is a slice.
+
+    Args:
+        directions: (r, dT) float64, P_T.
+        strength: of the penalty, in units of the mean squared hidden state: trace(H'H) / dS.
+
+    Raises:
+        ConfigError: if H_S'H_S is singular to rounding, or not finite.
+    """
+    gram = statistics.student_gram
+    if not gram.isfinite().all():
+        raise ConfigError("the student has hidden states that are not finite: use another dtype")
+    penalty = strength * gram.diagonal().mean()
+    regular = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(regular)
+    if info.item():
+        raise ConfigError(
+            f"the student's {statistics.count} rows do not span its {len(gram)} dimensions to "
+            f"float64's rounding, and ridge={strength} does not make up for it: raise ridge, or "
+            "prompts"
+        )
+    return torch.cholesky_solve(statistics.cross @ directions.T, factor).T
+
+
+def residual_variances(
+    statistics: PairStatistics, student_proj: Tensor, directions: Tensor
+) -> Tensor:
+    """(r,) float64: mean of (P_S h_S - P_T (h_T - mu))^2 over the rows, by direction.
+
+    Theory: with ``ridge`` and strength -> 0 this is lambda_i (1 - rho_i^2), lambda_i the variance
+    of direction i and rho_i^2 the part of it that the student's states explain.
+    """
+    p, t = student_proj.double(), directions.double()
+    own = ((p @ statistics.student_gram) * p).sum(1)
+    shared = ((p @ statistics.cross) * t).sum(1)
+    wanted = ((t @ statistics.teacher_scatter) * t).sum(1)
+    return (own - 2 * shared + wanted) / statistics.count
+
+
+def random_student_proj(rank: int, width: int, seed: int) -> Tensor:
+    """(r, dS) float32: what a projector is before it is fitted, the same for the same seed.
+
+    Normal with variance 1 / dS, so that a lower rank is a slice of a higher one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # Row by row: one call for all would give other numbers at another rank.
+    rows = [torch.randn(width, generator=generator) for _ in range(rank)]
+    return torch.stack(rows) / width**0.5

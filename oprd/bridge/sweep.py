@@ -1,0 +1,119 @@
+"""The rank sweep (Fig. 12): cosine before and after fitting, at ranks 1, 2, 4, .. of one fit.
+
+    oprd-bridge fit --rank 128 --output wide.safetensors
+    oprd-bridge sweep wide.safetensors --output_dir sweep
+
+A fit records its held-out cosines at every such rank, so no model is run here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from oprd.bridge.bank import BridgeInfo, read_info
+from oprd.errors import ConfigError
+
+COLUMNS = ("rank", "cosine_before", "cosine_after", "nmse_after", "explained_variance")
+"""Means over layers."""
+
+
+def sweep_rows(info: BridgeInfo) -> list[dict[str, Any]]:
+    """A row a rank: means over layers, and each layer's cosine after fitting.
+
+    Raises:
+        ConfigError: if the bridge was not fitted here and carries no cosines.
+    """
+    if not info.ranks:
+        raise ConfigError(
+            f"this bridge (solver: {info.solver}) records no held-out cosines: fit one with "
+            "oprd-bridge fit"
+        )
+    return [
+        {
+            "rank": report.rank,
+            "cosine_before": statistics.mean(report.cosine_before),
+            "cosine_after": statistics.mean(report.cosine_after),
+            "nmse_after": 2 * (1 - statistics.mean(report.cosine_after)) / report.rank,
+            "explained_variance": statistics.mean(report.explained_variance),
+            "layers": {
+                str(s): x for (s, _), x in zip(info.pairs, report.cosine_after, strict=True)
+            },
+        }
+        for report in info.ranks
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """For the screen."""
+    shown = Table(title="held-out cosine by rank, mean over layers")
+    for name in COLUMNS:
+        shown.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        shown.add_row(str(row["rank"]), *(f"{row[name]:.4f}" for name in COLUMNS[1:]))
+    return shown
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """COLUMNS, and one column a student layer (``layer_0``, ..)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    layers = list(rows[0]["layers"])
+    writer.writerow([*COLUMNS, *(f"layer_{block}" for block in layers)])
+    for row in rows:
+        writer.writerow([*(row[c] for c in COLUMNS), *(row["layers"][block] for block in layers)])
+    return text.getvalue()
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Cosine over rank: before and after, thin lines for layers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    ranks = [row["rank"] for row in rows]
+    for block in rows[0]["layers"]:
+        values = [row["layers"][block] for row in rows]
+        axis.plot(ranks, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+    for name, colour in (("cosine_after", "tab:blue"), ("cosine_before", "tab:gray")):
+        label = name.replace("cosine_", "") + " fitting"
+        axis.plot(ranks, [row[name] for row in rows], "o-", color=colour, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ranks, [str(r) for r in ranks])
+    axis.set(xlabel="rank r", ylabel="cosine on held-out rows")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def sweep(bridge: str, output_dir: str) -> Table:
+    """Write ``sweep.csv``, ``sweep.json`` and ``sweep.png``.
+
+    Args:
+        bridge: a file that ``oprd-bridge fit`` wrote.
+        output_dir: made if it isn't there; files of these names in it are refused.
+
+    Raises:
+        ConfigError: saying what is wrong with either.
+    """
+    rows = sweep_rows(read_info(bridge))
+    directory = Path(output_dir)
+    files = {name: directory / f"sweep.{name}" for name in ("csv", "json", "png")}
+    for file in files.values():
+        if file.exists():
+            raise ConfigError(f"{file} exists and would be lost: choose another output_dir")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"output_dir {directory} is a file: choose a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    files["csv"].write_text(to_csv(rows))
+    files["json"].write_text(json.dumps(rows, indent=2) + "\n")
+    plot(rows, files["png"])
+    return table(rows)

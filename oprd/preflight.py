@@ -87,6 +87,13 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     teacher = attempt(lambda: load_config(cfg.teacher.path))
     if student and teacher and "oprd" in cfg.objectives:
         found.layer_pairs = check_pair(student, teacher, cfg.distill.layers, bridge)
+    if student and teacher and cfg.distill.init_head_from_teacher:
+        widths = [model_info(c).width for c in (student, teacher)]
+        if widths[0] != widths[1]:
+            raise ConfigError(
+                f"distill.init_head_from_teacher: the student is {widths[0]} wide and the teacher "
+                f"{widths[1]}, so the teacher's head does not fit: leave it off"
+            )
     _check_lengths(cfg, student, teacher)
 
     found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))

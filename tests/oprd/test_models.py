@@ -23,7 +23,10 @@ def config(**changes):
 def test_pair():
     assert check_pair(config(), config(), "all") == [(0, 0), (1, 1), (2, 2)]
     assert check_pair(config(), config(num_hidden_layers=5), "odd") == [(1, 2)]
-    with pytest.raises(ConfigError, match=r"student is 32 wide and the teacher 64: without a bridge.*oprd-bridge fit"):
+    with pytest.raises(
+        ConfigError,
+        match=r"student is 32 wide and the teacher 64: without a bridge.*oprd-bridge fit",
+    ):
         check_pair(config(), config(hidden_size=64), "all")
     with pytest.raises(ConfigError, match="teacher, with 2 layers"):
         check_pair(config(), config(num_hidden_layers=2), "all")

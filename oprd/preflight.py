@@ -92,6 +92,13 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
         teacher = attempt(partial(load_config, path))
         if student and teacher and "oprd" in cfg.objectives:
             found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers, bridge)
+        if student and teacher and cfg.distill.init_head_from_teacher:
+            widths = [model_info(c).width for c in (student, teacher)]
+            if widths[0] != widths[1]:
+                raise ConfigError(
+                    f"distill.init_head_from_teacher: the student is {widths[0]} wide and the "
+                    f"teacher {widths[1]}, so the teacher's head does not fit: leave it off"
+                )
         who = f"teacher of {name}" if name else "teacher"
         longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
         _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -217,8 +218,8 @@ class Fitter:
     ) -> tuple[Tensor, Tensor]:
         """P_T and mu_T, float32, where the models are."""
         return (
-            bases[block].directions.to(self.device, torch.float32),
-            statistics[block].teacher_mean.to(self.device, torch.float32),
+            bases[block].directions.float().to(self.device),
+            statistics[block].teacher_mean.float().to(self.device),
         )
 
     def _judge(
@@ -320,6 +321,16 @@ def stream_batch(
         models.student.forward(input_ids, attention_mask)
 
 
+def free_file(path: str) -> Path:
+    """``path``, or beside it, should a file have appeared there while the fit went on."""
+    wanted = file = Path(path)
+    number = 1
+    while file.exists():
+        number += 1
+        file = wanted.with_name(f"{wanted.stem}.{number}{wanted.suffix}")
+    return file
+
+
 def fit(cfg: FitConfig) -> Bridge:
     """Fit a bridge and write it to ``cfg.output``.
 
@@ -332,10 +343,11 @@ def fit(cfg: FitConfig) -> Bridge:
         fitter = Fitter(cfg, checked)
         bridge = fitter.run()
         if distributed.rank() == 0:
-            save_bridge(bridge, cfg.output)
+            output = free_file(cfg.output)
+            save_bridge(bridge, output)
             for table in tables(bridge.info):
                 fitter.console.print(table)
-            fitter.say(f"bridge: {cfg.output}")
+            fitter.say(f"bridge: {output}")
         return bridge
     finally:
         distributed.shutdown()

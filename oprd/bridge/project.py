@@ -14,6 +14,7 @@ CHUNK = 4096
 """Rows projected at once: bounds the float32 copy of the teacher's states."""
 
 
+@torch.no_grad()
 def project_rows(states: Tensor, rows: Tensor, proj: Tensor, mean: Tensor | None = None) -> Tensor:
     """(M, r) float32: P (h - mean) of the rows picked, in float32 throughout.
 

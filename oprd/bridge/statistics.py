@@ -96,7 +96,7 @@ class PairStatistics:
 
     def _of_chunk(self, student: Tensor, teacher: Tensor, products: torch.dtype) -> PairStatistics:
         device = self.student_mean.device
-        s, t = (x.to(device=device, dtype=torch.float64) for x in (student, teacher))
+        s, t = (x.to(device).double() for x in (student, teacher))
         mean_s, mean_t = s.mean(0), t.mean(0)
         s, t = (s - mean_s).to(products), (t - mean_t).to(products)
         with torch.autocast(device.type, enabled=False):

@@ -250,6 +250,28 @@ def test_fit_then_train_lowers_the_loss(bridge_file, teacher, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(run / "student")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objectives": {"opd_top1": 1.0, "oprd": 1.0}},
+        {"autocast": "bfloat16", "teacher__dtype": "bfloat16"},
+        {"student__dtype": "bfloat16", "student__gradient_checkpointing": True},
+    ],
+)
+def test_a_bridge_in_mixed_precision_and_beside_other_objectives(
+    bridge_file, teacher, tmp_path, changes
+):
+    from oprd.train import train
+
+    options = {"steps": 1, "eval__sets": {}, "rollout__temperature": 0.0001}
+    options |= {"distill__kind": "nmse"}
+    train(bridged_run(tmp_path / "plain", teacher, bridge_file, **options))
+    train(bridged_run(tmp_path / "other", teacher, bridge_file, **(options | changes)))
+    plain, other = (steps_of(tmp_path / name)[0] for name in ("plain", "other"))
+    assert other["actor/rep_loss"] == pytest.approx(plain["actor/rep_loss"], rel=0.05)
+    assert other["rep/cosine_similarity"] == pytest.approx(plain["rep/cosine_similarity"], abs=0.05)
+
+
 def bridged_run(directory, teacher, bridge_file, **changes):
     changes = {"teacher__path": teacher, "bridge__path": str(bridge_file)} | changes
     return small_run(directory, **changes)
@@ -263,6 +285,7 @@ def bridged_run(directory, teacher, bridge_file, **changes):
         ({"bridge__path": None, "bridge__rank": 2}, r"bridge\.rank is given without bridge\.path"),
         ({"bridge__path": None}, "128 wide and the teacher 48: without a bridge.*oprd-bridge fit"),
         ({"bridge__path": "nowhere"}, "no bridge at nowhere"),
+        ({"distill__init_head_from_teacher": True}, "128 wide and the teacher 48, so .* head does"),
         ({"objectives": {"opd_top1": 1.0}}, "compare no hidden states: add oprd"),
         ({"teacher__path": "demo:teacher"}, "a teacher 48 wide .*, this one is 128 wide"),
     ],
@@ -391,6 +414,55 @@ def test_dry_run_loads_no_weights_and_writes_nothing(teacher, tmp_path, capsys, 
     assert "0<-0, 1<-2, 2<-3, 3<-5" in printed
     assert "prompts: 2000, 200 of them held out" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_file_and_one_printed_read_back(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bridge_cli.make_parser().parse_args(["fit", "--print_config", "--rank=3"])
+    file = tmp_path / "fit.yaml"
+    file.write_text(capsys.readouterr().out)
+    parser = bridge_cli.make_parser()
+    parsed = parser.parse_args(["fit", f"--config={file}", "--rollout.max_new_tokens=4"])
+    assert (parsed.fit.rank, parsed.fit.rollout.max_new_tokens) == (3, 4)
+
+
+def test_a_file_that_appears_during_the_fit_costs_neither(teacher, tmp_path, monkeypatch):
+    from oprd.bridge import fit as module
+
+    original = module.Fitter.run
+
+    def run(self):
+        (tmp_path / "b.safetensors").write_text("theirs")
+        return original(self)
+
+    monkeypatch.setattr(module.Fitter, "run", run)
+    fit(small_fit(tmp_path / "b.safetensors", teacher))
+    assert (tmp_path / "b.safetensors").read_text() == "theirs"
+    assert load_bridge(tmp_path / "b.2.safetensors").info.rank == 8
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_1.7b_qwen3_4b_bridge"])
+def test_recipes_have_the_papers_values(recipe):
+    parsed = bridge_cli.make_parser().parse_args(
+        ["fit", "--config", str(ROOT / "recipes" / f"{recipe}_fit.yaml")]
+    )
+    parser = cli.make_parser()
+    train_file = str(ROOT / "recipes" / f"{recipe}.yaml")
+    cfg = cli.to_config(parser.instantiate(parser.parse_args(["--config", train_file])))
+    assert (parsed.fit.rank, parsed.fit.prompts) == (8, 2000)
+    assert cfg.bridge.path == parsed.fit.output
+    assert cfg.distill.kind == "nmse"
+    assert (cfg.student.path, cfg.teacher.path) == ("Qwen/Qwen3-1.7B-Base", "Qwen/Qwen3-4B")
+    assert (parsed.fit.student.path, parsed.fit.teacher.path) == (
+        cfg.student.path,
+        cfg.teacher.path,
+    )
+    assert cfg.data.chat_template_kwargs == {"enable_thinking": False}
+    assert parsed.fit.data.chat_template_kwargs == {"enable_thinking": False}
+    assert (cfg.distill.positions, cfg.distill.k, cfg.distill.shift) == ("last_k", 2000, "after")
+    assert (parsed.fit.positions, parsed.fit.k, parsed.fit.shift) == ("last_k", 2000, "after")
+    assert (cfg.steps, cfg.optim.lr, cfg.optim.warmup_ratio) == (500, 1e-5, 0.03)
+    assert (cfg.rollout.prompts_per_step, cfg.rollout.responses_per_prompt) == (8, 2)
 
 
 def test_show(bridge_file, capsys):

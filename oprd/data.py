@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from oprd.alignment import end_of_turn
 from oprd.config import DataConfig, PromptsConfig
 from oprd.errors import ConfigError, Unreachable, is_unreachable
 from oprd.models import demo_path
@@ -25,6 +26,10 @@ class Prompt:
 
     token_ids: list[int]
     answer: str | None
+    teacher_ids: list[int] | None = None
+    """The prompt as a teacher with another tokenizer, and its own chat template, reads it."""
+    teacher_end_id: int | None = None
+    """The token by which that teacher's turn ends after this prompt."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,11 @@ def with_suffix(prompt: Any, suffix: str) -> Any:
 
 
 def encode_prompt(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, where: str
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    where: str,
+    who: str = "student",
 ) -> list[int]:
     """Token ids of a prompt, through the chat template where ``cfg`` asks for that.
 
@@ -163,7 +172,7 @@ def encode_prompt(
         return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{where}: the prompt is a chat, but the student's tokenizer has no chat template: use "
+            f"{where}: the prompt is a chat, but the {who}'s tokenizer has no chat template: use "
             "a tokenizer that has one, or data.chat_template=never"
         )
     return tokenizer.apply_chat_template(
@@ -175,11 +184,19 @@ def encode_prompt(
     )["input_ids"]
 
 
+def uses_template(prompt: Any, cfg: DataConfig) -> bool:
+    """Whether `encode_prompt` renders this prompt through the chat template."""
+    if isinstance(prompt, list):
+        return cfg.chat_template != "never"
+    return cfg.chat_template == "always"
+
+
 def load_prompts(
     source: PromptsConfig,
     cfg: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     for_evaluation: bool = False,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PromptSet:
     """Read and tokenise a set of prompts.
 
@@ -189,6 +206,8 @@ def load_prompts(
         tokenizer: the student's.
         for_evaluation: then every row needs an answer and counts. In training a prompt that is
             given several times counts once (DAPO-Math-17k is published with 100 copies of each).
+        teacher_tokenizer: of a teacher that reads its own tokens: prompts then carry
+            ``teacher_ids`` and ``teacher_end_id``, and ``max_prompt_tokens`` bounds both.
 
     Raises:
         ConfigError: saying where (file and line) and what.
@@ -197,6 +216,10 @@ def load_prompts(
     prompts: list[Prompt] = []
     seen: set[str] = set()
     dropped = repeated = 0
+    ends: dict[bool, int] = {}
+    if teacher_tokenizer is not None:
+        chat_end = end_of_turn(teacher_tokenizer, **cfg.chat_template_kwargs)
+        ends = {True: chat_end, False: teacher_tokenizer.eos_token_id}
     for index, row in enumerate(rows):
         where = place(index)
         prompt = get_field(row, source.prompt_field, where)
@@ -209,18 +232,23 @@ def load_prompts(
         ids = encode_prompt(prompt, tokenizer, cfg, where)
         if not ids:
             raise ConfigError(f"{where}: the prompt has no tokens")
+        teacher_ids, teacher_end = None, None
+        if teacher_tokenizer is not None:
+            teacher_ids = encode_prompt(prompt, teacher_tokenizer, cfg, where, "teacher")
+            teacher_end = ends[uses_template(prompt, cfg)]
         answer = None
         if for_evaluation:
             answer = str(get_field(row, source.answer_field, where))
-        if len(ids) > cfg.max_prompt_tokens:
+        length = max(len(ids), len(teacher_ids or []))
+        if length > cfg.max_prompt_tokens:
             if cfg.overlong == "error":
                 raise ConfigError(
-                    f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens="
+                    f"{where}: the prompt has {length} tokens, more than data.max_prompt_tokens="
                     f"{cfg.max_prompt_tokens}: raise it, or set data.overlong=drop"
                 )
             dropped += 1
             continue
-        prompts.append(Prompt(ids, answer))
+        prompts.append(Prompt(ids, answer, teacher_ids, teacher_end))
     if not prompts:
         raise ConfigError(
             f"all {dropped} prompts of {source.path} are longer than data.max_prompt_tokens="

@@ -11,12 +11,12 @@ What is done with the parts of a response:
   the teacher's prompt: tokens never merge across that border, as they could not while sampling.
 - The student's final EOS: pairs with the token that ends the teacher's turn.
 - A special token inside the response: pairs with the teacher's added token of the same content
-  if there is one (``<think>``); otherwise the teacher does not see it, and it is unpaired. Text that
-  merely spells a special token stays text.
-- Bytes that are no UTF-8: as single-byte tokens, where the teacher has them, else pairing ends there.
+  if there is one (``<think>``); otherwise the teacher does not see it, and it is unpaired. Text
+  that merely spells a special token stays text.
+- Bytes that are no UTF-8: as single-byte tokens, where the teacher has them, else pairing ends.
   The beginning of a character at the end of a response cut short is left out, unpaired.
-- Text that the teacher's normalizer changes (NFC, say): pairs only where the change is known to have
-  begun or ended; tokens within it are unpaired. An unknown token is never paired itself.
+- Text that the teacher's normalizer changes (NFC, say): pairs only where the change is known to
+  have begun or ended; tokens within it are unpaired. An unknown token is never paired itself.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def _continuation_encoder(state: dict[str, Any]) -> Tokenizer:
     return encoder
 
 
-def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+def _without_prefix(part: Any) -> Any:
     """A normalizer or pre-tokenizer that puts no space before a text."""
     match part:
         case {"type": "Sequence"}:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from oprd.alignment import end_of_turn
 from oprd.config import DataConfig, PromptsConfig
 from oprd.errors import ConfigError, Unreachable, is_unreachable
 from oprd.models import demo_path
 
+Tokenizers = Mapping[str, PreTrainedTokenizerBase]
+NO_TOKENIZERS: Tokenizers = MappingProxyType({})
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -26,13 +30,15 @@ class Prompt:
 
     Attributes:
         source: which `oprd.config.TrainConfig.teachers` are chosen by.
-        teacher_ids: what the teacher reads instead; None: the same.
+        teacher_ids: what the teacher reads instead, in its own tokens; None: the same.
+        teacher_end_id: the token that ends a teacher's turn, if its tokenizer is another.
     """
 
     token_ids: list[int]
     answer: str | None
     source: str = ""
     teacher_ids: list[int] | None = None
+    teacher_end_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,11 @@ def privileged(prompt: Any, template: str, row: dict[str, Any], where: str) -> A
 
 
 def encode_prompt(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, where: str
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    where: str,
+    who: str = "student",
 ) -> list[int]:
     """Token ids of a prompt, through the chat template where ``cfg`` asks for that.
 
@@ -198,7 +208,7 @@ def encode_prompt(
         return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{where}: the prompt is a chat, but the student's tokenizer has no chat template: use "
+            f"{where}: the prompt is a chat, but the {who}'s tokenizer has no chat template: use "
             "a tokenizer that has one, or data.chat_template=never"
         )
     return tokenizer.apply_chat_template(
@@ -210,12 +220,20 @@ def encode_prompt(
     )["input_ids"]
 
 
+def uses_template(prompt: Any, cfg: DataConfig) -> bool:
+    """Whether `encode_prompt` renders this prompt through the chat template."""
+    if isinstance(prompt, list):
+        return cfg.chat_template != "never"
+    return cfg.chat_template == "always"
+
+
 def load_prompts(
     source: PromptsConfig,
     cfg: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     for_evaluation: bool = False,
     name: str = "",
+    teacher_tokenizers: Tokenizers = NO_TOKENIZERS,
 ) -> PromptSet:
     """Read and tokenise a set of prompts.
 
@@ -226,6 +244,8 @@ def load_prompts(
         for_evaluation: then every row needs an answer and counts. In training a prompt that is
             given several times counts once (DAPO-Math-17k is published with 100 copies of each).
         name: the prompts' source, unless their rows say it.
+        teacher_tokenizers: by source (or "", for every source), of teachers that do not share the
+            student's: their prompts are put through these, and through their chat templates.
 
     Raises:
         ConfigError: saying where (file and line) and what.
@@ -234,6 +254,10 @@ def load_prompts(
     prompts: list[Prompt] = []
     seen: set[str] = set()
     dropped = repeated = 0
+    turn_ends = {
+        of: end_of_turn(other, **cfg.chat_template_kwargs)
+        for of, other in teacher_tokenizers.items()
+    }
     for index, row in enumerate(rows):
         where = place(index)
         prompt = get_field(row, source.prompt_field, where)
@@ -249,10 +273,19 @@ def load_prompts(
         answer = None
         if for_evaluation:
             answer = str(get_field(row, source.answer_field, where))
-        told = None
-        if source.teacher_prompt is not None:
-            told = privileged(prompt, source.teacher_prompt, row, where)
-            told = encode_prompt(told, tokenizer, cfg, where)
+        of = name
+        if source.source_field is not None:
+            of = str(get_field(row, source.source_field, where))
+        key = of if of in teacher_tokenizers else ""
+        other = teacher_tokenizers.get(key)
+        told = end = None
+        if source.teacher_prompt is not None or other is not None:
+            told = prompt
+            if source.teacher_prompt is not None:
+                told = privileged(prompt, source.teacher_prompt, row, where)
+            told = encode_prompt(told, other or tokenizer, cfg, where, "teacher")
+        if other is not None:
+            end = turn_ends[key] if uses_template(prompt, cfg) else other.eos_token_id
         if _too_long("the prompt", ids, "max_prompt_tokens", cfg.max_prompt_tokens, cfg, where) or (
             told is not None
             and _too_long(
@@ -262,10 +295,7 @@ def load_prompts(
         ):  # fmt: skip
             dropped += 1
             continue
-        of = name
-        if source.source_field is not None:
-            of = str(get_field(row, source.source_field, where))
-        prompts.append(Prompt(ids, answer, of, told))
+        prompts.append(Prompt(ids, answer, of, told, end))
     if not prompts:
         raise ConfigError(
             f"all {dropped} prompts of {source.path} are longer than data.max_prompt_tokens="
@@ -285,14 +315,18 @@ def _too_long(
     return len(ids) > limit
 
 
-def load_training_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+def load_training_prompts(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizers: Tokenizers = NO_TOKENIZERS,
+) -> PromptSet:
     """The prompts of all sources.
 
     Raises:
         ConfigError: as `load_prompts`.
     """
     sets = [
-        load_prompts(source, cfg, tokenizer, name=name)
+        load_prompts(source, cfg, tokenizer, name=name, teacher_tokenizers=teacher_tokenizers)
         for name, source in cfg.training_sets.items()
     ]
     prompts = [prompt for found in sets for prompt in found.prompts]

@@ -78,11 +78,23 @@ def sample_batches(sums: list[Sum], batch_size: int, seed: int) -> Iterator[list
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A character-level tokenizer: ``<pad>``, ``<eos>``, ``<unk>``, ``+``, ``=`` and ten digits."""
-    symbols = ["<pad>", "<eos>", "<unk>", "+", "=", *"0123456789"]
+    return _word_level(list("0123456789"), ".")
+
+
+def make_pair_tokenizer() -> PreTrainedTokenizerFast:
+    """Another tokenizer of the same text: digits in pairs from the left, ``"2071"`` is ``"20"``,
+    ``"71"``; a last odd digit stands alone. ``<pad>``, ``<eos>``, ``<unk>``, ``+``, ``=``, ten
+    digits and a hundred pairs."""
+    pairs = [f"{i:02d}" for i in range(100)]
+    return _word_level([*"0123456789", *pairs], r"\d{1,2}|.")
+
+
+def _word_level(numerals: list[str], pattern: str) -> PreTrainedTokenizerFast:
+    symbols = ["<pad>", "<eos>", "<unk>", "+", "=", *numerals]
     tokenizer = Tokenizer(
         models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>")
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

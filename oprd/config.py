@@ -44,11 +44,16 @@ class TeacherConfig:
             weights it begins with; ``self:current``, those it has at the time.
         dtype: of its weights (of ``self:current`` the student's).
         attn_implementation: as the student's.
+        reads: where its tokenizer is another than the student's. ``text``: the response's text in
+            its own tokens, compared where both end at the same byte (`oprd.alignment`).
+            ``student_ids``: the student's token ids, whatever they mean to it, as public code does;
+            for comparison with that code only.
     """
 
     path: str = "demo:teacher"
     dtype: DType = "float32"
     attn_implementation: str | None = None
+    reads: Literal["text", "student_ids"] = "text"
 
     @property
     def is_self(self) -> bool:

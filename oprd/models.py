@@ -208,6 +208,20 @@ def check_vocabularies(
         )
 
 
+def check_student_ids(student: PreTrainedTokenizerBase, teacher: PretrainedConfig) -> None:
+    """Check that a teacher with another tokenizer can be fed the student's token ids at all.
+
+    Raises:
+        ConfigError: if they go beyond its embedding table.
+    """
+    rows, largest = teacher.get_text_config().vocab_size, max(student.get_vocab().values())
+    if largest >= rows:
+        raise ConfigError(
+            f"teacher.reads=student_ids: the student's token id {largest} is beyond the teacher's "
+            f"{rows} embedding rows: use reads=text"
+        )
+
+
 def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, who: str) -> None:
     """Check that the longest prompt and response fit the model's positions.
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
+from oprd.alignment import Aligner
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig, check_values
 from oprd.data import PromptSet, load_prompts, load_training_prompts
@@ -21,15 +22,18 @@ from oprd.errors import ConfigError, Unreachable
 from oprd.models import (
     check_length,
     check_pair,
+    check_student_ids,
     check_vocabularies,
     load_config,
     load_tokenizer,
     model_info,
+    same_vocabulary,
     teacher_path,
 )
 from oprd_kernels import backends
 
-T = TypeVar("T")
+Attempt = Callable[[Callable[[], Any]], Any]
+"""Calls; what is out of reach becomes None in a dry run."""
 
 
 @dataclass
@@ -39,6 +43,8 @@ class Preflight:
     Attributes:
         tokenizer: the student's.
         train, eval_sets: tokenised prompts.
+        aligners, teacher_tokenizers, teacher_sets: by teacher, of those with other tokenizers: who
+            pairs tokens, and the evaluation sets in their tokens.
         layer_pairs: by teacher, (student block, teacher block).
         notes: what the user should know.
         unchecked: what lies on a hub that is out of reach; only ever filled by a dry run.
@@ -47,6 +53,9 @@ class Preflight:
     tokenizer: PreTrainedTokenizerBase | None = None
     train: PromptSet | None = None
     eval_sets: dict[str, PromptSet] = field(default_factory=dict)
+    aligners: dict[str, Aligner] = field(default_factory=dict)
+    teacher_tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+    teacher_sets: dict[str, dict[str, PromptSet]] = field(default_factory=dict)
     layer_pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -64,7 +73,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     check_values(cfg)
     found = Preflight()
 
-    def attempt(what: Callable[[], T]) -> T | None:
+    def attempt(what: Callable[[], Any]) -> Any:
         try:
             return what()
         except Unreachable as error:
@@ -87,36 +96,14 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     student = attempt(lambda: load_config(cfg.student.path))
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
     found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
-    for name, teacher_cfg in cfg.all_teachers.items():
-        path = teacher_path(teacher_cfg, cfg.student)
-        teacher = attempt(partial(load_config, path))
-        if student and teacher and "oprd" in cfg.objectives:
-            found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers, bridge)
-        if student and teacher and cfg.distill.init_head_from_teacher:
-            widths = [model_info(c).width for c in (student, teacher)]
-            if widths[0] != widths[1]:
-                raise ConfigError(
-                    f"distill.init_head_from_teacher: the student is {widths[0]} wide and the "
-                    f"teacher {widths[1]}, so the teacher's head does not fit: leave it off"
-                )
-        who = f"teacher of {name}" if name else "teacher"
-        longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
-        _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher)
-        teacher_tokenizer = attempt(partial(load_tokenizer, path))
-        if tokenizer and teacher_tokenizer and teacher:
-            check_vocabularies(tokenizer, teacher_tokenizer, teacher)
-            if bridge is not None and student and name in found.layer_pairs:
-                bridge.check(
-                    model_info(student, tokenizer=tokenizer),
-                    model_info(teacher, tokenizer=teacher_tokenizer),
-                    found.layer_pairs[name],
-                )
-            found.notes += _vocabulary_notes(student, teacher, tokenizer, teacher_tokenizer)
+    for name in cfg.all_teachers:
+        _check_teacher(cfg, found, name, student, bridge, attempt)
 
     if tokenizer is None:
         found.unchecked.append("the prompts: they need the student's tokenizer")
         return found
-    found.train = attempt(lambda: load_training_prompts(cfg.data, tokenizer))
+    tokenizers = found.teacher_tokenizers
+    found.train = attempt(lambda: load_training_prompts(cfg.data, tokenizer, tokenizers))
     if found.train:
         _check_sources(cfg, found.train)
     for name, source in cfg.eval.sets.items():
@@ -124,6 +111,10 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
         prompts = attempt(load)
         if prompts:
             found.eval_sets[name] = prompts
+        for who, other in tokenizers.items() if cfg.eval.teacher else ():
+            theirs = attempt(partial(load_prompts, source, cfg.data, other, for_evaluation=True))
+            if theirs:
+                found.teacher_sets.setdefault(who, {})[name] = theirs
     train = {"data.sources" if cfg.data.sources else "data.train": found.train}
     for name, prompts in {**train, **found.eval_sets}.items():
         if prompts and prompts.dropped:
@@ -170,6 +161,84 @@ def _check_world(cfg: TrainConfig) -> None:
             f"rollout.prompts_per_step={cfg.rollout.prompts_per_step} can't be shared equally by "
             f"{ranks} ranks: choose a multiple"
         )
+
+
+def _check_teacher(
+    cfg: TrainConfig,
+    found: Preflight,
+    name: str,
+    student: PretrainedConfig | None,
+    bridge: BridgeInfo | None,
+    attempt: Attempt,
+) -> None:
+    """One teacher beside the student; adds to ``found`` what the run needs of it."""
+    path = teacher_path(cfg.all_teachers[name], cfg.student)
+    teacher = attempt(lambda: load_config(path))
+    if student and teacher and "oprd" in cfg.objectives:
+        found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers, bridge)
+    if student and teacher and cfg.distill.init_head_from_teacher:
+        widths = [model_info(c).width for c in (student, teacher)]
+        if widths[0] != widths[1]:
+            raise ConfigError(
+                f"distill.init_head_from_teacher: the student is {widths[0]} wide and the "
+                f"teacher {widths[1]}, so the teacher's head does not fit: leave it off"
+            )
+    who = f"teacher of {name}" if name else "teacher"
+    longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
+    _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher)
+    ours, theirs = found.tokenizer, attempt(lambda: load_tokenizer(path))
+    if not ours or not theirs or not teacher:
+        return
+    reads = "shared_ids"
+    if same_vocabulary(ours, theirs):
+        check_vocabularies(ours, theirs, teacher)
+        found.notes += _vocabulary_notes(student, teacher, ours, theirs)
+    else:
+        reads = cfg.all_teachers[name].reads
+        _other_tokenizer(cfg, found, name, theirs, teacher)
+    if bridge is not None and student and name in found.layer_pairs:
+        bridge.check(
+            model_info(student, tokenizer=ours),
+            model_info(teacher, tokenizer=theirs),
+            found.layer_pairs[name],
+        )
+        bridge.check_input(reads)
+
+
+def _other_tokenizer(
+    cfg: TrainConfig,
+    found: Preflight,
+    name: str,
+    theirs: PreTrainedTokenizerBase,
+    teacher: PretrainedConfig,
+) -> None:
+    """What a teacher whose tokenizer is not the student's needs."""
+    ours = found.tokenizer
+    assert ours is not None
+    others = [o for o in cfg.objectives if o != "oprd"]
+    if others:
+        raise ConfigError(
+            f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} "
+            f"tokens): {', '.join(others)} compare distributions over one. Train with oprd alone, "
+            "or choose a teacher that shares the student's tokenizer"
+        )
+    if cfg.distill.init_head_from_teacher:
+        raise ConfigError(
+            "distill.init_head_from_teacher: the teacher has another vocabulary: leave it off"
+        )
+    if cfg.all_teachers[name].reads == "student_ids":
+        check_student_ids(ours, teacher)
+        found.notes.append(
+            "the teacher reads the student's token ids, which mean something else to it "
+            "(reads=student_ids)"
+        )
+        return
+    found.aligners[name] = Aligner(ours, theirs)
+    found.teacher_tokenizers[name] = theirs
+    found.notes.append(
+        "the teacher has another tokenizer: it reads the responses' text, compared where tokens of "
+        "both end together (align/ratio)"
+    )
 
 
 def _check_length(

@@ -14,7 +14,7 @@ import json
 import math
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
+from oprd.alignment import Aligner
 from oprd.attach import Distiller, attach
 from oprd.bridge import load_bridge
 from oprd.checkpoint import save_student
@@ -34,7 +35,7 @@ from oprd.memory import GIB, PeakMemory
 from oprd.models import copy_lm_head, load_model, load_teachers
 from oprd.objectives import REP, Chosen, Objectives, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
-from oprd.rollout import Reading, Rollout, collate, generate, micro_batches
+from oprd.rollout import Reading, Rollout, collate, eos_ids, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
@@ -138,7 +139,11 @@ class Trainer:
                 top_p=cfg.top_p,
                 batch_size=cfg.batch_size,
             )
-        return [_for_teacher(r, p) for r, p in zip(rollouts, prompts, strict=True)]
+        ends = eos_ids(self.student, self.tokenizer)
+        return [
+            for_teacher(rollout, prompt, self.checked.aligners, ends)
+            for rollout, prompt in zip(rollouts, prompts, strict=True)
+        ]
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Teacher states, student gradients, one optimizer step; returns the step's metrics."""
@@ -147,7 +152,9 @@ class Trainer:
         for name in self.objectives.teachers:
             own = [r for r in rollouts if name in ("", r.source)]
             for part in micro_batches(own, cfg.micro_batch_tokens):
-                batch = collate(part, self.tokenizer.pad_token_id, device)
+                pad = self.tokenizer.pad_token_id
+                theirs = self.checked.teacher_tokenizers.get(name)
+                batch = collate(part, pad, device, pad if theirs is None else theirs.pad_token_id)
                 parts.append((name, batch, self.objectives.supervise(batch)))
         # Normalised by the whole global batch, so that no split of it changes the loss.
         totals = self._totals([chosen for _, _, chosen in parts])
@@ -338,6 +345,12 @@ class Trainer:
             "response_length/clip_ratio": truncated / responses,
             "perf/tokens_per_second": tokens / max(sum(seconds.values()), 1e-9),
         }
+        paired = [(len(r.reading.pairs), n) for r, n in zip(rollouts, lengths, strict=True)
+                  if r.reading is not None and r.reading.pairs is not None]  # fmt: skip
+        if self.checked.aligners:
+            pairs, of = (sum(column) for column in zip(*paired, strict=True)) if paired else (0, 0)
+            pairs, of = distributed.sum_over_ranks([pairs, of], self.device)
+            metrics["align/ratio"] = pairs / of if of else 1.0
         metrics |= {f"time/{phase.replace(' ', '_')}_s": s for phase, s in seconds.items()}
         return metrics | self._memory_metrics(peaks)
 
@@ -372,9 +385,12 @@ class Trainer:
         names = list(sets) if names is None else names
         if not names:
             return
+        tokenizer = self.tokenizer
+        if not who.startswith("student"):
+            tokenizer = self.checked.teacher_tokenizers.get(_teacher_name(who), tokenizer)
         with self.timer("evaluation"), self._autocast():
             results = {
-                name: evaluate(model, self.tokenizer, self._asked(who, name), self.cfg.eval)
+                name: evaluate(model, tokenizer, self._asked(who, name), self.cfg.eval)
                 for name in names
             }
         self.timer.take_step()
@@ -387,6 +403,9 @@ class Trainer:
         prompts = self.checked.eval_sets[name].prompts
         if who.startswith("student"):
             return prompts
+        prompts = self.checked.teacher_sets.get(_teacher_name(who), self.checked.eval_sets)[
+            name
+        ].prompts
         return [replace(p, token_ids=p.teacher_ids or p.token_ids) for p in prompts]
 
     def _save(self, directory: Path) -> Path:
@@ -419,12 +438,30 @@ class Trainer:
         return summary
 
 
-def _for_teacher(rollout: Rollout, prompt: Prompt) -> Rollout:
-    """The rollout with its prompt's source, and what the teacher reads."""
+def for_teacher(
+    rollout: Rollout, prompt: Prompt, aligners: Mapping[str, Aligner], ends: Sequence[int]
+) -> Rollout:
+    """The rollout with its prompt's source, and what the teacher reads.
+
+    Args:
+        aligners: by source (or "", for every source), of teachers with other tokenizers.
+        ends: tokens that end the student's responses.
+    """
     reading = None
-    if prompt.teacher_ids is not None:
+    aligner = aligners.get(prompt.source, aligners.get(""))
+    if prompt.teacher_ids is not None and aligner is not None:
+        reading = aligner(
+            rollout.response_ids, prompt.teacher_ids,
+            student_end_ids=ends, teacher_end_id=prompt.teacher_end_id,
+        )  # fmt: skip
+    elif prompt.teacher_ids is not None:
         reading = Reading(prompt.teacher_ids, rollout.response_ids)
     return replace(rollout, source=prompt.source, reading=reading)
+
+
+def _teacher_name(who: str) -> str:
+    """Of "teacher" or "teacher <source>"."""
+    return who.removeprefix("teacher").strip()
 
 
 class Interrupt:

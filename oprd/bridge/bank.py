@@ -74,7 +74,8 @@ class BridgeInfo:
         rows, held_out_rows: how many hidden states it was fitted on, and judged by.
         positions, k, shift: which ones, see `oprd.positions.supervise`.
         teacher_input: what the teacher read. ``shared_ids``: the student's token ids, which mean
-            the same to it; ``unknown`` for imported ones.
+            the same to it; ``text``: the responses' text in its own tokens; ``student_ids``: ids
+            that mean something else to it; ``unknown`` for imported ones.
         ranks: reports for ranks 1, 2, 4, .. and the fitted one.
     """
 
@@ -144,6 +145,21 @@ class BridgeInfo:
             f"{t}"
             for s, mine, t in other
         ]
+
+    def check_input(self, reads: str) -> None:
+        """Whether the teacher read what it will read in training.
+
+        Args:
+            reads: as `teacher_input`.
+
+        Raises:
+            ConfigError: if not.
+        """
+        if self.teacher_input not in ("unknown", reads):
+            raise ConfigError(
+                f"the bridge was fitted with a teacher that read {self.teacher_input!r}, and this "
+                f"run's reads {reads!r}: set teacher.reads alike, or fit it again"
+            )
 
     def check_rank(self, rank: int | None) -> int:
         """``rank``, or the fitted one for None.

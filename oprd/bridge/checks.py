@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oprd import distributed
+from oprd.alignment import Aligner
 from oprd.bridge.bank import ModelInfo, check_new_file
 from oprd.bridge.sgd import SgdConfig
 from oprd.config import DataConfig, RolloutConfig, StudentConfig, TeacherConfig
@@ -17,10 +18,12 @@ from oprd.errors import ConfigError
 from oprd.layers import corresponding_layer, select_layers
 from oprd.models import (
     check_length,
+    check_student_ids,
     check_vocabularies,
     load_config,
     load_tokenizer,
     model_info,
+    same_vocabulary,
 )
 from oprd.positions import Positions, Shift
 from oprd.preflight import check_device
@@ -82,6 +85,7 @@ class Checked:
         pairs: (student block, teacher block).
         student, teacher: as the bridge's file will describe them.
         notes: what the user should know.
+        aligner, teacher_tokenizer: if the teacher reads the responses' text in its own tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,6 +95,16 @@ class Checked:
     student: ModelInfo
     teacher: ModelInfo
     notes: list[str]
+    aligner: Aligner | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def teacher_input(self) -> str:
+        """As `BridgeInfo.teacher_input`."""
+        if self.aligner is not None:
+            return "text"
+        same = self.student.vocabulary == self.teacher.vocabulary
+        return "shared_ids" if same else "student_ids"
 
 
 def check_values(cfg: FitConfig) -> None:
@@ -174,7 +188,13 @@ def check_fit(cfg: FitConfig) -> Checked:
     check_device(cfg.device)
     configs = load_config(cfg.student.path), load_config(cfg.teacher.path)
     tokenizers = load_tokenizer(cfg.student.path), load_tokenizer(cfg.teacher.path)
-    check_vocabularies(*tokenizers, configs[1])
+    aligner = other = None
+    if same_vocabulary(*tokenizers):
+        check_vocabularies(*tokenizers, configs[1])
+    elif cfg.teacher.reads == "text":
+        aligner, other = Aligner(*tokenizers), tokenizers[1]
+    else:
+        check_student_ids(tokenizers[0], configs[1])
     student = model_info(configs[0], cfg.student.path, tokenizers[0])
     teacher = model_info(configs[1], cfg.teacher.path, tokenizers[1])
     if cfg.rank > min(student.width, teacher.width):
@@ -187,7 +207,8 @@ def check_fit(cfg: FitConfig) -> Checked:
     pairs = pair_for_fit(cfg.layers, student.layers, teacher.layers)
     for config, who in zip(configs, ("student", "teacher"), strict=True):
         check_length(config, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, who)
-    found = load_prompts(cfg.data.train, cfg.data, tokenizers[0])
+    others = {} if other is None else {"": other}
+    found = load_prompts(cfg.data.train, cfg.data, tokenizers[0], teacher_tokenizers=others)
     notes = []
     if found.dropped:
         notes.append(
@@ -210,4 +231,6 @@ def check_fit(cfg: FitConfig) -> Checked:
         student=student,
         teacher=teacher,
         notes=notes,
+        aligner=aligner,
+        teacher_tokenizer=other,
     )

@@ -35,9 +35,9 @@ from oprd.bridge.solve import (
 from oprd.bridge.statistics import PairStatistics
 from oprd.decoder import Decoder, cut, find_decoder, watch
 from oprd.models import load_model
-from oprd.positions import supervise
-from oprd.rollout import Rollout, collate, generate, micro_batches
-from oprd.train import seed_everything
+from oprd.positions import Supervision, supervise
+from oprd.rollout import Batch, Rollout, collate, eos_ids, generate, micro_batches
+from oprd.train import for_teacher, seed_everything
 
 See = Callable[[int, Tensor, Tensor, Tensor], None]
 """Of a student block: its states (N, dS), the supervised rows of it (M,), the teacher's (M, dT)."""
@@ -113,6 +113,8 @@ class Fitter:
         any number of ranks."""
         r, rank, ranks = self.cfg.rollout, distributed.rank(), distributed.world_size()
         chosen, num_held_out = self.checked.prompts, self.checked.held_out_prompts
+        aligners = {} if self.checked.aligner is None else {"": self.checked.aligner}
+        ends = eos_ids(student, self.checked.tokenizer)
         parts: list[list[Rollout]] = [[], []]
         steps = range(0, len(chosen), r.prompts_per_step)
         with self.progress("student rollouts", len(steps)) as advance:
@@ -131,7 +133,8 @@ class Fitter:
                             batch_size=r.batch_size,
                         )
                     for n, rollout in zip(numbers, rollouts, strict=True):
-                        parts[n < num_held_out].append(rollout)
+                        read = for_teacher(rollout, chosen[n], aligners, ends)
+                        parts[n < num_held_out].append(read)
                 advance()
         return parts[0], parts[1]
 
@@ -147,11 +150,20 @@ class Fitter:
         batches = micro_batches(rollouts, cfg.micro_batch_tokens)
         with self.progress(what, len(batches)) as advance:
             for part in batches:
-                batch = collate(part, self.checked.tokenizer.pad_token_id, self.device)
-                rows = supervise(batch.response_mask, cfg.positions, cfg.k, cfg.shift).rows
+                batch = self._collate(part, self.device)
                 with self._autocast():
-                    stream_batch(models, batch.input_ids, batch.attention_mask, rows, see)
+                    stream_batch(models, batch, self._supervise(batch), see)
                 advance()
+
+    def _collate(self, rollouts: Sequence[Rollout], device: torch.device) -> Batch:
+        other, pad = self.checked.teacher_tokenizer, self.checked.tokenizer.pad_token_id
+        return collate(rollouts, pad, device, pad if other is None else other.pad_token_id)
+
+    def _supervise(self, batch: Batch) -> Supervision:
+        cfg = self.cfg
+        return supervise(
+            batch.response_mask, cfg.positions, cfg.k, cfg.shift, partner_BT=batch.partner
+        )
 
     def _statistics(
         self, models: Prepared, rollouts: Sequence[Rollout]
@@ -209,8 +221,7 @@ class Fitter:
         """Supervised rows."""
         cfg, total = self.cfg, 0
         for part in micro_batches(rollouts, cfg.micro_batch_tokens):
-            mask = collate(part, 0, "cpu").response_mask
-            total += supervise(mask, cfg.positions, cfg.k, cfg.shift).rows.numel()
+            total += self._supervise(self._collate(part, torch.device("cpu"))).rows.numel()
         return total
 
     def _teacher_side(
@@ -283,7 +294,7 @@ class Fitter:
             positions=cfg.positions,
             k=cfg.k,
             shift=cfg.shift,
-            teacher_input="shared_ids",
+            teacher_input=found.teacher_input,
             ranks=reports,
         )
         return Bridge(
@@ -294,31 +305,25 @@ class Fitter:
         )
 
 
-def stream_batch(
-    models: Prepared, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, see: See
-) -> None:
-    """Run both models on one batch; the teacher first, of which only ``rows`` are kept, then the
-    student, whose states are shown to ``see`` as they appear.
-
-    Args:
-        input_ids, attention_mask: (B, T).
-        rows: (M,) int64, supervised rows of the (B T, d) states.
-    """
+def stream_batch(models: Prepared, batch: Batch, chosen: Supervision, see: See) -> None:
+    """Run both models on one batch; the teacher first, of which only the supervised rows are kept,
+    then the student, whose states are shown to ``see`` as they appear."""
+    read = batch.for_teacher
     beside: dict[int, Tensor] = {}
 
     def keep(block: int, states: Tensor) -> None:
-        beside[block] = states.flatten(0, -2)[rows]
+        beside[block] = states.flatten(0, -2)[chosen.teacher_rows]
 
     teacher_blocks = sorted({block for _, block in models.pairs})
     with watch(models.teacher, teacher_blocks, models.teacher_depth, keep):
-        models.teacher.forward(input_ids, attention_mask)
+        models.teacher.forward(read.input_ids, read.attention_mask)
     paired = dict(models.pairs)
 
     def show(block: int, states: Tensor) -> None:
-        see(block, states.flatten(0, -2), rows, beside[paired[block]])
+        see(block, states.flatten(0, -2), chosen.rows, beside[paired[block]])
 
     with watch(models.student, list(paired), models.student.num_layers, show):
-        models.student.forward(input_ids, attention_mask)
+        models.student.forward(batch.input_ids, batch.attention_mask)
 
 
 def free_file(path: str) -> Path:

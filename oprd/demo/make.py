@@ -30,14 +30,16 @@ from oprd.demo.task import (
 )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A 1.06 M parameter Qwen2: 4 layers, width 128, 4 heads, untied head."""
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 4
+) -> Qwen2ForCausalLM:
+    """A Qwen2 with 4 heads and an untied head; by default of 1.06 M parameters."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=64,

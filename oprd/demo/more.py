@@ -81,12 +81,14 @@ def train(
     steps: int,
     lr: float,
     seed: int,
+    warmup: int = 1,
 ) -> None:
-    """Supervised training, tasks in turns, the learning rate falling linearly to 0."""
+    """Supervised training, tasks in turns, the learning rate falling linearly to 0 after
+    ``warmup`` steps of rising."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     batches = [sample_batches(sums, 128, seed + i) for i, (sums, _) in enumerate(tasks)]
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, 1 - step / steps)
         turn = step % len(tasks)
         ids, labels = encode(next(batches[turn]), tasks[turn][1], tokenizer)
         logits = model(input_ids=ids[:, :-1]).logits

@@ -1,0 +1,124 @@
+"""A teacher with another tokenizer, from prompts to gradients, and the refusals."""
+
+import json
+
+import pytest
+import torch
+
+from oprd import preflight as checks
+from oprd.alignment import Aligner, end_of_turn
+from oprd.bridge.bank import load_bridge, read_info
+from oprd.bridge.checks import FitConfig
+from oprd.bridge.fit import fit
+from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
+from oprd.data import load_prompts
+from oprd.demo.make import make_model
+from oprd.demo.task import make_pair_tokenizer, make_tokenizer
+from oprd.errors import ConfigError
+from oprd.rollout import Rollout
+from oprd.train import for_teacher, train
+from tests.oprd.test_train import lines, small_run
+
+PAIRS = make_pair_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Of another width, depth and tokenizer; it knows nothing."""
+    directory = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(3)
+    make_model(PAIRS, width=64, layers=6).save_pretrained(directory)
+    PAIRS.save_pretrained(directory)
+    return str(directory)
+
+
+def fit_config(path, teacher, **changes):
+    cfg = FitConfig(output=str(path), rank=4, prompts=60, teacher=TeacherConfig(teacher), **changes)
+    cfg.data.train.limit = 60
+    return cfg
+
+
+def run_config(directory, teacher, bridge, **changes):
+    cfg = small_run(directory, teacher=TeacherConfig(teacher), **changes)
+    cfg.bridge = BridgeConfig(str(bridge))
+    cfg.distill.kind = "nmse"
+    return cfg
+
+
+def test_prompts_carry_what_the_teacher_reads(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "952+304=", "answer": "6521"}) + "\n")
+    cfg = small_run(tmp_path / "run").data
+    found = load_prompts(
+        PromptsConfig(str(file)), cfg, make_tokenizer(), teacher_tokenizers={"": PAIRS}
+    )
+    (prompt,) = found.prompts
+    assert PAIRS.convert_ids_to_tokens(prompt.teacher_ids) == ["95", "2", "+", "30", "4", "="]
+    assert prompt.teacher_end_id == PAIRS.eos_token_id
+    aligner = Aligner(make_tokenizer(), PAIRS)
+    ids = make_tokenizer()("652")["input_ids"]
+    truncated = for_teacher(Rollout(prompt.token_ids, ids, True), prompt, {"": aligner}, [1])
+    assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["65", "2"]
+    assert truncated.reading.pairs == [(1, 0), (2, 1)]  # not "6", and no end was read
+    ended = for_teacher(Rollout(prompt.token_ids, [*ids, 1], False), prompt, {"": aligner}, [1])
+    assert ended.reading.pairs == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_end_of_turn_is_what_the_template_writes():
+    tokenizer = make_tokenizer()
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<turn>")
+
+
+def test_fit_and_train(tmp_path, teacher):
+    """States are compared where both tokenizers' tokens end, whatever the shapes."""
+    path = tmp_path / "bridge.safetensors"
+    fit(fit_config(path, teacher))
+    info = read_info(path)
+    assert info.teacher_input == "text"
+    assert (info.student.width, info.teacher.width, info.teacher.layers) == (128, 64, 6)
+    assert info.rows < 54 * 5 * 0.8  # a good part of the tokens has no partner
+    summary = train(run_config(tmp_path / "run", teacher, path, steps=4, optim__lr=1e-3))
+    steps = [line for line in lines(summary.directory) if "actor/grad_norm" in line]
+    assert all(0.3 < s["align/ratio"] < 1 for s in steps)
+    assert all(s["rep/supervised_tokens"] > 8 for s in steps)
+    assert steps[-1]["actor/rep_loss"] < steps[0]["actor/rep_loss"]
+    evaluated = summary.evaluations["teacher"]["val"]
+    assert 0 < evaluated.length <= 5  # it was asked in its own tokens
+
+
+def test_student_ids_is_what_public_code_does(tmp_path, teacher):
+    path = tmp_path / "bridge.safetensors"
+    cfg = fit_config(path, teacher)
+    cfg.teacher.reads = "student_ids"
+    fit(cfg)
+    assert load_bridge(path).info.teacher_input == "student_ids"
+    run = run_config(tmp_path / "run", teacher, path)
+    with pytest.raises(ConfigError, match="read 'student_ids', and this run's reads 'text'"):
+        checks.preflight(run)
+    run.teacher.reads = "student_ids"
+    found = checks.preflight(run)
+    assert not found.aligners
+    assert any("mean something else to it" in note for note in found.notes)
+    steps = lines(train(run).directory)
+    assert not any("align/ratio" in line for line in steps)
+
+
+def test_mistakes_are_explained(tmp_path, teacher):
+    path = tmp_path / "bridge.safetensors"
+    fit(fit_config(path, teacher))
+    cfg = run_config(tmp_path / "run", teacher, path, objectives={"oprd": 1.0, "opd_full": 1.0})
+    with pytest.raises(ConfigError, match="opd_full compare distributions over one"):
+        checks.preflight(cfg)
+    small = tmp_path / "small"
+    torch.manual_seed(0)
+    shrunk = make_model(PAIRS, width=64, layers=2)
+    shrunk.resize_token_embeddings(10)
+    shrunk.save_pretrained(small)
+    PAIRS.save_pretrained(small)
+    fed = fit_config(tmp_path / "b", str(small))
+    fed.teacher.reads = "student_ids"
+    with pytest.raises(ConfigError, match="token id 14 is beyond the teacher's 10 embedding rows"):
+        fit(fed)

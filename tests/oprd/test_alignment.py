@@ -99,7 +99,8 @@ TOKENIZERS = {
 KNOWN = {name: token_bytes(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
     st.sampled_from([" ", "  ", "\n", "the", " answer", "4", "e\u0301", "\u00e9", "\u4f60",
-                     "\ufb01", "\U0001f468\u200d\U0001f469", "\u2581", "<s>", "\uac00", "\u1100\u1161"])
+                     "\ufb01", "\U0001f468\u200d\U0001f469", "\u2581", "<s>", "\uac00",
+                     "\u1100\u1161"])
 ).map("".join)  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from oprd.bridge.bank import Bridge, ModelInfo
 from oprd.bridge.project import Projectors
-from oprd.decoder import cut, find_decoder, first_tensor, replace_first
+from oprd.decoder import cut, find_decoder, first_tensor, replace_first, watch
 from oprd.layers import LayerSpec, pair_layers
 from oprd.positions import Positions, Reduction, Shift, supervise
 from oprd_kernels import RepLossStats, rep_tap
@@ -228,23 +228,13 @@ class Distiller:
         """While open, a forward pass of the teacher, however it is called, leaves its hidden states
         at the supervised rows; the function yielded returns them, as `teacher_states` does."""
         states: dict[int, Tensor] = {}
+        pairs = {pair[1]: pair for pair in self.pairs}
 
-        def keep_rows(pair: tuple[int, int]):
-            def hook(_module, _args, output) -> None:
-                states[pair[1]] = self._kept(pair, first_tensor(output).flatten(0, -2), rows)
+        def keep(block: int, h: Tensor) -> None:
+            states[block] = self._kept(pairs[block], h.flatten(0, -2), rows)
 
-            return hook
-
-        handles = []
-        for pair in self.pairs:
-            last = pair[1] == self.teacher_layers - 1
-            module = self.teacher.norm if last else self.teacher.layers[pair[1]]
-            handles.append(module.register_forward_hook(keep_rows(pair)))
-        try:
-            yield lambda: [states[block] for _, block in self.pairs]
-        finally:
-            for handle in handles:
-                handle.remove()
+        with watch(self.teacher, pairs, self.teacher_layers, keep):
+            yield lambda: [states[block] for block in pairs]
 
     def _kept(self, pair: tuple[int, int], states: Tensor, rows: Tensor) -> Tensor:
         """What is kept of a teacher layer's states (N, dT): rows, or with a bridge what they are

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
 from jsonargparse import ArgumentParser, Namespace
@@ -24,12 +25,19 @@ from jsonargparse import ArgumentParser, Namespace
 from oprd.config import EvalConfig, TrainConfig
 from oprd.errors import ConfigError
 
+if TYPE_CHECKING:
+    from oprd.train import Summary
+
 UNKNOWN = (
     re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
     re.compile(r"Key '(?P<key>[\w.]+)' is not expected"),
 )
+
+
+CONTROLS = ("config", "dry_run", "stages")
+"""Options that are not part of a run's configuration."""
 
 
 class Parser(ArgumentParser):
@@ -76,6 +84,13 @@ def make_parser() -> Parser:
         help="check configuration, prompts and models' configurations; load no weights, write "
         "nothing",
     )
+    parser.add_argument(
+        "--stages",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help="several runs in order, by name, each from the student that the last one left, and "
+        "what each changes of the other options",
+    )
     parser.add_class_arguments(TrainConfig, None)
     # As plain values: jsonargparse prints those, but not dataclass instances inside a dict.
     parser.set_defaults({"eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
@@ -84,8 +99,27 @@ def make_parser() -> Parser:
 
 def to_config(parsed: Namespace) -> TrainConfig:
     """The dataclass of what was parsed."""
-    fields = {k: v for k, v in vars(parsed).items() if k not in ("config", "dry_run")}
-    return TrainConfig(**fields)
+    return TrainConfig(**{k: v for k, v in vars(parsed).items() if k not in CONTROLS})
+
+
+def run_stages(parser: Parser, parsed: Namespace) -> Summary | None:
+    """The runs of ``stages``; with ``dry_run`` only their checks."""
+    from oprd import stages
+
+    plain = {k: v for k, v in parsed.as_dict().items() if k not in CONTROLS}
+
+    def build(values: dict[str, Any]) -> TrainConfig:
+        return to_config(parser.instantiate(parser.parse_object(values)))
+
+    def write_config(values: dict[str, Any], directory: Path) -> None:
+        parser.save(parser.parse_object(values), directory / "config.yaml", overwrite=True,
+                    skip_unset=False)  # fmt: skip
+
+    if parsed.dry_run:
+        stages.check(stages.stage_values(plain, parsed.stages), build)
+        print(f"everything checked: the stages {', '.join(parsed.stages)} can start")
+        return None
+    return stages.run_stages(plain, parsed.stages, build, write_config)
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
@@ -150,7 +184,6 @@ def train(argv: Sequence[str] | None = None) -> None:
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)
-    cfg = to_config(parser.instantiate(parsed))
     if parsed.dry_run and not hub_reachable():
         # The libraries would retry for minutes. Some have read the variable already.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -164,9 +197,15 @@ def train(argv: Sequence[str] | None = None) -> None:
         parser.save(parsed, directory / "config.yaml", overwrite=True, skip_unset=False)
 
     try:
-        if parsed.dry_run:
-            return dry_run(cfg)
-        summary = run(cfg, write_config)
+        if parsed.stages:
+            summary = run_stages(parser, parsed)
+            if summary is None:
+                return
+        else:
+            cfg = to_config(parser.instantiate(parsed))
+            if parsed.dry_run:
+                return dry_run(cfg)
+            summary = run(cfg, write_config)
     except ConfigError as error:
         sys.stderr.write(f"oprd-train: error: {error}\n")
         sys.exit(2)

@@ -20,9 +20,10 @@ from typing import Any
 
 from rich.console import Console
 
-from oprd.config import EvalConfig, OpdConfig, TrainConfig
+from oprd.config import BridgeConfig, EvalConfig, OpdConfig, TrainConfig
 from oprd.errors import ConfigError
 from oprd.memory import GIB
+from oprd.objectives import REP
 from oprd.train import train
 
 PHASES = ("rollout", "teacher", "student update")
@@ -204,6 +205,8 @@ class Comparison:
             run = copy.deepcopy(self.cfg.run)
             run.name, run.seed, run.optim.lr = f"{name}, lr {lr:g}, seed {seed}", seed, lr
             run.objectives, run.opd = dict(variant.objectives), variant.opd
+            if REP not in variant.objectives:
+                run.bridge = BridgeConfig()  # a bridge that nothing would use is an error
             run.eval.teacher = False
             run.output_dir = str(_free(directory))
             self.console.rule(run.name)

@@ -1,0 +1,158 @@
+"""Several runs, each from the student that the one before it has left: Bridge, then OPD, say.
+
+    oprd-train --config recipes/demo_two_stages.yaml
+
+``stages`` names them in order, each with what it changes of the configuration. Started again, the
+command goes on after the last stage that was finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from oprd.config import TrainConfig
+from oprd.errors import ConfigError
+from oprd.preflight import preflight
+from oprd.train import Summary, train
+
+SECTIONS = ("student", "teacher", "data", "data.train", "rollout", "distill", "bridge", "opd",
+            "optim", "eval")  # fmt: skip
+"""Parts of the configuration of which a stage may change some entries; others it replaces."""
+
+RECORD = "stages.json"
+Build = Callable[[dict[str, Any]], TrainConfig]
+"""From a configuration as plain values."""
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """``base`` with ``changes``, as plain values."""
+    result = dict(base)
+    for key, value in changes.items():
+        name = f"{where}{key}"
+        if name in SECTIONS and isinstance(value, Mapping):
+            result[key] = merged(base[key], value, f"{name}.")
+        else:
+            result[key] = value
+    return result
+
+
+def stage_values(
+    base: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Each stage's configuration, as plain values. A later stage's student is the result of the one
+    before.
+
+    Args:
+        base: what the stages have in common, ``output_dir`` included.
+
+    Raises:
+        ConfigError: if there is no ``output_dir``, or a stage sets what follows from the order.
+    """
+    if base["output_dir"] is None:
+        raise ConfigError(
+            "stages need an output_dir: there each has a directory, and a second start goes on"
+        )
+    found, previous = {}, None
+    for name, changes in stages.items():
+        if not name or Path(name).name != name:
+            raise ConfigError(f"stages: {name!r} can't be the name of a directory")
+        section = changes.get("student")
+        fixed = ["output_dir", *(["student.path"] if previous is not None else [])]
+        given = set(changes) | {f"student.{key}" for key in section or ()}
+        if taken := sorted(given.intersection(fixed)):
+            raise ConfigError(f"stages.{name} sets {', '.join(taken)}, which the order decides")
+        directory = Path(base["output_dir"]) / name
+        values = merged(base, changes)
+        values["output_dir"] = str(directory)
+        values.setdefault("name", base["name"])
+        if previous is not None:
+            values["student"] = values["student"] | {"path": str(previous / "student")}
+        found[name], previous = values, directory
+    return found
+
+
+def finished(directory: Path) -> bool:
+    """Whether a stage's run went through to its end."""
+    file = directory / "summary.json"
+    return file.exists() and not json.loads(file.read_text())["interrupted"]
+
+
+def _set_aside(directory: Path) -> Path | None:
+    """Move what an unfinished run has left out of the way."""
+    if not directory.exists() or not any(directory.iterdir()):
+        return None
+    number = 1
+    while (other := directory.with_name(f"{directory.name}.unfinished-{number}")).exists():
+        number += 1
+    return directory.rename(other)
+
+
+def check(values: Mapping[str, dict[str, Any]], build: Build) -> None:
+    """Check every stage before the first begins. A student that is yet to be made is taken to be
+    like the first one.
+
+    Raises:
+        ConfigError: naming the stage.
+    """
+    first = next(iter(values.values()))["student"]
+    for name, stage in values.items():
+        student = stage["student"]
+        if not Path(student["path"], "config.json").exists():
+            student = student | {"path": first["path"]}
+        directory = Path(stage["output_dir"])
+        # The directory may hold a run, finished or not: that is not what is checked here.
+        probe = stage | {"student": student, "output_dir": f"{directory}.check"}
+        try:
+            preflight(build(probe))
+        except ConfigError as error:
+            raise ConfigError(f"stages.{name}: {error}") from error
+
+
+def run_stages(
+    base: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, Any]],
+    build: Build,
+    write_config: Callable[[dict[str, Any], Path], None],
+) -> Summary | None:
+    """Run what is not finished; the last run's summary, None if there was nothing left to do.
+
+    Args:
+        base: the configuration without ``stages``, as plain values.
+        build: makes a `TrainConfig` of plain values.
+        write_config: writes such values into a run's directory.
+
+    Raises:
+        ConfigError: before the first run, if any of them could not finish, or the directory holds
+            stages of another configuration.
+    """
+    values = stage_values(base, stages)
+    check(values, build)
+    root = Path(base["output_dir"])
+    record = root / RECORD
+    text = json.dumps(values, indent=2, default=str) + "\n"
+    if record.exists() and record.read_text() != text:
+        raise ConfigError(
+            f"output_dir {root} holds stages of another configuration ({record}): choose a new "
+            "directory"
+        )
+    if not record.exists() and root.exists() and any(root.iterdir()):
+        raise ConfigError(f"output_dir {root} holds other files: choose a new directory")
+    root.mkdir(parents=True, exist_ok=True)
+    record.write_text(text)
+    summary = None
+    for name, stage in values.items():
+        directory = Path(stage["output_dir"])
+        if finished(directory):
+            print(f"stage {name}: finished already, {directory}")
+            continue
+        if (aside := _set_aside(directory)) is not None:
+            print(f"stage {name}: what an unfinished run left is now in {aside}")
+        print(f"stage {name}")
+        summary = train(build(stage), partial(write_config, stage))
+        if summary.interrupted:
+            break
+    return summary

@@ -1,0 +1,112 @@
+"""Runs one after another from one configuration, and a second start."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from oprd import cli
+from oprd.stages import RECORD, finished, merged, stage_values
+
+FEW = {
+    "steps": 2, "rollout": {"prompts_per_step": 4},
+    "eval": {"sets": {}, "teacher": False},
+}  # fmt: skip
+STAGES = {"first": {}, "second": {"objectives": {"opd_full": 1.0}, "optim": {"lr": 1e-4}}}
+
+
+def write(tmp_path, stages=None, **changes):
+    file = tmp_path / "two.yaml"
+    values = FEW | {"output_dir": str(tmp_path / "out"), "stages": stages or STAGES} | changes
+    file.write_text(yaml.safe_dump(values))
+    return ["--config", str(file)]
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        cli.train(list(argv))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def weights(directory):
+    return AutoModelForCausalLM.from_pretrained(directory).model.embed_tokens.weight
+
+
+def test_each_stage_goes_on_from_the_last(tmp_path, capsys):
+    cli.train(write(tmp_path))
+    out = tmp_path / "out"
+    configs = [yaml.safe_load((out / name / "config.yaml").read_text()) for name in STAGES]
+    assert configs[0]["objectives"] == {"oprd": 1.0}
+    assert configs[0]["student"]["path"] == "demo:student"
+    assert configs[1]["objectives"] == {"opd_full": 1.0}
+    assert configs[1]["optim"]["lr"] == 1e-4
+    assert configs[1]["optim"]["betas"] == [0.9, 0.999]
+    assert configs[1]["student"]["path"] == str(out / "first" / "student")
+    assert not torch.equal(weights(out / "first/student"), weights(out / "second/student"))
+
+
+def test_a_second_start_goes_on_after_what_is_finished(tmp_path, capsys):
+    arguments = write(tmp_path)
+    cli.train(arguments)
+    out = tmp_path / "out"
+    before = (out / "first" / "metrics.jsonl").read_text()
+    summary = json.loads((out / "second" / "summary.json").read_text())
+    (out / "second" / "summary.json").write_text(json.dumps(summary | {"interrupted": True}))
+    cli.train(arguments)
+    assert (out / "first" / "metrics.jsonl").read_text() == before
+    assert finished(out / "second")
+    assert (out / "second.unfinished-1" / "metrics.jsonl").exists()  # nothing is lost
+    capsys.readouterr()
+    cli.train(arguments)
+    assert capsys.readouterr().out.count("finished already") == 2
+
+
+def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):
+    cli.train(write(tmp_path))
+    assert "stages of another configuration" in fails(capsys, *write(tmp_path, steps=3))
+    (tmp_path / "out" / RECORD).unlink()
+    assert "holds other files" in fails(capsys, *write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"a": {}, "b": {"student": {"path": "x"}}}, "stages.b sets student.path"),
+        ({"a": {"output_dir": "x"}}, "stages.a sets output_dir"),
+        ({"a/b": {}}, "can't be the name of a directory"),
+        ({"a": {}, "b": {"steps": 0}}, "stages.b: steps must be at least 1"),
+        ({"a": {}, "b": {"bridge": {"path": "/nowhere"}}}, "stages.b: there is no bridge"),
+    ],
+)
+def test_every_stage_is_checked_before_the_first(tmp_path, capsys, stages, message):
+    assert message in fails(capsys, *write(tmp_path, stages))
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_options_of_a_stage(tmp_path, capsys):
+    assert "stepz" in fails(capsys, *write(tmp_path, {"a": {"stepz": 2}}))
+
+
+def test_stages_need_a_directory(tmp_path, capsys):
+    assert "stages need an output_dir" in fails(capsys, *write(tmp_path, output_dir=None))
+
+
+def test_dry_run(tmp_path, capsys):
+    cli.train([*write(tmp_path), "--dry_run"])
+    assert "the stages first, second can start" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_replaces_what_is_no_section():
+    base = {"objectives": {"oprd": 1.0}, "optim": {"lr": 1.0, "betas": [0, 0]}, "name": "n",
+            "data": {"train": {"path": "p", "limit": 3}}, "output_dir": "d",
+            "student": {"path": "s"}}  # fmt: skip
+    found = merged(base, {"objectives": {"opd_top1": 2.0}, "optim": {"lr": 3.0},
+                          "data": {"train": {"limit": 4}}})  # fmt: skip
+    assert found["objectives"] == {"opd_top1": 2.0}
+    assert found["optim"] == {"lr": 3.0, "betas": [0, 0]}
+    assert found["data"] == {"train": {"path": "p", "limit": 4}}
+    assert stage_values(base, {"a": {}})["a"]["output_dir"] == "d/a"

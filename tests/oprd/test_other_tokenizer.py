@@ -12,7 +12,7 @@ from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
 from oprd.data import load_prompts
-from oprd.demo.make import make_model
+from oprd.demo.bridge_teachers import make_olmo
 from oprd.demo.task import make_pair_tokenizer, make_tokenizer
 from oprd.errors import ConfigError
 from oprd.rollout import Rollout
@@ -27,7 +27,7 @@ def teacher(tmp_path_factory):
     """Of another width, depth and tokenizer; it knows nothing."""
     directory = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(3)
-    make_model(PAIRS, width=64, layers=6).save_pretrained(directory)
+    make_olmo(PAIRS, width=64, layers=6).save_pretrained(directory)
     PAIRS.save_pretrained(directory)
     return str(directory)
 
@@ -114,7 +114,7 @@ def test_mistakes_are_explained(tmp_path, teacher):
         checks.preflight(cfg)
     small = tmp_path / "small"
     torch.manual_seed(0)
-    shrunk = make_model(PAIRS, width=64, layers=2)
+    shrunk = make_olmo(PAIRS, width=64, layers=2)
     shrunk.resize_token_embeddings(10)
     shrunk.save_pretrained(small)
     PAIRS.save_pretrained(small)

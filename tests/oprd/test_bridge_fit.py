@@ -445,18 +445,24 @@ def test_a_file_that_appears_during_the_fit_costs_neither(teacher, tmp_path, mon
     assert load_bridge(tmp_path / "b.2.safetensors").info.rank == 8
 
 
-@pytest.mark.parametrize("recipe", ["qwen3_1.7b_qwen3_4b_bridge"])
-def test_recipes_have_the_papers_values(recipe):
+@pytest.mark.parametrize(
+    ("recipe", "rank", "teacher_path"),
+    [
+        ("qwen3_1.7b_qwen3_4b_bridge", 8, "Qwen/Qwen3-4B"),
+        ("qwen3_1.7b_phi4_mini_bridge", 4, "microsoft/Phi-4-mini-reasoning"),
+    ],
+)
+def test_recipes_have_the_papers_values(recipe, rank, teacher_path):
     parsed = bridge_cli.make_parser().parse_args(
         ["fit", "--config", str(ROOT / "recipes" / f"{recipe}_fit.yaml")]
     )
     parser = cli.make_parser()
     train_file = str(ROOT / "recipes" / f"{recipe}.yaml")
     cfg = cli.to_config(parser.instantiate(parser.parse_args(["--config", train_file])))
-    assert (parsed.fit.rank, parsed.fit.prompts) == (8, 2000)
+    assert (parsed.fit.rank, parsed.fit.prompts) == (rank, 2000)
     assert cfg.bridge.path == parsed.fit.output
     assert cfg.distill.kind == "nmse"
-    assert (cfg.student.path, cfg.teacher.path) == ("Qwen/Qwen3-1.7B-Base", "Qwen/Qwen3-4B")
+    assert (cfg.student.path, cfg.teacher.path) == ("Qwen/Qwen3-1.7B-Base", teacher_path)
     assert (parsed.fit.student.path, parsed.fit.teacher.path) == (
         cfg.student.path,
         cfg.teacher.path,

@@ -82,11 +82,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_pair_tokenizer() -> PreTrainedTokenizerFast:
-    """Another tokenizer of the same text: digits in pairs from the left, ``"2071"`` is ``"20"``,
-    ``"71"``; a last odd digit stands alone. ``<pad>``, ``<eos>``, ``<unk>``, ``+``, ``=``, ten
-    digits and a hundred pairs."""
+    """Another tokenizer of the same text: the two digits that end a response are one token, so that
+    ``"2071"`` is ``"2"``, ``"0"``, ``"71"``. Those of `make_tokenizer` and a hundred pairs."""
     pairs = [f"{i:02d}" for i in range(100)]
-    return _word_level([*"0123456789", *pairs], r"\d{1,2}|.")
+    return _word_level([*"0123456789", *pairs], r"\d\d$|.")
 
 
 def _word_level(numerals: list[str], pattern: str) -> PreTrainedTokenizerFast:

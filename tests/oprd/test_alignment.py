@@ -218,7 +218,7 @@ def test_sums_in_digits_and_in_pairs_of_digits():
     aligner = Aligner(make_tokenizer(), make_pair_tokenizer())
     prompt = make_pair_tokenizer()("952+1119=")["input_ids"]
     reading = aligner(make_tokenizer()("2071<eos>")["input_ids"], prompt)
-    assert reading.pairs == [(1, 0), (3, 1), (4, 2)]
+    assert reading.pairs == [(0, 0), (1, 1), (3, 2), (4, 3)]
     assert reading.prompt_ids == prompt
 
 

@@ -12,12 +12,12 @@ from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
 from oprd.data import load_prompts
+from oprd.demo.bridge_teachers import make_olmo
 from oprd.demo.task import make_pair_tokenizer, make_tokenizer
 from oprd.errors import ConfigError
 from oprd.rollout import Rollout
 from oprd.train import for_teacher, train
 from tests.oprd.test_train import lines, small_run
-from tests.oprd.tiny import make_olmo
 
 PAIRS = make_pair_tokenizer()
 
@@ -53,15 +53,15 @@ def test_prompts_carry_what_the_teacher_reads(tmp_path):
         PromptsConfig(str(file)), cfg, make_tokenizer(), teacher_tokenizers={"": PAIRS}
     )
     (prompt,) = found.prompts
-    assert PAIRS.convert_ids_to_tokens(prompt.teacher_ids) == ["95", "2", "+", "30", "4", "="]
+    assert PAIRS.convert_ids_to_tokens(prompt.teacher_ids) == [*"952+304="]
     assert prompt.teacher_end_id == PAIRS.eos_token_id
     aligner = Aligner(make_tokenizer(), PAIRS)
     ids = make_tokenizer()("652")["input_ids"]
     truncated = for_teacher(Rollout(prompt.token_ids, ids, True), prompt, {"": aligner}, [1])
-    assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["65", "2"]
-    assert truncated.reading.pairs == [(1, 0), (2, 1)]  # not "6", and no end was read
+    assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["6", "52"]
+    assert truncated.reading.pairs == [(0, 0), (2, 1)]  # not "5", and no end was read
     ended = for_teacher(Rollout(prompt.token_ids, [*ids, 1], False), prompt, {"": aligner}, [1])
-    assert ended.reading.pairs == [(1, 0), (2, 1), (3, 2)]
+    assert ended.reading.pairs == [(0, 0), (2, 1), (3, 2)]
 
 
 def test_end_of_turn_is_what_the_template_writes():
@@ -80,11 +80,12 @@ def test_fit_and_train(tmp_path, teacher):
     assert info.teacher_input == "text"
     assert (info.student.width, info.teacher.width, info.teacher.layers) == (128, 64, 6)
     assert info.rows < 54 * 5 * 0.8  # a good part of the tokens has no partner
-    summary = train(run_config(tmp_path / "run", teacher, path, steps=4, optim__lr=1e-3))
+    summary = train(run_config(tmp_path / "run", teacher, path, steps=16, optim__lr=1e-3))
     steps = [line for line in lines(summary.directory) if "actor/grad_norm" in line]
-    assert all(0.3 < s["align/ratio"] < 1 for s in steps)
+    assert all(0.5 < s["align/ratio"] < 0.9 for s in steps)
     assert all(s["rep/supervised_tokens"] > 8 for s in steps)
-    assert steps[-1]["actor/rep_loss"] < steps[0]["actor/rep_loss"]
+    losses = [s["actor/rep_loss"] for s in steps]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
     evaluated = summary.evaluations["teacher"]["val"]
     assert 0 < evaluated.length <= 5  # it was asked in its own tokens
 

@@ -19,14 +19,13 @@ from oprd.bridge.fit import Prepared, fit, stream_batch
 from oprd.bridge.statistics import PairStatistics
 from oprd.config import PromptsConfig
 from oprd.decoder import cut, find_decoder
-from oprd.demo.bridge_teachers import make_olmo
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models import DEMO
 from oprd.positions import supervise
 from oprd.rollout import Batch
 from tests.oprd.test_train import small_run, steps_of
-from tests.oprd.tiny import make_batch, make_model
+from tests.oprd.tiny import make_batch, make_model, make_olmo
 
 ROOT = Path(__file__).parents[2]
 

@@ -78,22 +78,11 @@ def sample_batches(sums: list[Sum], batch_size: int, seed: int) -> Iterator[list
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A character-level tokenizer: ``<pad>``, ``<eos>``, ``<unk>``, ``+``, ``=`` and ten digits."""
-    return _word_level(list("0123456789"), ".")
-
-
-def make_pair_tokenizer() -> PreTrainedTokenizerFast:
-    """Another tokenizer of the same text: the two digits that end a response are one token, so that
-    ``"2071"`` is ``"2"``, ``"0"``, ``"71"``. Those of `make_tokenizer` and a hundred pairs."""
-    pairs = [f"{i:02d}" for i in range(100)]
-    return _word_level([*"0123456789", *pairs], r"\d\d$|.")
-
-
-def _word_level(numerals: list[str], pattern: str) -> PreTrainedTokenizerFast:
-    symbols = ["<pad>", "<eos>", "<unk>", "+", "=", *numerals]
+    symbols = ["<pad>", "<eos>", "<unk>", "+", "=", *"0123456789"]
     tokenizer = Tokenizer(
         models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>")
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -12,12 +12,12 @@ from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
 from oprd.data import load_prompts
-from oprd.demo.task import make_pair_tokenizer, make_tokenizer
+from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.rollout import Rollout
 from oprd.train import for_teacher, train
 from tests.oprd.test_train import lines, small_run
-from tests.oprd.tiny import make_olmo
+from tests.oprd.tiny import make_olmo, make_pair_tokenizer
 
 PAIRS = make_pair_tokenizer()
 

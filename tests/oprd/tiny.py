@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 40
@@ -86,3 +87,17 @@ def make_olmo(tokenizer, width: int = 64, layers: int = 6) -> PreTrainedModel:
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
+
+
+def make_pair_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Another tokenizer of the demo's text: the two digits that end a response are one token, so
+    that ``"2071"`` is ``"2"``, ``"0"``, ``"71"``."""
+    symbols = ["<pad>", "<eos>", "<unk>", "+", "=", *"0123456789"]
+    symbols += [f"{i:02d}" for i in range(100)]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d\d$|."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )

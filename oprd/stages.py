@@ -68,7 +68,6 @@ def stage_values(
         directory = Path(base["output_dir"]) / name
         values = merged(base, changes)
         values["output_dir"] = str(directory)
-        values.setdefault("name", base["name"])
         if previous is not None:
             values["student"] = values["student"] | {"path": str(previous / "student")}
         found[name], previous = values, directory

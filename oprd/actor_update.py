@@ -26,7 +26,7 @@ from oprd.lm_head import LMHead
 from oprd.memory import PeakMemory
 from oprd.positions import supervise
 from oprd.vocab_losses import VocabLoss, chunked, materialised
-from oprd_kernels import ops, rep_tap
+from oprd_kernels import ops
 
 BACKBONE_FORWARD, BACKBONE_BACKWARD = "backbone forward", "backbone backward"
 HEAD_FORWARD, HEAD_BACKWARD = "LM head forward", "LM head backward"
@@ -238,8 +238,10 @@ class ActorUpdate:
     def _oprd(self, distiller: Distiller, bridge: bool, laps: Laps) -> None:
         targets = self.ready.bridged if bridge else self.ready.states[-len(distiller.pairs) :]
         with distiller.taps(targets, self.rows, denominator=float(self.count)) as session:
-            projectors = self.projectors if bridge else None
-            session.tap = _timed_tap(session, laps, projectors)  # type: ignore
+            if bridge:
+                session.student_proj = lambda index, _device: self.projectors[index]
+                session.options["kind"] = "nmse"
+            session.tap = _timed_tap(session, laps)  # type: ignore
             self.decoder.forward(self.ids)
         laps(BACKBONE_FORWARD)
         loss = session.output().loss
@@ -360,23 +362,13 @@ class _TimedHead(LMHead):
         return gradient
 
 
-def _timed_tap(
-    session: TapSession, laps: Laps, projectors: Tensor | None
-) -> Callable[[int, Tensor], Tensor]:
-    """The session's tap with its time booked; through the Bridge's projectors (L, r, d) if any."""
+def _timed_tap(session: TapSession, laps: Laps) -> Callable[[int, Tensor], Tensor]:
+    """The session's tap with its time booked."""
     plain = session.tap
-    options = session.options | {"kind": "nmse"}
 
     def tap(index: int, h: Tensor) -> Tensor:
         laps(BACKBONE_FORWARD)
-        if projectors is None:
-            h = plain(index, h)
-        else:
-            target = session.teacher_states[index]
-            h, loss, stats = rep_tap(
-                h, target, student_proj=projectors[index], **options, return_stats=True
-            )
-            session.found[index] = (loss, stats)
+        h = plain(index, h)
         laps(TERM)
         return h
 

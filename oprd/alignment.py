@@ -22,15 +22,19 @@ What is done with the parts of a response:
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from oprd.rollout import Reading
+from oprd.rollout import Reading, Rollout
 from oprd.token_bytes import TokenBytes, token_bytes
+
+if TYPE_CHECKING:
+    from oprd.data import Prompt
 
 UNCERTAIN = -1
 
@@ -79,6 +83,27 @@ class Aligner:
             pairs.append((len(body), len(theirs)))
             theirs = [*theirs, end]
         return Reading(list(prompt_ids), theirs, pairs)
+
+
+def for_teacher(
+    rollout: Rollout, prompt: Prompt, aligners: Mapping[str, Aligner], ends: Sequence[int]
+) -> Rollout:
+    """The rollout with its prompt's source, and what the teacher reads.
+
+    Args:
+        aligners: by source (or "", for every source), of teachers with other tokenizers.
+        ends: tokens that end the student's responses.
+    """
+    reading = None
+    aligner = aligners.get(prompt.source, aligners.get(""))
+    if prompt.teacher_ids is not None and aligner is not None:
+        reading = aligner(
+            rollout.response_ids, prompt.teacher_ids,
+            student_end_ids=ends, teacher_end_id=prompt.teacher_end_id,
+        )  # fmt: skip
+    elif prompt.teacher_ids is not None:
+        reading = Reading(prompt.teacher_ids, rollout.response_ids)
+    return replace(rollout, source=prompt.source, reading=reading)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> int:

@@ -173,8 +173,7 @@ class Distiller:
         self.teacher_layers = teacher_decoder.num_layers
 
     def _add_tap(self, index: int, block: int) -> nn.Module:
-        last = block == self.student.num_layers - 1
-        module: Any = self.student.norm if last else self.student.layers[block]
+        module: Any = self.student.state_module(block, self.student.num_layers)
         if "_oprd_tap" in module.__dict__:
             raise ValueError("the student already has taps: call detach() on its Distiller first")
         module.__class__ = _tapped_class(type(module))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from oprd.errors import ConfigError
+from oprd.errors import Problems
 from oprd.positions import Positions, Reduction, Shift
 from oprd.vocab_losses import Form
 
@@ -333,27 +333,39 @@ class TrainConfig:
         return self.teachers or {"": self.teacher}
 
 
+def check_sampling(problems: Problems, data: DataConfig, rollout: RolloutConfig) -> None:
+    """What is wrong with the numbers by which prompts are read and responses sampled."""
+    problems.need_at_least_one(
+        {
+            "rollout.prompts_per_step": rollout.prompts_per_step,
+            "rollout.responses_per_prompt": rollout.responses_per_prompt,
+            "rollout.max_new_tokens": rollout.max_new_tokens,
+            "rollout.batch_size": rollout.batch_size,
+            "data.max_prompt_tokens": data.max_prompt_tokens,
+            "data.max_teacher_prompt_tokens": data.max_teacher_prompt_tokens,
+            "data.train.limit": data.train.limit,
+        }
+    )
+    problems.need(
+        rollout.temperature > 0,
+        f"rollout.temperature must be above 0, got {rollout.temperature}: rollouts are sampled",
+    )
+    problems.need(0 < rollout.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
+
+
 def check_values(cfg: TrainConfig) -> None:
     """Everything that is wrong with the numbers themselves.
 
     Raises:
         ConfigError: listing all of it.
     """
-    problems = []
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            problems.append(message)
-
+    problems = Problems()
+    need = problems.need
+    check_sampling(problems, cfg.data, cfg.rollout)
     at_least_one = {
         "steps": cfg.steps,
         "log_every": cfg.log_every,
         "micro_batch_tokens": cfg.micro_batch_tokens,
-        "rollout.prompts_per_step": cfg.rollout.prompts_per_step,
-        "rollout.responses_per_prompt": cfg.rollout.responses_per_prompt,
-        "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
-        "rollout.batch_size": cfg.rollout.batch_size,
-        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
         "distill.k": cfg.distill.k,
         "bridge.rank": cfg.bridge.rank,
         "opd.k": cfg.opd.k,
@@ -361,23 +373,15 @@ def check_values(cfg: TrainConfig) -> None:
         "eval.samples": cfg.eval.samples,
         "eval.max_new_tokens": cfg.eval.max_new_tokens,
         "eval.batch_size": cfg.eval.batch_size,
-        "data.max_teacher_prompt_tokens": cfg.data.max_teacher_prompt_tokens,
-        "data.train.limit": cfg.data.train.limit,
     }
     at_least_one |= {f"data.sources.{name}.limit": s.limit for name, s in cfg.data.sources.items()}
     at_least_one |= {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
-    for name, value in at_least_one.items():
-        need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+    problems.need_at_least_one(at_least_one)
     not_negative = {"save_every": cfg.save_every}
     not_negative |= {f"eval.sets.{name}.every": s.every for name, s in cfg.eval.sets.items()}
     for name, value in not_negative.items():
         need(value >= 0, f"{name} must not be negative, got {value}")
-    r, o, e = cfg.rollout, cfg.optim, cfg.eval
-    need(
-        r.temperature > 0,
-        f"rollout.temperature must be above 0, got {r.temperature}: rollouts are sampled",
-    )
-    need(0 < r.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {r.top_p}")
+    o, e = cfg.optim, cfg.eval
     need(0 < e.top_p <= 1, f"eval.top_p must lie in (0, 1], got {e.top_p}")
     need(e.temperature >= 0, f"eval.temperature must not be negative, got {e.temperature}")
     need(
@@ -428,5 +432,4 @@ def check_values(cfg: TrainConfig) -> None:
         o.max_grad_norm is None or o.max_grad_norm > 0,
         f"optim.max_grad_norm must be above 0 or null, got {o.max_grad_norm}",
     )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    problems.refuse()

@@ -40,6 +40,11 @@ class Decoder:
         """d, the hidden size."""
         return self.backbone.config.get_text_config().hidden_size
 
+    def state_module(self, block: int, depth: int) -> nn.Module:
+        """What puts out entry ``block`` + 1 of ``hidden_states`` in a model of ``depth`` layers:
+        the block, or for the last one the final norm."""
+        return self.norm if block == depth - 1 else self.layers[block]
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Runs the backbone and returns what it does for its last hidden state, (B, T, d).
 
@@ -87,8 +92,7 @@ def watch(
     """While open, forward passes of ``decoder``, however it is called, hand over hidden states.
 
     Args:
-        blocks: counted from 0. Block i's state is entry i + 1 of ``hidden_states``: its output, or
-            for the last block of the model the final norm's.
+        blocks: counted from 0, see `Decoder.state_module`.
         depth: the model's layers, of which ``decoder`` may have only the first.
         see: called with a block's number and its states (B, T, d).
     """
@@ -99,7 +103,7 @@ def watch(
     handles = []
     try:
         for block in blocks:
-            module = decoder.norm if block == depth - 1 else decoder.layers[block]
+            module = decoder.state_module(block, depth)
             handles.append(module.register_forward_hook(hook(block)))
         yield
     finally:

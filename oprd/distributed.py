@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -74,3 +76,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch; ranks sample differently."""
+    own = seed + 1000003 * rank()
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)

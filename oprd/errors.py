@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 
 class ConfigError(ValueError):
     """A configuration that can't finish, or models or data that do not fit it. The message says
     what was given, what was expected and what to change."""
+
+
+class Problems:
+    """Everything that is wrong with a configuration, to be said at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def need(self, ok: bool, message: str) -> None:
+        """Note ``message`` unless ``ok``."""
+        if not ok:
+            self.found.append(message)
+
+    def need_at_least_one(self, values: Mapping[str, int | None]) -> None:
+        """Of options by name; None is an option left out."""
+        for name, value in values.items():
+            self.need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+
+    def refuse(self) -> None:
+        """End the checks.
+
+        Raises:
+            ConfigError: listing what was noted, if anything was.
+        """
+        if self.found:
+            raise ConfigError("\n".join(self.found))
 
 
 class Unreachable(ConfigError):

@@ -12,30 +12,28 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import random
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
-from oprd.alignment import Aligner
+from oprd.alignment import for_teacher
 from oprd.attach import Distiller, attach
 from oprd.bridge import load_bridge
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
 from oprd.data import Prompt, step_batches
 from oprd.evaluate import EvalResult, evaluate
+from oprd.interrupt import Interrupt
 from oprd.memory import GIB, PeakMemory
 from oprd.models import copy_lm_head, load_model, load_teachers
 from oprd.objectives import REP, Chosen, Objectives, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
-from oprd.rollout import Reading, Rollout, collate, eos_ids, generate, micro_batches
+from oprd.rollout import Rollout, collate, eos_ids, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
@@ -95,7 +93,7 @@ class Trainer:
         cfg, log = self.cfg, self.log
         for note in self.checked.notes:
             log.say(f"note: {note}")
-        seed_everything(cfg.seed)
+        distributed.seed_everything(cfg.seed)
         self._load()
         self._evaluate("student before", self.student)
         log.start()
@@ -152,9 +150,9 @@ class Trainer:
         for name in self.objectives.teachers:
             own = [r for r in rollouts if name in ("", r.source)]
             for part in micro_batches(own, cfg.micro_batch_tokens):
-                pad = self.tokenizer.pad_token_id
                 theirs = self.checked.teacher_tokenizers.get(name)
-                batch = collate(part, pad, device, pad if theirs is None else theirs.pad_token_id)
+                pad = None if theirs is None else theirs.pad_token_id
+                batch = collate(part, self.tokenizer.pad_token_id, device, pad)
                 parts.append((name, batch, self.objectives.supervise(batch)))
         # Normalised by the whole global batch, so that no split of it changes the loss.
         totals = self._totals([chosen for _, _, chosen in parts])
@@ -438,75 +436,9 @@ class Trainer:
         return summary
 
 
-def for_teacher(
-    rollout: Rollout, prompt: Prompt, aligners: Mapping[str, Aligner], ends: Sequence[int]
-) -> Rollout:
-    """The rollout with its prompt's source, and what the teacher reads.
-
-    Args:
-        aligners: by source (or "", for every source), of teachers with other tokenizers.
-        ends: tokens that end the student's responses.
-    """
-    reading = None
-    aligner = aligners.get(prompt.source, aligners.get(""))
-    if prompt.teacher_ids is not None and aligner is not None:
-        reading = aligner(
-            rollout.response_ids, prompt.teacher_ids,
-            student_end_ids=ends, teacher_end_id=prompt.teacher_end_id,
-        )  # fmt: skip
-    elif prompt.teacher_ids is not None:
-        reading = Reading(prompt.teacher_ids, rollout.response_ids)
-    return replace(rollout, source=prompt.source, reading=reading)
-
-
 def _teacher_name(who: str) -> str:
     """Of "teacher" or "teacher <source>"."""
     return who.removeprefix("teacher").strip()
-
-
-class Interrupt:
-    """Ctrl-C: at once, except while weights change, when the step is finished first. A second one
-    is never held back."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._deferring = False
-
-    @contextlib.contextmanager
-    def armed(self) -> Iterator[None]:
-        """Handle SIGINT while inside (in the main thread; elsewhere there is nothing to handle)."""
-        try:
-            previous = signal.signal(signal.SIGINT, self._on_signal)
-        except ValueError:
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Hold a first Ctrl-C back until the block ends."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
-    def _on_signal(self, _signum: int, _frame: object) -> None:
-        if self.requested or not self._deferring:
-            self.requested = True
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def seed_everything(seed: int) -> None:
-    """Python, NumPy and torch; ranks sample differently."""
-    own = seed + 1000003 * distributed.rank()
-    random.seed(own)
-    np.random.seed(own % 2**32)
-    torch.manual_seed(own)
 
 
 def write_summary(summary: Summary) -> None:

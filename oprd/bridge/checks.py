@@ -12,9 +12,9 @@ from oprd import distributed
 from oprd.alignment import Aligner
 from oprd.bridge.bank import ModelInfo, check_new_file
 from oprd.bridge.sgd import SgdConfig
-from oprd.config import DataConfig, RolloutConfig, StudentConfig, TeacherConfig
+from oprd.config import DataConfig, RolloutConfig, StudentConfig, TeacherConfig, check_sampling
 from oprd.data import Prompt, load_prompts
-from oprd.errors import ConfigError
+from oprd.errors import ConfigError, Problems
 from oprd.layers import corresponding_layer, select_layers
 from oprd.models import (
     check_length,
@@ -113,37 +113,23 @@ def check_values(cfg: FitConfig) -> None:
     Raises:
         ConfigError: listing all of it.
     """
-    problems = []
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            problems.append(message)
-
-    at_least_one = {
-        "rank": cfg.rank,
-        "k": cfg.k,
-        "micro_batch_tokens": cfg.micro_batch_tokens,
-        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
-        "data.train.limit": cfg.data.train.limit,
-        "rollout.prompts_per_step": cfg.rollout.prompts_per_step,
-        "rollout.responses_per_prompt": cfg.rollout.responses_per_prompt,
-        "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
-        "rollout.batch_size": cfg.rollout.batch_size,
-        "sgd.epochs": cfg.sgd.epochs,
-        "sgd.batch_rows": cfg.sgd.batch_rows,
-        "sgd.max_rows": cfg.sgd.max_rows,
-    }
-    for name, value in at_least_one.items():
-        need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+    problems = Problems()
+    need = problems.need
+    check_sampling(problems, cfg.data, cfg.rollout)
+    problems.need_at_least_one(
+        {
+            "rank": cfg.rank,
+            "k": cfg.k,
+            "micro_batch_tokens": cfg.micro_batch_tokens,
+            "sgd.epochs": cfg.sgd.epochs,
+            "sgd.batch_rows": cfg.sgd.batch_rows,
+            "sgd.max_rows": cfg.sgd.max_rows,
+        }
+    )
     need(cfg.prompts >= 2, f"prompts must be at least 2 (one is held out), got {cfg.prompts}")
     need(0 < cfg.held_out < 1, f"held_out must lie in (0, 1), got {cfg.held_out}")
     need(cfg.ridge >= 0, f"ridge must not be negative, got {cfg.ridge}")
     need(cfg.sgd.lr > 0, f"sgd.lr must be above 0, got {cfg.sgd.lr}")
-    need(
-        cfg.rollout.temperature > 0,
-        f"rollout.temperature must be above 0, got {cfg.rollout.temperature}: rollouts are sampled",
-    )
-    need(0 < cfg.rollout.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {cfg.rollout.top_p}")
     need(
         not cfg.student.gradient_checkpointing,
         "student.gradient_checkpointing has no use here: nothing is trained through the student",
@@ -159,8 +145,7 @@ def check_values(cfg: FitConfig) -> None:
         f"rollout.prompts_per_step={cfg.rollout.prompts_per_step} leaves some of {ranks} ranks "
         "nothing to do",
     )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    problems.refuse()
 
 
 def pair_for_fit(layers: str | list[int], student: int, teacher: int) -> list[tuple[int, int]]:

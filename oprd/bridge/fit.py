@@ -19,6 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from oprd import distributed
+from oprd.alignment import for_teacher
 from oprd.bridge.bank import Bridge, BridgeInfo, RankReport, save_bridge
 from oprd.bridge.checks import Checked, FitConfig, check_fit
 from oprd.bridge.heldout import Agreement, ranks_up_to
@@ -37,7 +38,6 @@ from oprd.decoder import Decoder, cut, find_decoder, watch
 from oprd.models import load_model
 from oprd.positions import Supervision, supervise
 from oprd.rollout import Batch, Rollout, collate, eos_ids, generate, micro_batches
-from oprd.train import for_teacher, seed_everything
 
 See = Callable[[int, Tensor, Tensor, Tensor], None]
 """Of a student block: its states (N, dS), the supervised rows of it (M,), the teacher's (M, dT)."""
@@ -66,7 +66,7 @@ class Fitter:
         cfg, found = self.cfg, self.checked
         for note in found.notes:
             self.say(f"note: {note}")
-        seed_everything(cfg.seed)
+        distributed.seed_everything(cfg.seed)
         student = load_model(cfg.student, self.device)
         fitted, held_out = self._rollouts(student)
         teacher = find_decoder(load_model(cfg.teacher, self.device))
@@ -156,8 +156,9 @@ class Fitter:
                 advance()
 
     def _collate(self, rollouts: Sequence[Rollout], device: torch.device) -> Batch:
-        other, pad = self.checked.teacher_tokenizer, self.checked.tokenizer.pad_token_id
-        return collate(rollouts, pad, device, pad if other is None else other.pad_token_id)
+        other = self.checked.teacher_tokenizer
+        pad = None if other is None else other.pad_token_id
+        return collate(rollouts, self.checked.tokenizer.pad_token_id, device, pad)
 
     def _supervise(self, batch: Batch) -> Supervision:
         cfg = self.cfg

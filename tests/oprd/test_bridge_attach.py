@@ -10,6 +10,7 @@ from oprd.decoder import find_decoder
 from oprd.errors import ConfigError
 from oprd.layers import corresponding_layer, pair_layers
 from oprd.positions import supervise
+from tests.oprd.test_attach import assert_same, attached, gradients
 from tests.oprd.tiny import make_batch, make_model
 
 RANK = 5
@@ -52,27 +53,6 @@ def expected(student, teacher, batch, bridge, layers, kind, **supervision):
         losses.append((weights * row).sum() / chosen.total)
     torch.stack(losses).mean().backward()
     return torch.stack(losses).detach(), gradients(student)
-
-
-def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(actual, wanted):
-    assert torch.allclose(actual[0], wanted[0], rtol=1e-5, atol=1e-7)
-    assert actual[1].keys() == wanted[1].keys()
-    for name, gradient in wanted[1].items():
-        scale = gradient.abs().max()
-        assert torch.allclose(actual[1][name], gradient, rtol=1e-4, atol=1e-5 * scale), name
-
-
-def attached(student, teacher, batch, **options):
-    distiller = attach(student, teacher, **options)
-    student.zero_grad()
-    out = distiller(*batch)
-    out.loss.backward()
-    distiller.detach()
-    return out.layer_losses, gradients(student)
 
 
 @pytest.mark.parametrize("kind", ["nmse", "mse", "cosine"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oprd import preflight as checks
-from oprd.alignment import Aligner, end_of_turn
+from oprd.alignment import Aligner, end_of_turn, for_teacher
 from oprd.bridge.bank import load_bridge, read_info
 from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
@@ -15,7 +15,7 @@ from oprd.data import load_prompts
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.rollout import Rollout
-from oprd.train import for_teacher, train
+from oprd.train import train
 from tests.oprd.test_train import lines, small_run
 from tests.oprd.tiny import make_olmo, make_pair_tokenizer
 

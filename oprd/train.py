@@ -29,12 +29,13 @@ from oprd.config import TrainConfig
 from oprd.data import Prompt, step_batches
 from oprd.evaluate import EvalResult, evaluate
 from oprd.interrupt import Interrupt
-from oprd.memory import GIB, PeakMemory
+from oprd.memory import PeakMemory
 from oprd.models import copy_lm_head, load_model, load_teachers
 from oprd.objectives import REP, Chosen, Objectives, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
 from oprd.rollout import Rollout, collate, eos_ids, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
+from oprd.step_metrics import memory_metrics, rep_metrics, rollout_metrics
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
@@ -83,7 +84,7 @@ class Trainer:
         self.timer = PhaseTimer(self.device)
         self.interrupt = Interrupt()
         self.step = 0
-        self.delta_peak: int | None = None
+        self.delta_peak_gb: float | None = None
         self.evaluations: dict[str, dict[str, EvalResult]] = {}
 
     # The algorithm ------------------------------------------------------------------------------
@@ -180,8 +181,7 @@ class Trainer:
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()
-        metrics = self._metrics(rollouts, losses, norm.item(), [*peaks, peak])
-        return metrics | self._rep_metrics(outputs, layer_losses)
+        return self._metrics(rollouts, outputs, losses, layer_losses, norm.item(), [*peaks, peak])
 
     # Its parts ----------------------------------------------------------------------------------
 
@@ -295,80 +295,35 @@ class Trainer:
         distiller = self.objectives.distiller
         return [] if distiller is None else [block for block, _ in distiller.pairs]
 
-    def _rep_metrics(self, outputs: list[StudentPass], layer_losses: list[float]) -> dict[str, Any]:
-        """Of the representation loss, reduced over ranks."""
-        if self.objectives.distiller is None:
-            return {}
-        found = [out.rep for out in outputs if out.rep is not None]
-        counts = [out.num_valid.item() for out in found]
-        weighted = [
-            (count * x.mean().item(), count * y.mean().item(), count * z.mean().item())
-            for count, out in zip(counts, found, strict=True)
-            for x, y, z in [(out.layer_cosine, out.layer_student_norm, out.layer_teacher_norm)]
-        ]
-        sums = [sum(column) for column in zip(*weighted, strict=True)]
-        cosine, norm_s, norm_t, count = distributed.sum_over_ranks(
-            [*sums, sum(counts)], self.device
-        )
-        cosine, norm_s, norm_t = (x / count if count else 0.0 for x in (cosine, norm_s, norm_t))
-        width = self.objectives.distiller.compared_width
-        return {
-            "rep/cosine_similarity": cosine,
-            "rep/norm_mse": 2 * (1 - cosine) / width if count else 0.0,
-            "rep/student_norm": norm_s,
-            "rep/teacher_norm": norm_t,
-            "rep/layer_loss": layer_losses,
-            "rep/supervised_tokens": int(count),
-        }
-
     def _metrics(
         self,
         rollouts: list[Rollout],
+        outputs: list[StudentPass],
         losses: dict[str, float],
+        layer_losses: list[float],
         norm: float,
         peaks: list[PeakMemory],
     ) -> dict[str, Any]:
-        """Reduced over ranks, under the names that method.md's figures use."""
-        lengths = [len(r.response_ids) for r in rollouts]
-        sums = [sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
-        sums += [sum(len(r) for r in rollouts)]
-        length, responses, truncated, tokens = distributed.sum_over_ranks(sums, self.device)
+        """Of a step, reduced over ranks."""
         seconds = self.timer.take_step()
-        metrics = {METRICS.get(name, f"actor/{name}_loss"): x for name, x in losses.items()}
-        metrics |= {
-            "actor/grad_norm": norm,
-            "actor/lr": self.scheduler.get_last_lr()[0],
-            "response_length/mean": length / responses,
-            "response_length/max": distributed.max_over_ranks(float(max(lengths)), self.device),
-            "response_length/clip_ratio": truncated / responses,
-            "perf/tokens_per_second": tokens / max(sum(seconds.values()), 1e-9),
+        metrics: dict[str, Any] = {
+            METRICS.get(name, f"actor/{name}_loss"): x for name, x in losses.items()
         }
-        paired = [(len(r.reading.pairs), n) for r, n in zip(rollouts, lengths, strict=True)
-                  if r.reading is not None and r.reading.pairs is not None]  # fmt: skip
-        if self.checked.aligners:
-            pairs, of = (sum(column) for column in zip(*paired, strict=True)) if paired else (0, 0)
-            pairs, of = distributed.sum_over_ranks([pairs, of], self.device)
-            metrics["align/ratio"] = pairs / of if of else 1.0
+        metrics |= {"actor/grad_norm": norm, "actor/lr": self.scheduler.get_last_lr()[0]}
+        metrics |= rollout_metrics(rollouts, self.device, bool(self.checked.aligners))
+        spent = max(sum(seconds.values()), 1e-9)
+        metrics["perf/tokens_per_second"] = metrics["rollout/tokens"] / spent
         metrics |= {f"time/{phase.replace(' ', '_')}_s": s for phase, s in seconds.items()}
-        return metrics | self._memory_metrics(peaks)
-
-    def _memory_metrics(self, peaks: list[PeakMemory]) -> dict[str, float]:
-        start = peaks[0].start
-        highest = [p.peak for p in peaks if p.peak is not None]
-        if start is None or not highest:
-            return {}
-        delta = max(max(highest) - start, 0)
-        self.delta_peak = max(self.delta_peak or 0, delta)
-        metrics = {
-            "mem/actor_update_peak_alloc_GB": max(highest) / GIB,
-            "mem/actor_update_delta_peak_GB": delta / GIB,
-        }
-        reserved = [p.reserved for p in peaks if p.reserved is not None]
-        if reserved:
-            metrics["mem/actor_update_peak_reserved_GB"] = max(reserved) / GIB
-        return {
-            name: distributed.max_over_ranks(value, self.device) for name, value in metrics.items()
-        }
+        memory = memory_metrics(peaks, self.device)
+        delta = memory.get("mem/actor_update_delta_peak_GB")
+        if delta is not None:
+            self.delta_peak_gb = max(self.delta_peak_gb or 0.0, delta)
+        metrics |= memory
+        reps = [out.rep for out in outputs if out.rep is not None]
+        if self.objectives.distiller is not None:
+            width = self.objectives.distiller.compared_width
+            metrics |= rep_metrics(reps, layer_losses, width, self.device)
+        return metrics
 
     def _evaluate_during(self) -> None:
         due = [
@@ -414,7 +369,7 @@ class Trainer:
         return directory
 
     def _finish(self, student: Path, interrupted: bool) -> Summary:
-        delta = None if self.delta_peak is None else self.delta_peak / GIB
+        delta = self.delta_peak_gb
         summary = Summary(
             self.directory,
             student,

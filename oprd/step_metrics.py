@@ -1,0 +1,81 @@
+"""A training step's metrics, reduced over ranks, under the names that method.md's figures use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from oprd import distributed
+from oprd.attach import RepOutput
+from oprd.memory import GIB, PeakMemory
+from oprd.rollout import Rollout
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], device: torch.device, aligned: bool
+) -> dict[str, Any]:
+    """Lengths of the responses, ``rollout/tokens`` with their prompts, and ``align/ratio`` if a
+    teacher has another tokenizer (``aligned``)."""
+    lengths = [len(r.response_ids) for r in rollouts]
+    readings = [(r.reading, n) for r, n in zip(rollouts, lengths, strict=True)]
+    paired = [(len(g.pairs), n) for g, n in readings if g is not None and g.pairs is not None]
+    sums = [sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
+    sums += [sum(len(r) for r in rollouts), sum(p for p, _ in paired), sum(n for _, n in paired)]
+    length, responses, truncated, tokens, pairs, of = distributed.sum_over_ranks(sums, device)
+    metrics = {
+        "response_length/mean": length / responses,
+        "response_length/max": distributed.max_over_ranks(float(max(lengths, default=0)), device),
+        "response_length/clip_ratio": truncated / responses,
+        "rollout/tokens": int(tokens),
+    }
+    if aligned:
+        metrics["align/ratio"] = pairs / of if of else 1.0
+    return metrics
+
+
+def rep_metrics(
+    outputs: Sequence[RepOutput], layer_losses: list[float], width: int, device: torch.device
+) -> dict[str, Any]:
+    """Of the representation loss.
+
+    Args:
+        outputs: of the micro-batches.
+        layer_losses: over the global batch.
+        width: D, what `nmse` divides by.
+    """
+    counts = [out.num_valid.item() for out in outputs]
+    weighted = [
+        (count * x.mean().item(), count * y.mean().item(), count * z.mean().item())
+        for count, out in zip(counts, outputs, strict=True)
+        for x, y, z in [(out.layer_cosine, out.layer_student_norm, out.layer_teacher_norm)]
+    ]
+    sums = [sum(column) for column in zip(*weighted, strict=True)]
+    cosine, norm_s, norm_t, count = distributed.sum_over_ranks([*sums, sum(counts)], device)
+    cosine, norm_s, norm_t = (x / count if count else 0.0 for x in (cosine, norm_s, norm_t))
+    return {
+        "rep/cosine_similarity": cosine,
+        "rep/norm_mse": 2 * (1 - cosine) / width if count else 0.0,
+        "rep/student_norm": norm_s,
+        "rep/teacher_norm": norm_t,
+        "rep/layer_loss": layer_losses,
+        "rep/supervised_tokens": int(count),
+    }
+
+
+def memory_metrics(peaks: Sequence[PeakMemory], device: torch.device) -> dict[str, float]:
+    """GiB at the peak of a student update, and above what was there when it began: the highest of
+    the ranks. Empty where the system does not tell."""
+    start = peaks[0].start
+    highest = [p.peak for p in peaks if p.peak is not None]
+    if start is None or not highest:
+        return {}
+    metrics = {
+        "mem/actor_update_peak_alloc_GB": max(highest) / GIB,
+        "mem/actor_update_delta_peak_GB": max(max(highest) - start, 0) / GIB,
+    }
+    reserved = [p.reserved for p in peaks if p.reserved is not None]
+    if reserved:
+        metrics["mem/actor_update_peak_reserved_GB"] = max(reserved) / GIB
+    return {name: distributed.max_over_ranks(value, device) for name, value in metrics.items()}

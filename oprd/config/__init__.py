@@ -1,0 +1,32 @@
+"""The configuration of a run, a file for each part of it. Every default is the demo's; recipes/ has
+others.
+
+Fields can be given in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``).
+"""
+
+from oprd.config.data import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig
+from oprd.config.models import SELF, BridgeConfig, DType, StudentConfig, TeacherConfig
+from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
+from oprd.config.optim import OptimConfig
+from oprd.config.rollout import RolloutConfig, check_sampling
+from oprd.config.train import TrainConfig, check_values
+
+__all__ = [
+    "OBJECTIVES",
+    "SELF",
+    "BridgeConfig",
+    "DType",
+    "DataConfig",
+    "DistillConfig",
+    "EvalConfig",
+    "EvalSetConfig",
+    "OpdConfig",
+    "OptimConfig",
+    "PromptsConfig",
+    "RolloutConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "check_sampling",
+    "check_values",
+]

@@ -1,0 +1,72 @@
+"""What a run minimises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from oprd.positions import Positions, Reduction, Shift
+from oprd.vocab_losses import Form
+
+
+@dataclass
+class DistillConfig:
+    """The representation loss.
+
+    Attributes:
+        kind: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d of
+            ``cosine``.
+        layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks counted from 0.
+        positions: ``all``, ``last``, ``last_k`` or ``first_k`` response tokens.
+        k: for ``last_k`` and ``first_k``.
+        shift: ``after``: the state that has read the token; ``before``: the one that predicts it.
+        reduction: ``token-mean`` or ``seq-mean`` over the global batch.
+        backend: of the kernels: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
+        init_head_from_teacher: copy the teacher's LM head into the student before training. OPRD
+            itself gives an untied head no gradient. (Ours, not the paper's.)
+    """
+
+    kind: Literal["mse", "nmse", "cosine"] = "mse"
+    layers: str | list[int] = "all"
+    positions: Positions = "all"
+    k: int = 2000
+    shift: Shift = "before"
+    reduction: Reduction = "token-mean"
+    backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
+    init_head_from_teacher: bool = False
+
+
+OBJECTIVES: dict[str, Form | None] = {
+    "oprd": None,
+    "opd_top1": "top1",
+    "opd_topk": "topk",
+    "opd_topk_advantage": "topk_advantage",
+    "opd_topk_raw": "topk_raw",
+    "opd_full": "full",
+    "opd_full_forward": "full_forward",
+}
+"""Names of objectives; of output-space ones with their `oprd.vocab_losses` form."""
+
+
+@dataclass
+class OpdConfig:
+    """Output-space objectives, the baselines (see `oprd.vocab_losses.VocabLoss`).
+
+    Attributes:
+        k: of the top-k objectives.
+        support: whose k most probable tokens they look at.
+        implementation: ``chunked``: LM head and loss in chunks of tokens, gradients formed on the
+            way; ``materialised``: [B, T, V] logits and log-softmax, as other trainers do.
+        chunk_tokens: rows in a chunk.
+    """
+
+    k: int = 16
+    support: Literal["student", "teacher"] = "student"
+    implementation: Literal["chunked", "materialised"] = "chunked"
+    chunk_tokens: int = 256
+
+    def form(self, objective: str) -> Form:
+        """The form of an output-space objective."""
+        form = OBJECTIVES[objective]
+        assert form is not None
+        return form

@@ -1,0 +1,48 @@
+"""How the student's responses are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oprd.config.data import DataConfig
+from oprd.errors import Problems
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling the student's responses.
+
+    Attributes:
+        prompts_per_step: over all ranks.
+        responses_per_prompt: n.
+        max_new_tokens: a response is cut there.
+        temperature, top_p: of the sampling; top-k sampling is off.
+        batch_size: sequences generated at once; null: all of a step.
+    """
+
+    prompts_per_step: int = 64
+    responses_per_prompt: int = 1
+    max_new_tokens: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int | None = None
+
+
+def check_sampling(problems: Problems, data: DataConfig, rollout: RolloutConfig) -> None:
+    """What is wrong with the numbers by which prompts are read and responses sampled."""
+    problems.need_at_least_one(
+        {
+            "rollout.prompts_per_step": rollout.prompts_per_step,
+            "rollout.responses_per_prompt": rollout.responses_per_prompt,
+            "rollout.max_new_tokens": rollout.max_new_tokens,
+            "rollout.batch_size": rollout.batch_size,
+            "data.max_prompt_tokens": data.max_prompt_tokens,
+            "data.max_teacher_prompt_tokens": data.max_teacher_prompt_tokens,
+            "data.train.limit": data.train.limit,
+        }
+    )
+    problems.need(
+        rollout.temperature > 0,
+        f"rollout.temperature must be above 0, got {rollout.temperature}: rollouts are sampled",
+    )
+    problems.need(0 < rollout.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")

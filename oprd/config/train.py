@@ -1,0 +1,136 @@
+"""A run: all of its configuration, and the check of its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from oprd.config.data import DataConfig, EvalConfig
+from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig
+from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
+from oprd.config.optim import OptimConfig, check_optim
+from oprd.config.rollout import RolloutConfig, check_sampling
+from oprd.errors import Problems
+
+
+@dataclass
+class TrainConfig:
+    """A run of ``oprd-train``.
+
+    Attributes:
+        output_dir: where everything is written; null: ``runs/<name>-<time>``. A directory that
+            holds anything is refused.
+        name: of the run.
+        steps: optimizer steps.
+        seed: of prompts and sampling.
+        device: ``auto``: the GPU of this rank, else the CPU.
+        autocast: run the models' matrix products in this dtype (mixed precision); null: off.
+        micro_batch_tokens: at most so many tokens, padding included, go through the models at
+            once; gradients accumulate.
+        save_every: steps between checkpoints (a Hugging Face directory); 0: none but at the end.
+        log_every: steps between progress lines where the output is not a terminal.
+        teachers: one for each source of prompts, instead of ``teacher``.
+        objectives: what is minimised, a weight for each: ``oprd``, ``opd_top1``, ``opd_topk``,
+            ``opd_topk_advantage``, ``opd_topk_raw``, ``opd_full``, ``opd_full_forward``.
+    """
+
+    output_dir: str | None = None
+    name: str = "demo"
+    steps: int = 100
+    seed: int = 0
+    device: str = "auto"
+    autocast: Literal["bfloat16"] | None = None
+    micro_batch_tokens: int = 32768
+    save_every: int = 0
+    log_every: int = 10
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objectives: dict[str, float] = field(default_factory=lambda: {"oprd": 1.0})
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    opd: OpdConfig = field(default_factory=OpdConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """By the source of prompts that each is for; under "", if it is one for all of them."""
+        return self.teachers or {"": self.teacher}
+
+
+def check_values(cfg: TrainConfig) -> None:
+    """Everything that is wrong with the numbers themselves.
+
+    Raises:
+        ConfigError: listing all of it.
+    """
+    problems = Problems()
+    need = problems.need
+    check_sampling(problems, cfg.data, cfg.rollout)
+    at_least_one = {
+        "steps": cfg.steps,
+        "log_every": cfg.log_every,
+        "micro_batch_tokens": cfg.micro_batch_tokens,
+        "distill.k": cfg.distill.k,
+        "bridge.rank": cfg.bridge.rank,
+        "opd.k": cfg.opd.k,
+        "opd.chunk_tokens": cfg.opd.chunk_tokens,
+        "eval.samples": cfg.eval.samples,
+        "eval.max_new_tokens": cfg.eval.max_new_tokens,
+        "eval.batch_size": cfg.eval.batch_size,
+    }
+    at_least_one |= {f"data.sources.{name}.limit": s.limit for name, s in cfg.data.sources.items()}
+    at_least_one |= {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
+    problems.need_at_least_one(at_least_one)
+    not_negative = {"save_every": cfg.save_every}
+    not_negative |= {f"eval.sets.{name}.every": s.every for name, s in cfg.eval.sets.items()}
+    for name, value in not_negative.items():
+        need(value >= 0, f"{name} must not be negative, got {value}")
+    e = cfg.eval
+    need(0 < e.top_p <= 1, f"eval.top_p must lie in (0, 1], got {e.top_p}")
+    need(e.temperature >= 0, f"eval.temperature must not be negative, got {e.temperature}")
+    need(
+        e.temperature > 0 or e.samples == 1,
+        f"eval.samples is {e.samples} at eval.temperature 0: greedy samples are all the same",
+    )
+    need(bool(cfg.objectives), f"objectives is empty: name at least one of {[*OBJECTIVES]}")
+    for name, weight in cfg.objectives.items():
+        need(name in OBJECTIVES, f"objectives: {name!r} is not one of {[*OBJECTIVES]}")
+        need(weight > 0, f"objectives.{name} must be above 0, got {weight}: leave it out instead")
+    if cfg.bridge.path is None:
+        need(cfg.bridge.rank is None, "bridge.rank is given without bridge.path")
+    else:
+        need(
+            "oprd" in cfg.objectives,
+            f"bridge.path={cfg.bridge.path} is given, but objectives {[*cfg.objectives]} compare "
+            "no hidden states: add oprd, or leave the bridge out",
+        )
+        need(
+            len(cfg.teachers) < 2,
+            f"bridge.path={cfg.bridge.path} is fitted for one teacher, and teachers has "
+            f"{len(cfg.teachers)}: train with one at a time",
+        )
+    if "opd_topk" in cfg.objectives:
+        need(
+            cfg.opd.k >= 2,
+            f"opd.k must be at least 2 for opd_topk, got {cfg.opd.k}: on one "
+            "token the loss is always 0. Use opd_top1",
+        )
+    need(
+        not cfg.teachers or cfg.teacher == TeacherConfig(),
+        "both teacher and teachers are given: leave one of them out",
+    )
+    need(
+        not cfg.data.sources or cfg.data.train == DataConfig().train,
+        "both data.train and data.sources are given: leave one of them out",
+    )
+    if cfg.distill.init_head_from_teacher:
+        need(
+            len(cfg.teachers) < 2 and not any(t.is_self for t in cfg.all_teachers.values()),
+            "distill.init_head_from_teacher needs one teacher that is not the student itself",
+        )
+    check_optim(problems, cfg.optim)
+    problems.refuse()

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from oprd.bridge.bank import Bridge, ModelInfo
 from oprd.bridge.project import Projectors
@@ -169,7 +170,9 @@ class Distiller:
         self.projectors = None if bridge is None else Projectors(bridge)
         self.compared_width = self.student.width if bridge is None else bridge.info.rank
         """D: what `nmse` divides by."""
-        self.teacher = cut(teacher_decoder, max(block for _, block in self.pairs) + 1)
+        self.teacher = teacher_decoder
+        if not isinstance(teacher_decoder.root, FSDPModule):  # whose layers can't be taken apart
+            self.teacher = cut(teacher_decoder, max(block for _, block in self.pairs) + 1)
         self.teacher_layers = teacher_decoder.num_layers
 
     def _add_tap(self, index: int, block: int) -> nn.Module:

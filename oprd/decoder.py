@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 LAYER_NAMES = ("layers", "h")
 NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -17,11 +18,15 @@ NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 @dataclass(frozen=True)
 class Decoder:
-    """A backbone (no LM head) with its blocks and final norm, by attribute name."""
+    """A backbone (no LM head) with its blocks and final norm, by attribute name.
+
+    ``root`` is the whole model that it was found in.
+    """
 
     backbone: Any  # an nn.Module; its attributes are the model's own
     layers_name: str
     norm_name: str
+    root: Any
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -51,12 +56,24 @@ class Decoder:
         Positions count the tokens that ``attention_mask`` (B, T) keeps, so that padding on either
         side changes nothing.
         """
-        return self.backbone(
+        return self._run(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
+
+    @property
+    def _run(self) -> Callable[..., Any]:
+        """What runs the backbone. Under FSDP2 its parameters are gathered by the root, whose own
+        ``forward`` would go on to the LM head: so the root gets a method that ends before it."""
+        root, sharded = self.root, isinstance(self.root, FSDPModule)
+        if root is self.backbone or not sharded:
+            return self.backbone
+        if not hasattr(root, "oprd_run_backbone"):
+            root.oprd_run_backbone = lambda **inputs: self.backbone(**inputs)
+            register_fsdp_forward_method(root, "oprd_run_backbone")
+        return root.oprd_run_backbone
 
 
 def position_ids(attention_mask: Tensor | None) -> Tensor | None:
@@ -71,6 +88,7 @@ def find_decoder(model: Any) -> Decoder:
         ValueError: if no list of blocks followed by a norm is found where Llama, Qwen, Phi, Gemma,
             GPT-2, GPT-NeoX and their like have it.
     """
+    root = model
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -82,7 +100,7 @@ def find_decoder(model: Any) -> Decoder:
             f"called {' or '.join(LAYER_NAMES)} and a final norm called {' or '.join(NORM_NAMES)}, "
             f"found {[name for name, _ in backbone.named_children()]}"
         )
-    return Decoder(backbone, layers[0], norms[0])
+    return Decoder(backbone, layers[0], norms[0], root)
 
 
 @contextmanager
@@ -129,7 +147,7 @@ def cut(decoder: Decoder, num_layers: int) -> Decoder:
     text_config.num_hidden_layers = num_layers
     if getattr(text_config, "layer_types", None) is not None:
         text_config.layer_types = text_config.layer_types[:num_layers]
-    return Decoder(backbone, decoder.layers_name, decoder.norm_name)
+    return Decoder(backbone, decoder.layers_name, decoder.norm_name, backbone)
 
 
 def first_tensor(output: Tensor | tuple) -> Tensor:

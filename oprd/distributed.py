@@ -12,16 +12,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def init(device: str) -> torch.device:
-    """Join the process group if torchrun started several ranks, and return this rank's device."""
+def init(device: str, group: bool = False) -> torch.device:
+    """Join the process group if torchrun started several ranks, and return this rank's device.
+
+    Args:
+        group: make one of this process alone, too: FSDP needs it.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if dist.is_initialized():
+        return chosen
+    # Gloo too beside NCCL: for what lives in main memory (offloaded shards, checkpoints).
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend)
+    elif group:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return chosen
 
 

@@ -13,6 +13,7 @@ from oprd.config import EvalConfig
 from oprd.data import Prompt
 from oprd.grading import GRADERS
 from oprd.rollout import generate
+from oprd.sharding import input_device
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def evaluate(
     """
     k, grade = cfg.samples, GRADERS[cfg.grader]
     mine = prompts[distributed.rank() :: distributed.world_size()]
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = input_device(model)
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed + distributed.rank())
         rollouts = generate(
@@ -98,7 +100,7 @@ def evaluate(
     sums = [right, best, dist_sum, dist_count, len(mine), len(rollouts)]
     sums += [sum(len(r.response_ids) for r in rollouts), sum(r.truncated for r in rollouts)]
     right, best, dist_sum, dist_count, n, n_rollouts, tokens, truncated = (
-        distributed.sum_over_ranks(sums, model.device)
+        distributed.sum_over_ranks(sums, device)
     )
     return EvalResult(
         avg=right / n,

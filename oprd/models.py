@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import contextlib
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -74,30 +74,6 @@ def _not_loadable(what: str, path: str, error: Exception) -> ConfigError:
     )
 
 
-def load_teachers(
-    teachers: Mapping[str, TeacherConfig],
-    student: StudentConfig,
-    student_model: PreTrainedModel,
-    device: torch.device | str = "cpu",
-) -> dict[str, PreTrainedModel]:
-    """Teachers by name; names with the same configuration share a model.
-
-    Raises:
-        ConfigError: as `load_model`.
-    """
-    loaded: list[tuple[TeacherConfig, PreTrainedModel]] = []
-    models = {}
-    for name, cfg in teachers.items():
-        model = next((m for other, m in loaded if other == cfg), None)
-        if model is None and cfg.path == "self:current":
-            model = student_model
-        elif model is None:
-            model = load_model(replace(cfg, path=teacher_path(cfg, student)), device)
-        loaded.append((cfg, model))
-        models[name] = model
-    return models
-
-
 def load_model(
     cfg: StudentConfig | TeacherConfig, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
@@ -115,6 +91,25 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable("model", cfg.path, error) from error
     return model.to(device).eval()
+
+
+def empty_model(cfg: StudentConfig | TeacherConfig) -> PreTrainedModel:
+    """The model that `load_model` would load, on the CPU, with weights and buffers that hold
+    nothing yet and, until they are written, take no memory.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config = load_config(cfg.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attn_implementation
+        )
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    with contextlib.suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(demo_path(cfg.path))
+    return model.eval()
 
 
 def model_info(

@@ -22,6 +22,7 @@ from oprd.decoder import Decoder, find_decoder, position_ids
 from oprd.lm_head import LMHead
 from oprd.positions import Supervision, supervise
 from oprd.rollout import Batch
+from oprd.sharding import reshard
 from oprd.vocab_losses import VocabLoss, chunked, materialised
 
 REP = "oprd"
@@ -43,13 +44,11 @@ class Teacher:
     Attributes:
         distiller: the student's taps with this teacher, if hidden states are compared.
         model, decoder: all of it, if distributions are compared.
-        head: its LM head, if logits are made in chunks.
     """
 
     distiller: Distiller | None
     model: PreTrainedModel | None = None
     decoder: Decoder | None = None
-    head: LMHead | None = None
 
 
 @dataclass
@@ -67,6 +66,14 @@ class TeacherPass:
     states: list[Tensor] = field(default_factory=list)
     last_Md: Tensor | None = None
     logits_BTV: Tensor | None = None
+
+    def release(self) -> None:
+        """Free what FSDP2 gathered of the teacher, once the losses are taken: no backward will."""
+        t = self.teacher
+        if t.model is not None:
+            reshard(t.model)
+        elif t.distiller is not None:
+            reshard(t.distiller.teacher.root)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Objectives:
         self.student, self.decoder = student, find_decoder(student)
         self.materialised = opd.implementation == "materialised"
         if self.vocab and not self.materialised:
-            self.head = LMHead.of(student)
+            LMHead.of(student)  # refuses heads that it does not know
         self.teachers = {
             name: self._teacher(model, distillers.get(name)) for name, model in teachers.items()
         }
@@ -115,8 +122,9 @@ class Objectives:
     def _teacher(self, model: PreTrainedModel, distiller: Distiller | None) -> Teacher:
         if not self.vocab:  # the distiller's part of it is all that is kept
             return Teacher(distiller)
-        head = None if self.materialised else LMHead.of(model)
-        return Teacher(distiller, model, find_decoder(model), head)
+        if not self.materialised:
+            LMHead.of(model)
+        return Teacher(distiller, model, find_decoder(model))
 
     @property
     def distiller(self) -> Distiller | None:
@@ -210,9 +218,10 @@ class Objectives:
                 self.vocab[name], output, teacher.logits_BTV, opd.rows, tokens_M, opd.weights,
                 total, opd.teacher_rows,
             )  # fmt: skip
-        last_Md, head = teacher.last_Md, teacher.teacher.head
+        last_Md = teacher.last_Md
         assert last_Md is not None
-        assert head is not None
+        # Looked up now: under FSDP2 a head's weight is another tensor while it is gathered.
+        head = LMHead.of(teacher.teacher.model)
         operand_Vd = head.operand(last_Md)
 
         def teacher_logits(at: slice) -> Tensor:
@@ -220,8 +229,8 @@ class Objectives:
 
         student_Md = output.flatten(0, 1)[opd.rows]
         return chunked(
-            self.vocab[name], student_Md, self.head, teacher_logits, tokens_M, opd.weights, total,
-            self.opd.chunk_tokens,
+            self.vocab[name], student_Md, LMHead.of(self.student), teacher_logits, tokens_M,
+            opd.weights, total, self.opd.chunk_tokens,
         )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from oprd import distributed
 from oprd.alignment import Aligner
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig, check_values
+from oprd.config.fsdp import check_fsdp
 from oprd.data import PromptSet, load_prompts, load_training_prompts
-from oprd.errors import ConfigError, Unreachable
+from oprd.errors import ConfigError, Problems, Unreachable
 from oprd.models import (
     check_length,
     check_pair,
@@ -156,6 +157,10 @@ def check_device(name: str) -> torch.device:
 
 def _check_world(cfg: TrainConfig) -> None:
     ranks = distributed.world_size()
+    problems = Problems()
+    own = any(not teacher.is_self for teacher in cfg.all_teachers.values())
+    check_fsdp(problems, cfg.fsdp, cfg.autocast, ranks, own)
+    problems.refuse()
     if cfg.rollout.prompts_per_step % ranks:
         raise ConfigError(
             f"rollout.prompts_per_step={cfg.rollout.prompts_per_step} can't be shared equally by "

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from oprd import distributed
+from oprd.sharding import input_device, is_sharded, reshard
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -172,18 +175,30 @@ def generate(
     model.eval()  # in training mode gradient checkpointing would switch the cache off
     own_config, model.generation_config = model.generation_config, config
     rollouts: list[Rollout] = []
+    # A sharded model's forward passes are collective: every rank generates as often as any other,
+    # if need be from a prompt that nobody asked for.
+    together = is_sharded(model) and distributed.world_size() > 1
+    size = batch_size or max(len(prompts), 1)
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    calls = len(batches)
+    if together:
+        calls = int(distributed.max_over_ranks(calls, input_device(model)))
     try:
-        size = batch_size or len(prompts)
-        for start in range(0, len(prompts), size):
-            rollouts += _generate_batch(model, prompts[start : start + size], config, set(ends))
+        for batch in batches + [[[ends[0]]]] * (calls - len(batches)):
+            rollouts += _generate_batch(model, batch, config, set(ends), together)
     finally:
+        reshard(model)
         model.generation_config = own_config
         model.train(was_training)
-    return rollouts
+    return rollouts[: len(prompts)]
 
 
 def _generate_batch(
-    model: PreTrainedModel, prompts: Sequence[list[int]], config: GenerationConfig, ends: set[int]
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    ends: set[int],
+    together: bool,
 ) -> list[Rollout]:
     length = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), length), config.pad_token_id, dtype=torch.long)
@@ -191,9 +206,10 @@ def _generate_batch(
     for i, prompt in enumerate(prompts):
         ids[i, length - len(prompt) :] = torch.tensor(prompt)
         attention[i, length - len(prompt) :] = 1
+    device = input_device(model)
     output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=attention.to(model.device),
-        generation_config=config,
+        input_ids=ids.to(device), attention_mask=attention.to(device),
+        generation_config=config, synced_gpus=together,
     )  # fmt: skip
     rollouts = []
     for prompt, new in zip(prompts, output[:, length:].tolist(), strict=True):

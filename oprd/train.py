@@ -22,19 +22,18 @@ from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
 from oprd.alignment import for_teacher
-from oprd.attach import Distiller, attach
-from oprd.bridge import load_bridge
+from oprd.building import Builder
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
 from oprd.data import Prompt, step_batches
 from oprd.evaluate import EvalResult, evaluate
 from oprd.interrupt import Interrupt
 from oprd.memory import PeakMemory
-from oprd.models import copy_lm_head, load_model, load_teachers
-from oprd.objectives import REP, Chosen, Objectives, StudentPass
+from oprd.objectives import REP, Chosen, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
 from oprd.rollout import Rollout, collate, eos_ids, generate, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
+from oprd.sharding import clip_gradients
 from oprd.step_metrics import memory_metrics, rep_metrics, rollout_metrics
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
@@ -76,7 +75,7 @@ class Trainer:
         assert checked.train is not None
         self.cfg, self.checked = cfg, checked
         self.tokenizer, self.prompts = checked.tokenizer, checked.train.prompts
-        self.device = distributed.init(cfg.device)
+        self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on")
         self.directory = output_dir(cfg)
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -167,59 +166,37 @@ class Trainer:
                 with self._autocast():
                     out = self.objectives.student_pass(batch, chosen, teacher, totals)
                 out.loss.backward()
+            teacher.release()
             outputs.append(out)
             peaks.append(peak)
             del teacher
         with self.timer("student update"), PeakMemory(device) as peak:
-            distributed.sum_gradients(self.student.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.student.parameters(), cfg.optim.max_grad_norm or math.inf
-            )
+            if not self.sharded:
+                distributed.sum_gradients(self.student.parameters())
+            norm = clip_gradients(self.student.parameters(), cfg.optim.max_grad_norm)
             losses, layer_losses = self._reduced_losses(outputs)
-            self._check_finite(losses, layer_losses, norm.item(), rollouts)
+            self._check_finite(losses, layer_losses, norm, rollouts)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()
-        return self._metrics(rollouts, outputs, losses, layer_losses, norm.item(), [*peaks, peak])
+        return self._metrics(rollouts, outputs, losses, layer_losses, norm, [*peaks, peak])
 
     # Its parts ----------------------------------------------------------------------------------
 
     def _load(self) -> None:
-        cfg, d = self.cfg, self.cfg.distill
+        cfg = self.cfg
+
         with self.timer("loading"):
-            self.student: PreTrainedModel = load_model(cfg.student, self.device)
-            teachers = load_teachers(cfg.all_teachers, cfg.student, self.student, self.device)
-        if cfg.eval.teacher:
-            for name, teacher in teachers.items():
-                self._evaluate(f"teacher {name}".strip(), teacher)
-        if cfg.student.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        if d.init_head_from_teacher:
-            copy_lm_head(next(iter(teachers.values())), self.student)
-        b = cfg.bridge
-        distillers: dict[str, Distiller] = {}
-        for name, teacher in teachers.items():
-            if REP not in cfg.objectives:
-                break
-            if distillers:
-                distillers[name] = next(iter(distillers.values())).with_teacher(teacher)
-                continue
-            distillers[name] = attach(
-                self.student,
-                teacher,
-                layers=d.layers,
-                kind=d.kind,
-                positions=d.positions,
-                k=d.k,
-                shift=d.shift,
-                reduction=d.reduction,
-                backend=d.backend,
-                bridge=None if b.path is None else load_bridge(b.path, b.rank),
-            )
-        # Without output-space objectives the distiller keeps the part of the teacher that is
-        # needed; the rest goes here.
-        self.objectives = Objectives(cfg.objectives, self.student, teachers, distillers, d, cfg.opd)
+            builder = Builder(cfg, self.device)
+        for name in cfg.all_teachers if cfg.eval.teacher else ():
+            with self.timer("loading"):
+                teacher = builder.whole_teacher(name)
+            self._evaluate(f"teacher {name}".strip(), teacher)
+            del teacher
+        with self.timer("loading"):
+            self.student, self.objectives = builder.student, builder.objectives()
+        self.sharded = builder.mesh is not None
         o = cfg.optim
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay

@@ -5,6 +5,7 @@ Fields can be given in a YAML file (``--config``) and on the command line (``--o
 """
 
 from oprd.config.data import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig
+from oprd.config.fsdp import FsdpConfig
 from oprd.config.models import SELF, BridgeConfig, DType, StudentConfig, TeacherConfig
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig
@@ -20,6 +21,7 @@ __all__ = [
     "DistillConfig",
     "EvalConfig",
     "EvalSetConfig",
+    "FsdpConfig",
     "OpdConfig",
     "OptimConfig",
     "PromptsConfig",

@@ -19,12 +19,14 @@ class StudentConfig:
         attn_implementation: as `transformers` takes it (``sdpa``, ``flash_attention_2``, ..); null:
             its default.
         gradient_checkpointing: recompute activations in backward to save memory.
+        compile: run every decoder layer through `torch.compile`, in training and in `generate`.
     """
 
     path: str = "demo:student"
     dtype: DType = "float32"
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 @dataclass

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from oprd.config.data import DataConfig, EvalConfig
+from oprd.config.fsdp import FsdpConfig
 from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig, check_optim
@@ -53,6 +54,7 @@ class TrainConfig:
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     opd: OpdConfig = field(default_factory=OpdConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property

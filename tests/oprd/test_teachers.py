@@ -6,12 +6,20 @@ import pytest
 import torch
 
 from oprd.attach import attach
-from oprd.config import DataConfig, DistillConfig, OpdConfig, PromptsConfig, TeacherConfig
+from oprd.building import Builder
+from oprd.config import (
+    DataConfig,
+    DistillConfig,
+    OpdConfig,
+    PromptsConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from oprd.data import load_prompts, load_training_prompts
 from oprd.demo.more import accuracy, carries, is_plain, make_more, with_hint, without_hint
 from oprd.demo.task import Sum, make_splits, make_tokenizer
 from oprd.errors import ConfigError
-from oprd.models import load_config, load_model, load_teachers
+from oprd.models import load_config, load_model
 from oprd.objectives import REP, Objectives
 from oprd.positions import supervise
 from oprd.preflight import preflight
@@ -172,18 +180,19 @@ def test_sources_are_put_together(tmp_path):
 
 
 def test_teachers_with_one_configuration_are_one_model():
-    student = make_model("qwen2")
     demo = TeacherConfig("demo:teacher")
-    made = load_teachers(
-        {"a": demo, "b": TeacherConfig("demo:teacher"), "c": TeacherConfig("self:current")},
-        TeacherConfig("demo:student"), student,
+    cfg = TrainConfig(
+        teachers={
+            "a": demo, "b": TeacherConfig("demo:teacher"), "c": TeacherConfig("self:current"),
+            "d": TeacherConfig("self:start"),
+        }
     )  # fmt: skip
-    assert made["a"] is made["b"]
-    assert made["c"] is student
-    start = load_teachers({"": TeacherConfig("self:start")}, TeacherConfig("demo:student"), student)
-    assert start[""] is not student
+    made = Builder(cfg, torch.device("cpu"))
+    assert made.teachers["a"] is made.teachers["b"]
+    assert made.teachers["c"] is made.student
+    assert made.teachers["d"] is not made.student
     expected = load_model(TeacherConfig("demo:student")).lm_head.weight
-    assert torch.equal(start[""].lm_head.weight, expected)
+    assert torch.equal(made.teachers["d"].lm_head.weight, expected)
     assert load_config("demo:student").hidden_size == 128
 
 

@@ -1,0 +1,130 @@
+"""From a configuration to models that are ready to train: loaded, tapped, sharded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from oprd import distributed
+from oprd.attach import Distiller, attach
+from oprd.bridge import load_bridge
+from oprd.config import StudentConfig, TeacherConfig, TrainConfig
+from oprd.models import copy_lm_head, empty_model, load_model, teacher_path
+from oprd.objectives import REP, Objectives
+from oprd.sharding import compile_layers, make_mesh, shard
+
+
+class Builder:
+    """Loads the models of a run onto this rank's device.
+
+    Under FSDP2 rank 0 alone reads weights; the other ranks get their shards from it.
+    """
+
+    def __init__(self, cfg: TrainConfig, device: torch.device) -> None:
+        """Load the student and its teachers.
+
+        Raises:
+            ConfigError: as `oprd.models.load_model`.
+        """
+        self.cfg, self.device, self.fsdp = cfg, device, cfg.fsdp
+        self.mesh = None
+        if self.fsdp.active(distributed.world_size()):
+            self.mesh = make_mesh(device, self.fsdp.shard_size)
+        self.shards_teacher = self.mesh is not None and self.fsdp.teacher != "replicated"
+        self.student = self._load(cfg.student, sharded=self.mesh is not None)
+        self.teachers = self._load_teachers()
+        self._sharded: set[int] = set()
+        if cfg.distill.init_head_from_teacher:
+            copy_lm_head(next(iter(self.teachers.values())), self.student)
+        if cfg.student.gradient_checkpointing:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        if cfg.student.compile:
+            compile_layers(self.student)
+        if self.mesh is not None:
+            offload = self.fsdp.cpu_offload
+            shard(self.student, self.fsdp, self.mesh, device, cpu_offload=offload)
+            self._sharded.add(id(self.student))
+        if any(name != REP for name in cfg.objectives):  # logits need all of a teacher
+            for model in self.teachers.values():
+                self._shard_teacher(model)
+
+    def whole_teacher(self, name: str) -> PreTrainedModel:
+        """A teacher that can be called. One that is to be cut before it is sharded is loaded for
+        this alone: FSDP2 can't drop layers later."""
+        model = self.teachers[name]
+        if not self.shards_teacher or id(model) in self._sharded:
+            return model
+        whole = self._load(self._teacher(name), sharded=True)
+        self._shard_teacher(whole)
+        return whole
+
+    def objectives(self) -> Objectives:
+        """Attach the teachers. What no objective needs of them goes with this `Builder`.
+
+        Raises:
+            ValueError: as `oprd.attach.attach`.
+        """
+        distillers: dict[str, Distiller] = {}
+        for name, model in self.teachers.items() if REP in self.cfg.objectives else ():
+            distillers[name] = self._attach(model, distillers)
+            self._shard_teacher(distillers[name].teacher.root)
+        cfg = self.cfg
+        return Objectives(
+            cfg.objectives, self.student, self.teachers, distillers, cfg.distill, cfg.opd
+        )
+
+    def _load(self, cfg: StudentConfig | TeacherConfig, *, sharded: bool) -> PreTrainedModel:
+        """A model that is to be sharded: on the CPU, and empty on ranks but 0."""
+        if not sharded:
+            return load_model(cfg, self.device)
+        return load_model(cfg) if distributed.rank() == 0 else empty_model(cfg)
+
+    def _load_teachers(self) -> dict[str, PreTrainedModel]:
+        """By name; names with the same configuration share a model."""
+        loaded: list[tuple[TeacherConfig, PreTrainedModel]] = []
+        models = {}
+        for name, cfg in self.cfg.all_teachers.items():
+            model = next((m for other, m in loaded if other == cfg), None)
+            if model is None and cfg.path == "self:current":
+                model = self.student
+            elif model is None:
+                model = self._load(self._teacher(name), sharded=self.shards_teacher)
+            loaded.append((cfg, model))
+            models[name] = model
+        return models
+
+    def _teacher(self, name: str) -> TeacherConfig:
+        teacher = self.cfg.all_teachers[name]
+        return replace(teacher, path=teacher_path(teacher, self.cfg.student))
+
+    def _shard_teacher(self, model: Any) -> None:
+        if not self.shards_teacher or id(model) in self._sharded:
+            return
+        assert self.mesh is not None
+        model.requires_grad_(False)
+        offload = self.fsdp.teacher == "offloaded"
+        shard(model, self.fsdp, self.mesh, self.device, cpu_offload=offload)
+        self._sharded.add(id(model))
+
+    def _attach(self, teacher: PreTrainedModel, distillers: dict[str, Distiller]) -> Distiller:
+        for name, distiller in distillers.items():
+            if self.teachers[name] is teacher:
+                return distiller
+        if distillers:
+            return next(iter(distillers.values())).with_teacher(teacher)
+        d, b = self.cfg.distill, self.cfg.bridge
+        return attach(
+            self.student,
+            teacher,
+            layers=d.layers,
+            kind=d.kind,
+            positions=d.positions,
+            k=d.k,
+            shift=d.shift,
+            reduction=d.reduction,
+            backend=d.backend,
+            bridge=None if b.path is None else load_bridge(b.path, b.rank),
+        )

@@ -6,6 +6,7 @@ Gradients are added up over ranks and not divided: losses are normalised by glob
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,6 +52,8 @@ def shard(
             weights may be anything (`oprd.models.empty_model`).
         cpu_offload: keep the shards in main memory.
     """
+    # A tap's output is a view of the states; nothing writes to it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     source = {name: tensor.detach() for name, tensor in _tensors(model) if distributed.rank() == 0}
     policy = MixedPrecisionPolicy(
         param_dtype=None if cfg.param_dtype is None else getattr(torch, cfg.param_dtype),

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from oprd import distributed
 from oprd.attach import Distiller, attach
 from oprd.bridge import load_bridge
+from oprd.compiling import compile_layers
 from oprd.config import StudentConfig, TeacherConfig, TrainConfig
 from oprd.models import copy_lm_head, empty_model, load_model, teacher_path
 from oprd.objectives import REP, Objectives
-from oprd.sharding import compile_layers, make_mesh, shard
+from oprd.sharding import make_mesh, shard
 
 
 class Builder:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import distributed
+from oprd.compiling import eager_layers
 from oprd.sharding import input_device, is_sharded, reshard
 
 
@@ -184,8 +185,9 @@ def generate(
     if together:
         calls = int(distributed.max_over_ranks(calls, input_device(model)))
     try:
-        for batch in batches + [[[ends[0]]]] * (calls - len(batches)):
-            rollouts += _generate_batch(model, batch, config, set(ends), together)
+        with eager_layers(model):
+            for batch in batches + [[[ends[0]]]] * (calls - len(batches)):
+                rollouts += _generate_batch(model, batch, config, set(ends), together)
     finally:
         reshard(model)
         model.generation_config = own_config

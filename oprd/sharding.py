@@ -123,9 +123,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """Clip to a global norm over all ranks' shards; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def compile_layers(model: Any) -> None:
-    """`torch.compile` each decoder layer, in place; before `shard`."""
-    for layer in find_decoder(model).layers:
-        layer.compile()

@@ -76,7 +76,8 @@ class Trainer:
         self.cfg, self.checked = cfg, checked
         self.tokenizer, self.prompts = checked.tokenizer, checked.train.prompts
         self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on")
-        self.directory = output_dir(cfg)
+        # The default name holds the time, which ranks need not agree on.
+        self.directory = distributed.from_rank_0(output_dir(cfg))
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)

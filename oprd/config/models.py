@@ -19,7 +19,7 @@ class StudentConfig:
         attn_implementation: as `transformers` takes it (``sdpa``, ``flash_attention_2``, ..); null:
             its default.
         gradient_checkpointing: recompute activations in backward to save memory.
-        compile: run every decoder layer through `torch.compile`, in training and in `generate`.
+        compile: run every decoder layer through `torch.compile` in training.
     """
 
     path: str = "demo:student"

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from oprd.compiling import compile_layers
 from oprd.config import TrainConfig
 from oprd.config.fsdp import FsdpConfig, check_fsdp
 from oprd.errors import Problems
-from oprd.models import empty_model, load_model
+from oprd.models import empty_model, load_model, load_tokenizer
+from oprd.rollout import generate
 from tests.oprd.on_ranks import BF16, CASES, write_bridge
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,22 @@ def test_a_model_to_be_filled_is_the_model_but_for_its_weights():
     assert shapes[0] == shapes[1]
     assert whole.generation_config.to_dict() == empty.generation_config.to_dict()
     assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+
+
+def test_layers_are_compiled_in_training_and_left_alone_in_generate():
+    from torch._dynamo.utils import counters
+
+    model = load_model(TrainConfig().student)
+    compile_layers(model)
+    counters.clear()
+    ids = torch.tensor([[5, 6, 7]])
+    tokenizer = load_tokenizer("demo:student")
+    generate(model, tokenizer, ids.tolist(), max_new_tokens=3, temperature=0.0)
+    assert counters["stats"]["unique_graphs"] == 0
+    with torch.no_grad():
+        compiled = model(ids, use_cache=False).logits
+    assert counters["stats"]["unique_graphs"] == 1  # one serves every layer
+    torch.testing.assert_close(compiled, load_model(TrainConfig().student)(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,11 @@ class Distiller:
 
     @torch.no_grad()
     def teacher_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        rows: Tensor,
+        position_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """The teacher's hidden states at the supervised rows, for each compared layer.
 
@@ -212,6 +216,7 @@ class Distiller:
             input_ids: (B, T) int64, the student's rollouts, as the teacher is to read them.
             attention_mask: (B, T), 0 for padding; None: no padding.
             rows: (M,) int64, of the (B * T, d) states.
+            position_ids: (1, T) int64 of sequences packed in one row, see `oprd.decoder`.
 
         Returns:
             L tensors (M, d) in the teacher's dtype; with a bridge (M, r) float32, projected.
@@ -220,7 +225,7 @@ class Distiller:
         self.teacher.backbone.eval()
         try:
             with self.capture_teacher(rows) as states:
-                self.teacher.forward(input_ids, attention_mask)
+                self.teacher.forward(input_ids, attention_mask, position_ids)
         finally:
             self.teacher.backbone.train(was_training)
         return states()
@@ -291,21 +296,26 @@ class Distiller:
         teacher_states: Sequence[Tensor],
         weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> RepOutput:
         """Run the student's backbone on its rollouts and compare.
 
         Args:
-            input_ids, attention_mask, rows: as given to `teacher_states`.
+            input_ids, attention_mask, rows, position_ids: as given to `teacher_states`.
             teacher_states: what that returned.
             weights: (M,), see `oprd_kernels.fused_rep_loss`.
             denominator: of the mean: the token count of the global batch, when this is a part.
         """
         with self.taps(teacher_states, rows, weights, denominator) as session:
-            self.student.forward(input_ids, attention_mask)
+            self.student.forward(input_ids, attention_mask, position_ids)
         return session.output()
 
     def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        response_mask: Tensor,
+        position_ids: Tensor | None = None,
     ) -> RepOutput:
         """Teacher and student on one batch of the student's rollouts.
 
@@ -313,12 +323,19 @@ class Distiller:
             input_ids: (B, T) int64: prompt and response.
             attention_mask: (B, T), 0 for padding, on either side; None: no padding.
             response_mask: (B, T) bool: the student's own tokens, its first EOS included.
+            position_ids: (1, T) int64 of rollouts packed in one row, beginning at 0 for each; then
+                attention_mask must be None. `oprd.packing.check_packing` tells whether a model
+                keeps them apart.
         """
-        chosen = supervise(response_mask.bool(), self.positions, self.k, self.shift, self.reduction)
-        states = self.teacher_states(input_ids, attention_mask, chosen.rows)
+        chosen = supervise(
+            response_mask.bool(), self.positions, self.k, self.shift, self.reduction,
+            position_ids_BT=position_ids,
+        )  # fmt: skip
+        states = self.teacher_states(input_ids, attention_mask, chosen.rows, position_ids)
         return self.student_loss(
-            input_ids, attention_mask, chosen.rows, states, chosen.weights, chosen.total
-        )
+            input_ids, attention_mask, chosen.rows, states, chosen.weights, chosen.total,
+            position_ids,
+        )  # fmt: skip
 
 
 def attach(

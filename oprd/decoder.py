@@ -50,17 +50,18 @@ class Decoder:
         the block, or for the last one the final norm."""
         return self.norm if block == depth - 1 else self.layers[block]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Runs the backbone and returns what it does for its last hidden state, (B, T, d).
 
-        Positions count the tokens that ``attention_mask`` (B, T) keeps, so that padding on either
-        side changes nothing.
+        Args and raises: see `model_inputs`.
         """
         return self._run(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
+            **model_inputs(input_ids, attention_mask, position_ids), use_cache=False
         ).last_hidden_state
 
     @property
@@ -76,9 +77,40 @@ class Decoder:
         return root.oprd_run_backbone
 
 
-def position_ids(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T) int64: each token's place among those that are not padding."""
-    return None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+def model_inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
+) -> dict[str, Tensor | None]:
+    """What to call a model with, padded or packed.
+
+    Positions count the tokens that ``attention_mask`` keeps, so that padding on either side changes
+    nothing.
+
+    Args:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), 0 for padding; None: no padding.
+        position_ids: (1, T) int64, of sequences packed in one row: beginning at 0 for each, which
+            is how transformers tells them apart. None: a row is a sequence.
+
+    Raises:
+        ValueError: if sequences are packed in more than one row (FlashAttention does not tell them
+            apart), or there is a mask too (nothing does).
+    """
+    if position_ids is None:
+        if attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    elif attention_mask is not None:
+        raise ValueError(
+            "packed sequences (position_ids) go without an attention_mask, under which they would "
+            "see each other: pass None"
+        )
+    elif len(input_ids) != 1:
+        raise ValueError(
+            f"packed sequences (position_ids) are one row (1, T), got {tuple(input_ids.shape)}: "
+            "flatten input_ids, response_mask and position_ids"
+        )
+    return {
+        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+    }  # fmt: skip
 
 
 def find_decoder(model: Any) -> Decoder:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def init(device: str, group: bool = False) -> torch.device:
@@ -87,6 +89,15 @@ def sum_tensor(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather(values: Sequence[T]) -> list[T]:
+    """Every rank's values, in the order of the ranks: the same list on all of them."""
+    if not dist.is_initialized():
+        return list(values)
+    parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, list(values))
+    return [value for part in parts for value in part]
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

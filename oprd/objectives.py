@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from oprd.attach import Distiller, RepOutput
 from oprd.config import DistillConfig, OpdConfig
-from oprd.decoder import Decoder, find_decoder, position_ids
+from oprd.decoder import Decoder, find_decoder, model_inputs
 from oprd.lm_head import LMHead
+from oprd.packing import check_packing
 from oprd.positions import Supervision, supervise
 from oprd.rollout import Batch
 from oprd.sharding import reshard
@@ -50,6 +51,14 @@ class Teacher:
     model: PreTrainedModel | None = None
     decoder: Decoder | None = None
 
+    @property
+    def run(self) -> Decoder:
+        """What of it is run."""
+        if self.decoder is not None:
+            return self.decoder
+        assert self.distiller is not None
+        return self.distiller.teacher
+
 
 @dataclass
 class TeacherPass:
@@ -69,11 +78,7 @@ class TeacherPass:
 
     def release(self) -> None:
         """Free what FSDP2 gathered of the teacher, once the losses are taken: no backward will."""
-        t = self.teacher
-        if t.model is not None:
-            reshard(t.model)
-        elif t.distiller is not None:
-            reshard(t.distiller.teacher.root)
+        reshard(self.teacher.run.root)
 
 
 @dataclass(frozen=True)
@@ -131,14 +136,25 @@ class Objectives:
         """The taps, with one of the teachers, if hidden states are compared."""
         return next(iter(self.teachers.values())).distiller
 
+    def check_packing(self) -> None:
+        """See that the models keep packed sequences apart.
+
+        Raises:
+            ConfigError: naming the first that does not.
+        """
+        check_packing(self.decoder, "student")
+        for name, teacher in self.teachers.items():
+            check_packing(teacher.run, f"teacher {name}".strip())
+
     def supervise(self, batch: Batch) -> Chosen:
         """Which tokens of a batch are supervised."""
-        d, mask, partner = self.distill, batch.response_mask, batch.partner
+        d, mask = self.distill, batch.response_mask
+        where = {"partner_BT": batch.partner, "position_ids_BT": batch.position_ids}
         rep = opd = None
         if REP in self.weights:
-            rep = supervise(mask, d.positions, d.k, d.shift, d.reduction, partner)
+            rep = supervise(mask, d.positions, d.k, d.shift, d.reduction, **where)
         if self.vocab:
-            opd = supervise(mask, "all", d.k, "before", d.reduction, partner)
+            opd = supervise(mask, "all", d.k, "before", d.reduction, **where)
         return Chosen(rep, opd)
 
     @torch.no_grad()
@@ -150,7 +166,9 @@ class Objectives:
             assert teacher.distiller is not None
             assert chosen.rep is not None
             rows = chosen.rep.teacher_rows
-            states = teacher.distiller.teacher_states(read.input_ids, read.attention_mask, rows)
+            states = teacher.distiller.teacher_states(
+                read.input_ids, read.attention_mask, rows, read.position_ids
+            )
             return TeacherPass(teacher, states)
         assert chosen.opd is not None
         assert teacher.decoder is not None
@@ -165,7 +183,9 @@ class Objectives:
             if self.materialised:
                 result.logits_BTV = _logits(teacher.model, read)
             else:
-                hidden = teacher.decoder.forward(read.input_ids, read.attention_mask)
+                hidden = teacher.decoder.forward(
+                    read.input_ids, read.attention_mask, read.position_ids
+                )
                 result.last_Md = hidden.flatten(0, 1)[chosen.opd.teacher_rows]
         teacher.model.train(was_training)
         if captured is not None:
@@ -191,7 +211,9 @@ class Objectives:
             if self.vocab and self.materialised:
                 output = _logits(self.student, batch)
             else:
-                output = self.decoder.forward(batch.input_ids, batch.attention_mask)
+                output = self.decoder.forward(
+                    batch.input_ids, batch.attention_mask, batch.position_ids
+                )
         rep = None if taps is None else taps.output()
         losses = {} if rep is None else {REP: rep.loss}
         for name in self.vocab:
@@ -236,9 +258,5 @@ class Objectives:
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(B, T, V), of every position, as the model itself makes them."""
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=position_ids(batch.attention_mask),
-        use_cache=False,
-    ).logits
+    inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.position_ids)
+    return model(**inputs, use_cache=False).logits

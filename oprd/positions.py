@@ -34,16 +34,39 @@ class Supervision:
     total: int
 
 
-def supervised_tokens(response_mask_BT: Tensor, positions: Positions, k: int) -> Tensor:
-    """(B, T) bool: the response tokens that ``positions`` picks, k_eff = min(k, their number)."""
-    order = response_mask_BT.cumsum(-1)  # 1 for the first response token
+def sequence_numbers(response_mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
+    """(B * T,) int64: which sequence each token belongs to, counted from 0 over the batch.
+
+    Args:
+        response_mask_BT: of the batch, for its shape.
+        position_ids_BT: of packed sequences: another one begins wherever a position is not one more
+            than that before it. None: every row is one sequence.
+    """
+    begins_BT = torch.zeros_like(response_mask_BT, dtype=torch.bool)
+    begins_BT[:, 0] = True
+    if position_ids_BT is not None:
+        begins_BT[:, 1:] = position_ids_BT.diff(dim=-1) != 1
+    return begins_BT.flatten().cumsum(0) - 1
+
+
+def supervised_tokens(
+    response_mask_N: Tensor, sequence_N: Tensor, positions: Positions, k: int
+) -> Tensor:
+    """(N,) bool: the response tokens that ``positions`` picks of each sequence, k_eff = min(k,
+    their number).
+
+    Args:
+        sequence_N: see `sequence_numbers`.
+    """
     if positions == "all":
-        return response_mask_BT
+        return response_mask_N
+    length_S = sequence_N[response_mask_N].bincount(minlength=int(sequence_N[-1]) + 1)
+    before_S = length_S.cumsum(0) - length_S
+    order_N = response_mask_N.cumsum(0) - before_S[sequence_N]  # 1 for the first response token
     if positions == "first_k":
-        return response_mask_BT & (order <= k)
-    length = response_mask_BT.sum(-1, keepdim=True)
+        return response_mask_N & (order_N <= k)
     k = 1 if positions == "last" else k
-    return response_mask_BT & (order > length - k)
+    return response_mask_N & (order_N > length_S[sequence_N] - k)
 
 
 def supervise(
@@ -53,6 +76,7 @@ def supervise(
     shift: Shift = "after",
     reduction: Reduction = "token-mean",
     partner_BT: Tensor | None = None,
+    position_ids_BT: Tensor | None = None,
 ) -> Supervision:
     """Pick the supervised states of a batch.
 
@@ -67,15 +91,18 @@ def supervise(
             (Eq. 6 to the letter).
         partner_BT: where the teacher has other rows: by state of the student, the teacher's row, or
             -1: such a state is not supervised. None: the same rows.
+        position_ids_BT: of packed sequences, see `sequence_numbers`. None: every row is one.
 
     Raises:
         ValueError: if ``before`` meets a response that starts at position 0: nothing precedes it.
     """
-    chosen_BT = supervised_tokens(response_mask_BT, positions, k)
-    rows = chosen_BT.flatten().nonzero().squeeze(1)
-    sequence = rows // chosen_BT.shape[1]
+    sequence_N = sequence_numbers(response_mask_BT, position_ids_BT)
+    chosen_N = supervised_tokens(response_mask_BT.flatten(), sequence_N, positions, k)
+    rows = chosen_N.nonzero().squeeze(1)
+    sequence = sequence_N[rows]
     if shift == "before":
-        if chosen_BT[:, 0].any():
+        begins_N = sequence_N.diff(prepend=sequence_N.new_full((1,), -1)) == 1
+        if (chosen_N & begins_N).any():
             raise ValueError(
                 "shift='before' supervises the state before a token, but a response starts at "
                 "position 0: give every prompt at least one token"
@@ -88,6 +115,6 @@ def supervise(
         rows, teacher_rows, sequence = rows[paired], teacher_rows[paired], sequence[paired]
     if reduction == "token-mean":
         return Supervision(rows, teacher_rows, None, rows.numel())
-    per_sequence = sequence.bincount(minlength=len(chosen_BT))
+    per_sequence = sequence.bincount()
     weights = 1.0 / per_sequence[sequence].to(torch.float32)
     return Supervision(rows, teacher_rows, weights, int((per_sequence > 0).sum()))

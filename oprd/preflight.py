@@ -89,6 +89,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     if backend != "auto" and (reason := backends.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
 
+    found.notes += _packing_notes(cfg)
     bridge = None if cfg.bridge.path is None else read_info(cfg.bridge.path)
     if bridge is not None:
         bridge.check_rank(cfg.bridge.rank)
@@ -126,6 +127,19 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
         if prompts and prompts.repeated:
             found.notes.append(f"{name}: {prompts.repeated} repetitions of prompts left out")
     return found
+
+
+def _packing_notes(cfg: TrainConfig) -> list[str]:
+    """That sequences are kept apart at all is tried on the models, see `oprd.packing`."""
+    chosen = {cfg.student.attn_implementation}
+    chosen |= {teacher.attn_implementation for teacher in cfg.all_teachers.values()}
+    if not cfg.packing or not chosen & {None, "sdpa", "eager"}:
+        return []
+    return [
+        "packing with sdpa or eager attention costs as much as one sequence of "
+        f"{cfg.micro_batch_tokens} tokens (micro_batch_tokens): on a GPU set attn_implementation "
+        "to flash_attention_2 or flex_attention"
+    ]
 
 
 def _bridge_notes(cfg: TrainConfig, bridge: BridgeInfo) -> list[str]:

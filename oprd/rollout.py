@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,21 +64,24 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts padded on the right.
+    """Rollouts padded on the right, or packed: one after another in a single row, B = 1.
 
     Attributes:
-        input_ids, attention_mask: (B, T) int64.
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) int64; None when packed.
         response_mask: (B, T) bool.
         reading: the same rollouts as the teacher reads them, T' tokens wide; None: as they are.
         partner: (B, T) int64: by state of the student, the row of the teacher's (B * T', d) states
             that has read the same text; -1 where there is none. None without ``reading``.
+        position_ids: (1, T) int64 when packed, beginning at 0 for each rollout; else None.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     response_mask: Tensor
     reading: Batch | None = None
     partner: Tensor | None = None
+    position_ids: Tensor | None = None
 
     @property
     def for_teacher(self) -> Batch:
@@ -90,27 +94,46 @@ def collate(
     pad_id: int,
     device: torch.device | str,
     teacher_pad_id: int | None = None,
+    packed: bool = False,
 ) -> Batch:
-    """One right-padded batch. A token is masked for its place, never for being the padding id:
-    where pad and EOS are one token, the EOS of a response still counts."""
-    batch = _pad(rollouts, pad_id, device)
+    """One batch. A token is masked for its place, never for being the padding id: where pad and EOS
+    are one token, the EOS of a response still counts.
+
+    Args:
+        rollouts: none of them make a batch of one padding token without a response, for a rank
+            that must run something and has nothing.
+        teacher_pad_id: of a teacher with another tokenizer.
+        packed: one row, without padding, instead of one row a rollout.
+    """
+    if not rollouts:
+        reading = None if teacher_pad_id is None else Reading([teacher_pad_id], [])
+        rollouts = [Rollout([pad_id], [], truncated=True, reading=reading)]
+    join = _pack if packed else _pad
+    batch, starts = join(rollouts, pad_id, device)
     if all(r.reading is None for r in rollouts):
         return batch
     readings = [r.reading or Reading(r.prompt_ids, r.response_ids) for r in rollouts]
-    reading = _pad(readings, pad_id if teacher_pad_id is None else teacher_pad_id, device)
-    width = reading.input_ids.shape[1]
-    partner = torch.full(batch.input_ids.shape, -1, dtype=torch.long)
-    for i, (ours, theirs) in enumerate(zip(rollouts, readings, strict=True)):
+    teacher_pad_id = pad_id if teacher_pad_id is None else teacher_pad_id
+    reading_batch, their_starts = join(readings, teacher_pad_id, device)
+    partner = torch.full((batch.input_ids.numel(),), -1, dtype=torch.long)
+    for ours, theirs, start, their_start in zip(
+        rollouts, readings, starts, their_starts, strict=True
+    ):
         pairs = theirs.pairs
         if pairs is None:
             pairs = [(j, j) for j in range(len(ours.response_ids))]
         # The prompts' last states precede the same text too: they predict its first token.
         mine, its = torch.tensor([(-1, -1), *pairs]).T
-        partner[i, len(ours.prompt_ids) + mine] = i * width + len(theirs.prompt_ids) + its
-    return replace(batch, reading=reading, partner=partner.to(device))
+        begin, its_begin = start + len(ours.prompt_ids), their_start + len(theirs.prompt_ids)
+        partner[begin + mine] = its_begin + its
+    partner_BT = partner.view_as(batch.input_ids).to(device)
+    return replace(batch, reading=reading_batch, partner=partner_BT)
 
 
-def _pad(rollouts: Sequence[Rollout | Reading], pad_id: int, device: torch.device | str) -> Batch:
+def _pad(
+    rollouts: Sequence[Rollout | Reading], pad_id: int, device: torch.device | str
+) -> tuple[Batch, list[int]]:
+    """The batch, and where each rollout begins in its flattened tokens."""
     length = max(len(r) for r in rollouts)
     ids = torch.full((len(rollouts), length), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
@@ -119,19 +142,22 @@ def _pad(rollouts: Sequence[Rollout | Reading], pad_id: int, device: torch.devic
         ids[i, : len(r)] = torch.tensor(r.prompt_ids + r.response_ids)
         attention[i, : len(r)] = 1
         response[i, len(r.prompt_ids) : len(r)] = True
-    return Batch(ids.to(device), attention.to(device), response.to(device))
+    starts = [i * length for i in range(len(rollouts))]
+    return Batch(ids.to(device), attention.to(device), response.to(device)), starts
 
 
-def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
-    """Split so that no batch, padded to its longest, exceeds ``max_tokens`` (a longer single
-    rollout is a batch of its own). Rollouts of like length go together."""
-    batches: list[list[Rollout]] = []
-    for rollout in sorted(rollouts, key=lambda r: r.longest, reverse=True):
-        if batches and batches[-1][0].longest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(rollout)
-        else:
-            batches.append([rollout])
-    return batches
+def _pack(
+    rollouts: Sequence[Rollout | Reading], _pad_id: int, device: torch.device | str
+) -> tuple[Batch, list[int]]:
+    """As `_pad`, without padding."""
+    lengths = [len(r) for r in rollouts]
+    ids = torch.tensor([[t for r in rollouts for t in (*r.prompt_ids, *r.response_ids)]])
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    prompts = torch.tensor([len(r.prompt_ids) for r in rollouts])
+    response = positions >= prompts.repeat_interleave(torch.tensor(lengths))
+    starts = [end - n for end, n in zip(accumulate(lengths), lengths, strict=True)]
+    batch = Batch(ids.to(device), None, response.to(device), position_ids=positions.to(device))
+    return batch, starts
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -180,7 +206,12 @@ def generate(
     # if need be from a prompt that nobody asked for.
     together = is_sharded(model) and distributed.world_size() > 1
     size = batch_size or max(len(prompts), 1)
-    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    order = list(range(len(prompts)))
+    if size < len(prompts):  # prompts of like length share a batch, for less padding
+        order.sort(key=lambda i: len(prompts[i]), reverse=True)
+    batches = [
+        [prompts[i] for i in order[start : start + size]] for start in range(0, len(prompts), size)
+    ]
     calls = len(batches)
     if together:
         calls = int(distributed.max_over_ranks(calls, input_device(model)))
@@ -192,7 +223,8 @@ def generate(
         reshard(model)
         model.generation_config = own_config
         model.train(was_training)
-    return rollouts[: len(prompts)]
+    as_given = dict(zip(order, rollouts, strict=False))  # without those that nobody asked for
+    return [as_given[i] for i in range(len(prompts))]
 
 
 def _generate_batch(

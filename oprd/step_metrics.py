@@ -10,6 +10,7 @@ import torch
 from oprd import distributed
 from oprd.attach import RepOutput
 from oprd.memory import GIB, PeakMemory
+from oprd.micro_batches import Plan, batch_work
 from oprd.rollout import Rollout
 
 
@@ -62,6 +63,27 @@ def rep_metrics(
         "rep/layer_loss": layer_losses,
         "rep/supervised_tokens": int(count),
     }
+
+
+def plan_metrics(plans: Sequence[Plan], packed: bool, share: float) -> dict[str, float]:
+    """Of a step's plans, one for each teacher; all ranks know them.
+
+    ``perf/padding_ratio`` is the part of what the student reads that is padding.
+    ``perf/rank_imbalance`` is the work of the ranks that others wait for, micro-batch after
+    micro-batch, over the work if it were shared equally: 1 at best.
+    """
+    batches = [batch for planned in plans for rank in planned for batch in rank]
+    tokens = sum(len(r) for batch in batches for r in batch)
+    read = tokens
+    if not packed:
+        read = sum(len(batch) * max(map(len, batch), default=0) for batch in batches)
+    rounds = [
+        [batch_work(batch, packed, share) for batch in together]
+        for planned in plans
+        for together in zip(*planned, strict=True)
+    ]
+    waited, equal = sum(map(max, rounds)), sum(sum(works) / len(works) for works in rounds)
+    return {"perf/padding_ratio": 1 - tokens / read, "perf/rank_imbalance": waited / equal}
 
 
 def memory_metrics(peaks: Sequence[PeakMemory], device: torch.device) -> dict[str, float]:

@@ -29,12 +29,13 @@ from oprd.data import Prompt, step_batches
 from oprd.evaluate import EvalResult, evaluate
 from oprd.interrupt import Interrupt
 from oprd.memory import PeakMemory
+from oprd.micro_batches import attention_share, plan
 from oprd.objectives import REP, Chosen, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
-from oprd.rollout import Rollout, collate, eos_ids, generate, micro_batches
+from oprd.rollout import Rollout, collate, eos_ids, generate
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 from oprd.sharding import clip_gradients
-from oprd.step_metrics import memory_metrics, rep_metrics, rollout_metrics
+from oprd.step_metrics import memory_metrics, plan_metrics, rep_metrics, rollout_metrics
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
@@ -147,13 +148,17 @@ class Trainer:
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Teacher states, student gradients, one optimizer step; returns the step's metrics."""
         cfg, device = self.cfg, self.device
-        parts = []
+        parts, plans = [], []
+        gathered, share = distributed.gather(rollouts), attention_share(self.objectives.decoder)
         for name in self.objectives.teachers:
-            own = [r for r in rollouts if name in ("", r.source)]
-            for part in micro_batches(own, cfg.micro_batch_tokens):
-                theirs = self.checked.teacher_tokenizers.get(name)
-                pad = None if theirs is None else theirs.pad_token_id
-                batch = collate(part, self.tokenizer.pad_token_id, device, pad)
+            own = [r for r in gathered if name in ("", r.source)]
+            plans.append(
+                plan(own, distributed.world_size(), cfg.micro_batch_tokens, cfg.packing, share)
+            )
+            theirs = self.checked.teacher_tokenizers.get(name)
+            pad = None if theirs is None else theirs.pad_token_id
+            for part in plans[-1][distributed.rank()]:
+                batch = collate(part, self.tokenizer.pad_token_id, device, pad, cfg.packing)
                 parts.append((name, batch, self.objectives.supervise(batch)))
         # Normalised by the whole global batch, so that no split of it changes the loss.
         totals = self._totals([chosen for _, _, chosen in parts])
@@ -181,13 +186,13 @@ class Trainer:
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()
-        return self._metrics(rollouts, outputs, losses, layer_losses, norm, [*peaks, peak])
+        metrics = self._metrics(rollouts, outputs, losses, layer_losses, norm, [*peaks, peak])
+        return metrics | plan_metrics(plans, cfg.packing, share)
 
     # Its parts ----------------------------------------------------------------------------------
 
     def _load(self) -> None:
         cfg = self.cfg
-
         with self.timer("loading"):
             builder = Builder(cfg, self.device)
         for name in cfg.all_teachers if cfg.eval.teacher else ():
@@ -197,6 +202,9 @@ class Trainer:
             del teacher
         with self.timer("loading"):
             self.student, self.objectives = builder.student, builder.objectives()
+            if cfg.packing:
+                with self._autocast():
+                    self.objectives.check_packing()
         self.sharded = builder.mesh is not None
         o = cfg.optim
         self.optimizer = torch.optim.AdamW(

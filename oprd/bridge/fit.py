@@ -35,9 +35,10 @@ from oprd.bridge.solve import (
 )
 from oprd.bridge.statistics import PairStatistics
 from oprd.decoder import Decoder, cut, find_decoder, watch
+from oprd.micro_batches import micro_batches
 from oprd.models import load_model
 from oprd.positions import Supervision, supervise
-from oprd.rollout import Batch, Rollout, collate, eos_ids, generate, micro_batches
+from oprd.rollout import Batch, Rollout, collate, eos_ids, generate
 
 See = Callable[[int, Tensor, Tensor, Tensor], None]
 """Of a student block: its states (N, dS), the supervised rows of it (M,), the teacher's (M, dT)."""
@@ -317,14 +318,14 @@ def stream_batch(models: Prepared, batch: Batch, chosen: Supervision, see: See) 
 
     teacher_blocks = sorted({block for _, block in models.pairs})
     with watch(models.teacher, teacher_blocks, models.teacher_depth, keep):
-        models.teacher.forward(read.input_ids, read.attention_mask)
+        models.teacher.forward(read.input_ids, read.attention_mask, read.position_ids)
     paired = dict(models.pairs)
 
     def show(block: int, states: Tensor) -> None:
         see(block, states.flatten(0, -2), chosen.rows, beside[paired[block]])
 
     with watch(models.student, list(paired), models.student.num_layers, show):
-        models.student.forward(batch.input_ids, batch.attention_mask)
+        models.student.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
 
 
 def free_file(path: str) -> Path:

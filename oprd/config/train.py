@@ -28,6 +28,12 @@ class TrainConfig:
         autocast: run the models' matrix products in this dtype (mixed precision); null: off.
         micro_batch_tokens: at most so many tokens, padding included, go through the models at
             once; gradients accumulate.
+        packing: put the rollouts of a micro-batch one after another in a single row, without
+            padding. Every model must keep them apart: transformers' ``flash_attention_2``,
+            ``flash_attention_3``, ``flex_attention``, ``sdpa`` and ``eager`` do for the
+            architectures here, and it is tried on the models before the first step. With ``sdpa``
+            and ``eager`` attention costs as much as over one sequence of the whole row's length:
+            choose one of the others for long rows.
         save_every: steps between checkpoints (a Hugging Face directory); 0: none but at the end.
         log_every: steps between progress lines where the output is not a terminal.
         teachers: one for each source of prompts, instead of ``teacher``.
@@ -42,6 +48,7 @@ class TrainConfig:
     device: str = "auto"
     autocast: Literal["bfloat16"] | None = None
     micro_batch_tokens: int = 32768
+    packing: bool = False
     save_every: int = 0
     log_every: int = 10
     student: StudentConfig = field(default_factory=StudentConfig)

@@ -5,7 +5,7 @@ import torch
 
 from oprd.demo.task import make_tokenizer
 from oprd.positions import supervise
-from oprd.rollout import Rollout, collate, generate, micro_batches
+from oprd.rollout import Rollout, collate, generate
 from tests.oprd.tiny import make_model
 
 # Two sequences of six: prompts of 2 and 1 tokens, responses of 3 and 5 (None: padding).
@@ -55,16 +55,6 @@ def test_collate_masks_by_place_not_by_token():
     assert batch.response_mask.tolist() == [[False, False, True, True, False], [False] + [True] * 4]
 
 
-def test_micro_batches_hold_every_rollout_within_the_limit():
-    rollouts = [Rollout([1] * n, [2], False) for n in (3, 9, 1, 4, 4, 20, 7)]
-    batches = micro_batches(rollouts, max_tokens=16)
-    assert sorted(map(id, rollouts)) == sorted(id(r) for b in batches for r in b)
-    for batch in batches:
-        padded = max(map(len, batch)) * len(batch)
-        assert padded <= 16 or len(batch) == 1
-    assert micro_batches(rollouts, max_tokens=10_000) == [sorted(rollouts, key=len, reverse=True)]
-
-
 @pytest.fixture
 def model():
     """The demo's tokenizer has 15 tokens; EOS is 1, padding 0."""
@@ -78,7 +68,7 @@ def test_greedy_generation_is_what_the_model_prefers_padding_or_not(model):
         rollouts = generate(
             model, tokenizer, prompts, max_new_tokens=6, temperature=0, batch_size=batch_size
         )
-        assert [r.prompt_ids for r in rollouts] == prompts
+        assert [r.prompt_ids for r in rollouts] == prompts  # in the order they came in
         for r in rollouts:
             ids = torch.tensor([r.prompt_ids + r.response_ids])
             with torch.no_grad():

@@ -23,7 +23,7 @@ from oprd.models import load_config, load_model
 from oprd.objectives import REP, Objectives
 from oprd.positions import supervise
 from oprd.preflight import preflight
-from oprd.rollout import Reading, Rollout, collate, micro_batches
+from oprd.rollout import Reading, Rollout, collate
 from oprd.train import train
 from tests.oprd.test_train import lines, small_run
 from tests.oprd.tiny import make_model
@@ -71,10 +71,6 @@ def test_unpaired_states_are_not_supervised():
     weighed = supervise(mask, "all", reduction="seq-mean", partner_BT=batch.partner)
     assert weighed.weights.tolist() == [0.5, 0.5]
     assert weighed.total == 1
-
-
-def test_micro_batches_count_the_longer_of_both_inputs():
-    assert [len(b) for b in micro_batches(ROLLOUTS, max_tokens=16)] == [2, 1]
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "materialised"])

@@ -1,0 +1,65 @@
+"""Whether a model keeps sequences that are packed in one row apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oprd.decoder import Decoder
+from oprd.errors import ConfigError
+from oprd.sharding import input_device, reshard
+
+LENGTH = 8
+
+
+@torch.no_grad()
+def check_packing(decoder: Decoder, who: str) -> None:
+    """Try it: pack a sequence behind one and behind another, and compare its last hidden states.
+
+    They must be the same, but for what packing anything else *after* a sequence changes, which
+    can be rounding alone (experts that get other tokens too); and those of the sequence on its own,
+    compared with what seeing the other would make of it.
+
+    Args:
+        decoder: in evaluation mode. If it is sharded, all ranks call this together.
+        who: it is, for the message.
+
+    Raises:
+        ConfigError: if sequences see each other, or positions do not begin anew.
+    """
+    backbone, device = decoder.backbone, input_device(decoder.root)
+    rows = backbone.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
+    first, second, third = torch.randint(rows, (3, LENGTH), generator=generator).to(device)
+    positions = torch.arange(LENGTH, device=device).repeat(2)[None]
+
+    def states(ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found = decoder.forward(ids[None], None, position_ids)[0]
+        return found[:LENGTH], found[-LENGTH:]
+
+    behind = states(torch.cat([first, second]), positions)[1]
+    behind_other = states(torch.cat([third, second]), positions)[1]
+    before = states(torch.cat([second, first]), positions)[0]
+    before_other = states(torch.cat([second, third]), positions)[0]
+    alone = states(second)[1]
+    seeing = states(torch.cat([first, second]))[1]
+    reshard(decoder.root)
+
+    rounding = 10 * _apart(before, before_other) + torch.finfo(alone.dtype).eps * _norm(alone)
+    leaks = _apart(behind, behind_other) > rounding
+    moved = _apart(behind, alone) > 0.1 * _apart(seeing, alone)
+    if leaks or moved:
+        raise ConfigError(
+            f"packing: the {who} ({type(decoder.root).__name__}, attn_implementation "
+            f"{backbone.config._attn_implementation}) lets packed sequences see each other. Choose "
+            "flash_attention_2, flex_attention or sdpa as its attn_implementation; if none of them "
+            "keeps the sequences apart (a recurrent state never does), set packing: false"
+        )
+
+
+def _norm(states: Tensor) -> float:
+    return states.float().norm().item()
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return _norm(a.float() - b.float())

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd import distributed
 from oprd.config import EvalConfig
 from oprd.data import Prompt
-from oprd.engines import Engine
+from oprd.engines.base import Engine
 from oprd.grading import GRADERS
 
 

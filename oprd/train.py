@@ -26,7 +26,8 @@ from oprd.building import Builder
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
 from oprd.data import Prompt, step_batches
-from oprd.engines import Engine, EngineFailure, GenerateEngine
+from oprd.engines.base import Engine, EngineFailure
+from oprd.engines.generate import GenerateEngine
 from oprd.engines.logprob_gap import logprob_gap
 from oprd.engines.vllm import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
 from oprd.evaluate import EvalResult, evaluate

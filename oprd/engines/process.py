@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing  # noqa: F401  teaches pickling to pass CUDA tensors by IPC
+import torch.multiprocessing
 from torch import Tensor
 
-from oprd.engines import EngineFailure
+from oprd.engines.base import EngineFailure
 
 CLOSE_SECONDS = 20.0
 LOG_LINES = 15
@@ -36,7 +36,7 @@ def send_tensor(connection: Connection, name: str, tensor: Tensor) -> None:
         connection.send((name, tensor))
         return
     connection.send((name, (tensor.dtype, tensor.shape)))
-    connection.send_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    connection.send_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor]]:
@@ -66,12 +66,10 @@ class EngineProcess:
         """
         self.what, self.log = what, log
         ours, theirs = Pipe()
-        root = str(Path(__file__).parents[2])  # of this very package, wherever it is imported from
-        paths = [root, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
-                env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+                env=with_this_package(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -180,6 +178,13 @@ class EngineProcess:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
         last = "".join(f"\n    {line}" for line in lines)
         return f"{self.what} {what_happened}. Its log is {self.log}, which ends:{last}"
+
+
+def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which a Python process finds this very package, wherever it was imported
+    from."""
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def free_port() -> int:

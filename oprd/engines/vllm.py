@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from oprd import distributed
 from oprd.config import MAX_LOGPROB_GAP, DType, TrainConfig, VllmConfig
-from oprd.engines import EngineFailure
+from oprd.engines.base import EngineFailure
 from oprd.engines.process import EngineProcess, free_port
 from oprd.rollout import Rollout
 
@@ -201,9 +201,9 @@ class VllmEngine:
             "stop_token_ids": self.ends,
         }
         checked = [*range(len(everyones))[mine][: self.cfg.gap_responses]]
-        responses = self._guarded(
-            lambda: self._ask("sample", everyones, sampling, seed, checked)
-        )[mine]
+        responses = self._guarded(lambda: self._ask("sample", everyones, sampling, seed, checked))[
+            mine
+        ]
         ends = set(self.ends)
         return [
             Rollout(list(prompt), ids, truncated=ids[-1] not in ends, log_probs=log_probs)

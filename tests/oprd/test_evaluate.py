@@ -6,7 +6,7 @@ import torch
 from oprd.config import EvalConfig
 from oprd.data import Prompt
 from oprd.demo.task import make_tokenizer
-from oprd.engines import GenerateEngine
+from oprd.engines.generate import GenerateEngine
 from oprd.evaluate import distinct_4grams, evaluate
 from oprd.grading import exact, last_boxed, math
 from oprd.rollout import Rollout

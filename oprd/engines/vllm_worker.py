@@ -79,6 +79,7 @@ class Worker:
         if asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        self.llm.apply_model(repack_tied_head)
         if asleep:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
@@ -134,6 +135,14 @@ class Worker:
         """Let go of the engine."""
         self.llm = None
         gc.collect()
+
+
+def repack_tied_head(model: Any) -> None:
+    """On CPUs vLLM (0.32) keeps a packed copy of the LM head's weight. Where the head is tied to
+    the embeddings no weight of its own arrives, and ``reload_weights`` leaves the old copy."""
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear") and head.weight.numel():
+        head.quant_method.process_weights_after_loading(head)
 
 
 def die_with_parent() -> None:

@@ -75,7 +75,8 @@ def check_vllm(
         )
     if student is not None:
         _check_heads(student, size)
-        _ask_vllm(cfg, student, device)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # importing vLLM is a lot of work
+            _ask_vllm(cfg, student, device)
     if device.type == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         space = worker_environment(device, 0, 1, 0, {})["VLLM_CPU_KVCACHE_SPACE"]
         return [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB a rank"]

@@ -141,7 +141,7 @@ def repack_tied_head(model: Any) -> None:
     """On CPUs vLLM (0.32) keeps a packed copy of the LM head's weight. Where the head is tied to
     the embeddings no weight of its own arrives, and ``reload_weights`` leaves the old copy."""
     head = getattr(model, "lm_head", None)
-    if hasattr(head, "cpu_linear") and head.weight.numel():
+    if head is not None and hasattr(head, "cpu_linear") and head.weight.numel():
         head.quant_method.process_weights_after_loading(head)
 
 

@@ -3,12 +3,16 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import oprd.train
 from oprd.config import EvalSetConfig, TrainConfig
+from oprd.engines.logprob_gap import logprob_gap
 from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import ConfigError
 from oprd.train import TrainingStopped, train
@@ -16,6 +20,7 @@ from tests.oprd.tiny import make_model
 from tests.vllm.conftest import start_engine
 
 pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).parents[2]
 
 
 def small_run(directory) -> TrainConfig:
@@ -62,11 +67,11 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
 
 
 def test_a_killed_engine_comes_back_with_the_present_weights(tmp_path):
-    model = make_model(
-        "qwen2", vocab_size=15, eos_token_id=1, hidden_size=128, intermediate_size=96
-    ).eval()
+    """Of a model whose head is tied to its embeddings."""
+    sizes = {"hidden_size": 128, "intermediate_size": 96}
+    model = make_model("smollm", vocab_size=15, eos_token_id=1, **sizes).eval()
     said = []
-    engine = start_engine(model, tmp_path, said=said)
+    engine = start_engine(model, tmp_path, said=said, gap_responses=100)
     asked = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
     try:
         engine.sync(0)
@@ -77,11 +82,35 @@ def test_a_killed_engine_comes_back_with_the_present_weights(tmp_path):
         before = engine.sample([[5, 3, 6]] * 20, **asked)
         os.kill(engine.pid, signal.SIGKILL)
         after = engine.sample([[5, 3, 6]] * 20, **asked)
-        assert [r.response_ids for r in after] == [r.response_ids for r in before]
-        assert len(said) == 1
-        assert "SIGKILL" in said[0]
     finally:
         engine.close()
+    assert [r.response_ids for r in after] == [r.response_ids for r in before]
+    assert len(said) == 1
+    assert "SIGKILL" in said[0]
+    for rollouts in (before, after):
+        found = logprob_gap(
+            model, rollouts, last=9, max_tokens=10**6, pad_id=0, device=torch.device("cpu")
+        )
+        assert found.max < 1e-4
+
+
+def test_two_ranks_share_one_copy_of_the_student(tmp_path):
+    """Tensor parallel. Each has prompts of its own, and samples for both."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "oprd.train",
+         f"--output_dir={tmp_path / 'run'}", "--steps=3", "--eval.sets={}",
+         "--rollout.prompts_per_step=6", "--rollout.engine=vllm",
+         "--rollout.vllm.tensor_parallel_size=2"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = lines(tmp_path / "run")
+    assert [s["rollout/policy_version"] for s in steps] == [0, 1, 2]
+    assert all(s["rollout/logprob_gap_max"] < 1e-4 for s in steps)
+    for rank in range(2):
+        log = (tmp_path / "run" / "vllm" / f"rank_{rank}" / "engine.log").read_text()
+        assert f"world_size=2 rank={rank}" in log
 
 
 def test_vllm_is_asked_before_weights_are_loaded(tmp_path):

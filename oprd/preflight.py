@@ -19,12 +19,8 @@ from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
 from oprd.data import PromptSet, load_prompts, load_training_prompts
-<<<<<<< HEAD
-from oprd.errors import ConfigError, Problems, Unreachable
-=======
 from oprd.engines.vllm_preflight import check_vllm
-from oprd.errors import ConfigError, Unreachable
->>>>>>> ba4d7ed (Engines without vLLM: the process, its failures, the gap, the preflight, tested with a fake worker)
+from oprd.errors import ConfigError, Problems, Unreachable
 from oprd.models import (
     check_length,
     check_pair,

@@ -28,8 +28,8 @@ from oprd.config import TrainConfig
 from oprd.data import Prompt, step_batches
 from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.generate import GenerateEngine
-from oprd.engines.logprob_gap import logprob_gap
-from oprd.engines.vllm import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
+from oprd.engines.making import make_engine, rollout_gap, too_wide
+from oprd.engines.vllm import VllmEngine
 from oprd.evaluate import EvalResult, evaluate
 from oprd.interrupt import Interrupt
 from oprd.memory import PeakMemory
@@ -39,7 +39,6 @@ from oprd.rollout import Rollout, collate, eos_ids, micro_batches
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 from oprd.sharding import clip_gradients
 from oprd.step_metrics import memory_metrics, rep_metrics, rollout_metrics
-from oprd.student_weights import full_weights
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
@@ -189,24 +188,6 @@ class Trainer:
 
     # Its parts ----------------------------------------------------------------------------------
 
-    def _make_engine(self) -> Engine:
-        """Who samples the student's responses."""
-        cfg, v = self.cfg, self.cfg.rollout.vllm
-        if cfg.rollout.engine == "generate":
-            size = cfg.rollout.batch_size
-            return GenerateEngine(self.student, self.tokenizer, size, self._autocast)
-        return VllmEngine(
-            v,
-            model_config=self.student.config,
-            weights=lambda: full_weights(self.student),
-            ends=eos_ids(self.student, self.tokenizer),
-            device=self.device,
-            dtype=engine_dtype(v, cfg.autocast, cfg.student.dtype),
-            max_model_len=longest_sequence(cfg),
-            directory=self.directory / "vllm",
-            say=self.log.say,
-        )
-
     @contextlib.contextmanager
     def _current(self, engine: Engine) -> Iterator[None]:
         """While open, the engine samples with the student's present weights."""
@@ -223,32 +204,15 @@ class Trainer:
 
     def _check_gap(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Metrics of the sampling: whether the engine that did it has the student's weights."""
-        cfg, v = self.cfg, self.cfg.rollout.vllm
         metrics: dict[str, Any] = {"rollout/policy_version": self.engine.policy_version}
-        if cfg.rollout.engine == "generate" or not v.gap_responses:
+        if isinstance(self.engine, GenerateEngine) or not self.cfg.rollout.vllm.gap_responses:
             return metrics
         with self.timer("gap check"), self._autocast():
-            gap = logprob_gap(
-                self.student,
-                rollouts,
-                last=v.gap_tokens,
-                max_tokens=cfg.micro_batch_tokens,
-                pad_id=self.tokenizer.pad_token_id,
-                device=self.device,
-            )
+            gap = rollout_gap(self.cfg, self.student, rollouts, self.engine.device)
         if gap is None:
             return metrics
-        dtype = engine_dtype(v, cfg.autocast, cfg.student.dtype)
-        limit = max_logprob_gap(v, dtype, cfg.autocast, cfg.student.dtype)
-        if not gap.mean <= limit:
-            self._stop(
-                f"step {self.step + 1}: the vLLM engine samples from other probabilities than the "
-                f"student's: log-probs of {gap.tokens} tokens differ by {gap.mean:.3g} on average "
-                f"(at most {gap.max:.3g}), more than {limit:g}. Either its weights are not those "
-                f"of step {self.engine.policy_version}, or vLLM computes this model otherwise: "
-                "compare a run with rollout.engine=generate, or, if that is rounding, raise "
-                "rollout.vllm.max_logprob_gap"
-            )
+        if why := too_wide(self.cfg, gap, self.engine.policy_version):
+            self._stop(f"step {self.step + 1}: {why}")
         return metrics | gap.metrics
 
     def _stop(self, why: str, cause: Exception | None = None) -> NoReturn:
@@ -280,7 +244,10 @@ class Trainer:
             schedule, self.optimizer, math.ceil(o.warmup_ratio * cfg.steps), cfg.steps
         )
         with self.timer("loading"):
-            self.engine = self._make_engine()
+            self.engine = make_engine(
+                cfg, self.student, self.tokenizer, self.device, self.directory, self.log.say,
+                self._autocast,
+            )  # fmt: skip
         self.closing.callback(self.engine.close)
 
     def _totals(self, chosen: list[Chosen]) -> dict[str, float]:

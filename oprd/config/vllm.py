@@ -22,7 +22,7 @@ class VllmConfig:
     Attributes:
         tensor_parallel_size: so many neighbouring ranks of a machine share one copy of the student
             and sample for each other.
-        dtype: of its weights and KV cache; null: ``autocast``, else the student's.
+        dtype: of its weights and KV cache; null: what the student computes in.
         gpu_memory_utilization: share of a GPU's memory for weights and KV cache, beside the trainer
             (a CPU's cache is as large as the environment variable VLLM_CPU_KVCACHE_SPACE says).
         max_model_len: tokens of a prompt with its response; null: the most that the run asks for.

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.rollout import Rollout, generate
+from oprd.sharding import input_device
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
@@ -30,7 +31,7 @@ class GenerateEngine:
         """
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.autocast = batch_size, autocast
-        self.device = model.device
+        self.device = input_device(model)
         self.policy_version = 0
 
     def sync(self, version: int) -> None:
@@ -47,8 +48,6 @@ class GenerateEngine:
         seed: int | None = None,
     ) -> list[Rollout]:
         """See `Engine`."""
-        if not prompts:
-            return []
         with contextlib.ExitStack() as stack:
             if seed is not None:
                 devices = [self.device] if self.device.type == "cuda" else []

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from oprd import distributed
+from oprd.compiling import eager_layers
 from oprd.decoder import position_ids
 from oprd.rollout import Rollout
+from oprd.sharding import reshard
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,15 @@ def _log_probs(
     counts = [min(last, len(r.response_ids)) for r in rollouts]
     was_training = student.training
     student.eval()
-    logits = student(
-        input_ids=ids,
-        attention_mask=attention,
-        position_ids=position_ids(attention),
-        use_cache=False,
-        logits_to_keep=max(counts) + 1,
-    ).logits
+    with eager_layers(student):
+        logits = student(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=position_ids(attention),
+            use_cache=False,
+            logits_to_keep=max(counts) + 1,
+        ).logits
+    reshard(student)
     student.train(was_training)
     log_probs = logits[:, :-1].float().log_softmax(-1)
     of_tokens = log_probs.gather(-1, ids[:, -max(counts) :, None])[..., 0]

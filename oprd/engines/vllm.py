@@ -29,20 +29,23 @@ TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
-def engine_dtype(cfg: VllmConfig, autocast: DType | None, student: DType) -> DType:
+def trainer_dtypes(cfg: TrainConfig) -> list[DType]:
+    """Of the student's weights and, last, of what it computes in."""
+    sharded = cfg.fsdp.active(distributed.world_size())
+    dtypes = [cfg.student.dtype, cfg.fsdp.param_dtype if sharded else None, cfg.autocast]
+    return [dtype for dtype in dtypes if dtype is not None]
+
+
+def engine_dtype(cfg: TrainConfig) -> DType:
     """The dtype that the engine computes in."""
-    return cfg.dtype or autocast or student
+    return cfg.rollout.vllm.dtype or trainer_dtypes(cfg)[-1]
 
 
-def max_logprob_gap(cfg: VllmConfig, *dtypes: DType | None) -> float:
-    """The gap that ends a run.
-
-    Args:
-        dtypes: of engine and trainer.
-    """
-    if cfg.max_logprob_gap is not None:
-        return cfg.max_logprob_gap
-    return max(MAX_LOGPROB_GAP[dtype] for dtype in dtypes if dtype is not None)
+def max_logprob_gap(cfg: TrainConfig) -> float:
+    """The gap that ends a run."""
+    given = cfg.rollout.vllm.max_logprob_gap
+    dtypes = [engine_dtype(cfg), *trainer_dtypes(cfg)]
+    return max(MAX_LOGPROB_GAP[dtype] for dtype in dtypes) if given is None else given
 
 
 def longest_sequence(cfg: TrainConfig) -> int:

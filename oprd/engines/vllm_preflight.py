@@ -95,7 +95,7 @@ def _check_heads(student: PretrainedConfig, size: int) -> None:
 def _ask_vllm(cfg: TrainConfig, student: PretrainedConfig, device: torch.device) -> None:
     """Have vLLM itself look at the model's configuration, in a process that ends with that."""
     v = cfg.rollout.vllm
-    dtype = engine_dtype(v, cfg.autocast, cfg.student.dtype)
+    dtype = engine_dtype(cfg)
     ranks = v.tensor_parallel_size
     with tempfile.TemporaryDirectory() as directory:
         student.save_pretrained(directory)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from oprd.engines import vllm as vllm_engine
 from oprd.engines import vllm_preflight
 from oprd.engines.base import EngineFailure
 from oprd.engines.generate import GenerateEngine
-from oprd.engines.logprob_gap import logprob_gap
+from oprd.engines.logprob_gap import LogprobGap, logprob_gap
+from oprd.engines.making import too_wide
 from oprd.engines.vllm import VllmEngine, engine_dtype, max_logprob_gap, worker_environment
 from oprd.engines.vllm_preflight import check_vllm, reason
 from oprd.errors import ConfigError
@@ -315,15 +317,29 @@ def test_the_gap_is_of_as_many_responses_as_fit_and_were_asked_for():
     assert some.tokens == sum(min(4, len(r.response_ids)) for r in rollouts[2:])
 
 
-def test_the_threshold_follows_the_coarser_dtype():
-    v = VllmConfig()
-    limits = [max_logprob_gap(v, *d) for d in [("float32", None), ("float32", "float16")]]
-    assert limits == [5e-3, 2e-2]
-    assert max_logprob_gap(v, "float32", "bfloat16", "float16") == 1e-1
-    assert max_logprob_gap(VllmConfig(max_logprob_gap=7.0), "float32") == 7.0
-    assert engine_dtype(v, None, "float16") == "float16"
-    assert engine_dtype(v, "bfloat16", "float32") == "bfloat16"
-    assert engine_dtype(VllmConfig(dtype="float32"), "bfloat16", "float16") == "float32"
+@pytest.mark.parametrize(
+    ("options", "engine", "limit"),
+    [
+        ({}, "float32", 5e-3),
+        ({"student.dtype": "float16"}, "float16", 2e-2),
+        ({"autocast": "bfloat16"}, "bfloat16", 1e-1),
+        ({"fsdp.mode": "on", "fsdp.param_dtype": "bfloat16"}, "bfloat16", 1e-1),
+        ({"fsdp.param_dtype": "bfloat16"}, "float32", 5e-3),  # one rank: FSDP is off
+        ({"autocast": "bfloat16", "rollout.vllm.dtype": "float32"}, "float32", 1e-1),
+        ({"rollout.vllm.dtype": "float16"}, "float16", 2e-2),
+        ({"rollout.vllm.max_logprob_gap": 7.0}, "float32", 7.0),
+    ],
+)
+def test_the_threshold_follows_the_coarser_dtype(options, engine, limit):
+    cfg = TrainConfig()
+    for name, value in options.items():
+        *path, last = name.split(".")
+        setattr(reduce(getattr, path, cfg), last, value)
+    assert engine_dtype(cfg) == engine
+    assert max_logprob_gap(cfg) == limit
+    assert too_wide(cfg, LogprobGap(limit, 9.0, 5), 3) is None
+    assert "not those of step 3" in too_wide(cfg, LogprobGap(limit * 1.1, 9.0, 5), 3)
+    assert too_wide(cfg, LogprobGap(float("nan"), 9.0, 5), 3)
 
 
 # Preflight --------------------------------------------------------------------------------------

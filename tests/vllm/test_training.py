@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import oprd.train
 from oprd.config import EvalSetConfig, TrainConfig
+from oprd.engines import making
 from oprd.engines.logprob_gap import logprob_gap
 from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import ConfigError
@@ -37,7 +37,7 @@ def lines(directory):
 
 def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
     """Two updates reach it, later ones do not."""
-    real, first = oprd.train.full_weights, {}
+    real, first = making.full_weights, {}
     calls = []
 
     def stale(student):
@@ -49,7 +49,7 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
             first[name] = tensor.clone()
             yield name, tensor
 
-    monkeypatch.setattr(oprd.train, "full_weights", stale)
+    monkeypatch.setattr(making, "full_weights", stale)
     cfg = small_run(tmp_path / "run")
     cfg.optim.lr, cfg.optim.schedule, cfg.optim.warmup_ratio = 5e-3, "constant", 0.0
     with pytest.raises(TrainingStopped) as caught:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.config import EvalConfig
 from oprd.data import Prompt
+from oprd.engines.base import Engine
 from oprd.grading import GRADERS
-from oprd.rollout import generate
-from oprd.sharding import input_device
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def distinct_4grams(responses: Sequence[str]) -> float | None:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     cfg: EvalConfig,
@@ -70,22 +68,20 @@ def evaluate(
     """Sample ``cfg.samples`` responses to every prompt and grade them; each rank takes a share.
 
     Sampling has a random state of its own (``seed``): evaluating changes nothing in training.
+
+    Args:
+        engine: with the weights that are to be evaluated.
+        tokenizer: of the model.
     """
     k, grade = cfg.samples, GRADERS[cfg.grader]
     mine = prompts[distributed.rank() :: distributed.world_size()]
-    device = input_device(model)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed + distributed.rank())
-        rollouts = generate(
-            model,
-            tokenizer,
-            [p.token_ids for p in mine for _ in range(k)],
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            batch_size=cfg.batch_size,
-        )
+    rollouts = engine.sample(
+        [p.token_ids for p in mine for _ in range(k)],
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        seed=seed + distributed.rank(),
+    )
     texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
     right = best = dist_sum = dist_count = 0.0
     for i, prompt in enumerate(mine):
@@ -100,7 +96,7 @@ def evaluate(
     sums = [right, best, dist_sum, dist_count, len(mine), len(rollouts)]
     sums += [sum(len(r.response_ids) for r in rollouts), sum(r.truncated for r in rollouts)]
     right, best, dist_sum, dist_count, n, n_rollouts, tokens, truncated = (
-        distributed.sum_over_ranks(sums, device)
+        distributed.sum_over_ranks(sums, engine.device)
     )
     return EvalResult(
         avg=right / n,

@@ -19,6 +19,7 @@ from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
 from oprd.data import PromptSet, load_prompts, load_training_prompts
+from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import ConfigError, Problems, Unreachable
 from oprd.models import (
     check_length,
@@ -97,6 +98,8 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
 
     student = attempt(lambda: load_config(cfg.student.path))
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
+    if cfg.rollout.engine == "vllm":
+        found.notes += check_vllm(cfg, student, device)
     found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
     for name in cfg.all_teachers:
         _check_teacher(cfg, found, name, student, bridge, attempt)

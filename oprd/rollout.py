@@ -45,6 +45,8 @@ class Rollout:
         truncated: cut at max_new_tokens, before EOS.
         source: of the prompt, which decides on the teacher.
         reading: what that teacher reads; None: the same.
+        log_probs: of its tokens at temperature 1, as the engine that sampled them has them; None:
+            it was not asked.
     """
 
     prompt_ids: list[int]
@@ -52,6 +54,7 @@ class Rollout:
     truncated: bool
     source: str = ""
     reading: Reading | None = None
+    log_probs: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

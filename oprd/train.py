@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel, get_scheduler
@@ -26,13 +26,17 @@ from oprd.building import Builder
 from oprd.checkpoint import save_student
 from oprd.config import TrainConfig
 from oprd.data import Prompt, step_batches
+from oprd.engines.base import Engine, EngineFailure
+from oprd.engines.generate import GenerateEngine
+from oprd.engines.making import make_engine, rollout_gap, too_wide
+from oprd.engines.vllm import VllmEngine
 from oprd.evaluate import EvalResult, evaluate
 from oprd.interrupt import Interrupt
 from oprd.memory import PeakMemory
 from oprd.micro_batches import attention_share, plan
 from oprd.objectives import REP, Chosen, StudentPass
 from oprd.preflight import Preflight, output_dir, preflight
-from oprd.rollout import Rollout, collate, eos_ids, generate
+from oprd.rollout import Rollout, collate, eos_ids
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 from oprd.sharding import clip_gradients
 from oprd.step_metrics import memory_metrics, plan_metrics, rep_metrics, rollout_metrics
@@ -84,6 +88,7 @@ class Trainer:
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
         self.interrupt = Interrupt()
+        self.closing = contextlib.ExitStack()
         self.step = 0
         self.delta_peak_gb: float | None = None
         self.evaluations: dict[str, dict[str, EvalResult]] = {}
@@ -97,17 +102,17 @@ class Trainer:
             log.say(f"note: {note}")
         distributed.seed_everything(cfg.seed)
         self._load()
-        self._evaluate("student before", self.student)
+        self._evaluate("student before")
         log.start()
         batches = step_batches(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
         interrupted = False
         try:
             with self.interrupt.armed():
                 while self.step < cfg.steps and not self.interrupt.requested:
-                    with self.timer("rollout"):
-                        rollouts = self._rollouts(next(batches))
+                    rollouts = self._rollouts(next(batches))
+                    sampled = self._check_gap(rollouts)
                     with self.interrupt.deferred():
-                        metrics = self._update(rollouts)
+                        metrics = self._update(rollouts) | sampled
                         self.step += 1
                     log.step(self.step, metrics)
                     self._evaluate_during()
@@ -121,7 +126,8 @@ class Trainer:
             student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
         else:
             student = self._save(self.directory / "student")
-            self._evaluate("student after", self.student)
+            self._evaluate("student after")
+        self.closing.close()
         return self._finish(student, interrupted)
 
     def _rollouts(self, indices: list[int]) -> list[Rollout]:
@@ -129,15 +135,12 @@ class Trainer:
         cfg = self.cfg.rollout
         mine = indices[distributed.rank() :: distributed.world_size()]
         prompts = [self.prompts[i] for i in mine for _ in range(cfg.responses_per_prompt)]
-        with self._autocast():
-            rollouts = generate(
-                self.student,
-                self.tokenizer,
+        with self._current(self.engine), self.timer("rollout"):
+            rollouts = self.engine.sample(
                 [p.token_ids for p in prompts],
                 max_new_tokens=cfg.max_new_tokens,
                 temperature=cfg.temperature,
                 top_p=cfg.top_p,
-                batch_size=cfg.batch_size,
             )
         ends = eos_ids(self.student, self.tokenizer)
         return [
@@ -191,6 +194,40 @@ class Trainer:
 
     # Its parts ----------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _current(self, engine: Engine) -> Iterator[None]:
+        """While open, the engine samples with the student's present weights."""
+        try:
+            if isinstance(engine, VllmEngine):
+                with self.timer("weight sync"):
+                    engine.sync(self.step)
+            else:
+                engine.sync(self.step)
+            yield
+            engine.sleep()
+        except EngineFailure as error:
+            self._stop(str(error), error)
+
+    def _check_gap(self, rollouts: list[Rollout]) -> dict[str, Any]:
+        """Metrics of the sampling: whether the engine that did it has the student's weights."""
+        metrics: dict[str, Any] = {"rollout/policy_version": self.engine.policy_version}
+        if isinstance(self.engine, GenerateEngine) or not self.cfg.rollout.vllm.gap_responses:
+            return metrics
+        with self.timer("gap check"), self._autocast():
+            gap = rollout_gap(self.cfg, self.student, rollouts, self.engine.device)
+        if gap is None:
+            return metrics
+        if why := too_wide(self.cfg, gap, self.engine.policy_version):
+            self._stop(f"step {self.step + 1}: {why}")
+        return metrics | gap.metrics
+
+    def _stop(self, why: str, cause: Exception | None = None) -> NoReturn:
+        """Save the student as it is, and end the run."""
+        self.closing.close()
+        self.optimizer.zero_grad()
+        student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
+        raise TrainingStopped(f"{why}. The student of step {self.step} is in {student}") from cause
+
     def _load(self) -> None:
         cfg = self.cfg
         with self.timer("loading"):
@@ -214,6 +251,12 @@ class Trainer:
         self.scheduler = get_scheduler(
             schedule, self.optimizer, math.ceil(o.warmup_ratio * cfg.steps), cfg.steps
         )
+        with self.timer("loading"):
+            self.engine = make_engine(
+                cfg, self.student, self.tokenizer, self.device, self.directory, self.log.say,
+                self._autocast,
+            )  # fmt: skip
+        self.closing.callback(self.engine.close)
 
     def _totals(self, chosen: list[Chosen]) -> dict[str, float]:
         """By objective, the denominator of its mean over the global batch."""
@@ -317,9 +360,12 @@ class Trainer:
             for name, source in self.cfg.eval.sets.items()
             if source.every and self.step % source.every == 0 and self.step < self.cfg.steps
         ]
-        self._evaluate("student", self.student, due)
+        self._evaluate("student", names=due)
 
-    def _evaluate(self, who: str, model: PreTrainedModel, names: list[str] | None = None) -> None:
+    def _evaluate(
+        self, who: str, model: PreTrainedModel | None = None, names: list[str] | None = None
+    ) -> None:
+        """On the sets ``names`` (None: all), a teacher, or the student, if no model is given."""
         sets = self.checked.eval_sets
         names = list(sets) if names is None else names
         if not names:
@@ -327,9 +373,13 @@ class Trainer:
         tokenizer = self.tokenizer
         if not who.startswith("student"):
             tokenizer = self.checked.teacher_tokenizers.get(_teacher_name(who), tokenizer)
-        with self.timer("evaluation"), self._autocast():
+        engine = self.engine if model is None else None
+        if engine is None or isinstance(engine, GenerateEngine):
+            size = self.cfg.eval.batch_size
+            engine = GenerateEngine(model or self.student, tokenizer, size, self._autocast)
+        with self._current(engine), self.timer("evaluation"):
             results = {
-                name: evaluate(model, tokenizer, self._asked(who, name), self.cfg.eval)
+                name: evaluate(engine, tokenizer, self._asked(who, name), self.cfg.eval)
                 for name in names
             }
         self.timer.take_step()
@@ -416,6 +466,7 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
     try:
         return trainer.run()
     finally:
+        trainer.closing.close()
         trainer.log.close()
         distributed.shutdown()
 

@@ -11,8 +11,10 @@ from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig, check_sampling
 from oprd.config.train import TrainConfig, check_values
+from oprd.config.vllm import MAX_LOGPROB_GAP, VllmConfig
 
 __all__ = [
+    "MAX_LOGPROB_GAP",
     "OBJECTIVES",
     "SELF",
     "BridgeConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
+    "VllmConfig",
     "check_sampling",
     "check_values",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from oprd.config.data import DataConfig
+from oprd.config.vllm import VllmConfig, check_vllm_values
 from oprd.errors import Problems
 
 
@@ -17,7 +19,9 @@ class RolloutConfig:
         responses_per_prompt: n.
         max_new_tokens: a response is cut there.
         temperature, top_p: of the sampling; top-k sampling is off.
-        batch_size: sequences generated at once; null: all of a step.
+        batch_size: sequences generated at once; null: all of a step. (vLLM decides for itself.)
+        engine: ``generate``: Hugging Face's, on the student itself; ``vllm``: an engine beside it,
+            which the student's weights are sent to after each update. It evaluates the student too.
     """
 
     prompts_per_step: int = 64
@@ -26,6 +30,8 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int | None = None
+    engine: Literal["generate", "vllm"] = "generate"
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 def check_sampling(problems: Problems, data: DataConfig, rollout: RolloutConfig) -> None:
@@ -46,3 +52,4 @@ def check_sampling(problems: Problems, data: DataConfig, rollout: RolloutConfig)
         f"rollout.temperature must be above 0, got {rollout.temperature}: rollouts are sampled",
     )
     problems.need(0 < rollout.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
+    check_vllm_values(problems, rollout.vllm)

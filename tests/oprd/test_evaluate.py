@@ -6,6 +6,7 @@ import torch
 from oprd.config import EvalConfig
 from oprd.data import Prompt
 from oprd.demo.task import make_tokenizer
+from oprd.engines.generate import GenerateEngine
 from oprd.evaluate import distinct_4grams, evaluate
 from oprd.grading import exact, last_boxed, math
 from oprd.rollout import Rollout
@@ -46,20 +47,25 @@ def test_distinct_4grams_are_pooled_over_a_prompts_responses():
     assert distinct_4grams(["a b c"]) is None
 
 
-def test_evaluate_averages_and_takes_the_best(monkeypatch):
+class Scripted:
+    """An engine with its responses given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, responses):
+        self.responses = responses
+
+    def sample(self, prompts, **_):
+        pairs = zip(prompts, self.responses, strict=True)
+        return [Rollout(p, r, truncated=r[-1] != 1) for p, r in pairs]
+
+
+def test_evaluate_averages_and_takes_the_best():
     tokenizer = make_tokenizer()
     right, wrong = tokenizer("3")["input_ids"] + [1], tokenizer("44")["input_ids"]
-    responses = iter([right, wrong, wrong, wrong])
-
-    def fake(model, tokenizer, prompts, **_):
-        return [
-            Rollout(p, r, truncated=r[-1] != 1) for p, r in zip(prompts, responses, strict=False)
-        ]
-
-    monkeypatch.setattr("oprd.evaluate.generate", fake)
     cfg = EvalConfig(samples=2, temperature=1.0)
-    model = make_model("qwen2", vocab_size=15)
-    result = evaluate(model, tokenizer, [Prompt([5], "3"), Prompt([6], "3")], cfg)
+    engine = Scripted([right, wrong, wrong, wrong])
+    result = evaluate(engine, tokenizer, [Prompt([5], "3"), Prompt([6], "3")], cfg)
     assert (result.avg, result.best) == (0.25, 0.5)
     assert result.length == 2
     assert result.truncated == 0.75
@@ -72,10 +78,11 @@ def test_evaluate_averages_and_takes_the_best(monkeypatch):
 
 
 def test_evaluation_does_not_touch_the_random_state():
-    model, tokenizer = make_model("qwen2", vocab_size=15), make_tokenizer()
+    tokenizer = make_tokenizer()
+    engine = GenerateEngine(make_model("qwen2", vocab_size=15), tokenizer)
     cfg = EvalConfig(samples=2, temperature=1.0)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = evaluate(model, tokenizer, [Prompt([5], "3")] * 20, cfg)
+    first = evaluate(engine, tokenizer, [Prompt([5], "3")] * 20, cfg)
     assert torch.equal(torch.get_rng_state(), before)
-    assert first == evaluate(model, tokenizer, [Prompt([5], "3")] * 20, cfg)
+    assert first == evaluate(engine, tokenizer, [Prompt([5], "3")] * 20, cfg)

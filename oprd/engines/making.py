@@ -1,0 +1,92 @@
+"""From a run's configuration to its engine, and to what its log-prob gap means."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd import distributed
+from oprd.config import TrainConfig
+from oprd.engines.base import Engine
+from oprd.engines.generate import Autocast, GenerateEngine
+from oprd.engines.logprob_gap import LogprobGap, logprob_gap
+from oprd.engines.vllm import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
+from oprd.rollout import Rollout, eos_ids
+from oprd.student_weights import full_weights
+
+
+def make_engine(
+    cfg: TrainConfig,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    directory: Path,
+    say: Callable[[str], None],
+    autocast: Autocast,
+) -> Engine:
+    """Who samples the student's responses. Collective.
+
+    Args:
+        directory: the run's; vLLM's configurations and logs go to ``vllm/rank_N`` there.
+        say: tells the user of rank 0.
+        autocast: the context that the student runs in.
+
+    Raises:
+        EngineFailure: if it does not start.
+    """
+    if cfg.rollout.engine == "generate":
+        return GenerateEngine(student, tokenizer, cfg.rollout.batch_size, autocast)
+    return VllmEngine(
+        cfg.rollout.vllm,
+        model_config=student.config,
+        weights=lambda: full_weights(student),
+        ends=eos_ids(student, tokenizer),
+        device=device,
+        dtype=engine_dtype(cfg),
+        max_model_len=longest_sequence(cfg),
+        directory=directory / "vllm",
+        say=say if distributed.rank() == 0 else _to_stderr,
+    )
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def rollout_gap(
+    cfg: TrainConfig,
+    student: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    device: torch.device,
+) -> LogprobGap | None:
+    """`logprob_gap` as the run's configuration has it. Collective."""
+    return logprob_gap(
+        student,
+        rollouts,
+        last=cfg.rollout.vllm.gap_tokens,
+        max_tokens=cfg.micro_batch_tokens,
+        pad_id=rollouts[0].prompt_ids[0] if rollouts else 0,
+        device=device,
+    )
+
+
+def too_wide(cfg: TrainConfig, gap: LogprobGap, version: int) -> str | None:
+    """What is wrong, if the gap is wider than the run's threshold.
+
+    Args:
+        version: the engine's.
+    """
+    limit = max_logprob_gap(cfg)
+    if gap.mean <= limit:
+        return None
+    return (
+        "the vLLM engine samples from other probabilities than the student's: log-probs of "
+        f"{gap.tokens} tokens differ by {gap.mean:.3g} on average (at most {gap.max:.3g}), more "
+        f"than {limit:g}. Either its weights are not those of step {version}, or vLLM computes "
+        "this model otherwise: compare a run with rollout.engine=generate, or, if that is "
+        "rounding, raise rollout.vllm.max_logprob_gap"
+    )

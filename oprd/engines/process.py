@@ -1,0 +1,194 @@
+"""A process that is asked and answers, and that can be given up: the engine's side of it is
+`oprd.engines.vllm_worker`.
+
+A message is a pickled tuple whose first entry says what it is. Tensors come after it: those of a
+GPU by CUDA IPC, not copied; those of a CPU as bytes, since shared memory is small in containers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from oprd.engines.base import EngineFailure
+
+CLOSE_SECONDS = 20.0
+LOG_LINES = 15
+
+
+def send_tensor(connection: Connection, name: str, tensor: Tensor) -> None:
+    """Send a tensor and its name."""
+    if tensor.is_cuda:
+        connection.send((name, tensor))
+        return
+    connection.send((name, (tensor.dtype, tensor.shape)))
+    connection.send_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor]]:
+    """What `send_tensor` sent, until there comes a None."""
+    while (message := connection.recv()) is not None:
+        name, content = message
+        if not isinstance(content, Tensor):
+            dtype, shape = content
+            content = torch.empty(shape, dtype=dtype)
+            into = content.view(-1).view(torch.uint8).numpy()
+            if into.nbytes:
+                connection.recv_bytes_into(into)
+            else:
+                connection.recv_bytes()
+        yield name, content
+
+
+class EngineProcess:
+    """Runs ``python -m module FD`` in a session of its own, its output in a log file."""
+
+    def __init__(self, module: str, environment: Mapping[str, str], log: Path, what: str) -> None:
+        """
+        Args:
+            module: what to run; it serves the connection whose file descriptor is its argument.
+            environment: all of its variables.
+            what: the process is, for messages.
+        """
+        self.what, self.log = what, log
+        ours, theirs = Pipe()
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, str(theirs.fileno())],
+                env=with_this_package(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is the trainer's to handle
+            )
+        theirs.close()
+        self.connection = ours
+        self._deadline: float | None = None
+        self._hung: float | None = None
+        threading.Thread(target=self._watch, daemon=True, name=f"watch {what}").start()
+
+    def ask(
+        self,
+        *message: Any,
+        tensors: Iterable[tuple[str, Tensor]] | None = None,
+        timeout: float,
+    ) -> Any:
+        """Send a message and wait for its answer.
+
+        Args:
+            tensors: sent after it. All of them are gone through, whatever happens to the process.
+            timeout: seconds to wait for any sign of life.
+
+        Raises:
+            EngineFailure: if the process died, was silent for too long or answered with an error.
+                It has then ended.
+        """
+        try:
+            with self._limit(timeout):
+                self.connection.send(message)
+            if tensors is not None:
+                self._send(tensors, timeout)
+            while True:
+                with self._limit(timeout):
+                    kind, content = self.connection.recv()
+                if kind == "answer":
+                    return content
+                if kind == "error":
+                    raise EngineFailure(self._describe(f"stopped with an error: {content}"))
+        except (EOFError, OSError) as error:
+            self.kill()
+            raise EngineFailure(self._describe(self._how_it_ended(timeout))) from error
+        except BaseException:  # its answer may still come, which nobody would expect
+            self.kill()
+            raise
+
+    def _send(self, tensors: Iterable[tuple[str, Tensor]], timeout: float) -> None:
+        remaining = iter(tensors)
+        try:
+            for name, tensor in remaining:  # waiting for other ranks is not the engine's time
+                with self._limit(timeout):
+                    send_tensor(self.connection, name, tensor)
+            with self._limit(timeout):
+                self.connection.send(None)
+        except OSError:
+            for _ in remaining:  # gathering is collective
+                pass
+            raise
+
+    def kill(self) -> None:
+        """End it at once, with everything that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+
+    def close(self) -> None:
+        """Ask it to end, and see that it does."""
+        with contextlib.suppress(EngineFailure):
+            self.ask("close", timeout=CLOSE_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(CLOSE_SECONDS)
+        self.kill()
+
+    @contextlib.contextmanager
+    def _limit(self, seconds: float) -> Iterator[None]:
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = None
+
+    def _watch(self) -> None:
+        """Kills it where it is silent for too long, so that whoever waits for it sees its end."""
+        while self.process.poll() is None:
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._hung = deadline
+                break
+            time.sleep(0.2)
+        # What it started may hold the other end of the connection open.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _how_it_ended(self, timeout: float) -> str:
+        if self._hung is not None:
+            return f"gave no sign of life for {timeout:.0f} s and was ended"
+        code = self.process.returncode
+        if code < 0:
+            hint = " (the system ends processes so when memory runs out)" if code == -9 else ""
+            return f"was ended by {signal.Signals(-code).name}{hint}"
+        return f"ended with exit code {code}"
+
+    def _describe(self, what_happened: str) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        last = "".join(f"\n    {line}" for line in lines)
+        return f"{self.what} {what_happened}. Its log is {self.log}, which ends:{last}"
+
+
+def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which a Python process finds this very package, wherever it was imported
+    from."""
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

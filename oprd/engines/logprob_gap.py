@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oprd import distributed
 from oprd.compiling import eager_layers
-from oprd.decoder import position_ids
+from oprd.decoder import model_inputs
 from oprd.rollout import Rollout
 from oprd.sharding import reshard
 
@@ -97,13 +97,8 @@ def _log_probs(
     was_training = student.training
     student.eval()
     with eager_layers(student):
-        logits = student(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=position_ids(attention),
-            use_cache=False,
-            logits_to_keep=max(counts) + 1,
-        ).logits
+        inputs = model_inputs(ids, attention)
+        logits = student(**inputs, use_cache=False, logits_to_keep=max(counts) + 1).logits
     reshard(student)
     student.train(was_training)
     log_probs = logits[:, :-1].float().log_softmax(-1)

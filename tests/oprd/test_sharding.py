@@ -69,19 +69,14 @@ def test_ranks_agree_with_one(results, ranks, case):
         for name in (n for n in ours if n.endswith(LOSSES)):
             a, b = torch.tensor(ours[name]), torch.tensor(theirs[name])
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=f"{name} {a} {b}")
-    for name, weight in one["weights"].items():
-        change = (weight - many["weights"][name]).abs().max()
-        assert change <= tolerance / 10, f"{name}: {change}"
-
-
-def test_training_moved_the_weights(results):
-    """Otherwise equal weights would say nothing."""
     before = load_model(TrainConfig().student).state_dict()
-    for case in CASES:
-        if case in SKIPPED[1]:
-            continue
-        moved = results(1, case)["weights"]["model.layers.1.mlp.up_proj.weight"]
-        assert (moved - before["model.layers.1.mlp.up_proj.weight"]).abs().max() > 1e-3, case
+    moved, apart = distance(one["weights"], before), distance(one["weights"], many["weights"])
+    assert apart <= moved * (0.05 if rough else 1e-3)
+
+
+def distance(a: dict, b: dict) -> float:
+    """Euclidean, over all weights."""
+    return sum((a[name] - b[name]).double().square().sum().item() for name in a) ** 0.5
 
 
 def test_cases_with_one_meaning_agree(results):

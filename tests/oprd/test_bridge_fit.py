@@ -296,12 +296,12 @@ def bridged_run(directory, teacher, bridge_file, **changes):
 def test_training_refuses_before_loading(
     bridge_file, teacher, tmp_path, monkeypatch, changes, message
 ):
-    from oprd import train as module
+    from oprd.train import train
 
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr("oprd.building.load_model", None)
     cfg = bridged_run(tmp_path / "run", teacher, bridge_file, **changes)
     with pytest.raises(ConfigError, match=message):
-        module.train(cfg)
+        train(cfg)
 
 
 def test_training_refuses_layers_and_tokenizers_that_are_not_the_bridges(

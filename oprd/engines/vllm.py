@@ -196,14 +196,13 @@ class VllmEngine:
             )
         if seed is None:
             seed = int(torch.randint(2**31, ()))
-        everyones, seed, mine = self._gather(prompts, seed)
+        everyones, seed, mine, checked = self._gather(prompts, seed)
         sampling = {
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p if temperature > 0 else 1.0,
             "stop_token_ids": self.ends,
         }
-        checked = [*range(len(everyones))[mine][: self.cfg.gap_responses]]
         responses = self._guarded(lambda: self._ask("sample", everyones, sampling, seed, checked))[
             mine
         ]
@@ -324,13 +323,21 @@ class VllmEngine:
 
     def _gather(
         self, prompts: Sequence[list[int]], seed: int
-    ) -> tuple[list[list[int]], int, slice]:
-        """The prompts of all that share a copy, one seed, and where among them this rank's are."""
+    ) -> tuple[list[list[int]], int, slice, list[int]]:
+        """The prompts of all that share a copy, one seed, where among them this rank's are, and
+        which of them are checked: the same requests on all of these ranks, as their engines must
+        schedule alike."""
         gathered = self._all((list(prompts), seed))
-        everyones = [p for theirs, _ in gathered for p in theirs]
-        before = gathered[: distributed.rank() % len(gathered)]
-        start = sum(len(theirs) for theirs, _ in before)
-        return everyones, gathered[0][1], slice(start, start + len(prompts))
+        everyones: list[list[int]] = []
+        checked: list[int] = []
+        mine = slice(0)
+        for rank, (theirs, _) in enumerate(gathered):
+            start = len(everyones)
+            everyones += theirs
+            checked += [*range(start, len(everyones))][: self.cfg.gap_responses]
+            if rank == distributed.rank() % len(gathered):
+                mine = slice(start, len(everyones))
+        return everyones, gathered[0][1], mine, checked
 
 
 def _tensor_parallel_group(size: int) -> dist.ProcessGroup | None:

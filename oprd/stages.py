@@ -59,7 +59,7 @@ def stage_values(
         raise ConfigError(
             "stages need an output_dir: there each has a directory, and a second start goes on"
         )
-    if base["resume"] not in (None, "auto"):
+    if base.get("resume") not in (None, "auto"):
         raise ConfigError(
             f"resume={base['resume']}: with stages it must be auto, each has checkpoints of its own"
         )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from oprd.checkpoint import Checkpoint, save_student
 from oprd.checkpoint.files import read_best, step_name
@@ -53,12 +53,15 @@ def load_student(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         ConfigError: if the checkpoint is of another model than its own configuration says.
     """
-    config = AutoConfig.from_pretrained(checkpoint.path / STUDENT)
+    directory = checkpoint.path / STUDENT
+    config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     model.to_empty(device="cpu")
     model.tie_weights()
     load(checkpoint.path, model)
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
 
 

@@ -1,6 +1,8 @@
 """Small runs of the demo pair, and what they leave behind."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 
 from oprd.checkpoint.state import stored_tensors
 from oprd.config import EvalSetConfig, TrainConfig
+from oprd.runlog import RunLog
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +40,18 @@ def measured(directory) -> list[dict]:
         {k: v for k, v in line.items() if not k.startswith(("time/", "mem/", "perf/"))}
         for line in lines(directory)
     ]
+
+
+def stop_after(monkeypatch, step, signum=signal.SIGTERM) -> None:
+    """Send this process a signal when a step has been logged."""
+    log = RunLog.step
+
+    def logged(self, number, metrics):
+        log(self, number, metrics)
+        if number == step:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(RunLog, "step", logged)
 
 
 def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from tests.oprd.runs import (
     lines,
     measured,
     small_run,
+    stop_after,
 )
 
 STEPS = 6
@@ -43,18 +44,6 @@ def run_for(directory, **changes) -> TrainConfig:
 
 def student(directory):
     return load_file(directory / "student" / "model.safetensors")
-
-
-def stop_after(monkeypatch, step, signum=signal.SIGTERM):
-    """Send this process a signal when a step has been logged."""
-    log = RunLog.step
-
-    def logged(self, number, metrics):
-        log(self, number, metrics)
-        if number == step:
-            os.kill(os.getpid(), signum)
-
-    monkeypatch.setattr(RunLog, "step", logged)
 
 
 def checkpoints(directory):
@@ -327,7 +316,7 @@ def on_ranks(number, *arguments):
     )
 
 
-def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_two_one_and_three(tmp_path):
+def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_one_two_and_three(tmp_path):
     """SIGTERM to one of the ranks ends both after the same step."""
     two = tmp_path / "two"
     arguments = ["--rollout.prompts_per_step=6", "--eval.sets={}", "--log_every=1"]
@@ -367,7 +356,10 @@ def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_two_one_and_three(tmp_pa
             assert "written by 2 ranks and goes on with 3" in shown
             assert [line["step"] for line in lines(other)] == [*range(step + 1, 9)]
             AutoModelForCausalLM.from_pretrained(other / "student")
-    process = on_ranks(2, *arguments, f"--output_dir={two}", "--resume=auto")
-    assert process.communicate(timeout=120)[0]
-    assert process.returncode == 0
-    assert [line["step"] for line in lines(two)] == [*range(1, 9)]
+    older = two / "checkpoints" / files.step_name(4)
+    process = on_ranks(2, *arguments, f"--output_dir={tmp_path / 'again'}", f"--resume={older}")
+    shown = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, shown
+    again = measured(tmp_path / "again")
+    assert [line["step"] for line in again] == [5, 6, 7, 8]
+    assert again[: step - 4] == measured(two)[4:]

@@ -167,6 +167,8 @@ def dry_run(cfg: TrainConfig) -> None:
         if prompts:
             longest = max(len(p.token_ids) for p in prompts.prompts)
             print(f"prompts {name}: {len(prompts)}, the longest {longest} tokens")
+    if found.resume.checkpoints:
+        print(f"resume: from {found.resume.checkpoints[0].path}")
     for note in found.notes:
         print(f"note: {note}")
     for item in found.unchecked:

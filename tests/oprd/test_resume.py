@@ -82,6 +82,41 @@ def test_interrupted_and_resumed_it_is_the_same_run(
     assert not list(directory.glob("metrics.jsonl.*"))
 
 
+SELF = {
+    "teacher__path": "self:start", "data__train__teacher_prompt": "{prompt}{answer}",
+    "data__max_teacher_prompt_tokens": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distill__init_head_from_teacher": True, "objectives": {"oprd": 1.0, "opd_full": 1.0}},
+        SELF,
+        {"fsdp__mode": "on", "student__dtype": "bfloat16"},
+        {"student__gradient_checkpointing": True, "rollout__responses_per_prompt": 2},
+    ],
+    ids=["head", "self", "sharded", "gradient_checkpointing"],
+)
+def test_other_kinds_of_runs(tmp_path, monkeypatch, changes):
+    changes = {"steps": 3, "eval__sets": {}, "checkpoint__every": 0} | changes
+    train(run_for(tmp_path / "whole", **changes))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        train(run_for(tmp_path / "run", **changes))
+    train(run_for(tmp_path / "run", resume="auto", **changes))
+    assert measured(tmp_path / "run") == measured(tmp_path / "whole")
+    assert_same(student(tmp_path / "run"), student(tmp_path / "whole"))
+
+
+def test_a_dry_run_says_where_it_would_go_on(whole, capsys):
+    arguments = [f"--output_dir={whole}", f"--steps={STEPS}", "--rollout.prompts_per_step=8"]
+    cli.train([*arguments, "--resume=auto", "--dry_run"])
+    assert f"resume: from {whole / 'checkpoints' / files.step_name(STEPS)}" in (
+        capsys.readouterr().out
+    )
+
+
 def test_auto_begins_where_there_is_nothing(tmp_path, whole):
     train(run_for(tmp_path / "run", resume="auto"))
     assert measured(tmp_path / "run") == measured(whole)

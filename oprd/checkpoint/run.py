@@ -213,7 +213,8 @@ def check_space(cfg: TrainConfig, directory: Path, student: nn.Module) -> None:
     if c.keep_last is not None:  # and the one in writing
         number = min(number, c.keep_last + 1 + (c.keep_best is not None))
     model = state.num_bytes(dict(student.named_parameters()))
-    there = sum(f.stat().st_size for f in (directory / CHECKPOINTS).rglob("*") if f.is_file())
+    kept = files.find(directory / CHECKPOINTS)[0]  # which newer ones replace
+    there = sum(size for c in kept for size, _ in c.document["files"].values())
     needed = number * size + model - there
     free = shutil.disk_usage(directory).free
     if free < needed:

@@ -121,7 +121,8 @@ def _set_state(optimizer: Optimizer, state: dict[Tensor, dict[str, Tensor]]) -> 
 
 def _check_same(path: Path, wanted: Tensors, stored: dict[str, TensorStorageMetadata]) -> None:
     differing = sorted(wanted.keys() ^ stored.keys())
-    differing += [n for n in wanted.keys() & stored.keys() if wanted[n].shape != stored[n].size]
+    both = sorted(wanted.keys() & stored.keys())
+    differing += [n for n in both if wanted[n].shape != stored[n].size]
     if differing:
         name = differing[0]
         ours, theirs = wanted.get(name), stored.get(name)

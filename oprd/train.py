@@ -90,9 +90,9 @@ class Trainer:
             log.say(f"note: {note}")
         distributed.seed_everything(cfg.seed)
         self._load()
+        self._between_steps()
         if self.resumed is None:
             self._evaluate("student before")
-        self._between_steps()
         log.start(self.step)
         with self.interrupt.armed():
             try:

@@ -167,6 +167,8 @@ def dry_run(cfg: TrainConfig) -> None:
         if prompts:
             longest = max(len(p.token_ids) for p in prompts.prompts)
             print(f"prompts {name}: {len(prompts)}, the longest {longest} tokens")
+    if found.resume.checkpoints:
+        print(f"resume: from {found.resume.checkpoints[0].path}")
     for note in found.notes:
         print(f"note: {note}")
     for item in found.unchecked:
@@ -180,7 +182,8 @@ def dry_run(cfg: TrainConfig) -> None:
 def train(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``oprd-train``.
 
-    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration, 130 interrupted.
+    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration; 130 ended by Ctrl-C and
+    143 by SIGTERM, with a checkpoint that ``--resume auto`` goes on from.
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)
@@ -215,5 +218,5 @@ def train(argv: Sequence[str] | None = None) -> None:
     except TrainingStopped as error:
         sys.stderr.write(f"oprd-train: stopped: {error}\n")
         sys.exit(1)
-    if summary.interrupted:
-        sys.exit(130)
+    if summary.stopped_by is not None:
+        sys.exit(128 + summary.stopped_by)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from oprd import distributed
 from oprd.alignment import Aligner
 from oprd.bridge.bank import BridgeInfo, read_info
+from oprd.checkpoint.resume import Candidates, find_candidates, is_run
 from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
 from oprd.data import PromptSet, load_prompts, load_training_prompts
@@ -48,6 +49,7 @@ class Preflight:
         aligners, teacher_tokenizers, teacher_sets: by teacher, of those with other tokenizers: who
             pairs tokens, and the evaluation sets in their tokens.
         layer_pairs: by teacher, (student block, teacher block).
+        resume: the checkpoints that the run can go on from.
         notes: what the user should know.
         unchecked: what lies on a hub that is out of reach; only ever filled by a dry run.
     """
@@ -59,6 +61,7 @@ class Preflight:
     teacher_tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     teacher_sets: dict[str, dict[str, PromptSet]] = field(default_factory=dict)
     layer_pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    resume: Candidates = field(default_factory=Candidates)
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
@@ -86,6 +89,8 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
 
     _check_world(cfg)
     check_output_dir(cfg)
+    found.resume = find_candidates(cfg, output_dir(cfg))
+    found.notes += found.resume.notes
     device, backend = check_device(cfg.device), cfg.distill.backend
     if backend != "auto" and (reason := backends.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
@@ -323,8 +328,16 @@ def output_dir(cfg: TrainConfig) -> Path:
     return Path("runs") / f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def _goes_on(cfg: TrainConfig, directory: Path) -> bool:
+    """Whether ``cfg.resume`` asks to go on with the run in a directory."""
+    if cfg.resume is None or cfg.resume == "auto":
+        return cfg.resume == "auto"
+    directory, asked = directory.resolve(), Path(cfg.resume).resolve()
+    return asked == directory or directory in asked.parents
+
+
 def check_output_dir(cfg: TrainConfig) -> None:
-    """Refuse a directory with anything in it, or one that can't be written.
+    """Refuse a directory with anything in it but a run to go on with, or one that can't be written.
 
     Raises:
         ConfigError: saying what is there.
@@ -332,10 +345,11 @@ def check_output_dir(cfg: TrainConfig) -> None:
     path = output_dir(cfg)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir {path} is a file: choose a new directory")
-    if path.is_dir() and any(path.iterdir()):
-        what = "another run" if (path / "metrics.jsonl").exists() else "other files"
+    if path.is_dir() and any(path.iterdir()) and not (is_run(path) and _goes_on(cfg, path)):
+        what = "another run" if is_run(path) else "other files"
         raise ConfigError(
             f"output_dir {path} already holds {what}, which would be lost: choose a new directory"
+            + (", or go on with it by resume=auto" if is_run(path) else "")
         )
     parent = path
     while not parent.exists():

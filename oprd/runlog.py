@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -54,19 +56,20 @@ class RunLog:
     def __init__(self, directory: Path, steps: int, log_every: int, enabled: bool) -> None:
         self.enabled, self.steps, self.log_every = enabled, steps, log_every
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
-        self.started = time.perf_counter()
+        self.started, self.first = time.perf_counter(), 0
+        self._failed = False
         self._file = None
         self._progress: Progress | None = None
         if enabled:
-            self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._file = (directory / "metrics.jsonl").open("ab")
 
     def say(self, text: str) -> None:
         """A line for the user."""
         self.console.print(text, markup=False)
 
-    def start(self) -> None:
-        """Begin to count steps."""
-        self.started = time.perf_counter()
+    def start(self, step: int = 0) -> None:
+        """Begin to count steps, after ``step``."""
+        self.started, self.first = time.perf_counter(), step
         if self.enabled and self.console.is_terminal:
             self._progress = Progress(
                 MofNCompleteColumn(),
@@ -76,13 +79,33 @@ class RunLog:
                 TimeRemainingColumn(compact=True),
                 console=self.console,
             )
-            self._task = self._progress.add_task("train", total=self.steps, line="")
+            self._task = self._progress.add_task("train", total=self.steps, completed=step, line="")
             self._progress.start()
 
     def record(self, metrics: dict) -> None:
-        """Append one line to the metrics file."""
+        """Append one line to the metrics file. On a full disk it waits in memory for room."""
         if self._file:
-            self._file.write(json.dumps(metrics) + "\n")
+            self._write(json.dumps(metrics) + "\n")
+
+    def _write(self, text: str) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(text.encode())
+            self._file.flush()  # what can't be written stays in the buffer and is tried again
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self.say(f"warning: {self._file.name} can't be written now: {error}")
+            self._failed = True
+
+    def position(self) -> int:
+        """Bytes of the metrics file; they are on the disk."""
+        if not self._file:
+            return 0
+        self._write("")
+        if not self._failed:
+            os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def step(self, step: int, metrics: dict) -> None:
         """Record a training step and show it."""
@@ -92,7 +115,7 @@ class RunLog:
             self._progress.update(self._task, completed=step, line=line)
         elif step % self.log_every == 0 or step in (1, self.steps):
             spent = time.perf_counter() - self.started
-            eta = spent / step * (self.steps - step)
+            eta = spent / (step - self.first) * (self.steps - step)
             self.say(f"step {step}/{self.steps}  {line}  eta {eta:.0f}s")
 
     def evaluation(self, step: int, who: str, results: dict[str, EvalResult]) -> None:
@@ -114,7 +137,9 @@ class RunLog:
         """Stop the display and close the file."""
         self.close_progress()
         if self._file:
-            self._file.close()
+            self._write("")
+            with contextlib.suppress(OSError):  # said by the line above
+                self._file.close()
             self._file = None
 
 

@@ -3,7 +3,8 @@
     oprd-train --config recipes/demo_two_stages.yaml
 
 ``stages`` names them in order, each with what it changes of the configuration. Started again, the
-command goes on after the last stage that was finished.
+command goes on after the last stage that was finished; with ``resume: auto`` inside the one that
+was not, from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from oprd.checkpoint.files import set_aside
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
 from oprd.preflight import preflight
-from oprd.train import Summary, train
+from oprd.summary import Summary, finished
+from oprd.train import train
 
 SECTIONS = ("student", "teacher", "data", "data.train", "rollout", "distill", "bridge", "opd",
-            "optim", "eval")  # fmt: skip
+            "optim", "eval", "checkpoint")  # fmt: skip
 """Parts of the configuration of which a stage may change some entries; others it replaces."""
 
 RECORD = "stages.json"
@@ -56,6 +59,10 @@ def stage_values(
         raise ConfigError(
             "stages need an output_dir: there each has a directory, and a second start goes on"
         )
+    if base.get("resume") not in (None, "auto"):
+        raise ConfigError(
+            f"resume={base['resume']}: with stages it must be auto, each has checkpoints of its own"
+        )
     found, previous = {}, None
     for name, changes in stages.items():
         if not name or Path(name).name != name:
@@ -72,22 +79,6 @@ def stage_values(
             values["student"] = values["student"] | {"path": str(previous / "student")}
         found[name], previous = values, directory
     return found
-
-
-def finished(directory: Path) -> bool:
-    """Whether a stage's run went through to its end."""
-    file = directory / "summary.json"
-    return file.exists() and not json.loads(file.read_text())["interrupted"]
-
-
-def _set_aside(directory: Path) -> Path | None:
-    """Move what an unfinished run has left out of the way."""
-    if not directory.exists() or not any(directory.iterdir()):
-        return None
-    number = 1
-    while (other := directory.with_name(f"{directory.name}.unfinished-{number}")).exists():
-        number += 1
-    return directory.rename(other)
 
 
 def check(values: Mapping[str, dict[str, Any]], build: Build) -> None:
@@ -111,6 +102,14 @@ def check(values: Mapping[str, dict[str, Any]], build: Build) -> None:
             raise ConfigError(f"stages.{name}: {error}") from error
 
 
+def _without_controls(values: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The stages without what a second start may have otherwise."""
+    return {
+        name: {k: v for k, v in stage.items() if k not in ("resume", "checkpoint")}
+        for name, stage in values.items()
+    }
+
+
 def run_stages(
     base: Mapping[str, Any],
     stages: Mapping[str, Mapping[str, Any]],
@@ -132,7 +131,7 @@ def run_stages(
     check(values, build)
     root = Path(base["output_dir"])
     record = root / RECORD
-    text = json.dumps(values, indent=2, default=str) + "\n"
+    text = json.dumps(_without_controls(values), indent=2, default=str) + "\n"
     if record.exists() and record.read_text() != text:
         raise ConfigError(
             f"output_dir {root} holds stages of another configuration ({record}): choose a new "
@@ -148,7 +147,9 @@ def run_stages(
         if finished(directory):
             print(f"stage {name}: finished already, {directory}")
             continue
-        if (aside := _set_aside(directory)) is not None:
+        left = directory.exists() and any(directory.iterdir())
+        if left and stage["resume"] is None:
+            aside = set_aside(directory, "unfinished")
             print(f"stage {name}: what an unfinished run left is now in {aside}")
         print(f"stage {name}")
         summary = train(build(stage), partial(write_config, stage))

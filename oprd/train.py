@@ -10,22 +10,24 @@ student on it with taps, backpropagate, clip, step.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, get_scheduler
 
 from oprd import distributed
 from oprd.alignment import for_teacher
 from oprd.building import Builder
-from oprd.checkpoint import save_student
+from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
+from oprd.checkpoint.run import check_space
 from oprd.config import TrainConfig
-from oprd.data import Prompt, step_batches
+from oprd.data import Prompt, PromptSampler
 from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.generate import GenerateEngine
 from oprd.engines.making import make_engine, rollout_gap, too_wide
@@ -40,6 +42,7 @@ from oprd.rollout import Rollout, collate, eos_ids
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 from oprd.sharding import clip_gradients
 from oprd.step_metrics import memory_metrics, plan_metrics, rep_metrics, rollout_metrics
+from oprd.summary import Summary, done_already, plain, write_summary
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
@@ -47,29 +50,6 @@ DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one traini
 
 class TrainingStopped(RuntimeError):
     """The run can't go on; what it had was saved, and the message says where."""
-
-
-@dataclass
-class Summary:
-    """How a run ended; also written to ``summary.json``.
-
-    Attributes:
-        directory: the run's.
-        student: the trained model's directory.
-        steps: optimizer steps made.
-        interrupted: whether Ctrl-C ended it.
-        evaluations: by model, then by set.
-        phases: seconds by phase.
-        delta_peak_gb: GiB by which a student update rose above what was there when it began.
-    """
-
-    directory: Path
-    student: Path
-    steps: int
-    interrupted: bool
-    evaluations: dict[str, dict[str, EvalResult]] = field(default_factory=dict)
-    phases: dict[str, float] = field(default_factory=dict)
-    delta_peak_gb: float | None = None
 
 
 class Trainer:
@@ -83,52 +63,64 @@ class Trainer:
         self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on")
         # The default name holds the time, which ranks need not agree on.
         self.directory = distributed.from_rank_0(output_dir(cfg))
+        self.notes, found = list(checked.notes), distributed.from_rank_0(checked.resume)
+        self.resumed = resume.choose(found, self.notes.append)
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self.notes += resume.tidy(self.directory, self.resumed, found)
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
-        self.interrupt = Interrupt()
-        self.closing = contextlib.ExitStack()
+        self.interrupt = Interrupt(at_once=distributed.world_size() == 1)
+        self.stopped_by: int | None = None
+        self.batches = PromptSampler(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
         self.step = 0
         self.delta_peak_gb: float | None = None
         self.evaluations: dict[str, dict[str, EvalResult]] = {}
+        self.closing = contextlib.ExitStack()
+        self.closing.callback(self.log.close)
+        if self.resumed is not None:
+            self._recall(self.resumed.document)
 
     # The algorithm ------------------------------------------------------------------------------
 
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save."""
         cfg, log = self.cfg, self.log
-        for note in self.checked.notes:
+        for note in self.notes:
             log.say(f"note: {note}")
         distributed.seed_everything(cfg.seed)
         self._load()
-        self._evaluate("student before")
-        log.start()
-        batches = step_batches(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
-        interrupted = False
-        try:
-            with self.interrupt.armed():
-                while self.step < cfg.steps and not self.interrupt.requested:
-                    rollouts = self._rollouts(next(batches))
+        self._between_steps()
+        if self.resumed is None:
+            self._evaluate("student before")
+        log.start(self.step)
+        with self.interrupt.armed():
+            try:
+                while not self._stopping() and self.step < cfg.steps:
+                    rollouts = self._rollouts(next(self.batches))
                     sampled = self._check_gap(rollouts)
                     with self.interrupt.deferred():
                         metrics = self._update(rollouts) | sampled
                         self.step += 1
-                    log.step(self.step, metrics)
-                    self._evaluate_during()
-                    if cfg.save_every and self.step % cfg.save_every == 0:
-                        self._save(self.directory / "checkpoints" / f"step_{self.step}")
-        except KeyboardInterrupt:
-            interrupted = True
-        interrupted = interrupted or self.interrupt.requested
-        log.close_progress()
-        if interrupted:
-            student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
-        else:
-            student = self._save(self.directory / "student")
-            self._evaluate("student after")
-        self.closing.close()
-        return self._finish(student, interrupted)
+                        log.step(self.step, metrics)
+                        self._between_steps()
+                    best = self._evaluate_during()
+                    with self.interrupt.deferred():
+                        if best or self.checkpoints.due(self.step):
+                            self._checkpoint()
+                        self.checkpoints.poll()
+            except KeyboardInterrupt:
+                if self.interrupt.aborted:
+                    raise
+                self.stopped_by = self.interrupt.signum
+            log.close_progress()
+            if self.stopped_by is not None:
+                return self._finish(self._last_checkpoint("interrupted"))
+        student = self._save(self.directory / "student")
+        if self._evaluate("student after"):
+            self._checkpoint()
+        self.checkpoints.finish()
+        return self._finish(student)
 
     def _rollouts(self, indices: list[int]) -> list[Rollout]:
         """This rank's share of the step's responses, sampled from the student as it is."""
@@ -222,23 +214,27 @@ class Trainer:
         return metrics | gap.metrics
 
     def _stop(self, why: str, cause: Exception | None = None) -> NoReturn:
-        """Save the student as it is, and end the run."""
-        self.closing.close()
+        """Write a checkpoint of what was after the last step, and end the run."""
+        self.engine.close()
         self.optimizer.zero_grad()
-        student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
-        raise TrainingStopped(f"{why}. The student of step {self.step} is in {student}") from cause
+        path = self._last_checkpoint(why)
+        raise TrainingStopped(f"{why}. What was after step {self.step} is in {path}") from cause
 
     def _load(self) -> None:
         cfg = self.cfg
         with self.timer("loading"):
             builder = Builder(cfg, self.device)
+        self.student = builder.student
+        check_space(cfg, self.directory, self.student)
         for name in cfg.all_teachers if cfg.eval.teacher else ():
+            if (who := f"teacher {name}".strip()) in self.evaluations:
+                continue
             with self.timer("loading"):
                 teacher = builder.whole_teacher(name)
-            self._evaluate(f"teacher {name}".strip(), teacher)
+            self._evaluate(who, teacher)
             del teacher
         with self.timer("loading"):
-            self.student, self.objectives = builder.student, builder.objectives()
+            self.objectives = builder.objectives()
             if cfg.packing:
                 with self._autocast():
                     self.objectives.check_packing()
@@ -251,12 +247,69 @@ class Trainer:
         self.scheduler = get_scheduler(
             schedule, self.optimizer, math.ceil(o.warmup_ratio * cfg.steps), cfg.steps
         )
+        self.checkpoints = RunCheckpoints(
+            cfg, self.directory, self.student, self.tokenizer, self.device, self.resumed,
+            self.log.say,
+        )  # fmt: skip
+        self.closing.callback(self.checkpoints.close)
+        if self.resumed is not None:
+            with self.timer("loading"):
+                self.checkpoints.load(self.optimizer)
+            with warnings.catch_warnings(action="ignore"):  # that the optimizer has made no step
+                for _ in range(self.step):  # the rate is a function of the step alone
+                    self.scheduler.step()
         with self.timer("loading"):
             self.engine = make_engine(
                 cfg, self.student, self.tokenizer, self.device, self.directory, self.log.say,
                 self._autocast,
             )  # fmt: skip
         self.closing.callback(self.engine.close)
+        self.timer.take_step()
+
+    def _recall(self, document: dict[str, Any]) -> None:
+        """What a checkpoint knows besides weights, optimizer and random states."""
+        self.step, self.delta_peak_gb = document["step"], document["delta_peak_gb"]
+        self.batches.load_state_dict(document["sampler"])
+        self.timer.total.update(document["seconds"])
+        for who, results in document["evaluations"].items():
+            if list(results) == list(self.cfg.eval.sets):
+                self.evaluations[who] = {n: EvalResult(**r) for n, r in results.items()}
+
+    def _between_steps(self) -> None:
+        """Note what a checkpoint of this step needs and an interrupted rollout would change."""
+        self.sampler_state, self.random_state = self.batches.state_dict(), rng.capture(self.device)
+
+    def _stopping(self) -> bool:
+        """Whether any rank was asked to end, before this step."""
+        signum = distributed.max_over_ranks(float(self.interrupt.signum or 0), self.device)
+        self.stopped_by = int(signum) or None
+        return self.stopped_by is not None
+
+    def _checkpoint(self) -> None:
+        """Begin to write one of everything, as it was after the last step."""
+        progress = {
+            "sampler": self.sampler_state,
+            "evaluations": plain(self.evaluations),
+            "seconds": dict(self.timer.total),
+            "delta_peak_gb": self.delta_peak_gb,
+            "metrics_bytes": self.log.position(),
+        }
+        with self.timer("saving"):
+            self.checkpoints.save(self.step, self.optimizer, self.random_state, progress)
+        self.timer.take_step()
+
+    def _last_checkpoint(self, why: str) -> Path:
+        """Write one, wait for it, and return it."""
+        self._checkpoint()
+        with self.timer("saving"):
+            path = self.checkpoints.finish()
+        self.timer.take_step()
+        if self.checkpoints.failure is not None or path is None:
+            raise TrainingStopped(
+                f"{why} after step {self.step}: {self.checkpoints.failure}. The last complete "
+                f"checkpoint is {path}"
+            )
+        return path
 
     def _totals(self, chosen: list[Chosen]) -> dict[str, float]:
         """By objective, the denominator of its mean over the global batch."""
@@ -309,14 +362,14 @@ class Trainer:
             file,
         )
         self.optimizer.zero_grad()
-        student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
+        student = self._last_checkpoint("a loss that is not finite")
         what = "the gradient norm"
         if bad_objectives:
             what = f"the loss of {' and '.join(bad_objectives)}"
             what += f" in student layer(s) {bad}" if bad else ""
         raise TrainingStopped(
             f"step {step}: {what} is not finite (loss {losses}, gradient norm {norm}). "
-            f"The batch is in {file}; the student as it was before this step in {student}. Lower "
+            f"The batch is in {file}; what was before this step in {student}. Lower "
             "optim.lr, or use float32 for models in float16"
         )
 
@@ -354,22 +407,25 @@ class Trainer:
             metrics |= rep_metrics(reps, layer_losses, width, self.device)
         return metrics
 
-    def _evaluate_during(self) -> None:
+    def _evaluate_during(self) -> bool:
         due = [
             name
             for name, source in self.cfg.eval.sets.items()
             if source.every and self.step % source.every == 0 and self.step < self.cfg.steps
         ]
-        self._evaluate("student", names=due)
+        return self._evaluate("student", names=due)
 
     def _evaluate(
         self, who: str, model: PreTrainedModel | None = None, names: list[str] | None = None
-    ) -> None:
-        """On the sets ``names`` (None: all), a teacher, or the student, if no model is given."""
+    ) -> bool:
+        """On the sets ``names`` (None: all), a teacher, or the student, if no model is given.
+
+        Returns whether the student has never been better (``checkpoint.keep_best``).
+        """
         sets = self.checked.eval_sets
         names = list(sets) if names is None else names
-        if not names:
-            return
+        if not names or who in self.evaluations:
+            return False
         tokenizer = self.tokenizer
         if not who.startswith("student"):
             tokenizer = self.checked.teacher_tokenizers.get(_teacher_name(who), tokenizer)
@@ -386,6 +442,10 @@ class Trainer:
         self.log.evaluation(self.step, who, results)
         if who != "student":
             self.evaluations[who] = results
+        if who not in ("student", "student after"):
+            return False
+        metrics = {k: v for name, r in results.items() for k, v in r.metrics(name).items()}
+        return self.checkpoints.observe(self.step, metrics)
 
     def _asked(self, who: str, name: str) -> list[Prompt]:
         """An evaluation set's prompts, a teacher's with what it is told."""
@@ -399,12 +459,19 @@ class Trainer:
 
     def _save(self, directory: Path) -> Path:
         with self.timer("saving"):
-            if distributed.rank() == 0:
+            try:
                 save_student(self.student, self.tokenizer, directory)
+            except (OSError, SafetensorError) as error:
+                last = self.checkpoints.finish()
+                raise TrainingStopped(
+                    f"the student of step {self.step} could not be written to {directory}: {error}."
+                    f" The last complete checkpoint is {last}"
+                ) from error
         self.timer.take_step()
         return directory
 
-    def _finish(self, student: Path, interrupted: bool) -> Summary:
+    def _finish(self, student: Path) -> Summary:
+        interrupted = self.stopped_by is not None
         delta = self.delta_peak_gb
         summary = Summary(
             self.directory,
@@ -414,6 +481,7 @@ class Trainer:
             self.evaluations,
             dict(self.timer.total),
             delta,
+            self.stopped_by,
         )
         if distributed.rank() == 0:
             write_summary(summary)
@@ -421,8 +489,10 @@ class Trainer:
             origin = DEMO_ORIGIN if paths == ["demo:teacher"] else None
             for table in closing_tables(self.evaluations, summary.phases, delta, origin):
                 self.log.console.print(table)
-            state = f"interrupted after step {self.step}" if interrupted else "finished"
-            self.log.say(f"{state}; student: {student}  metrics: {self.directory}/metrics.jsonl")
+            state = f"finished; student: {student}"
+            if interrupted:
+                state = f"interrupted after step {self.step}; --resume auto goes on from {student}"
+            self.log.say(f"{state}  metrics: {self.directory}/metrics.jsonl")
         self.log.close()
         return summary
 
@@ -430,22 +500,6 @@ class Trainer:
 def _teacher_name(who: str) -> str:
     """Of "teacher" or "teacher <source>"."""
     return who.removeprefix("teacher").strip()
-
-
-def write_summary(summary: Summary) -> None:
-    """``summary.json`` in the run's directory."""
-    values = {
-        "student": str(summary.student),
-        "steps": summary.steps,
-        "interrupted": summary.interrupted,
-        "evaluations": {
-            who: {name: r.as_dict() for name, r in results.items()}
-            for who, results in summary.evaluations.items()
-        },
-        "seconds": summary.phases,
-        "mem/actor_update_delta_peak_GB": summary.delta_peak_gb,
-    }
-    (summary.directory / "summary.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) -> Summary:
@@ -460,14 +514,15 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
         TrainingStopped: if it can't go on; what it had is saved.
     """
     checked = preflight(cfg)
+    if cfg.resume == "auto" and (done := done_already(cfg, output_dir(cfg))) is not None:
+        return done
     trainer = Trainer(cfg, checked)
     if write_config and distributed.rank() == 0:
-        write_config(trainer.directory)
+        resume.write_config(trainer.directory, write_config)
     try:
-        return trainer.run()
+        with trainer.closing:
+            return trainer.run()
     finally:
-        trainer.closing.close()
-        trainer.log.close()
         distributed.shutdown()
 
 

@@ -4,6 +4,7 @@ others.
 Fields can be given in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``).
 """
 
+from oprd.config.checkpoint import CheckpointConfig
 from oprd.config.data import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.config.models import SELF, BridgeConfig, DType, StudentConfig, TeacherConfig
@@ -18,6 +19,7 @@ __all__ = [
     "OBJECTIVES",
     "SELF",
     "BridgeConfig",
+    "CheckpointConfig",
     "DType",
     "DataConfig",
     "DistillConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oprd.config.checkpoint import CheckpointConfig, check_checkpoint
 from oprd.config.data import DataConfig, EvalConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig
@@ -20,7 +21,9 @@ class TrainConfig:
 
     Attributes:
         output_dir: where everything is written; null: ``runs/<name>-<time>``. A directory that
-            holds anything is refused.
+            holds anything is refused, unless ``resume`` says to go on with it.
+        resume: ``auto``: go on from the newest checkpoint in output_dir, or begin if there is none;
+            or a checkpoint, or a run's directory, to go on from.
         name: of the run.
         steps: optimizer steps.
         seed: of prompts and sampling.
@@ -34,7 +37,6 @@ class TrainConfig:
             architectures here, and it is tried on the models before the first step. With ``sdpa``
             and ``eager`` attention costs as much as over one sequence of the whole row's length:
             choose one of the others for long rows.
-        save_every: steps between checkpoints (a Hugging Face directory); 0: none but at the end.
         log_every: steps between progress lines where the output is not a terminal.
         teachers: one for each source of prompts, instead of ``teacher``.
         objectives: what is minimised, a weight for each: ``oprd``, ``opd_top1``, ``opd_topk``,
@@ -42,6 +44,7 @@ class TrainConfig:
     """
 
     output_dir: str | None = None
+    resume: str | None = None
     name: str = "demo"
     steps: int = 100
     seed: int = 0
@@ -49,7 +52,6 @@ class TrainConfig:
     autocast: Literal["bfloat16"] | None = None
     micro_batch_tokens: int = 32768
     packing: bool = False
-    save_every: int = 0
     log_every: int = 10
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -63,6 +65,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
@@ -94,8 +97,7 @@ def check_values(cfg: TrainConfig) -> None:
     at_least_one |= {f"data.sources.{name}.limit": s.limit for name, s in cfg.data.sources.items()}
     at_least_one |= {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
     problems.need_at_least_one(at_least_one)
-    not_negative = {"save_every": cfg.save_every}
-    not_negative |= {f"eval.sets.{name}.every": s.every for name, s in cfg.eval.sets.items()}
+    not_negative = {f"eval.sets.{name}.every": s.every for name, s in cfg.eval.sets.items()}
     for name, value in not_negative.items():
         need(value >= 0, f"{name} must not be negative, got {value}")
     e = cfg.eval
@@ -141,5 +143,10 @@ def check_values(cfg: TrainConfig) -> None:
             len(cfg.teachers) < 2 and not any(t.is_self for t in cfg.all_teachers.values()),
             "distill.init_head_from_teacher needs one teacher that is not the student itself",
         )
+    need(
+        cfg.resume != "auto" or cfg.output_dir is not None,
+        "resume=auto needs an output_dir: there it looks for checkpoints",
+    )
     check_optim(problems, cfg.optim)
+    check_checkpoint(problems, cfg.checkpoint, cfg.eval)
     problems.refuse()

@@ -87,11 +87,16 @@ def test_all_wrong_values_are_listed_at_once(capsys):
     error = fails(
         capsys,
         *("--dry_run", "--steps=0", "--optim.lr=-1", "--rollout.temperature=0"),
-        *("--eval.samples=4", "--optim.warmup_ratio=2", "--rollout.top_p=0", "--save_every=-1"),
+        *(
+            "--eval.samples=4",
+            "--optim.warmup_ratio=2",
+            "--rollout.top_p=0",
+            "--checkpoint.every=-1",
+        ),
     )
     for name in (
         *("steps", "optim.lr", "rollout.temperature", "eval.samples", "optim.warmup_ratio"),
-        *("rollout.top_p", "save_every"),
+        *("rollout.top_p", "checkpoint.every"),
     ):
         assert name in error
 

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from oprd.config import DataConfig, PromptsConfig
-from oprd.data import encode_prompt, load_prompts, step_batches, with_suffix
+from oprd.data import PromptSampler, encode_prompt, load_prompts, with_suffix
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError, Unreachable
 
@@ -144,14 +144,31 @@ def test_suffix_is_added_once_to_the_last_user_message():
     assert with_suffix(chat, "c") == [{"role": "user", "content": "a c"}, chat[1]]
 
 
-def test_step_batches_cover_every_prompt_each_epoch_and_repeat_by_seed():
-    batches = list(islice(step_batches(5, 3, seed=1), 10))
+def test_the_sampler_covers_every_prompt_each_epoch_and_repeats_by_seed():
+    batches = list(islice(PromptSampler(5, 3, seed=1), 10))
     assert all(len(b) == 3 for b in batches)
     flat = [i for b in batches for i in b]
     for epoch in range(6):
         assert sorted(flat[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
-    assert batches == list(islice(step_batches(5, 3, seed=1), 10))
-    assert batches != list(islice(step_batches(5, 3, seed=2), 10))
+    assert batches == list(islice(PromptSampler(5, 3, seed=1), 10))
+    assert batches != list(islice(PromptSampler(5, 3, seed=2), 10))
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 2, 5, 7])
+def test_the_sampler_goes_on_from_any_position(drawn):
+    first = PromptSampler(5, 3, seed=1)
+    batches = list(islice(first, drawn + 4))
+    position = PromptSampler(5, 3, seed=1)
+    list(islice(position, drawn))
+    second = PromptSampler(5, 3, seed=1)
+    next(second)
+    second.load_state_dict(json.loads(json.dumps(position.state_dict())))
+    assert list(islice(second, 4)) == batches[drawn:]
+
+
+def test_the_sampler_knows_its_prompts():
+    with pytest.raises(ConfigError, match="another sequence of prompts"):
+        PromptSampler(6, 3, seed=1).load_state_dict(PromptSampler(5, 3, seed=1).state_dict())
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published data are not on this machine")

@@ -8,7 +8,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from oprd import cli
-from oprd.stages import RECORD, finished, merged, stage_values
+from oprd.stages import RECORD, merged, stage_values
+from oprd.summary import finished
+from tests.oprd.runs import stop_after
 
 FEW = {
     "steps": 2, "rollout": {"prompts_per_step": 4},
@@ -18,6 +20,7 @@ STAGES = {"first": {}, "second": {"objectives": {"opd_full": 1.0}, "optim": {"lr
 
 
 def write(tmp_path, stages=None, **changes):
+    tmp_path.mkdir(exist_ok=True)
     file = tmp_path / "two.yaml"
     values = FEW | {"output_dir": str(tmp_path / "out"), "stages": stages or STAGES} | changes
     file.write_text(yaml.safe_dump(values))
@@ -62,6 +65,30 @@ def test_a_second_start_goes_on_after_what_is_finished(tmp_path, capsys):
     capsys.readouterr()
     cli.train(arguments)
     assert capsys.readouterr().out.count("finished already") == 2
+
+
+def test_a_second_start_goes_on_inside_a_stage_from_its_checkpoint(tmp_path, monkeypatch, capsys):
+    few = FEW | {"steps": 4}
+    cli.train(write(tmp_path / "whole", **few))
+    arguments = [*write(tmp_path, **few), "--checkpoint.every=1"]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(SystemExit) as ended:
+            cli.train(arguments)
+    assert ended.value.code == 143
+    out = tmp_path / "out"
+    assert not (out / "second").exists()
+    cli.train([*arguments, "--resume=auto"])
+    assert not list(out.glob("*.unfinished-*"))
+    steps = [json.loads(line)["step"] for line in (out / "first" / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    assert torch.equal(
+        weights(out / "second/student"), weights(tmp_path / "whole" / "out" / "second/student")
+    )
+
+
+def test_each_stage_has_checkpoints_of_its_own(tmp_path, capsys):
+    assert "with stages it must be auto" in fails(capsys, *write(tmp_path), "--resume=elsewhere")
 
 
 def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):

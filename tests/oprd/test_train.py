@@ -7,45 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd import cli, distributed
-from oprd.config import EvalSetConfig, PromptsConfig, TrainConfig
+from oprd import cli, distributed, export
+from oprd.config import PromptsConfig
 from oprd.demo.task import make_splits
 from oprd.errors import ConfigError
 from oprd.models import DEMO
 from oprd.train import TrainingStopped, train
-
-ROOT = Path(__file__).parents[2]
-
-
-def small_run(directory, **changes) -> TrainConfig:
-    """Three steps of eight prompts."""
-    cfg = TrainConfig(output_dir=str(directory), steps=3, log_every=1)
-    cfg.rollout.prompts_per_step = 8
-    cfg.eval.sets = {"val": EvalSetConfig("demo:val.jsonl", limit=40, every=2)}
-    for name, value in changes.items():
-        *path, last = name.split("__")
-        target = cfg
-        for part in path:
-            target = getattr(target, part)
-        setattr(target, last, value)
-    return cfg
+from tests.oprd.runs import ROOT, checkpoint_tensors, lines, small_run
 
 
 def oprd_train(directory, *arguments):
     """A command line: four prompts a step, no evaluation."""
     few = [f"--output_dir={directory}", "--eval.sets={}", "--rollout.prompts_per_step=4"]
     return [sys.executable, "-m", "oprd.train", *few, *arguments]
-
-
-def lines(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_of(directory):
@@ -79,13 +59,14 @@ def test_the_demo_learns_and_transformers_alone_confirms_it(tmp_path, capsys):
 
 
 def test_what_a_run_leaves_behind(tmp_path, capsys):
-    summary = train(small_run(tmp_path / "run", save_every=2))
+    summary = train(small_run(tmp_path / "run", checkpoint__every=2))
     run = tmp_path / "run"
     assert summary.student == run / "student"
     assert {p.name for p in run.iterdir()} == {
         *("metrics.jsonl", "summary.json", "student", "checkpoints"),
     }
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_2"]
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000003"]
     steps = steps_of(run)
     assert [s["step"] for s in steps] == [1, 2, 3]
     for name in (
@@ -149,11 +130,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
         train(cfg)
     batch = torch.load(tmp_path / "run" / "failed_step_1_rank_0.pt", weights_only=True)
     assert len(batch["rollouts"]) == 8
-    saved = load_file(tmp_path / "run" / "checkpoints" / "step_0" / "model.safetensors")
-    assert all(w.isfinite().all() for w in saved.values())
+    saved = checkpoint_tensors(tmp_path / "run" / "checkpoints" / "step_00000000")
+    assert all(w.isfinite().all() for name, w in saved.items() if name.startswith("model/"))
 
 
-def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_cleanly_with_a_checkpoint(tmp_path, signum, code):
     process = subprocess.Popen(
         oprd_train(tmp_path / "run", "--steps=100000", "--log_every=1"),
         stdout=subprocess.PIPE,
@@ -164,14 +146,15 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signum)
             break
     rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, rest
+    assert process.returncode == code, rest
     assert "Traceback" not in rest
     step = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
     assert step >= 3
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / f"step_{step}")
+    export.main([str(tmp_path / "run"), str(tmp_path / "model")])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_two_ranks_compute_what_one_does(tmp_path):

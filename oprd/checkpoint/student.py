@@ -1,0 +1,39 @@
+"""Saving the student so that `from_pretrained` loads it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd import distributed
+from oprd.checkpoint.files import sync, sync_tree
+from oprd.student_weights import full_weights
+
+
+def save_student(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Write model and tokenizer in Hugging Face's layout; collective, rank 0 writes.
+
+    Into a directory beside it first, and then renamed: ``directory`` is whole or not there. Rank 0
+    holds one whole copy of the weights in main memory meanwhile.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, tensor in full_weights(student):
+        if distributed.rank() == 0:
+            weights[name] = tensor.cpu()
+    if distributed.rank() != 0:
+        return
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    student.save_pretrained(unfinished, state_dict=weights)
+    tokenizer.save_pretrained(unfinished)
+    sync_tree(unfinished)
+    if directory.exists():
+        shutil.rmtree(directory)
+    unfinished.rename(directory)
+    sync(directory.parent)

@@ -1,0 +1,109 @@
+"""``oprd-export``: a checkpoint as a model that `from_pretrained` loads.
+
+oprd-export runs/demo OUTPUT                    # the newest checkpoint of a run
+oprd-export runs/demo OUTPUT --best             # the one that checkpoint.keep_best keeps
+oprd-export runs/demo/checkpoints/step_00000040 OUTPUT --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from oprd.checkpoint import Checkpoint, save_student
+from oprd.checkpoint.files import read_best, step_name
+from oprd.checkpoint.resume import CHECKPOINTS, locate
+from oprd.checkpoint.state import load
+from oprd.checkpoint.writer import STUDENT
+from oprd.cli import quiet_libraries
+from oprd.errors import ConfigError
+from oprd.models import load_tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def choose(path: Path, best: bool) -> Checkpoint:
+    """The checkpoint that the command line means.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found, torn = locate(path)
+    for other, why in torn.items():
+        print(f"{other} is not whole and left out: {why}")
+    if not best:
+        return found[0]
+    kept = read_best(path / CHECKPOINTS)
+    if kept is None:
+        raise ConfigError(
+            f"--best: {path} keeps no best checkpoint: expected the directory of a run with "
+            "checkpoint.keep_best"
+        )
+    return locate(path / CHECKPOINTS / step_name(kept["step"]))[0][0]
+
+
+def load_student(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The student of a checkpoint, on the CPU.
+
+    Raises:
+        ConfigError: if the checkpoint is of another model than its own configuration says.
+    """
+    directory = checkpoint.path / STUDENT
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    load(checkpoint.path, model)
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def export(checkpoint: Checkpoint, output: Path, dtype: str | None = None) -> None:
+    """Write a checkpoint's student in Hugging Face's layout.
+
+    Args:
+        dtype: of the weights; None: as they were trained.
+
+    Raises:
+        ConfigError: if ``output`` holds anything, or the checkpoint can't be loaded.
+    """
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and would be lost: choose a new directory")
+    model = load_student(checkpoint)
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
+    save_student(model, load_tokenizer(str(checkpoint.path / STUDENT)), output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``oprd-export``. Exit codes: 0, 1 no room, 2 wrong arguments or checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="oprd-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the directory of a run")
+    parser.add_argument("output", type=Path, help="a directory that does not exist yet")
+    parser.add_argument("--best", action="store_true", help="of a run, its best checkpoint")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as trained")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        checkpoint = choose(options.checkpoint, options.best)
+        export(checkpoint, options.output, options.dtype)
+    except ConfigError as error:
+        sys.stderr.write(f"oprd-export: error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        sys.stderr.write(f"oprd-export: {options.output} could not be written: {error}\n")
+        sys.exit(1)
+    print(f"step {checkpoint.step}: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ from oprd.config.fsdp import check_fsdp
 from oprd.data import PromptSet, load_prompts, load_training_prompts
 from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import ConfigError, Problems, Unreachable
+from oprd.lora import check_targets
 from oprd.models import (
     check_length,
     check_pair,
@@ -97,6 +98,8 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
         found.notes += _bridge_notes(cfg, bridge)
 
     student = attempt(lambda: load_config(cfg.student.path))
+    if student and cfg.student.lora.rank is not None:
+        check_targets(student, cfg.student.lora)
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
     if cfg.rollout.engine == "vllm":
         found.notes += check_vllm(cfg, student, device)

@@ -19,8 +19,8 @@ from oprd.errors import ConfigError
 from oprd.preflight import preflight
 from oprd.train import Summary, train
 
-SECTIONS = ("student", "teacher", "data", "data.train", "rollout", "distill", "bridge", "opd",
-            "optim", "eval")  # fmt: skip
+SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "distill",
+            "bridge", "opd", "optim", "eval")  # fmt: skip
 """Parts of the configuration of which a stage may change some entries; others it replaces."""
 
 RECORD = "stages.json"

@@ -244,8 +244,9 @@ class Trainer:
                     self.objectives.check_packing()
         self.sharded = builder.mesh is not None
         o = cfg.optim
+        trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
+            trained, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
         )
         schedule = {"cosine": "cosine", "constant": "constant_with_warmup"}[o.schedule]
         self.scheduler = get_scheduler(

@@ -6,7 +6,14 @@ Fields can be given in a YAML file (``--config``) and on the command line (``--o
 
 from oprd.config.data import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig
 from oprd.config.fsdp import FsdpConfig
-from oprd.config.models import SELF, BridgeConfig, DType, StudentConfig, TeacherConfig
+from oprd.config.models import (
+    SELF,
+    BridgeConfig,
+    DType,
+    LoraConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig, check_sampling
@@ -24,6 +31,7 @@ __all__ = [
     "EvalConfig",
     "EvalSetConfig",
     "FsdpConfig",
+    "LoraConfig",
     "OpdConfig",
     "OptimConfig",
     "PromptsConfig",

@@ -7,7 +7,7 @@ from typing import Literal
 
 from oprd.config.data import DataConfig, EvalConfig
 from oprd.config.fsdp import FsdpConfig
-from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig
+from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig, check_lora
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig, check_optim
 from oprd.config.rollout import RolloutConfig, check_sampling
@@ -140,6 +140,20 @@ def check_values(cfg: TrainConfig) -> None:
         need(
             len(cfg.teachers) < 2 and not any(t.is_self for t in cfg.all_teachers.values()),
             "distill.init_head_from_teacher needs one teacher that is not the student itself",
+        )
+    lora = cfg.student.lora
+    check_lora(problems, lora)
+    if lora.rank is None:
+        need(
+            not any(t.path == "self:base" for t in cfg.all_teachers.values()),
+            "the teacher self:base is the student without its adapter, and student.lora.rank is "
+            "null: give a rank, or take self:start",
+        )
+    else:
+        need(
+            not cfg.distill.init_head_from_teacher,
+            "distill.init_head_from_teacher changes weights that an adapter does not hold: leave "
+            "it off with student.lora",
         )
     check_optim(problems, cfg.optim)
     problems.refuse()

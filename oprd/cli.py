@@ -180,7 +180,8 @@ def dry_run(cfg: TrainConfig) -> None:
 def train(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``oprd-train``.
 
-    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration, 130 interrupted.
+    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration, 124 a rank hung
+    (`oprd.heartbeat`), 130 interrupted.
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from oprd import heartbeat
 from oprd.evaluate import EvalResult
 
 
@@ -28,6 +29,7 @@ class PhaseTimer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the time spent inside to ``phase``; waits for the GPU."""
+        heartbeat.beat(phase)
         self._synchronize()
         start = time.perf_counter()
         try:
@@ -37,6 +39,7 @@ class PhaseTimer:
             seconds = time.perf_counter() - start
             self.total[phase] += seconds
             self.step[phase] += seconds
+            heartbeat.beat(f"after {phase}")
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

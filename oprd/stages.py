@@ -20,7 +20,8 @@ from oprd.preflight import preflight
 from oprd.train import Summary, train
 
 SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "distill",
-            "bridge", "opd", "optim", "eval")  # fmt: skip
+            "bridge", "opd", "optim", "eval", "watchdog", "watchdog.loss",
+            "watchdog.length")  # fmt: skip
 """Parts of the configuration of which a stage may change some entries; others it replaces."""
 
 RECORD = "stages.json"

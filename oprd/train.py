@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel, get_scheduler
 
-from oprd import distributed
+from oprd import distributed, heartbeat
 from oprd.alignment import for_teacher
 from oprd.building import Builder
 from oprd.checkpoint import save_student
@@ -40,6 +40,7 @@ from oprd.rollout import Rollout, collate, eos_ids
 from oprd.runlog import PhaseTimer, RunLog, closing_tables
 from oprd.sharding import clip_gradients
 from oprd.step_metrics import memory_metrics, plan_metrics, rep_metrics, rollout_metrics
+from oprd.watchdog import Alarm, Watchdog, keep_batch, not_finite
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
@@ -80,13 +81,15 @@ class Trainer:
         assert checked.train is not None
         self.cfg, self.checked = cfg, checked
         self.tokenizer, self.prompts = checked.tokenizer, checked.train.prompts
-        self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on")
+        w = cfg.watchdog
+        self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on", w.timeout_s)
         # The default name holds the time, which ranks need not agree on.
         self.directory = distributed.from_rank_0(output_dir(cfg))
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
+        self.watchdog = Watchdog(w)
         self.interrupt = Interrupt()
         self.closing = contextlib.ExitStack()
         self.step = 0
@@ -109,12 +112,14 @@ class Trainer:
         try:
             with self.interrupt.armed():
                 while self.step < cfg.steps and not self.interrupt.requested:
+                    heartbeat.beat(step=self.step + 1)
                     rollouts = self._rollouts(next(batches))
                     sampled = self._check_gap(rollouts)
                     with self.interrupt.deferred():
                         metrics = self._update(rollouts) | sampled
                         self.step += 1
                     log.step(self.step, metrics)
+                    self._heed(self.watchdog.look(self.step, metrics))
                     self._evaluate_during()
                     if cfg.save_every and self.step % cfg.save_every == 0:
                         self._save(self.directory / "checkpoints" / f"step_{self.step}")
@@ -293,33 +298,24 @@ class Trainer:
         rollouts: list[Rollout],
     ) -> None:
         by_layer = dict(zip(self._student_blocks(), layer_losses, strict=True))
-        bad = [block for block, loss in by_layer.items() if not math.isfinite(loss)]
-        bad_objectives = [name for name, loss in losses.items() if not math.isfinite(loss)]
-        if not bad and not bad_objectives and math.isfinite(norm):
-            return
-        step = self.step + 1
-        file = self.directory / f"failed_step_{step}_rank_{distributed.rank()}.pt"
-        torch.save(
-            {
-                "step": step,
-                "losses": losses,
-                "layer_losses": by_layer,
-                "grad_norm": norm,
-                "rollouts": [(r.prompt_ids, r.response_ids) for r in rollouts],
-            },
-            file,
-        )
-        self.optimizer.zero_grad()
+        if what := not_finite(losses, by_layer, norm):
+            step = self.step + 1
+            file = keep_batch(self.directory, step, losses, by_layer, norm, rollouts)
+            self.optimizer.zero_grad()
+            self._stop(
+                f"step {step}: {what}. The batch is in {file}. Lower optim.lr, or use float32 for "
+                "models in float16"
+            )
+
+    def _heed(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            if alarm.stop:
+                self._stop(alarm.message)
+            self.log.say(f"warning: {alarm.message}")
+
+    def _stop(self, why: str) -> NoReturn:
         student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
-        what = "the gradient norm"
-        if bad_objectives:
-            what = f"the loss of {' and '.join(bad_objectives)}"
-            what += f" in student layer(s) {bad}" if bad else ""
-        raise TrainingStopped(
-            f"step {step}: {what} is not finite (loss {losses}, gradient norm {norm}). "
-            f"The batch is in {file}; the student as it was before this step in {student}. Lower "
-            "optim.lr, or use float32 for models in float16"
-        )
+        raise TrainingStopped(f"{why}. The student as it was after step {self.step}: {student}")
 
     def _student_blocks(self) -> list[int]:
         distiller = self.objectives.distiller
@@ -465,7 +461,8 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
     if write_config and distributed.rank() == 0:
         write_config(trainer.directory)
     try:
-        return trainer.run()
+        with heartbeat.watching(cfg.watchdog.timeout_s, trainer.directory):
+            return trainer.run()
     finally:
         trainer.closing.close()
         trainer.log.close()

@@ -19,6 +19,7 @@ from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig, check_sampling
 from oprd.config.train import TrainConfig, check_values
 from oprd.config.vllm import MAX_LOGPROB_GAP, VllmConfig
+from oprd.config.watchdog import LengthWatch, LossWatch, WatchdogConfig
 
 __all__ = [
     "MAX_LOGPROB_GAP",
@@ -31,7 +32,9 @@ __all__ = [
     "EvalConfig",
     "EvalSetConfig",
     "FsdpConfig",
+    "LengthWatch",
     "LoraConfig",
+    "LossWatch",
     "OpdConfig",
     "OptimConfig",
     "PromptsConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "VllmConfig",
+    "WatchdogConfig",
     "check_sampling",
     "check_values",
 ]

@@ -11,6 +11,7 @@ from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig, check
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig, check_optim
 from oprd.config.rollout import RolloutConfig, check_sampling
+from oprd.config.watchdog import WatchdogConfig, check_watchdog
 from oprd.errors import Problems
 
 
@@ -63,6 +64,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
@@ -156,4 +158,5 @@ def check_values(cfg: TrainConfig) -> None:
             "it off with student.lora",
         )
     check_optim(problems, cfg.optim)
+    check_watchdog(problems, cfg.watchdog)
     problems.refuse()

@@ -46,6 +46,9 @@ class Beat:
         step: that is being made, counted from 1.
         phase: what is being done.
         at: when, in seconds of the wall clock.
+        count: beats in this step so far.
+        place: where the work is now: function, file and line.
+        waits: whether that is in a call to torch.distributed.
     """
 
     rank: int
@@ -53,6 +56,9 @@ class Beat:
     step: int = 0
     phase: str = "starting"
     at: float = 0.0
+    count: int = 0
+    place: str = ""
+    waits: bool = False
 
 
 class Heartbeat:
@@ -89,15 +95,19 @@ class Heartbeat:
         the others is the thread's work."""
         self._moved = time.monotonic()
         last = self.last
-        phase = last.phase if phase is None else phase
         self.last = replace(
-            last, phase=phase, step=last.step if step is None else step, at=time.time()
+            last,
+            phase=last.phase if phase is None else phase,
+            step=last.step if step is None else step,
+            at=time.time(),
+            count=last.count + 1 if step is None else 0,
         )
 
     def _watch(self) -> None:
         told = None
         while not self._stopped.wait(self.interval):
-            last = self.last
+            place, waits = _place_of_main_thread()
+            last = replace(self.last, place=place, waits=waits)
             if last != told and self._tell(last):
                 told = last
             if self._others_say_hung():
@@ -105,7 +115,7 @@ class Heartbeat:
                 time.sleep(3 * self.interval)  # the rank that found it ends first, with its message
                 os._exit(EXIT_CODE)
             if time.monotonic() - self._moved > self.timeout_s:
-                beats = self._everyone()
+                beats = self._everyone(last)
                 if time.time() - max(b.at for b in beats) > self.timeout_s:
                     self._end(beats)
 
@@ -122,9 +132,9 @@ class Heartbeat:
             return self.store is not None and self.store.check([_HUNG])
         return False
 
-    def _everyone(self) -> list[Beat]:
+    def _everyone(self, own: Beat) -> list[Beat]:
         """Each rank's last beat, as far as it is known."""
-        beats = {self.last.rank: self.last}
+        beats = {own.rank: own}
         with suppress(*_UNREACHABLE):
             for key in map(str, range(self.ranks)):
                 if self.store is not None and int(key) not in beats and self.store.check([key]):
@@ -156,27 +166,43 @@ class Heartbeat:
             faulthandler.dump_traceback(file, all_threads=True)
 
 
+def _place_of_main_thread() -> tuple[str, bool]:
+    """Function, file and line; and whether that is in a call to torch.distributed."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "", False
+    code = frame.f_code
+    place = f"{code.co_name}, {Path(code.co_filename).name}:{frame.f_lineno}"
+    files: list[str] = []
+    while frame is not None and len(files) < 3:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    return place, any(os.path.join("torch", "distributed") in file for file in files)
+
+
 def describe(beats: Sequence[Beat], ranks: int, now: float) -> str:
-    """Who is where, beginning with the rank that has not moved for the longest time.
+    """Who is where, beginning with the rank that the others most likely wait for: one that waits in
+    no collective, and of these the one that is furthest behind.
 
     Args:
         beats: of the ranks that are known.
         ranks: how many there are.
         now: seconds of the wall clock.
     """
-    slowest = min(beats, key=lambda b: b.at)
+    behind = min(beats, key=lambda b: (b.waits, b.step, b.count, b.at))
     waiting = defaultdict(list)
     for beat in beats:
-        if beat is not slowest:
-            waiting[beat.phase, beat.step].append(beat.rank)
+        if beat is not behind:
+            waiting[beat.phase, beat.step, beat.place].append(beat.rank)
     text = (
-        f"rank {slowest.rank} ({slowest.host}) has been in {slowest.phase!r} of step "
-        f"{slowest.step} for {now - slowest.at:,.0f} s"
+        f"rank {behind.rank} ({behind.host}) has been in {behind.phase!r} of step "
+        f"{behind.step} for {now - behind.at:,.0f} s (at {behind.place})"
     )
     parts = []
-    for (phase, step), which in waiting.items():
+    for (phase, step, place), which in waiting.items():
         names = f"rank{'s' if len(which) > 1 else ''} {', '.join(map(str, which))}"
-        parts.append(f"{names} wait{'' if len(which) > 1 else 's'} in {phase!r} of step {step}")
+        verb = "wait" if len(which) > 1 else "waits"
+        parts.append(f"{names} {verb} in {phase!r} of step {step} (at {place})")
     unknown = sorted(set(range(ranks)) - {b.rank for b in beats})
     if unknown:
         parts.append(f"nothing is known of rank(s) {', '.join(map(str, unknown))}")

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -153,13 +154,17 @@ def test_wrong_numbers(watchdog, message):
 
 def test_the_rank_that_has_not_moved_is_named():
     beats = [
-        Beat(0, "a", 7, "student update", 60), Beat(1, "b", 7, "rollout", 40),
-        Beat(2, "a", 7, "student update", 61),
-    ]  # fmt: skip
-    assert describe(beats, 4, now=1840.0) == (
-        "rank 1 (b) has been in 'rollout' of step 7 for 1,800 s while ranks 0, 2 wait in "
-        "'student update' of step 7, nothing is known of rank(s) 3"
+        Beat(0, "a", 7, "student update", 40, 5, "all_reduce, c10d.py:1", True),
+        Beat(1, "b", 7, "rollout", 45, 2, "sleep, x.py:3"),
+        Beat(2, "a", 7, "student update", 41, 5, "all_reduce, c10d.py:1", True),
+    ]
+    assert describe(beats, 4, now=1845.0) == (
+        "rank 1 (b) has been in 'rollout' of step 7 for 1,800 s (at sleep, x.py:3) while ranks 0, "
+        "2 wait in 'student update' of step 7 (at all_reduce, c10d.py:1), nothing is known of "
+        "rank(s) 3"
     )
+    on_gpus = [replace(beat, waits=False) for beat in beats]  # they wait for their GPU
+    assert describe(on_gpus, 3, now=1845.0).startswith("rank 1 (b)")
 
 
 def run_script(tmp_path, text, *launcher):
@@ -198,14 +203,14 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path):
     said = [line for line in ran.stderr.splitlines() if line.startswith("oprd-train: hung:")]
     assert len(said) == 1
     assert re.search(
-        r"rank 1 \(.+\) has been in 'rollout' of step 2 for \d+ s while rank 0 waits in "
-        r"'after rollout' of step 2",
+        r"rank 1 \(.+\) has been in 'rollout' of step 2 for \d+ s \(at _rollouts, script.py:\d+\) "
+        r"while rank 0 waits in 'rollout' of step 2 \(at ",
         said[0],
     )
     assert len(steps_of(tmp_path / "run")) == 1
     hung = tmp_path / "run" / "hung"
     assert "in _rollouts" in (hung / "rank_1_stacks.txt").read_text()
-    assert "all_reduce" in (hung / "rank_0_stacks.txt").read_text()
+    assert "torch/distributed" in (hung / "rank_0_stacks.txt").read_text()
     assert (hung / "message.txt").read_text().strip() in said[0]
 
 
@@ -227,7 +232,8 @@ def test_slow_is_not_hung(tmp_path):
     ran = run_script(tmp_path, ALONE)
     assert ran.returncode == heartbeat.EXIT_CODE
     assert ran.stdout == "still here\n"
-    assert "has been in 'working' of step 3 for 2 s. No rank" in ran.stderr
+    assert "rank 0 (" in ran.stderr
+    assert "has been in 'working' of step 3 for 2 s (at <module>, script.py:11)" in ran.stderr
 
 
 def test_a_run_beats_with_every_phase_and_token(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from oprd.models import (
     same_vocabulary,
     teacher_path,
 )
+from oprd.trackers import check_trackers
 from oprd_kernels import backends
 
 Attempt = Callable[[Callable[[], Any]], Any]
@@ -91,6 +92,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     if backend != "auto" and (reason := backends.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
 
+    check_trackers(cfg.logging)
     found.notes += _packing_notes(cfg)
     bridge = None if cfg.bridge.path is None else read_info(cfg.bridge.path)
     if bridge is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from oprd import heartbeat
+from oprd.config import LoggingConfig
 from oprd.evaluate import EvalResult
+from oprd.trackers import Trackers
 
 
 class PhaseTimer:
@@ -58,10 +61,22 @@ class RunLog:
         self.enabled, self.steps, self.log_every = enabled, steps, log_every
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         self.started = time.perf_counter()
+        self.directory = directory
         self._file = None
+        self._trackers: Trackers | None = None
         self._progress: Progress | None = None
         if enabled:
             self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def report_to(self, cfg: LoggingConfig, config: Mapping[str, Any], step: int) -> None:
+        """Send all further records to trackers too.
+
+        Args:
+            config: the run's, as plain values.
+            step: steps made; above 0 in a run that is resumed.
+        """
+        if self.enabled:
+            self._trackers = Trackers(cfg, self.directory, config, step, self.say)
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -83,9 +98,11 @@ class RunLog:
             self._progress.start()
 
     def record(self, metrics: dict) -> None:
-        """Append one line to the metrics file."""
+        """Append one line to the metrics file, and tell the trackers."""
         if self._file:
             self._file.write(json.dumps(metrics) + "\n")
+        if self._trackers:
+            self._trackers.log(metrics)
 
     def step(self, step: int, metrics: dict) -> None:
         """Record a training step and show it."""
@@ -114,8 +131,11 @@ class RunLog:
             self._progress = None
 
     def close(self) -> None:
-        """Stop the display and close the file."""
+        """Stop the display, close the file and the trackers."""
         self.close_progress()
+        if self._trackers:
+            self._trackers.close()
+            self._trackers = None
         if self._file:
             self._file.close()
             self._file = None

@@ -21,7 +21,7 @@ from oprd.train import Summary, train
 
 SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "distill",
             "bridge", "opd", "optim", "eval", "watchdog", "watchdog.loss",
-            "watchdog.length")  # fmt: skip
+            "watchdog.length", "logging")  # fmt: skip
 """Parts of the configuration of which a stage may change some entries; others it replaces."""
 
 RECORD = "stages.json"

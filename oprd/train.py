@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -103,6 +103,7 @@ class Trainer:
         cfg, log = self.cfg, self.log
         for note in self.checked.notes:
             log.say(f"note: {note}")
+        log.report_to(cfg.logging, asdict(cfg), self.step)
         distributed.seed_everything(cfg.seed)
         self._load()
         self._evaluate("student before")

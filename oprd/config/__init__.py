@@ -6,6 +6,7 @@ Fields can be given in a YAML file (``--config``) and on the command line (``--o
 
 from oprd.config.data import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig
 from oprd.config.fsdp import FsdpConfig
+from oprd.config.logging import LoggingConfig
 from oprd.config.models import (
     SELF,
     BridgeConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "EvalSetConfig",
     "FsdpConfig",
     "LengthWatch",
+    "LoggingConfig",
     "LoraConfig",
     "LossWatch",
     "OpdConfig",

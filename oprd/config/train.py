@@ -7,6 +7,7 @@ from typing import Literal
 
 from oprd.config.data import DataConfig, EvalConfig
 from oprd.config.fsdp import FsdpConfig
+from oprd.config.logging import LoggingConfig
 from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig, check_lora
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig, check_optim
@@ -65,6 +66,7 @@ class TrainConfig:
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:

@@ -65,11 +65,12 @@ class Preflight:
     unchecked: list[str] = field(default_factory=list)
 
 
-def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
+def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None) -> Preflight:
     """Check configuration, models' configurations, tokenizers, prompts and output directory.
 
     Args:
         dry_run: go on where the hub is out of reach, and list what was therefore not checked.
+        ranks: that the run is to have; None: those that there are.
 
     Raises:
         ConfigError: the first problem found (of the values: all of them).
@@ -86,7 +87,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
             found.unchecked.append(str(error))
             return None
 
-    _check_world(cfg)
+    _check_world(cfg, distributed.world_size() if ranks is None else ranks)
     check_output_dir(cfg)
     device, backend = check_device(cfg.device), cfg.distill.backend
     if backend != "auto" and (reason := backends.unavailable(backend, device)):
@@ -177,8 +178,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def _check_world(cfg: TrainConfig) -> None:
-    ranks = distributed.world_size()
+def _check_world(cfg: TrainConfig, ranks: int) -> None:
     problems = Problems()
     own = any(not teacher.is_self for teacher in cfg.all_teachers.values())
     check_fsdp(problems, cfg.fsdp, cfg.autocast, ranks, own)

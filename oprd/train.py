@@ -302,7 +302,6 @@ class Trainer:
         if what := not_finite(losses, by_layer, norm):
             step = self.step + 1
             file = keep_batch(self.directory, step, losses, by_layer, norm, rollouts)
-            self.optimizer.zero_grad()
             self._stop(
                 f"step {step}: {what}. The batch is in {file}. Lower optim.lr, or use float32 for "
                 "models in float16"
@@ -313,10 +312,6 @@ class Trainer:
             if alarm.stop:
                 self._stop(alarm.message)
             self.log.say(f"warning: {alarm.message}")
-
-    def _stop(self, why: str) -> NoReturn:
-        student = self._save(self.directory / "checkpoints" / f"step_{self.step}")
-        raise TrainingStopped(f"{why}. The student as it was after step {self.step}: {student}")
 
     def _student_blocks(self) -> list[int]:
         distiller = self.objectives.distiller

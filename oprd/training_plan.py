@@ -280,7 +280,8 @@ class _Planner:
     def _generation(self, phase: str, sequences: int, tokens: int) -> Moment:
         """Hugging Face's `generate`, or the engine in its place."""
         s, e = self.student, self.computed
-        if phase == ROLLOUT and self._engine_share():
+        by_engine = phase == ROLLOUT or not self.cfg.eval.teacher  # which has no engine
+        if by_engine and self._engine_share():
             terms = {} if not self._engine_sleeps() else {"vLLM engine": self._engine_bytes()}
             return Moment("vLLM", terms)
         terms = {
@@ -296,14 +297,11 @@ class _Planner:
     # vLLM -----------------------------------------------------------------------------------------
 
     def _engine_share(self) -> float:
-        rollout: Any = self.cfg.rollout
-        if getattr(rollout, "engine", "generate") != "vllm":
-            return 0.0
-        return rollout.vllm.gpu_memory_utilization
+        rollout = self.cfg.rollout
+        return rollout.vllm.gpu_memory_utilization if rollout.engine == "vllm" else 0.0
 
     def _engine_sleeps(self) -> bool:
-        rollout: Any = self.cfg.rollout
-        return rollout.vllm.sleep
+        return self.cfg.rollout.vllm.sleep
 
     def _engine_bytes(self) -> int:
         return int(self._engine_share() * (self.memory or 0))

@@ -105,6 +105,16 @@ def test_what_sharding_precision_and_adapters_save():
     assert "teacher's weights" not in plan(base, gpus=1).resident
 
 
+def test_an_engine_takes_its_share():
+    cfg = recipe()
+    cfg.rollout.engine, cfg.rollout.vllm.gpu_memory_utilization = "vllm", 0.5
+    assert plan(cfg).moments[ROLLOUT].total == 40 * GIB
+    assert "vLLM engine" not in plan(cfg).resident
+    cfg.rollout.vllm.sleep = False
+    assert plan(cfg).moments[ROLLOUT].total == 0
+    assert plan(cfg).resident["vLLM engine"] == 40 * GIB
+
+
 def test_advice_is_followed_by_a_run_that_fits():
     def fits(cfg, memory, gpus=8):
         return plan(cfg, gpus, memory).total <= memory * GIB

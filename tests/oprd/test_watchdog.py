@@ -187,7 +187,8 @@ from tests.oprd.test_train import small_run
 class Sleeping(oprd.train.Trainer):
     def _rollouts(self, indices):
         if self.step == 1 and distributed.rank() == 1:
-            time.sleep(600)
+            with self.timer("rollout"):
+                time.sleep(600)
         return super()._rollouts(indices)
 
 oprd.train.Trainer = Sleeping

@@ -13,6 +13,7 @@ from oprd.attach import Distiller, attach
 from oprd.bridge import load_bridge
 from oprd.compiling import compile_layers
 from oprd.config import StudentConfig, TeacherConfig, TrainConfig
+from oprd.lora import WithoutAdapter, add_adapter
 from oprd.models import copy_lm_head, empty_model, load_model, teacher_path
 from oprd.objectives import REP, Objectives
 from oprd.sharding import make_mesh, shard
@@ -56,7 +57,7 @@ class Builder:
         """A teacher that can be called. One that is to be cut before it is sharded is loaded for
         this alone: FSDP2 can't drop layers later."""
         model = self.teachers[name]
-        if not self.shards_teacher or id(model) in self._sharded:
+        if not self._needs_sharding(model):
             return model
         whole = self._load(self._teacher(name), sharded=True)
         self._shard_teacher(whole)
@@ -80,17 +81,23 @@ class Builder:
     def _load(self, cfg: StudentConfig | TeacherConfig, *, sharded: bool) -> PreTrainedModel:
         """A model that is to be sharded: on the CPU, and empty on ranks but 0."""
         if not sharded:
-            return load_model(cfg, self.device)
-        return load_model(cfg) if distributed.rank() == 0 else empty_model(cfg)
+            model = load_model(cfg, self.device)
+        else:
+            model = load_model(cfg) if distributed.rank() == 0 else empty_model(cfg)
+        if isinstance(cfg, StudentConfig) and cfg.lora.rank is not None:
+            add_adapter(model, cfg.lora, self.cfg.seed)
+        return model
 
-    def _load_teachers(self) -> dict[str, PreTrainedModel]:
+    def _load_teachers(self) -> dict[str, Any]:
         """By name; names with the same configuration share a model."""
-        loaded: list[tuple[TeacherConfig, PreTrainedModel]] = []
+        loaded: list[tuple[TeacherConfig, Any]] = []
         models = {}
         for name, cfg in self.cfg.all_teachers.items():
             model = next((m for other, m in loaded if other == cfg), None)
             if model is None and cfg.path == "self:current":
                 model = self.student
+            elif model is None and cfg.path == "self:base":
+                model = WithoutAdapter(self.student)
             elif model is None:
                 model = self._load(self._teacher(name), sharded=self.shards_teacher)
             loaded.append((cfg, model))
@@ -102,13 +109,17 @@ class Builder:
         return replace(teacher, path=teacher_path(teacher, self.cfg.student))
 
     def _shard_teacher(self, model: Any) -> None:
-        if not self.shards_teacher or id(model) in self._sharded:
+        if not self._needs_sharding(model):
             return
         assert self.mesh is not None
         model.requires_grad_(False)
         offload = self.fsdp.teacher == "offloaded"
         shard(model, self.fsdp, self.mesh, self.device, cpu_offload=offload)
         self._sharded.add(id(model))
+
+    def _needs_sharding(self, model: Any) -> bool:
+        root = model.adapted if isinstance(model, WithoutAdapter) else model
+        return self.shards_teacher and id(root) not in self._sharded
 
     def _attach(self, teacher: PreTrainedModel, distillers: dict[str, Distiller]) -> Distiller:
         for name, distiller in distillers.items():

@@ -23,6 +23,7 @@ import huggingface_hub.constants
 from jsonargparse import ArgumentParser, Namespace
 
 from oprd.config import EvalConfig, TrainConfig
+from oprd.config.plan import PlanConfig
 from oprd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ UNKNOWN = (
 )
 
 
-CONTROLS = ("config", "dry_run", "stages")
+CONTROLS = ("config", "dry_run", "stages", "plan")
 """Options that are not part of a run's configuration."""
 
 
@@ -91,6 +92,7 @@ def make_parser() -> Parser:
         help="several runs in order, by name, each from the student that the last one left, and "
         "what each changes of the other options",
     )
+    parser.add_class_arguments(PlanConfig, "plan")
     parser.add_class_arguments(TrainConfig, None)
     # As plain values: jsonargparse prints those, but not dataclass instances inside a dict.
     parser.set_defaults({"eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
@@ -147,11 +149,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def dry_run(cfg: TrainConfig) -> None:
-    """Print what `oprd.preflight.preflight` finds."""
+def dry_run(cfg: TrainConfig, plan: PlanConfig) -> None:
+    """Print what `oprd.preflight.preflight` finds, and what ``plan`` asks for."""
+    from oprd.plan_report import show_training_plan
     from oprd.preflight import preflight
 
-    found = preflight(cfg, dry_run=True)
+    found = preflight(cfg, dry_run=True, ranks=plan.gpus)
     r = cfg.rollout
     print(
         f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
@@ -177,13 +180,16 @@ def dry_run(cfg: TrainConfig) -> None:
         print("the configuration is consistent as far as it could be checked from here")
     else:
         print("everything checked: the run can start")
+    if plan.gpus is not None:
+        show_training_plan(cfg, plan)
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``oprd-train``.
 
-    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration; 130 ended by Ctrl-C and
-    143 by SIGTERM, with a checkpoint that ``--resume auto`` goes on from.
+    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration, 124 a rank hung
+    (`oprd.heartbeat`); 130 ended by Ctrl-C and 143 by SIGTERM, with a checkpoint that ``--resume
+    auto`` goes on from.
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)
@@ -200,14 +206,20 @@ def train(argv: Sequence[str] | None = None) -> None:
         parser.save(parsed, directory / "config.yaml", overwrite=True, skip_unset=False)
 
     try:
+        if parsed.plan.gpus is not None and (parsed.stages or not parsed.dry_run):
+            raise ConfigError(
+                "plan.gpus plans one run, and runs nothing: add --dry_run, and plan "
+                "the parts of stages one by one"
+            )
         if parsed.stages:
             summary = run_stages(parser, parsed)
             if summary is None:
                 return
         else:
-            cfg = to_config(parser.instantiate(parsed))
+            made = parser.instantiate(parsed)
+            cfg = to_config(made)
             if parsed.dry_run:
-                return dry_run(cfg)
+                return dry_run(cfg, made.plan)
             summary = run(cfg, write_config)
     except ConfigError as error:
         sys.stderr.write(f"oprd-train: error: {error}\n")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+from oprd.lora import WithoutAdapter
 
 LAYER_NAMES = ("layers", "h")
 NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -20,13 +22,14 @@ NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 class Decoder:
     """A backbone (no LM head) with its blocks and final norm, by attribute name.
 
-    ``root`` is the whole model that it was found in.
+    ``root`` is the whole model that it was found in. ``running`` is entered while it runs.
     """
 
     backbone: Any  # an nn.Module; its attributes are the model's own
     layers_name: str
     norm_name: str
     root: Any
+    running: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -60,9 +63,10 @@ class Decoder:
 
         Args and raises: see `model_inputs`.
         """
-        return self._run(
-            **model_inputs(input_ids, attention_mask, position_ids), use_cache=False
-        ).last_hidden_state
+        with self.running():
+            return self._run(
+                **model_inputs(input_ids, attention_mask, position_ids), use_cache=False
+            ).last_hidden_state
 
     @property
     def _run(self) -> Callable[..., Any]:
@@ -120,6 +124,8 @@ def find_decoder(model: Any) -> Decoder:
         ValueError: if no list of blocks followed by a norm is found where Llama, Qwen, Phi, Gemma,
             GPT-2, GPT-NeoX and their like have it.
     """
+    if isinstance(model, WithoutAdapter):
+        return replace(find_decoder(model.adapted), running=model.running)
     root = model
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
@@ -179,7 +185,7 @@ def cut(decoder: Decoder, num_layers: int) -> Decoder:
     text_config.num_hidden_layers = num_layers
     if getattr(text_config, "layer_types", None) is not None:
         text_config.layer_types = text_config.layer_types[:num_layers]
-    return Decoder(backbone, decoder.layers_name, decoder.norm_name, backbone)
+    return replace(decoder, backbone=backbone, root=backbone)
 
 
 def first_tensor(output: Tensor | tuple) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-def init(device: str, group: bool = False) -> torch.device:
+def init(device: str, group: bool = False, timeout_s: float | None = None) -> torch.device:
     """Join the process group if torchrun started several ranks, and return this rank's device.
 
     Args:
         group: make one of this process alone, too: FSDP needs it.
+        timeout_s: of the watchdog for hung ranks. Collectives wait four times as long, since they
+            may have to wait for a slower rank's whole phase and the watchdog says more than they
+            do. None: as long as torch's default.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
@@ -32,7 +36,8 @@ def init(device: str, group: bool = False) -> torch.device:
     # Gloo too beside NCCL: for what lives in main memory (offloaded shards, checkpoints).
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend)
+        timeout = None if timeout_s is None else timedelta(seconds=4 * timeout_s)
+        dist.init_process_group(backend, timeout=timeout)
     elif group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
@@ -36,6 +37,23 @@ class Problems:
         """
         if self.found:
             raise ConfigError("\n".join(self.found))
+
+
+def need_package(package: str, extra: str, option: str) -> None:
+    """Check that an optional package is there.
+
+    Args:
+        extra: of this package, that installs it.
+        option: that needs it.
+
+    Raises:
+        ConfigError: saying how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{option} needs the package {package}, which is not installed: "
+            f"pip install 'oprd[{extra}]'"
+        )
 
 
 class Unreachable(ConfigError):

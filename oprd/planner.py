@@ -116,6 +116,7 @@ class Update:
         chunk: rows at a time in the chunked losses.
         widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
         shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
+        gathered_bytes: per weight that FSDP has gathered; None: ``dtype_bytes``.
     """
 
     batch: int
@@ -126,6 +127,12 @@ class Update:
     chunk: int = 256
     widen_head: bool = True
     shards: int = 1
+    gathered_bytes: int | None = None
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of a gathered weight."""
+        return self.gathered_bytes or self.dtype_bytes
 
     @property
     def all_tokens(self) -> int:
@@ -198,6 +205,15 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
         # The product's gradient is a transposed view, which autograd does not add to in place.
         embedding["sum of both weight gradients"] = head
     found.append(Moment("backward of the embedding", embedding | kept_head | root))
+    if update.shards > 1:
+        tables = 1 if shape.tied or not calls_head else 2
+        grads = tables * shape.vocab * d * _reduced(update)
+        found.append(
+            Moment(
+                "reduce-scatter of the root",
+                {"embedding's and head's gradients in reduce-scatter": grads} | root,
+            )
+        )
     return found
 
 
@@ -230,23 +246,28 @@ def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
         terms["recomputed activations"] = n * shape.block_activations(e)
     terms |= _gathered_block(shape, update)
     if update.shards > 1:
-        reduced = FLOAT32 + e
-        terms["block's gradients before reduce-scatter"] = shape.block_parameters * reduced
+        terms["block's gradients in reduce-scatter"] = shape.block_parameters * _reduced(update)
     return terms
+
+
+def _reduced(update: Update) -> int:
+    """Bytes of a weight's gradient while it is added up over ranks: as it came, in float32, and the
+    shard that is left."""
+    return update.gathered + FLOAT32 + FLOAT32 // update.shards
 
 
 def _gathered_block(shape: Shape, update: Update) -> dict[str, int]:
     if update.shards == 1:
         return {}
     # The block at work and the next one, which is prefetched.
-    return {"gathered weights, two blocks": 2 * shape.block_parameters * update.dtype_bytes}
+    return {"gathered weights, two blocks": 2 * shape.block_parameters * update.gathered}
 
 
 def _gathered_root(shape: Shape, update: Update) -> dict[str, int]:
     if update.shards == 1:
         return {}
     tables = 1 if shape.tied else 2
-    size = tables * shape.vocab * shape.d * update.dtype_bytes
+    size = tables * shape.vocab * shape.d * update.gathered
     return {"gathered weights, embedding and head": size}
 
 

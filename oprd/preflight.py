@@ -22,6 +22,7 @@ from oprd.config.fsdp import check_fsdp
 from oprd.data import PromptSet, load_prompts, load_training_prompts
 from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import ConfigError, Problems, Unreachable
+from oprd.lora import check_targets
 from oprd.models import (
     check_length,
     check_pair,
@@ -33,6 +34,7 @@ from oprd.models import (
     same_vocabulary,
     teacher_path,
 )
+from oprd.trackers import check_trackers
 from oprd_kernels import backends
 
 Attempt = Callable[[Callable[[], Any]], Any]
@@ -66,11 +68,12 @@ class Preflight:
     unchecked: list[str] = field(default_factory=list)
 
 
-def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
+def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None) -> Preflight:
     """Check configuration, models' configurations, tokenizers, prompts and output directory.
 
     Args:
         dry_run: go on where the hub is out of reach, and list what was therefore not checked.
+        ranks: that the run is to have; None: those that there are.
 
     Raises:
         ConfigError: the first problem found (of the values: all of them).
@@ -87,7 +90,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
             found.unchecked.append(str(error))
             return None
 
-    _check_world(cfg)
+    _check_world(cfg, distributed.world_size() if ranks is None else ranks)
     check_output_dir(cfg)
     found.resume = find_candidates(cfg, output_dir(cfg))
     found.notes += found.resume.notes
@@ -95,6 +98,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
     if backend != "auto" and (reason := backends.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
 
+    check_trackers(cfg.logging)
     found.notes += _packing_notes(cfg)
     bridge = None if cfg.bridge.path is None else read_info(cfg.bridge.path)
     if bridge is not None:
@@ -102,6 +106,8 @@ def preflight(cfg: TrainConfig, dry_run: bool = False) -> Preflight:
         found.notes += _bridge_notes(cfg, bridge)
 
     student = attempt(lambda: load_config(cfg.student.path))
+    if student and cfg.student.lora.rank is not None:
+        check_targets(student, cfg.student.lora)
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
     if cfg.rollout.engine == "vllm":
         found.notes += check_vllm(cfg, student, device)
@@ -177,8 +183,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def _check_world(cfg: TrainConfig) -> None:
-    ranks = distributed.world_size()
+def _check_world(cfg: TrainConfig, ranks: int) -> None:
     problems = Problems()
     own = any(not teacher.is_self for teacher in cfg.all_teachers.values())
     check_fsdp(problems, cfg.fsdp, cfg.autocast, ranks, own)

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from oprd import distributed
+from oprd import distributed, heartbeat
 from oprd.compiling import eager_layers
 from oprd.sharding import input_device, is_sharded, reshard
 
@@ -230,6 +236,14 @@ def generate(
     return [as_given[i] for i in range(len(prompts))]
 
 
+class _Beat(StoppingCriteria):
+    """Never stops; says that a token has come."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        heartbeat.beat()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
@@ -247,6 +261,7 @@ def _generate_batch(
     output = model.generate(
         input_ids=ids.to(device), attention_mask=attention.to(device),
         generation_config=config, synced_gpus=together,
+        stopping_criteria=StoppingCriteriaList([_Beat()]),
     )  # fmt: skip
     rollouts = []
     for prompt, new in zip(prompts, output[:, length:].tolist(), strict=True):

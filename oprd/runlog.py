@@ -7,16 +7,20 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from oprd import heartbeat
+from oprd.config import LoggingConfig
 from oprd.evaluate import EvalResult
+from oprd.trackers import Trackers
 
 
 class PhaseTimer:
@@ -30,6 +34,7 @@ class PhaseTimer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the time spent inside to ``phase``; waits for the GPU."""
+        heartbeat.beat(phase)
         self._synchronize()
         start = time.perf_counter()
         try:
@@ -39,6 +44,7 @@ class PhaseTimer:
             seconds = time.perf_counter() - start
             self.total[phase] += seconds
             self.step[phase] += seconds
+            heartbeat.beat(f"after {phase}")
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -58,10 +64,22 @@ class RunLog:
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         self.started, self.first = time.perf_counter(), 0
         self._failed = False
+        self.directory = directory
         self._file = None
+        self._trackers: Trackers | None = None
         self._progress: Progress | None = None
         if enabled:
             self._file = (directory / "metrics.jsonl").open("ab")
+
+    def report_to(self, cfg: LoggingConfig, config: Mapping[str, Any], step: int) -> None:
+        """Send all further records to trackers too.
+
+        Args:
+            config: the run's, as plain values.
+            step: steps made; above 0 in a run that is resumed.
+        """
+        if self.enabled:
+            self._trackers = Trackers(cfg, self.directory, config, step, self.say)
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -83,9 +101,12 @@ class RunLog:
             self._progress.start()
 
     def record(self, metrics: dict) -> None:
-        """Append one line to the metrics file. On a full disk it waits in memory for room."""
+        """Append one line to the metrics file, and tell the trackers. On a full disk the line waits
+        in memory for room."""
         if self._file:
             self._write(json.dumps(metrics) + "\n")
+        if self._trackers:
+            self._trackers.log(metrics)
 
     def _write(self, text: str) -> None:
         assert self._file is not None
@@ -134,8 +155,11 @@ class RunLog:
             self._progress = None
 
     def close(self) -> None:
-        """Stop the display and close the file."""
+        """Stop the display, close the file and the trackers."""
         self.close_progress()
+        if self._trackers:
+            self._trackers.close()
+            self._trackers = None
         if self._file:
             self._write("")
             with contextlib.suppress(OSError):  # said by the line above

@@ -22,8 +22,9 @@ from oprd.preflight import preflight
 from oprd.summary import Summary, finished
 from oprd.train import train
 
-SECTIONS = ("student", "teacher", "data", "data.train", "rollout", "distill", "bridge", "opd",
-            "optim", "eval", "checkpoint")  # fmt: skip
+SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "rollout.vllm",
+            "distill", "bridge", "opd", "optim", "fsdp", "eval", "checkpoint", "watchdog",
+            "watchdog.loss", "watchdog.length", "logging")  # fmt: skip
 """Parts of the configuration of which a stage may change some entries; others it replaces."""
 
 RECORD = "stages.json"

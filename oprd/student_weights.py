@@ -9,18 +9,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from oprd.lora import merged_weights
+
 
 def full_weights(student: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of everything that ``save_pretrained`` would write.
 
     Sharded tensors are gathered as they are asked for, so that at no time more than one of them is
     whole. That is collective: every rank must go through all of it. A head that is tied to the
-    embeddings comes once, under the name of the embeddings.
+    embeddings comes once, under the name of the embeddings. A LoRA adapter is merged.
     """
-    seen: set[int] = set()
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+    for name, tensor in merged_weights(student):
         whole = tensor.detach()
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole

@@ -13,7 +13,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, get_scheduler
 
-from oprd import distributed
+from oprd import distributed, heartbeat
 from oprd.alignment import for_teacher
 from oprd.building import Builder
 from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
@@ -43,6 +43,7 @@ from oprd.runlog import PhaseTimer, RunLog, closing_tables
 from oprd.sharding import clip_gradients
 from oprd.step_metrics import memory_metrics, plan_metrics, rep_metrics, rollout_metrics
 from oprd.summary import Summary, done_already, plain, write_summary
+from oprd.watchdog import Alarm, Watchdog, keep_batch, not_finite
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
@@ -60,7 +61,8 @@ class Trainer:
         assert checked.train is not None
         self.cfg, self.checked = cfg, checked
         self.tokenizer, self.prompts = checked.tokenizer, checked.train.prompts
-        self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on")
+        w = cfg.watchdog
+        self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on", w.timeout_s)
         # The default name holds the time, which ranks need not agree on.
         self.directory = distributed.from_rank_0(output_dir(cfg))
         self.notes, found = list(checked.notes), distributed.from_rank_0(checked.resume)
@@ -70,6 +72,7 @@ class Trainer:
             self.notes += resume.tidy(self.directory, self.resumed, found)
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
+        self.watchdog = Watchdog(w)
         self.interrupt = Interrupt(at_once=distributed.world_size() == 1)
         self.stopped_by: int | None = None
         self.batches = PromptSampler(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
@@ -88,6 +91,7 @@ class Trainer:
         cfg, log = self.cfg, self.log
         for note in self.notes:
             log.say(f"note: {note}")
+        log.report_to(cfg.logging, asdict(cfg), self.step)
         distributed.seed_everything(cfg.seed)
         self._load()
         self._between_steps()
@@ -97,6 +101,7 @@ class Trainer:
         with self.interrupt.armed():
             try:
                 while not self._stopping() and self.step < cfg.steps:
+                    heartbeat.beat(step=self.step + 1)
                     rollouts = self._rollouts(next(self.batches))
                     sampled = self._check_gap(rollouts)
                     with self.interrupt.deferred():
@@ -104,6 +109,7 @@ class Trainer:
                         self.step += 1
                         log.step(self.step, metrics)
                         self._between_steps()
+                    self._heed(self.watchdog.look(self.step, metrics))
                     best = self._evaluate_during()
                     with self.interrupt.deferred():
                         if best or self.checkpoints.due(self.step):
@@ -240,8 +246,9 @@ class Trainer:
                     self.objectives.check_packing()
         self.sharded = builder.mesh is not None
         o = cfg.optim
+        trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
+            trained, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
         )
         schedule = {"cosine": "cosine", "constant": "constant_with_warmup"}[o.schedule]
         self.scheduler = get_scheduler(
@@ -271,6 +278,7 @@ class Trainer:
         self.step, self.delta_peak_gb = document["step"], document["delta_peak_gb"]
         self.batches.load_state_dict(document["sampler"])
         self.timer.total.update(document["seconds"])
+        self.watchdog.load_state_dict(document["watchdog"])
         for who, results in document["evaluations"].items():
             if list(results) == list(self.cfg.eval.sets):
                 self.evaluations[who] = {n: EvalResult(**r) for n, r in results.items()}
@@ -292,6 +300,7 @@ class Trainer:
             "evaluations": plain(self.evaluations),
             "seconds": dict(self.timer.total),
             "delta_peak_gb": self.delta_peak_gb,
+            "watchdog": self.watchdog.state_dict(),
             "metrics_bytes": self.log.position(),
         }
         with self.timer("saving"):
@@ -345,33 +354,19 @@ class Trainer:
         rollouts: list[Rollout],
     ) -> None:
         by_layer = dict(zip(self._student_blocks(), layer_losses, strict=True))
-        bad = [block for block, loss in by_layer.items() if not math.isfinite(loss)]
-        bad_objectives = [name for name, loss in losses.items() if not math.isfinite(loss)]
-        if not bad and not bad_objectives and math.isfinite(norm):
-            return
-        step = self.step + 1
-        file = self.directory / f"failed_step_{step}_rank_{distributed.rank()}.pt"
-        torch.save(
-            {
-                "step": step,
-                "losses": losses,
-                "layer_losses": by_layer,
-                "grad_norm": norm,
-                "rollouts": [(r.prompt_ids, r.response_ids) for r in rollouts],
-            },
-            file,
-        )
-        self.optimizer.zero_grad()
-        student = self._last_checkpoint("a loss that is not finite")
-        what = "the gradient norm"
-        if bad_objectives:
-            what = f"the loss of {' and '.join(bad_objectives)}"
-            what += f" in student layer(s) {bad}" if bad else ""
-        raise TrainingStopped(
-            f"step {step}: {what} is not finite (loss {losses}, gradient norm {norm}). "
-            f"The batch is in {file}; what was before this step in {student}. Lower "
-            "optim.lr, or use float32 for models in float16"
-        )
+        if what := not_finite(losses, by_layer, norm):
+            step = self.step + 1
+            file = keep_batch(self.directory, step, losses, by_layer, norm, rollouts)
+            self._stop(
+                f"step {step}: {what}. The batch is in {file}. Lower optim.lr, or use float32 for "
+                "models in float16"
+            )
+
+    def _heed(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            if alarm.stop:
+                self._stop(alarm.message)
+            self.log.say(f"warning: {alarm.message}")
 
     def _student_blocks(self) -> list[int]:
         distiller = self.objectives.distiller
@@ -520,7 +515,7 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
     if write_config and distributed.rank() == 0:
         resume.write_config(trainer.directory, write_config)
     try:
-        with trainer.closing:
+        with trainer.closing, heartbeat.watching(cfg.watchdog.timeout_s, trainer.directory):
             return trainer.run()
     finally:
         distributed.shutdown()

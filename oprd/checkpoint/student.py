@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.checkpoint.files import sync, sync_tree
+from oprd.lora import adapter_weights, is_adapted, save_adapter
 from oprd.student_weights import full_weights
 
 
@@ -18,6 +19,7 @@ def save_student(
 ) -> None:
     """Write model and tokenizer in Hugging Face's layout; collective, rank 0 writes.
 
+    A LoRA student is merged, so that it loads like any other; its adapter goes into ``adapter/``.
     Into a directory beside it first, and then renamed: ``directory`` is whole or not there. Rank 0
     holds one whole copy of the weights in main memory meanwhile.
     """
@@ -25,12 +27,15 @@ def save_student(
     for name, tensor in full_weights(student):
         if distributed.rank() == 0:
             weights[name] = tensor.cpu()
+    adapter = adapter_weights(student) if is_adapted(student) else None
     if distributed.rank() != 0:
         return
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     student.save_pretrained(unfinished, state_dict=weights)
+    if adapter is not None:
+        save_adapter(student, adapter, unfinished / "adapter")
     tokenizer.save_pretrained(unfinished)
     sync_tree(unfinished)
     if directory.exists():

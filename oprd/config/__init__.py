@@ -7,12 +7,21 @@ Fields can be given in a YAML file (``--config``) and on the command line (``--o
 from oprd.config.checkpoint import CheckpointConfig
 from oprd.config.data import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig
 from oprd.config.fsdp import FsdpConfig
-from oprd.config.models import SELF, BridgeConfig, DType, StudentConfig, TeacherConfig
+from oprd.config.logging import LoggingConfig
+from oprd.config.models import (
+    SELF,
+    BridgeConfig,
+    DType,
+    LoraConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig, check_sampling
 from oprd.config.train import TrainConfig, check_values
 from oprd.config.vllm import MAX_LOGPROB_GAP, VllmConfig
+from oprd.config.watchdog import LengthWatch, LossWatch, WatchdogConfig
 
 __all__ = [
     "MAX_LOGPROB_GAP",
@@ -26,6 +35,10 @@ __all__ = [
     "EvalConfig",
     "EvalSetConfig",
     "FsdpConfig",
+    "LengthWatch",
+    "LoggingConfig",
+    "LoraConfig",
+    "LossWatch",
     "OpdConfig",
     "OptimConfig",
     "PromptsConfig",
@@ -34,6 +47,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "VllmConfig",
+    "WatchdogConfig",
     "check_sampling",
     "check_values",
 ]

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-SELF = ("self:start", "self:current")
+from oprd.errors import Problems
+
+SELF = ("self:start", "self:current", "self:base")
 DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class LoraConfig:
+    """Train a low-rank adapter beside frozen weights: W + alpha / rank * B A (arXiv 2106.09685).
+
+    The student that is saved has it merged; the adapter alone is in ``student/adapter``.
+
+    Attributes:
+        rank: of A and B; null: no adapter, all weights are trained.
+        alpha: of the scale alpha / rank.
+        dropout: of the adapter's input while training.
+        target_modules: ``all-linear``: every linear layer of the blocks; or a list of their names,
+            ``[q_proj, v_proj]``.
+    """
+
+    rank: int | None = None
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
 
 @dataclass
@@ -15,11 +37,12 @@ class StudentConfig:
 
     Attributes:
         path: a local directory, a hub name, or ``demo:student``.
-        dtype: of its weights and optimizer state.
+        dtype: of its weights and optimizer state. A LoRA adapter is float32 in any case.
         attn_implementation: as `transformers` takes it (``sdpa``, ``flash_attention_2``, ..); null:
             its default.
         gradient_checkpointing: recompute activations in backward to save memory.
         compile: run every decoder layer through `torch.compile` in training.
+        lora: train an adapter instead of all weights.
     """
 
     path: str = "demo:student"
@@ -27,6 +50,7 @@ class StudentConfig:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -36,8 +60,9 @@ class TeacherConfig:
     Attributes:
         path: a local directory, a hub name, ``demo:teacher``, or the student itself, which then
             needs prompts that tell it more (``teacher_prompt``): ``self:start``, a copy of the
-            weights it begins with; ``self:current``, those it has at the time.
-        dtype: of its weights (of ``self:current`` the student's).
+            weights it begins with; ``self:current``, those it has at the time; ``self:base``, those
+            of a LoRA student with its adapter off: as ``self:start``, at no memory.
+        dtype: of its weights (of ``self:current`` and ``self:base`` the student's).
         attn_implementation: as the student's.
         reads: where its tokenizer is another than the student's. ``text``: the response's text in
             its own tokens, compared where both end at the same byte (`oprd.alignment`).
@@ -69,3 +94,20 @@ class BridgeConfig:
 
     path: str | None = None
     rank: int | None = None
+
+
+def check_lora(problems: Problems, lora: LoraConfig) -> None:
+    """What is wrong with its numbers."""
+    problems.need_at_least_one({"student.lora.rank": lora.rank, "student.lora.alpha": lora.alpha})
+    problems.need(
+        0 <= lora.dropout < 1, f"student.lora.dropout must lie in [0, 1), got {lora.dropout}"
+    )
+    problems.need(
+        bool(lora.target_modules), "student.lora.target_modules is empty: name layers or all-linear"
+    )
+    if lora.rank is None:
+        given = [name for name, value in vars(lora).items() if value != getattr(LoraConfig(), name)]
+        problems.need(
+            not given,
+            f"student.lora.{', '.join(given)} given without student.lora.rank: give a rank, 16 say",
+        )

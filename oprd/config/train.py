@@ -8,10 +8,12 @@ from typing import Literal
 from oprd.config.checkpoint import CheckpointConfig, check_checkpoint
 from oprd.config.data import DataConfig, EvalConfig
 from oprd.config.fsdp import FsdpConfig
-from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig
+from oprd.config.logging import LoggingConfig
+from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig, check_lora
 from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.config.optim import OptimConfig, check_optim
 from oprd.config.rollout import RolloutConfig, check_sampling
+from oprd.config.watchdog import WatchdogConfig, check_watchdog
 from oprd.errors import Problems
 
 
@@ -66,6 +68,8 @@ class TrainConfig:
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
@@ -147,6 +151,21 @@ def check_values(cfg: TrainConfig) -> None:
         cfg.resume != "auto" or cfg.output_dir is not None,
         "resume=auto needs an output_dir: there it looks for checkpoints",
     )
-    check_optim(problems, cfg.optim)
     check_checkpoint(problems, cfg.checkpoint, cfg.eval)
+    lora = cfg.student.lora
+    check_lora(problems, lora)
+    if lora.rank is None:
+        need(
+            not any(t.path == "self:base" for t in cfg.all_teachers.values()),
+            "the teacher self:base is the student without its adapter, and student.lora.rank is "
+            "null: give a rank, or take self:start",
+        )
+    else:
+        need(
+            not cfg.distill.init_head_from_teacher,
+            "distill.init_head_from_teacher changes weights that an adapter does not hold: leave "
+            "it off with student.lora",
+        )
+    check_optim(problems, cfg.optim)
+    check_watchdog(problems, cfg.watchdog)
     problems.refuse()

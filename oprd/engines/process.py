@@ -24,6 +24,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
+from oprd import heartbeat
 from oprd.engines.base import EngineFailure
 
 CLOSE_SECONDS = 20.0
@@ -106,6 +107,7 @@ class EngineProcess:
             while True:
                 with self._limit(timeout):
                     kind, content = self.connection.recv()
+                heartbeat.beat()
                 if kind == "answer":
                     return content
                 if kind == "error":

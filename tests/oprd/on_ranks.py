@@ -15,7 +15,7 @@ import torch
 
 from oprd import distributed
 from oprd.bridge.bank import save_bridge
-from oprd.config import TrainConfig
+from oprd.config import LoraConfig, TrainConfig
 from oprd.models import load_model
 from oprd.preflight import preflight
 from oprd.rollout import Reading, Rollout
@@ -57,6 +57,7 @@ CASES: dict[str, dict] = {
     "compiled": {"student__compile": True},
     "bfloat16": BF16,
     "bfloat16_chunked": BF16 | {"objectives": {"opd_full": 1.0}},
+    "lora": {"student__lora": LoraConfig(4)},
     "hybrid": {"fsdp__shard_size": 2},
 }  # fmt: skip
 """By name, what a case changes of `tests.oprd.test_train.small_run`."""

@@ -1,0 +1,24 @@
+"""GPUs that a recipe is planned for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oprd.planner import Shape
+
+
+@dataclass
+class PlanConfig:
+    """With ``--dry_run``: say what each GPU would hold, and whether that fits.
+
+    Attributes:
+        gpus: that the run is to have; null: no plan.
+        memory_gib: of each; null: of this machine's first GPU.
+        student: shape of the student, where its configuration can't be loaded from here.
+        teacher: the teacher's, likewise; null: the student's.
+    """
+
+    gpus: int | None = None
+    memory_gib: float | None = None
+    student: Shape | None = None
+    teacher: Shape | None = None

@@ -1,0 +1,85 @@
+"""What ends a run that has gone wrong, or says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from oprd.errors import Problems
+
+Action = Literal["stop", "warn", "off"]
+
+
+@dataclass
+class LossWatch:
+    """A loss has exploded: for ``patience`` steps in a row it is further than ``factor`` spreads
+    from its median over the ``window`` quiet steps before.
+
+    The spread is 1.4826 times the median absolute deviation, at least half the median's absolute
+    value: the default factor 8 allows five times the median and 8 standard deviations of the noise.
+    Of a loss that was never negative only a rise counts; of others, as ``opd_top1``'s, a fall too.
+
+    Attributes:
+        action: ``stop`` (with a checkpoint), ``warn`` or ``off``.
+        factor, window, patience: see above.
+    """
+
+    action: Action = "stop"
+    factor: float = 8.0
+    window: int = 20
+    patience: int = 5
+
+
+@dataclass
+class LengthWatch:
+    """Responses have become too long, for ``patience`` steps in a row: their mean length is above
+    ``factor`` times its median over the first ``window`` steps, or the truncated share is above
+    ``truncated``, which over these it was not.
+
+    Attributes:
+        action: ``stop`` (with a checkpoint), ``warn`` or ``off``.
+        truncated, factor, window, patience: see above.
+    """
+
+    action: Action = "warn"
+    truncated: float = 0.5
+    factor: float = 4.0
+    window: int = 10
+    patience: int = 5
+
+
+@dataclass
+class WatchdogConfig:
+    """What ends a run that has gone wrong. Losses that are not finite always do.
+
+    Attributes:
+        loss: of every objective.
+        length: of the responses.
+        timeout_s: seconds in which no rank makes progress (a phase begun or ended, a token
+            generated) after which the run is ended, with a message that names the rank and phase
+            and every rank's stacks in ``hung/``; exit code 124. Collectives may wait four times as
+            long. null: there is no such limit.
+    """
+
+    loss: LossWatch = field(default_factory=LossWatch)
+    length: LengthWatch = field(default_factory=LengthWatch)
+    timeout_s: float | None = 3600.0
+
+
+def check_watchdog(problems: Problems, w: WatchdogConfig) -> None:
+    """What is wrong with its numbers."""
+    need = problems.need
+    watches: dict[str, LossWatch | LengthWatch] = {"loss": w.loss, "length": w.length}
+    for name, watch in watches.items():
+        problems.need_at_least_one({f"watchdog.{name}.patience": watch.patience})
+        need(watch.factor > 1, f"watchdog.{name}.factor must be above 1, got {watch.factor}")
+    need(w.loss.window >= 5, f"watchdog.loss.window must be at least 5, got {w.loss.window}")
+    problems.need_at_least_one({"watchdog.length.window": w.length.window})
+    need(
+        0 < w.length.truncated <= 1,
+        f"watchdog.length.truncated must lie in (0, 1], got {w.length.truncated}",
+    )
+    need(
+        w.timeout_s is None or w.timeout_s > 0,
+        f"watchdog.timeout_s must be above 0 or null, got {w.timeout_s}",
+    )

@@ -1,0 +1,84 @@
+"""``oprd-train --dry_run --plan.gpus 8``: what `oprd.training_plan` finds, as a table."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from oprd.config import TrainConfig
+from oprd.config.plan import PlanConfig
+from oprd.errors import ConfigError, Unreachable
+from oprd.memory import GIB
+from oprd.models import load_config
+from oprd.planner import Shape
+from oprd.training_plan import advice, gib, make_training_plan
+
+
+def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]:
+    """Of the student and of every teacher: as given, else from their configurations.
+
+    Raises:
+        ConfigError: if one is neither given nor can be loaded, or is of a kind that the planner
+            does not know.
+    """
+
+    def shape(path: str, option: str) -> Shape:
+        try:
+            return Shape.of(load_config(path))
+        except Unreachable as error:
+            raise ConfigError(
+                f"{error}. To plan without it, give its shape: --{option} "
+                "'{d: 1536, layers: 28, heads: 12, kv_heads: 2, head_dim: 128, intermediate: 8960, "
+                "vocab: 151936, tied: false}'"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    student = plan.student or shape(cfg.student.path, "plan.student")
+    given = plan.teacher or (student if plan.student else None)
+    teachers = {
+        name: student if t.is_self else given or shape(t.path, "plan.teacher")
+        for name, t in cfg.all_teachers.items()
+    }
+    return student, teachers
+
+
+def show_training_plan(cfg: TrainConfig, plan: PlanConfig) -> bool:
+    """Print what each GPU would hold, and whether that fits; returns whether it does.
+
+    Raises:
+        ConfigError: as `shapes`, and if the memory is not known.
+    """
+    assert plan.gpus is not None
+    if plan.memory_gib is not None:
+        memory = int(plan.memory_gib * GIB)
+    elif torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        raise ConfigError("plan.memory_gib is not given, and there is no GPU here to ask")
+    student, teachers = shapes(cfg, plan)
+    made = make_training_plan(cfg, student, teachers, plan.gpus, memory)
+    table = Table(title=f"GiB on each of {plan.gpus} GPUs")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for name, size in made.resident.items():
+        table.add_row(name, gib(size))
+    for phase, moment in made.moments.items():
+        table.add_section()
+        table.add_row(f"{phase}, at its peak: {moment.name}", gib(moment.total))
+        for name, size in moment.terms.items():
+            if size > GIB / 20:
+                table.add_row(f"  {name}", gib(size))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    fits = made.total <= memory
+    difference = gib(abs(memory - made.total))
+    verdict = f"fits, {difference} GiB to spare" if fits else f"does not fit by {difference} GiB"
+    console.print(
+        f"{gib(made.total)} GiB at most, in the phase {made.worst!r}, of {gib(memory)} GiB: "
+        f"{verdict} (CUDA's context and NCCL's buffers, 1 to 2 GiB, not counted)"
+    )
+    if not fits:
+        console.print(advice(cfg, student, teachers, plan.gpus, memory))
+    return fits

@@ -1,0 +1,368 @@
+"""Whether a training run fits its GPUs: what each of them holds, from shapes alone.
+
+    oprd-train --config recipes/x.yaml --dry_run --plan.gpus 8 --plan.memory_gib 80
+
+`oprd.planner` follows one student update through its moments; here come the weights, gradients and
+AdamW states that are there all the time, by how they are sharded, and the other phases of a step.
+What is not counted: the CUDA context and NCCL's buffers (1 to 2 GiB), and the allocator's holes.
+
+Bytes; N tokens in a micro-batch, M supervised rows in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from oprd import planner
+from oprd.config import LoraConfig, TeacherConfig, TrainConfig
+from oprd.layers import pair_layers
+from oprd.memory import GIB
+from oprd.objectives import REP
+from oprd.planner import FLOAT32, Moment, Shape, Update
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+UPDATE, TEACHER, ROLLOUT, EVALUATION, STEP = (
+    "student update", "teacher", "rollout", "evaluation", "optimizer step",
+)  # fmt: skip
+WEIGHT_GRADIENTS = (
+    "head's weight gradient", "head's weight gradient, float32", "embedding's weight gradient",
+    "sum of both weight gradients", "block's gradients in reduce-scatter",
+    "embedding's and head's gradients in reduce-scatter",
+)  # fmt: skip
+"""Terms of the planner that frozen weights do not have."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a GPU holds.
+
+    Attributes:
+        resident: bytes by name, there all the time.
+        moments: of each phase, the one at which it takes most beyond that.
+        tokens: N at most: a response longer than ``micro_batch_tokens`` is a batch of its own.
+        sequences: that are generated at once, by phase.
+    """
+
+    resident: dict[str, int]
+    moments: dict[str, Moment]
+    tokens: int
+    sequences: dict[str, int]
+
+    @property
+    def worst(self) -> str:
+        """The phase that takes most."""
+        return max(self.moments, key=lambda phase: self.moments[phase].total)
+
+    @property
+    def total(self) -> int:
+        """Bytes at the worst moment."""
+        return sum(self.resident.values()) + self.moments[self.worst].total
+
+
+def make_training_plan(
+    cfg: TrainConfig,
+    student: Shape,
+    teachers: dict[str, Shape],
+    gpus: int,
+    memory: int | None = None,
+    on_gpu: bool = True,
+) -> TrainingPlan:
+    """Predict what each of ``gpus`` holds.
+
+    Args:
+        teachers: the shape of every teacher, by name; one that is the student itself has its shape.
+        memory: bytes of a GPU: what a vLLM engine takes is a share of it.
+        on_gpu: a CPU's AdamW and chunked losses take other temporaries.
+    """
+    return _Planner(cfg, student, teachers, gpus, memory, on_gpu).plan()
+
+
+class _Planner:
+    def __init__(
+        self, cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int,
+        memory: int | None, on_gpu: bool,
+    ) -> None:  # fmt: skip
+        self.cfg, self.student, self.teachers, self.gpus = cfg, student, teachers, gpus
+        self.memory, self.on_gpu = memory, on_gpu
+        fsdp = cfg.fsdp
+        self.shards = (fsdp.shard_size or gpus) if fsdp.active(gpus) else 1
+        self.stored = DTYPE_BYTES[cfg.student.dtype]
+        self.gathered = DTYPE_BYTES[fsdp.param_dtype] if fsdp.param_dtype else self.stored
+        self.computed = DTYPE_BYTES[cfg.autocast] if cfg.autocast else self.gathered
+        lora = cfg.student.lora
+        self.adapter = 0 if lora.rank is None else adapter_parameters(student, lora)
+        self.sequences = max(
+            1, cfg.rollout.prompts_per_step * cfg.rollout.responses_per_prompt // gpus
+        )
+        self.longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+        self.tokens = max(self.longest, min(cfg.micro_batch_tokens, self.sequences * self.longest))
+        d = cfg.distill
+        kept = {"all": cfg.rollout.max_new_tokens, "last": 1}.get(d.positions, d.k)
+        self.rows = min(self.tokens, self.sequences * min(kept, cfg.rollout.max_new_tokens))
+        self.needs_logits = any(name != REP for name in cfg.objectives)
+        self.depth = student.layers  # blocks that the backward pass goes through
+        if not self.needs_logits:
+            self.depth = 1 + max(
+                block for shape in teachers.values() for block, _ in self._pairs(shape)
+            )
+        else:  # output-space losses take every token
+            self.rows = min(self.tokens, self.sequences * cfg.rollout.max_new_tokens)
+
+    def plan(self) -> TrainingPlan:
+        """Everything."""
+        e, longest = self.cfg.eval, {ROLLOUT: self.longest}
+        at_once = self.cfg.rollout.batch_size or self.sequences
+        sequences = {ROLLOUT: min(self.sequences, at_once)}
+        if e.sets:
+            sequences[EVALUATION] = e.batch_size
+            longest[EVALUATION] = self.cfg.data.max_prompt_tokens + e.max_new_tokens
+        moments = {UPDATE: self._update(), TEACHER: self._teacher_forward()}
+        for phase, number in sequences.items():
+            moments[phase] = self._generation(phase, number, longest[phase])
+        trained = self._trained_bytes() if self.on_gpu and not self.cfg.fsdp.cpu_offload else 0
+        moments[STEP] = Moment("square roots of AdamW's second moments", {"temporaries": trained})
+        return TrainingPlan(self._resident(), moments, self.tokens, sequences)
+
+    # What is there all the time -------------------------------------------------------------------
+
+    def _resident(self) -> dict[str, int]:
+        weights = self.student.parameters * self.stored // self.shards
+        trained = self._trained_bytes()
+        terms = {
+            "student's weights": weights + (trained if self.adapter else 0),
+            "gradients": trained,
+            "AdamW's moments": 2 * trained,
+        }
+        if self.cfg.fsdp.cpu_offload:
+            terms = dict.fromkeys(terms, 0)
+        seen: list[TeacherConfig] = []
+        for name, teacher in self.cfg.all_teachers.items():
+            if teacher.path in ("self:current", "self:base") or teacher in seen:
+                continue
+            seen.append(teacher)
+            named = f"teacher's weights {name}".strip()
+            terms[named] = self._teacher_bytes(name, teacher)
+        if self._engine_share() and not self._engine_sleeps():
+            terms["vLLM engine"] = self._engine_bytes()
+        return terms
+
+    def _trained_bytes(self) -> int:
+        """Of the weights that get a gradient: hidden states give none to blocks after the deepest
+        one compared, nor to an untied head."""
+        if self.adapter:
+            return self.adapter * FLOAT32 // self.shards
+        s = self.student
+        reached = s.parameters
+        if not self.needs_logits:
+            reached = self.depth * s.block_parameters + s.vocab * s.d
+        return reached * self.stored // self.shards
+
+    def _teacher_bytes(self, name: str, teacher: TeacherConfig) -> int:
+        size = self._teacher_parameters(name) * DTYPE_BYTES[teacher.dtype]
+        if self.shards == 1 or self.cfg.fsdp.teacher == "replicated":
+            return size
+        return 0 if self.cfg.fsdp.teacher == "offloaded" else size // self.shards
+
+    def _teacher_parameters(self, name: str) -> int:
+        """Of the part that is kept."""
+        shape = self.teachers[name]
+        if self.needs_logits:
+            return shape.parameters
+        blocks = max(block for _, block in self._pairs(shape)) + 1
+        return blocks * shape.block_parameters + shape.vocab * shape.d
+
+    def _pairs(self, teacher: Shape) -> list[tuple[int, int]]:
+        return pair_layers(self.cfg.distill.layers, self.student.layers, teacher.layers)
+
+    # The phases -----------------------------------------------------------------------------------
+
+    def _update(self) -> Moment:
+        update = Update(
+            batch=1,
+            tokens=self.tokens,
+            rows=self.rows,
+            dtype_bytes=self.computed,
+            checkpointing=self.cfg.student.gradient_checkpointing,
+            chunk=self.cfg.opd.chunk_tokens,
+            widen_head=not self.on_gpu,
+            shards=self.shards,
+            gathered_bytes=self.gathered,
+        )
+        reached = replace(self.student, layers=self.depth)
+        found = [m for o in self._objectives() for m in planner.moments(o, reached, update)]
+        if self.adapter:
+            found = [
+                Moment(m.name, {n: x for n, x in m.terms.items() if n not in WEIGHT_GRADIENTS})
+                for m in found
+            ]
+        worst = max(found, key=lambda m: m.total)
+        extra = self._teacher_outputs() | self._teacher_root()
+        if self.shards == 1 and self.computed < self.stored:
+            blocks = 1 if update.checkpointing else self.student.layers
+            extra["autocast's copies of weights"] = (
+                blocks * self.student.block_parameters * self.computed
+            )
+        return Moment(worst.name, worst.terms | extra)
+
+    def _objectives(self) -> list[str]:
+        """As the planner names them."""
+        names = []
+        for name in self.cfg.objectives:
+            if name == REP:
+                names.append("bridge" if self.cfg.bridge.path else "oprd")
+                continue
+            form = {"opd_full_forward": "opd_full"}.get(name, "_".join(name.split("_")[:2]))
+            names.append(form + ("_chunked" if self.cfg.opd.implementation == "chunked" else ""))
+        return names
+
+    def _teacher_outputs(self) -> dict[str, int]:
+        """Of the largest teacher, while the student is updated."""
+        sizes = [0]
+        for name, shape in self.teachers.items():
+            e, size = self._teacher_computes(name), 0
+            if REP in self.cfg.objectives:
+                width = self.cfg.bridge.rank or shape.d
+                size += (
+                    len(self._pairs(shape))
+                    * self.rows
+                    * width
+                    * (FLOAT32 if self.cfg.bridge.path else e)
+                )
+            if self.needs_logits:
+                chunked = self.cfg.opd.implementation == "chunked"
+                size += self.rows * shape.d * e if chunked else self.tokens * shape.vocab * e
+            sizes.append(size)
+        return {"teacher's outputs": max(sizes)}
+
+    def _teacher_computes(self, name: str) -> int:
+        """Bytes of a number in its forward pass."""
+        teacher = self.cfg.all_teachers[name]
+        if teacher.path in ("self:current", "self:base"):
+            return self.computed
+        if self.cfg.autocast:
+            return DTYPE_BYTES[self.cfg.autocast]
+        return self._teacher_gathered(teacher)
+
+    def _teacher_gathered(self, teacher: TeacherConfig) -> int:
+        sharded = self.shards > 1 and self.cfg.fsdp.teacher != "replicated"
+        if sharded and self.cfg.fsdp.param_dtype:
+            return DTYPE_BYTES[self.cfg.fsdp.param_dtype]
+        return DTYPE_BYTES[teacher.dtype]
+
+    def _teacher_root(self) -> dict[str, int]:
+        """Embeddings (and head), which stay gathered until the losses are taken."""
+        if self.shards == 1 or self.cfg.fsdp.teacher == "replicated":
+            return {}
+        sizes = [0]
+        for name, shape in self.teachers.items():
+            teacher = self.cfg.all_teachers[name]
+            if teacher.path not in ("self:current", "self:base"):
+                tables = 2 if self.needs_logits and not shape.tied else 1
+                sizes.append(tables * shape.vocab * shape.d * self._teacher_gathered(teacher))
+        return {"teacher's gathered embedding and head": max(sizes)}
+
+    def _teacher_forward(self) -> Moment:
+        found = []
+        for name, shape in self.teachers.items():
+            e = self._teacher_computes(name)
+            terms = {
+                "one block's MLP": 3 * self.tokens * shape.intermediate * e,
+                "states": 3 * self.tokens * shape.d * e,
+            }
+            if self.shards > 1 and self.cfg.fsdp.teacher != "replicated":
+                block = shape.block_parameters * self._teacher_gathered(self.cfg.all_teachers[name])
+                terms["gathered weights, two blocks"] = 2 * block
+            found.append(Moment("a block", terms))
+        worst = max(found, key=lambda m: m.total)
+        return Moment(worst.name, worst.terms | self._teacher_outputs() | self._teacher_root())
+
+    def _generation(self, phase: str, sequences: int, tokens: int) -> Moment:
+        """Hugging Face's `generate`, or the engine in its place."""
+        s, e = self.student, self.computed
+        by_engine = phase == ROLLOUT or not self.cfg.eval.teacher  # which has no engine
+        if by_engine and self._engine_share():
+            terms = {} if not self._engine_sleeps() else {"vLLM engine": self._engine_bytes()}
+            return Moment("vLLM", terms)
+        terms = {
+            "keys and values": 2 * sequences * tokens * s.layers * s.kv_heads * s.head_dim * e,
+            "logits, sorted": sequences * s.vocab * (4 * FLOAT32 + 8),
+            "prompts' MLP": 3 * sequences * self.cfg.data.max_prompt_tokens * s.intermediate * e,
+        }
+        if self.shards > 1:
+            root = (1 if s.tied else 2) * s.vocab * s.d
+            terms["gathered weights"] = (root + 2 * s.block_parameters) * self.gathered
+        return Moment("the last token", terms)
+
+    # vLLM -----------------------------------------------------------------------------------------
+
+    def _engine_share(self) -> float:
+        rollout = self.cfg.rollout
+        return rollout.vllm.gpu_memory_utilization if rollout.engine == "vllm" else 0.0
+
+    def _engine_sleeps(self) -> bool:
+        return self.cfg.rollout.vllm.sleep
+
+    def _engine_bytes(self) -> int:
+        return int(self._engine_share() * (self.memory or 0))
+
+
+def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
+    """Numbers in a LoRA adapter of a decoder of Qwen2's kind: rank * (inputs + outputs) of each
+    adapted layer."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    d, wide = shape.d, shape.intermediate
+    sizes = {
+        "q_proj": d + q, "k_proj": d + kv, "v_proj": d + kv, "o_proj": q + d,
+        "gate_proj": d + wide, "up_proj": d + wide, "down_proj": wide + d,
+    }  # fmt: skip
+    names = list(sizes) if lora.target_modules == "all-linear" else lora.target_modules
+    return shape.layers * (lora.rank or 0) * sum(sizes.get(name, 0) for name in names)
+
+
+def advice(
+    cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int, memory: int
+) -> str:
+    """What to change so that a run that does not fit does, in words."""
+
+    def total(changed: TrainConfig) -> int:
+        return make_training_plan(changed, student, teachers, gpus, memory).total
+
+    plan = make_training_plan(cfg, student, teachers, gpus, memory)
+    resident = sum(plan.resident.values())
+    if resident > memory:
+        tips = ["take more GPUs"]
+        if cfg.student.lora.rank is None:
+            tips.append("train an adapter (student.lora.rank)")
+        if not cfg.fsdp.cpu_offload:
+            tips.append("set fsdp.cpu_offload")
+        return f"weights and optimizer alone take {gib(resident)} GiB: {' or '.join(tips)}"
+    if plan.worst in plan.sequences:
+        section = {ROLLOUT: "rollout", EVALUATION: "eval"}[plan.worst]
+        size = plan.sequences[plan.worst] // 2
+        while size >= 1:
+            smaller: Any = replace(getattr(cfg, section), batch_size=size)
+            changed = replace(cfg, **{section: smaller})
+            moments = make_training_plan(changed, student, teachers, gpus, memory).moments
+            if resident + moments[plan.worst].total <= memory:
+                return f"lower {section}.batch_size to {size}"
+            size //= 2
+        return f"a single sequence is too long: lower {section}.max_new_tokens"
+    if not cfg.student.gradient_checkpointing:
+        changed = replace(cfg, student=replace(cfg.student, gradient_checkpointing=True))
+        if total(changed) <= memory:
+            return "set student.gradient_checkpointing"
+        cfg = changed
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    for tokens in range(plan.tokens // 1024 * 1024, longest - 1, -1024):
+        if total(replace(cfg, micro_batch_tokens=tokens)) <= memory:
+            return f"lower micro_batch_tokens to {tokens}"
+    return (
+        f"a single response of {longest} tokens is too long, whatever micro_batch_tokens: lower "
+        "rollout.max_new_tokens, take more GPUs, or train an adapter (student.lora.rank)"
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB."""
+    return f"{size / GIB:,.1f}"

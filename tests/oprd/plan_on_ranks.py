@@ -1,0 +1,105 @@
+"""Measures what a rank holds in a step of training, beside what is planned; for
+`test_training_plan`.
+
+    torchrun --nproc-per-node 2 -m tests.oprd.plan_on_ranks DIRECTORY CASE [CASE ..]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
+
+from oprd import distributed
+from oprd.config import LoraConfig
+from oprd.models import DEMO
+from oprd.planner import Shape
+from oprd.preflight import preflight
+from oprd.rollout import Rollout
+from oprd.train import Trainer
+from oprd.training_plan import STEP, TEACHER, UPDATE, make_training_plan
+from tests.oprd.test_gains import model, tensor_peak
+from tests.oprd.test_train import small_run
+
+PROMPT, RESPONSE = 16, 240
+BLOCKS = {"d": 256, "layers": 4, "heads": 8, "kv_heads": 2, "intermediate": 1024, "vocab": 600}
+TABLES = BLOCKS | {"layers": 2, "vocab": 20000}
+CASES: dict[str, dict[str, Any]] = {
+    "oprd": {},
+    "checkpointing": {"student__gradient_checkpointing": True},
+    "full": {"objectives": {"opd_full": 1.0}, "sizes": TABLES},
+    "materialised": {"objectives": {"opd_top1": 1.0}, "opd__implementation": "materialised",
+                     "sizes": TABLES, "tied": False},
+    "cut": {"distill__layers": [0], "student__gradient_checkpointing": True, "sizes": TABLES},
+    "lora": {"student__lora": LoraConfig(8), "teacher__path": "self:base"},
+    "bfloat16": {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"},
+    "replicated": {"fsdp__teacher": "replicated"},
+}  # fmt: skip
+
+
+def local_bytes(tensors) -> int:
+    """Of a rank's parts, each storage once."""
+    storages = {}
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def measure(case: str, directory: Path) -> dict[str, Any]:
+    changes = dict(CASES[case])
+    sizes, tied = changes.pop("sizes", BLOCKS), changes.pop("tied", True)
+    path = directory.parent / f"model-{case}"
+    if distributed.world_size() == 1:
+        model(**sizes, tied=tied).save_pretrained(path)
+        AutoTokenizer.from_pretrained(DEMO / "student").save_pretrained(path)
+    # Two micro-batches a step, so that gradients are there while the second one runs.
+    tokens = 4 * (PROMPT + RESPONSE) // distributed.world_size()
+    changes = {"student__path": str(path), "teacher__path": str(path)} | changes
+    changes["micro_batch_tokens"] = tokens
+    cfg = small_run(directory / case, eval__sets={}, eval__teacher=False, **changes)
+    cfg.data.max_prompt_tokens = PROMPT
+    if cfg.teacher.is_self:
+        cfg.data.train.teacher_prompt = "{prompt}"
+    cfg.data.max_teacher_prompt_tokens = PROMPT
+    cfg.rollout.prompts_per_step, cfg.rollout.max_new_tokens = 8, RESPONSE
+    cfg.rollout.batch_size = 1
+    trainer = Trainer(cfg, preflight(cfg))
+    trainer._load()
+    ids = [3 + i % 10 for i in range(RESPONSE)]
+    mine = [Rollout(ids[:PROMPT], ids, True)] * (8 // distributed.world_size())
+    trainer._update(mine)
+    kept = list(trainer.student.parameters())
+    kept += [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim()]
+    distiller = trainer.objectives.distiller
+    teacher = next(iter(trainer.objectives.teachers.values())).model
+    kept += list((distiller.teacher.backbone if distiller else teacher).parameters())
+    resident = local_bytes(kept)
+    peak = tensor_peak(lambda: trainer._update(mine))
+    trainer.log.close()
+    shape = Shape.of(trainer.student.config)
+    plan = make_training_plan(cfg, shape, {"": shape}, distributed.world_size(), on_gpu=False)
+    moments = {phase: plan.moments[phase].total for phase in (UPDATE, TEACHER, STEP)}
+    return {
+        "resident": resident, "peak": peak, "planned resident": plan.resident,
+        "planned": sum(plan.resident.values()) + max(moments.values()),
+        "terms": {p: (m.name, m.terms) for p, m in plan.moments.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    for case in sys.argv[2:]:
+        found = measure(case, directory)
+        if distributed.rank() == 0:
+            (directory / f"{case}.json").write_text(json.dumps(found))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

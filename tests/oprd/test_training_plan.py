@@ -1,0 +1,181 @@
+"""What is planned for a run is what a step of it holds, on one rank and on two."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from oprd import cli
+from oprd.config import LoraConfig, StudentConfig, TrainConfig
+from oprd.config.fsdp import FsdpConfig
+from oprd.gains_report import PAPER_SHAPE
+from oprd.memory import GIB
+from oprd.training_plan import (
+    EVALUATION,
+    ROLLOUT,
+    UPDATE,
+    adapter_parameters,
+    advice,
+    make_training_plan,
+)
+from tests.oprd.plan_on_ranks import CASES
+from tests.oprd.test_lora import with_adapter
+from tests.oprd.test_train import ROOT
+
+SHAPE = (
+    "{d: 1536, layers: 28, heads: 12, kv_heads: 2, head_dim: 128, intermediate: 8960, "
+    "vocab: 151936, tied: false}"
+)
+RECIPE = ROOT / "recipes" / "r1_distill_1.5b_justrl.yaml"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """By number of ranks and case."""
+    directory = tmp_path_factory.mktemp("plans")
+    launcher = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    found = {}
+    for ranks, how in {1: [], 2: [*launcher, "--nproc-per-node=2"]}.items():
+        ran = subprocess.run(
+            [sys.executable, *how, "-m", "tests.oprd.plan_on_ranks", str(directory / str(ranks)),
+             *CASES], capture_output=True, text=True, cwd=ROOT, timeout=900,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        for case in CASES:
+            file = directory / str(ranks) / f"{case}.json"
+            found[ranks, case] = json.loads(file.read_text())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_holds_what_is_planned(measured, ranks, case):
+    found = measured[ranks, case]
+    resident = sum(found["planned resident"].values()) - found["planned resident"]["gradients"]
+    assert resident == pytest.approx(found["resident"], rel=0.01)
+    assert found["planned"] == pytest.approx(found["resident"] + found["peak"], rel=0.1), found
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_adapters_are_counted(targets):
+    from oprd.planner import Shape
+
+    model = with_adapter("qwen2", target_modules=targets)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counted = adapter_parameters(Shape.of(model.config), LoraConfig(4, target_modules=targets))
+    assert counted == trained
+
+
+def recipe(**student) -> TrainConfig:
+    cfg = TrainConfig(student=StudentConfig(gradient_checkpointing=True, **student))
+    cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens = 1024, 7168
+    cfg.eval.sets, cfg.micro_batch_tokens = {}, 32768
+    return cfg
+
+
+def plan(cfg, gpus=8, memory=80):
+    return make_training_plan(cfg, PAPER_SHAPE, {"": PAPER_SHAPE}, gpus, memory * GIB)
+
+
+def test_what_sharding_precision_and_adapters_save():
+    whole, sharded = plan(recipe(), gpus=1), plan(recipe(), gpus=8)
+    keys = ("student's weights", "gradients", "AdamW's moments", "teacher's weights")
+    for key in keys:
+        assert sharded.resident[key] == pytest.approx(whole.resident[key] / 8, rel=1e-6)
+    assert whole.resident["AdamW's moments"] == 2 * whole.resident["gradients"]
+    mixed = recipe()
+    mixed.fsdp = FsdpConfig(param_dtype="bfloat16")
+    narrow = plan(mixed)
+    assert narrow.resident == sharded.resident  # master weights stay float32
+    gathered = [p.moments[UPDATE].terms["gathered weights, two blocks"] for p in (narrow, sharded)]
+    assert 2 * gathered[0] == gathered[1]
+    copies = recipe()
+    copies.fsdp = FsdpConfig(shard_size=2)
+    assert plan(copies).resident["gradients"] == 4 * sharded.resident["gradients"]
+    offloaded = recipe()
+    offloaded.fsdp = FsdpConfig(cpu_offload=True, teacher="offloaded")
+    assert sum(plan(offloaded).resident.values()) == 0
+    adapter = plan(recipe(lora=LoraConfig(16)), gpus=1)
+    assert adapter.resident["AdamW's moments"] < whole.resident["AdamW's moments"] / 50
+    base = recipe(lora=LoraConfig(16))
+    base.teacher.path = "self:base"
+    assert "teacher's weights" not in plan(base, gpus=1).resident
+
+
+def test_an_engine_takes_its_share():
+    cfg = recipe()
+    cfg.rollout.engine, cfg.rollout.vllm.gpu_memory_utilization = "vllm", 0.5
+    assert plan(cfg).moments[ROLLOUT].total == 40 * GIB
+    assert "vLLM engine" not in plan(cfg).resident
+    cfg.rollout.vllm.sleep = False
+    assert plan(cfg).moments[ROLLOUT].total == 0
+    assert plan(cfg).resident["vLLM engine"] == 40 * GIB
+
+
+def test_advice_is_followed_by_a_run_that_fits():
+    def fits(cfg, memory, gpus=8):
+        return plan(cfg, gpus, memory).total <= memory * GIB
+
+    cfg = recipe()
+    assert not fits(cfg, 12)
+    said = advice(cfg, PAPER_SHAPE, {"": PAPER_SHAPE}, 8, 12 * GIB)
+    assert said.startswith("lower micro_batch_tokens to ")
+    cfg.micro_batch_tokens = int(said.rsplit(" ", 1)[1])
+    assert fits(cfg, 12)
+    cfg.micro_batch_tokens += 1024
+    assert not fits(cfg, 12)
+
+    cfg = recipe()
+    cfg.student.gradient_checkpointing = False
+    said = advice(cfg, PAPER_SHAPE, {"": PAPER_SHAPE}, 8, 60 * GIB)
+    assert (fits(cfg, 60), said) == (False, "set student.gradient_checkpointing")
+
+    cfg = recipe()
+    cfg.rollout.prompts_per_step = 8 * 4096
+    assert plan(cfg).worst == ROLLOUT
+    said = advice(cfg, PAPER_SHAPE, {"": PAPER_SHAPE}, 8, 80 * GIB)
+    assert said.startswith("lower rollout.batch_size to ")
+    cfg.rollout.batch_size = int(said.rsplit(" ", 1)[1])
+    assert fits(cfg, 80)
+
+    said = advice(recipe(), PAPER_SHAPE, {"": PAPER_SHAPE}, 1, 16 * GIB)
+    assert "weights and optimizer alone take" in said
+    assert "student.lora.rank" in said
+
+
+def test_the_papers_recipe_on_eight_gpus(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    arguments = ["--config", str(RECIPE), "--dry_run", "--plan.gpus=8"]
+    cli.train([*arguments, "--plan.memory_gib=80", f"--plan.student={SHAPE}"])
+    shown = capsys.readouterr().out
+    assert "GiB on each of 8 GPUs" in shown
+    assert "fits," in shown
+    assert EVALUATION in shown
+    cli.train([*arguments, "--plan.memory_gib=40", f"--plan.student={SHAPE}"])
+    shown = capsys.readouterr().out
+    assert "does not fit by" in shown
+    assert "lower eval.batch_size to " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80"], "give its shape: --plan.student"),
+        (["--dry_run", "--plan.gpus=3", "--plan.memory_gib=80"], "can't be shared equally by 3"),
+        (["--plan.gpus=8", "--plan.memory_gib=80"], "add --dry_run"),
+    ],
+)
+def test_what_is_missing_is_named(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.train(["--config", str(RECIPE), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_whose_models_are_here_needs_no_shape(capsys):
+    cli.train(["--dry_run", "--plan.gpus=2", "--plan.memory_gib=1"])
+    assert "fits," in capsys.readouterr().out

@@ -255,7 +255,7 @@ def _other_tokenizer(
             "(reads=student_ids)"
         )
         return
-    found.aligners[name] = Aligner(ours, theirs)
+    found.aligners[name] = Aligner(ours, theirs, cfg.all_teachers[name].pairs)
     found.teacher_tokenizers[name] = theirs
     found.notes.append(
         "the teacher has another tokenizer: it reads the responses' text, compared where tokens of "

@@ -12,12 +12,13 @@ from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
 from oprd.data import load_prompts
+from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer, make_teacher
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
+from oprd.models import load_model, load_tokenizer
 from oprd.rollout import Rollout
 from oprd.train import train
 from tests.oprd.test_train import lines, small_run
-from tests.oprd.tiny import make_olmo, make_pair_tokenizer
 
 PAIRS = make_pair_tokenizer()
 
@@ -59,9 +60,9 @@ def test_prompts_carry_what_the_teacher_reads(tmp_path):
     ids = make_tokenizer()("652")["input_ids"]
     truncated = for_teacher(Rollout(prompt.token_ids, ids, True), prompt, {"": aligner}, [1])
     assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["6", "52"]
-    assert truncated.reading.pairs == [(0, 0), (2, 1)]  # not "5", and no end was read
+    assert truncated.reading.pairs == [(2, 1)]  # "6|52" or "65": "6" is not; no end was read
     ended = for_teacher(Rollout(prompt.token_ids, [*ids, 1], False), prompt, {"": aligner}, [1])
-    assert ended.reading.pairs == [(0, 0), (2, 1), (3, 2)]
+    assert ended.reading.pairs == [(2, 1), (3, 2)]
 
 
 def test_end_of_turn_is_what_the_template_writes():
@@ -80,12 +81,12 @@ def test_fit_and_train(tmp_path, teacher):
     assert info.teacher_input == "text"
     assert (info.student.width, info.teacher.width, info.teacher.layers) == (128, 64, 6)
     assert info.rows < 54 * 5 * 0.8  # a good part of the tokens has no partner
-    summary = train(run_config(tmp_path / "run", teacher, path, steps=16, optim__lr=1e-3))
+    summary = train(run_config(tmp_path / "run", teacher, path, steps=40, optim__lr=1e-3))
     steps = [line for line in lines(summary.directory) if "actor/grad_norm" in line]
-    assert all(0.5 < s["align/ratio"] < 0.9 for s in steps)
+    assert all(0.4 < s["align/ratio"] < 1 for s in steps)
     assert all(s["rep/supervised_tokens"] > 8 for s in steps)
     losses = [s["actor/rep_loss"] for s in steps]
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     evaluated = summary.evaluations["teacher"]["val"]
     assert 0 < evaluated.length <= 5  # it was asked in its own tokens
 
@@ -123,3 +124,15 @@ def test_mistakes_are_explained(tmp_path, teacher):
     fed.teacher.reads = "student_ids"
     with pytest.raises(ConfigError, match="token id 14 is beyond the teacher's 10 embedding rows"):
         fit(fed)
+
+
+def test_the_demos_teacher_is_made(tmp_path, capsys):
+    """A few steps of it; `transformers` loads model and tokenizer as they were."""
+    make_teacher(tmp_path, tokens="pairs", steps=2)
+    assert "validation accuracy 0.0" in capsys.readouterr().out
+    loaded = load_tokenizer(str(tmp_path / "pairs"))
+    assert loaded.tokenize("12+97=") == [*"12+97="]
+    assert loaded.tokenize("2071") == ["2", "0", "71"]
+    model = load_model(TeacherConfig(str(tmp_path / "pairs")))
+    assert model.config.hidden_size == 96
+    assert model.get_input_embeddings().num_embeddings == len(loaded)

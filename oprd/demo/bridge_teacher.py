@@ -26,12 +26,12 @@ from oprd.demo.more import accuracy, train, without_hint
 from oprd.demo.task import make_splits, make_tokenizer
 
 SYMBOLS = ("<pad>", "<eos>", "<unk>", "+", "=", *"0123456789")
-PAIRS = tuple(str(i) for i in range(50, 100))
+PAIRS = tuple(str(i) for i in range(80, 100))
 
 
 def make_pair_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over characters with a token for every number from 50 to 99, which splits ``"2071"`` into
-    ``"2"``, ``"0"``, ``"71"``. The digits of a prompt stay apart."""
+    """BPE over characters with a token for every number from 80 to 99, which splits ``"2081"`` into
+    ``"2"``, ``"0"``, ``"81"``. The digits of a prompt stay apart."""
     vocabulary = {token: i for i, token in enumerate((*SYMBOLS, *PAIRS))}
     merges = [(pair[0], pair[1]) for pair in PAIRS]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))

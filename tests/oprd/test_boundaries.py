@@ -74,7 +74,7 @@ def test_no_choice_depends_on_what_follows():
     teacher's tokens up to there are the same."""
     student, teacher = make_tokenizer(), make_pair_tokenizer()
     aligner = Aligner(student, teacher)
-    for text in ("2", "20", "5", "56", "7", "756", "207", "99"):
+    for text in ("2", "20", "8", "86", "9", "986", "209", "99", "888"):
         seen = set()
         for more in ("", *map(str, range(100)), *"0123456789"):
             reading = aligner(student(text + more)["input_ids"], [5])
@@ -89,10 +89,10 @@ def test_a_tokenizer_that_gives_the_end_away_supervises_only_the_prompt_and_the_
     assert Aligner(student, tiny.make_pair_tokenizer())(ids, [5]).pairs == [(4, 3)]
 
 
-def test_the_demos_tokenizer_splits_from_50_on():
+def test_the_demos_tokenizer_joins_from_80_on():
     tokenizer = make_pair_tokenizer()
-    assert len(PAIRS) == 50
-    split = {t: tokenizer.tokenize(t) for t in ("2071", "567", "49", "952+978=")}
+    assert len(PAIRS) == 20
+    split = {t: tokenizer.tokenize(t) for t in ("2081", "897", "79", "982+998=")}
     assert split == {
-        "2071": ["2", "0", "71"], "567": ["56", "7"], "49": ["4", "9"], "952+978=": [*"952+978="],
+        "2081": ["2", "0", "81"], "897": ["89", "7"], "79": ["7", "9"], "982+998=": [*"982+998="],
     }  # fmt: skip

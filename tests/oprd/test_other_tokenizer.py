@@ -57,12 +57,14 @@ def test_prompts_carry_what_the_teacher_reads(tmp_path):
     assert PAIRS.convert_ids_to_tokens(prompt.teacher_ids) == [*"952+304="]
     assert prompt.teacher_end_id == PAIRS.eos_token_id
     aligner = Aligner(make_tokenizer(), PAIRS)
-    ids = make_tokenizer()("652")["input_ids"]
+    ids = make_tokenizer()("685")["input_ids"]
     truncated = for_teacher(Rollout(prompt.token_ids, ids, True), prompt, {"": aligner}, [1])
-    assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["6", "52"]
-    assert truncated.reading.pairs == [(2, 1)]  # "6|52" or "65": "6" is not; no end was read
+    assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["6", "85"]
+    assert truncated.reading.pairs == [(0, 0), (2, 1)]  # not "8", and no end was read
     ended = for_teacher(Rollout(prompt.token_ids, [*ids, 1], False), prompt, {"": aligner}, [1])
-    assert ended.reading.pairs == [(2, 1), (3, 2)]
+    assert ended.reading.pairs == [(0, 0), (2, 1), (3, 2)]
+    early = for_teacher(Rollout(prompt.token_ids, [*ids[:2], 1], False), prompt, {"": aligner}, [1])
+    assert early.reading.pairs == [(0, 0), (2, 2)]  # to the teacher a lone "8" is the last digit
 
 
 def test_end_of_turn_is_what_the_template_writes():
@@ -80,10 +82,12 @@ def test_fit_and_train(tmp_path, teacher):
     info = read_info(path)
     assert info.teacher_input == "text"
     assert (info.student.width, info.teacher.width, info.teacher.layers) == (128, 64, 6)
-    assert info.rows < 54 * 5 * 0.8  # a good part of the tokens has no partner
+    assert info.rows < 54 * 5 * 0.9  # some tokens have no partner
     summary = train(run_config(tmp_path / "run", teacher, path, steps=40, optim__lr=1e-3))
     steps = [line for line in lines(summary.directory) if "actor/grad_norm" in line]
-    assert all(0.4 < s["align/ratio"] < 1 for s in steps)
+    ratios = [s["align/ratio"] for s in steps]
+    assert 0.5 < min(ratios)
+    assert sum(ratios) / len(ratios) < 0.95
     assert all(s["rep/supervised_tokens"] > 8 for s in steps)
     losses = [s["actor/rep_loss"] for s in steps]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -132,7 +136,7 @@ def test_the_demos_teacher_is_made(tmp_path, capsys):
     assert "validation accuracy 0.0" in capsys.readouterr().out
     loaded = load_tokenizer(str(tmp_path / "pairs"))
     assert loaded.tokenize("12+97=") == [*"12+97="]
-    assert loaded.tokenize("2071") == ["2", "0", "71"]
+    assert loaded.tokenize("2081") == ["2", "0", "81"]
     model = load_model(TeacherConfig(str(tmp_path / "pairs")))
     assert model.config.hidden_size == 96
     assert model.get_input_embeddings().num_embeddings == len(loaded)

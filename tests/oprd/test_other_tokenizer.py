@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from oprd import cli
 from oprd import preflight as checks
 from oprd.alignment import Aligner, end_of_turn, for_teacher
+from oprd.bridge import cli as bridge_cli
 from oprd.bridge.bank import load_bridge, read_info
 from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
@@ -175,6 +178,19 @@ def test_mistakes_are_explained(tmp_path, teacher):
     fed.teacher.reads = "student_ids"
     with pytest.raises(ConfigError, match="token id 14 is beyond the teacher's 10 embedding rows"):
         fit(fed)
+
+
+def test_the_demos_recipes_belong_together():
+    recipes = Path(__file__).parents[2] / "recipes"
+    file = str(recipes / "demo_other_tokenizer_fit.yaml")
+    fitted = bridge_cli.make_parser().parse_args(["fit", "--config", file]).fit
+    parser = cli.make_parser()
+    file = str(recipes / "demo_other_tokenizer.yaml")
+    cfg = cli.to_config(parser.instantiate(parser.parse_args(["--config", file])))
+    assert cfg.bridge.path == fitted.output
+    assert cfg.bridge.rank <= fitted.rank
+    assert cfg.teacher.path == fitted.teacher.path == "runs/demo_bridge/pairs"
+    assert cfg.teacher.pairs == fitted.teacher.pairs == "stable"
 
 
 def test_the_demos_teacher_is_made(tmp_path, capsys):

@@ -22,14 +22,16 @@ What is done with the parts of a response:
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from oprd.boundaries import LONGEST, Boundaries
 from oprd.rollout import Reading, Rollout
 from oprd.token_bytes import TokenBytes, token_bytes
 
@@ -38,21 +40,33 @@ if TYPE_CHECKING:
 
 UNCERTAIN = -1
 
+Pairs = Literal["stable", "all"]
+
 
 class Aligner:
     """Pairs the responses of one student with the tokens of one teacher.
 
     Args:
         student, teacher: their tokenizers.
+        pairs: ``stable``: inside a number only where the teacher's tokens end whichever digit
+            follows (`oprd.boundaries`); ``all``: wherever tokens of both end.
 
     Raises:
         ConfigError: for a tokenizer whose tokens' bytes aren't known, by name.
     """
 
-    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        pairs: Pairs = "stable",
+    ) -> None:
         self.student_end, self.teacher_end = student.eos_token_id, teacher.eos_token_id
         self.student_bytes = token_bytes(student, "student's")
         self.teacher_bytes = token_bytes(teacher, "teacher's")
+        self.boundaries: Boundaries | None = None
+        if pairs == "stable":
+            self.boundaries = Boundaries(self.student_bytes, self.teacher_bytes)
 
     def __call__(
         self,
@@ -78,11 +92,23 @@ class Aligner:
         theirs, ours_at, theirs_at, whole = align_text(
             body, self.student_bytes, self.teacher_bytes, complete=ended
         )
-        pairs = list(zip(ours_at, theirs_at, strict=True))
+        pairs = self._supervised(body, zip(ours_at, theirs_at, strict=True))
         if ended and whole:  # else the teacher would end a turn whose text it has not read
             pairs.append((len(body), len(theirs)))
             theirs = [*theirs, end]
         return Reading(list(prompt_ids), theirs, pairs)
+
+    def _supervised(
+        self, body: list[int], pairs: Iterable[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        if self.boundaries is None:
+            return list(pairs)
+        # A special token, which spells nothing, ends the word before it.
+        spelled = [b"\n" if s is None else s for s in map(self.student_bytes.spell, body)]
+        ends = list(accumulate(map(len, spelled)))
+        text = b"".join(spelled)
+        stable, window = self.boundaries.stable, LONGEST + 1
+        return [(i, j) for i, j in pairs if stable(text[max(0, ends[i] - window) : ends[i]])]
 
 
 def for_teacher(

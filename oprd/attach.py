@@ -28,6 +28,7 @@ from oprd.bridge.project import Projectors
 from oprd.decoder import cut, find_decoder, first_tensor, replace_first, watch
 from oprd.layers import LayerSpec, pair_layers
 from oprd.positions import Positions, Reduction, Shift, supervise
+from oprd.rollout import Batch
 from oprd_kernels import RepLossStats, rep_tap
 from oprd_kernels.validate import KINDS
 
@@ -316,6 +317,9 @@ class Distiller:
         attention_mask: Tensor | None,
         response_mask: Tensor,
         position_ids: Tensor | None = None,
+        *,
+        reading: Batch | None = None,
+        partner: Tensor | None = None,
     ) -> RepOutput:
         """Teacher and student on one batch of the student's rollouts.
 
@@ -326,12 +330,33 @@ class Distiller:
             position_ids: (1, T) int64 of rollouts packed in one row, beginning at 0 for each; then
                 attention_mask must be None. `oprd.packing.check_packing` tells whether a model
                 keeps them apart.
+            reading: what the teacher reads, if it isn't the same: in its own tokens, or after
+                another prompt; with ``partner`` (B, T) int64, the teacher's row for each state of
+                the student, or -1. `oprd.rollout.collate` makes both: of rollouts with a `Reading`,
+                such as `oprd.alignment.Aligner` gives.
+
+        Raises:
+            ValueError: for one of ``reading`` and ``partner`` without the other, or if ``partner``
+                has not the shape of ``input_ids``.
         """
+        if (reading is None) != (partner is None):
+            raise ValueError(
+                "reading and partner belong together: pass both of the Batch that "
+                "oprd.rollout.collate makes of rollouts with a reading, or neither"
+            )
+        if partner is not None and partner.shape != input_ids.shape:
+            raise ValueError(
+                f"partner has shape {tuple(partner.shape)} and input_ids {tuple(input_ids.shape)}: "
+                "they must be equal, as in the Batch that oprd.rollout.collate makes"
+            )
         chosen = supervise(
-            response_mask.bool(), self.positions, self.k, self.shift, self.reduction,
+            response_mask.bool(), self.positions, self.k, self.shift, self.reduction, partner,
             position_ids_BT=position_ids,
         )  # fmt: skip
-        states = self.teacher_states(input_ids, attention_mask, chosen.rows, position_ids)
+        read = reading or Batch(input_ids, attention_mask, response_mask, position_ids=position_ids)
+        states = self.teacher_states(
+            read.input_ids, read.attention_mask, chosen.teacher_rows, read.position_ids
+        )
         return self.student_loss(
             input_ids, attention_mask, chosen.rows, states, chosen.weights, chosen.total,
             position_ids,

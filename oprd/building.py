@@ -71,7 +71,7 @@ class Builder:
         """
         distillers: dict[str, Distiller] = {}
         for name, model in self.teachers.items() if REP in self.cfg.objectives else ():
-            distillers[name] = self._attach(model, distillers)
+            distillers[name] = self._attach(name, model, distillers)
             self._shard_teacher(distillers[name].teacher.root)
         cfg = self.cfg
         return Objectives(
@@ -121,13 +121,17 @@ class Builder:
         root = model.adapted if isinstance(model, WithoutAdapter) else model
         return self.shards_teacher and id(root) not in self._sharded
 
-    def _attach(self, teacher: PreTrainedModel, distillers: dict[str, Distiller]) -> Distiller:
-        for name, distiller in distillers.items():
-            if self.teachers[name] is teacher:
+    def _attach(
+        self, name: str, teacher: PreTrainedModel, distillers: dict[str, Distiller]
+    ) -> Distiller:
+        for other, distiller in distillers.items():
+            if self.teachers[other] is teacher:
                 return distiller
+        b = self.cfg.all_bridges[name]
+        bridge = None if b.path is None else load_bridge(b.path, b.rank)
         if distillers:
-            return next(iter(distillers.values())).with_teacher(teacher)
-        d, b = self.cfg.distill, self.cfg.bridge
+            return next(iter(distillers.values())).with_teacher(teacher, bridge)
+        d = self.cfg.distill
         return attach(
             self.student,
             teacher,
@@ -138,5 +142,5 @@ class Builder:
             shift=d.shift,
             reduction=d.reduction,
             backend=d.backend,
-            bridge=None if b.path is None else load_bridge(b.path, b.rank),
+            bridge=bridge,
         )

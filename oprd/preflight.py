@@ -100,10 +100,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
 
     check_trackers(cfg.logging)
     found.notes += _packing_notes(cfg)
-    bridge = None if cfg.bridge.path is None else read_info(cfg.bridge.path)
-    if bridge is not None:
-        bridge.check_rank(cfg.bridge.rank)
-        found.notes += _bridge_notes(cfg, bridge)
+    bridges = _read_bridges(cfg, found)
 
     student = attempt(lambda: load_config(cfg.student.path))
     if student and cfg.student.lora.rank is not None:
@@ -113,7 +110,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
         found.notes += check_vllm(cfg, student, device)
     found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
     for name in cfg.all_teachers:
-        _check_teacher(cfg, found, name, student, bridge, attempt)
+        _check_teacher(cfg, found, name, student, bridges.get(name), attempt)
 
     if tokenizer is None:
         found.unchecked.append("the prompts: they need the student's tokenizer")
@@ -154,6 +151,23 @@ def _packing_notes(cfg: TrainConfig) -> list[str]:
         f"{cfg.micro_batch_tokens} tokens (micro_batch_tokens): on a GPU set attn_implementation "
         "to flash_attention_2 or flex_attention"
     ]
+
+
+def _read_bridges(cfg: TrainConfig, found: Preflight) -> dict[str, BridgeInfo]:
+    """What the teachers' bridges say of themselves, by teacher."""
+    bridges, ranks = {}, {}
+    for name, b in cfg.all_bridges.items():
+        if b.path is not None:
+            bridges[name] = info = read_info(b.path)
+            ranks[name] = info.check_rank(b.rank)
+            found.notes += _bridge_notes(cfg, info)
+    if len(set(ranks.values())) > 1:
+        raise ConfigError(
+            f"bridges have different ranks ({', '.join(f'{n}: {r}' for n, r in ranks.items())}), "
+            f"and losses of another scale: set bridges.{next(iter(ranks))}.rank and the others' to "
+            f"{min(ranks.values())}"
+        )
+    return bridges
 
 
 def _bridge_notes(cfg: TrainConfig, bridge: BridgeInfo) -> list[str]:
@@ -265,7 +279,7 @@ def _other_tokenizer(
             "(reads=student_ids)"
         )
         return
-    found.aligners[name] = Aligner(ours, theirs)
+    found.aligners[name] = Aligner(ours, theirs, cfg.all_teachers[name].pairs)
     found.teacher_tokenizers[name] = theirs
     found.notes.append(
         "the teacher has another tokenizer: it reads the responses' text, compared where tokens of "

@@ -177,7 +177,7 @@ def check_fit(cfg: FitConfig) -> Checked:
     if same_vocabulary(*tokenizers):
         check_vocabularies(*tokenizers, configs[1])
     elif cfg.teacher.reads == "text":
-        aligner, other = Aligner(*tokenizers), tokenizers[1]
+        aligner, other = Aligner(*tokenizers, cfg.teacher.pairs), tokenizers[1]
     else:
         check_student_ids(tokenizers[0], configs[1])
     student = model_info(configs[0], cfg.student.path, tokenizers[0])

@@ -23,7 +23,7 @@ FREE = (
     *("student.gradient_checkpointing", "teacher.attn_implementation", "distill.backend"),
     *("opd.implementation", "opd.chunk_tokens", "student.compile", "fsdp.mode", "fsdp.teacher"),
     *("fsdp.reshard_after_forward", "fsdp.shard_size", "fsdp.cpu_offload", "packing"),
-    *("rollout.engine", "rollout.vllm"),
+    *("rollout.engine", "rollout.vllm", "watchdog", "logging"),
 )
 """Settings, or sections, that a resumed run may have otherwise: they decide where and how it is
 computed and what is shown. ``steps`` too: the schedule of the learning rate is then the new one."""

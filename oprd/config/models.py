@@ -68,12 +68,16 @@ class TeacherConfig:
             its own tokens, compared where both end at the same byte (`oprd.alignment`).
             ``student_ids``: the student's token ids, whatever they mean to it, as public code does;
             for comparison with that code only.
+        pairs: where its tokenizer is another and it reads ``text``. ``stable``: inside a number
+            compared only where its tokens do not give away whether another digit follows
+            (`oprd.boundaries`); ``all``: wherever tokens of both end.
     """
 
     path: str = "demo:teacher"
     dtype: DType = "float32"
     attn_implementation: str | None = None
     reads: Literal["text", "student_ids"] = "text"
+    pairs: Literal["stable", "all"] = "stable"
 
     @property
     def is_self(self) -> bool:

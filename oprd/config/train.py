@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
 from oprd.config.checkpoint import CheckpointConfig, check_checkpoint
@@ -41,6 +42,7 @@ class TrainConfig:
             choose one of the others for long rows.
         log_every: steps between progress lines where the output is not a terminal.
         teachers: one for each source of prompts, instead of ``teacher``.
+        bridges: one for each of ``teachers``, by the same names, instead of ``bridge``.
         objectives: what is minimised, a weight for each: ``oprd``, ``opd_top1``, ``opd_topk``,
             ``opd_topk_advantage``, ``opd_topk_raw``, ``opd_full``, ``opd_full_forward``.
     """
@@ -63,6 +65,7 @@ class TrainConfig:
     objectives: dict[str, float] = field(default_factory=lambda: {"oprd": 1.0})
     distill: DistillConfig = field(default_factory=DistillConfig)
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    bridges: dict[str, BridgeConfig] = field(default_factory=dict)
     opd: OpdConfig = field(default_factory=OpdConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
@@ -75,6 +78,11 @@ class TrainConfig:
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """By the source of prompts that each is for; under "", if it is one for all of them."""
         return self.teachers or {"": self.teacher}
+
+    @property
+    def all_bridges(self) -> dict[str, BridgeConfig]:
+        """By the names of `all_teachers`; without a path where there is none."""
+        return {name: self.bridges.get(name, self.bridge) for name in self.all_teachers}
 
 
 def check_values(cfg: TrainConfig) -> None:
@@ -98,6 +106,7 @@ def check_values(cfg: TrainConfig) -> None:
         "eval.max_new_tokens": cfg.eval.max_new_tokens,
         "eval.batch_size": cfg.eval.batch_size,
     }
+    at_least_one |= {f"bridges.{name}.rank": b.rank for name, b in cfg.bridges.items()}
     at_least_one |= {f"data.sources.{name}.limit": s.limit for name, s in cfg.data.sources.items()}
     at_least_one |= {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
     problems.need_at_least_one(at_least_one)
@@ -126,7 +135,29 @@ def check_values(cfg: TrainConfig) -> None:
         need(
             len(cfg.teachers) < 2,
             f"bridge.path={cfg.bridge.path} is fitted for one teacher, and teachers has "
-            f"{len(cfg.teachers)}: train with one at a time",
+            f"{len(cfg.teachers)}: give each its own in bridges",
+        )
+    if cfg.bridges:
+        need(
+            cfg.bridges.keys() == cfg.teachers.keys(),
+            f"bridges has {', '.join(cfg.bridges)}, and teachers "
+            f"{', '.join(cfg.teachers) or 'nothing'}: name one bridge for each of teachers",
+        )
+        need(
+            all(b.path for b in cfg.bridges.values()),
+            "bridges: each needs a path",
+        )
+        for a, b in combinations(cfg.bridges.keys() & cfg.teachers.keys(), 2):
+            need(
+                cfg.teachers[a] != cfg.teachers[b] or cfg.bridges[a] == cfg.bridges[b],
+                f"teachers.{a} and teachers.{b} are one model with different bridges: give both "
+                "the same",
+            )
+        need(cfg.bridge == BridgeConfig(), "both bridge and bridges are given: leave one out")
+        need(
+            "oprd" in cfg.objectives,
+            f"bridges are given, but objectives {[*cfg.objectives]} compare no hidden states: add "
+            "oprd, or leave the bridges out",
         )
     if "opd_topk" in cfg.objectives:
         need(

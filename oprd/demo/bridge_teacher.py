@@ -1,12 +1,9 @@
 """Make a teacher of the Bridge demos: ``python -m oprd.demo.bridge_teacher [--tokens pairs]``.
 
 It learns the demo's task from nothing, so that it shares no origin with the demo's student, and has
-another depth and width: five layers, 160 wide, against four and 128. Its tokenizer is the student's
-(``other/``), or has tokens for half of all pairs of digits besides (``pairs/``).
-
-The teacher with pairs learns from texts that are split at random (BPE dropout, Provilkov et al.,
-2020). Otherwise a pair that is not one token, though it could be, would tell it that something is
-odd about the text: a student's unfinished answer, say.
+another depth and width. With ``digits`` (``other/``) five layers, 160 wide, and the student's
+tokenizer; with ``pairs`` (``pairs/``) six layers, 96 wide, and a tokenizer of its own, in which
+some numbers of two digits are single tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +14,24 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from oprd.demo.make import make_model
 from oprd.demo.more import accuracy, train, without_hint
 from oprd.demo.task import make_splits, make_tokenizer
 
 SYMBOLS = ("<pad>", "<eos>", "<unk>", "+", "=", *"0123456789")
-PAIRS = tuple(f"{i:02d}" for i in range(0, 100, 2))
+PAIRS = tuple(str(i) for i in range(80, 100))
 
 
 def make_pair_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over characters with a token for every even number of two digits, which splits ``"2071"``
-    into ``"20"``, ``"7"``, ``"1"``. The digits of a prompt stay apart."""
+    """BPE over characters with a token for every number from 80 to 99, which splits ``"2081"`` into
+    ``"2"``, ``"0"``, ``"81"``. The digits of a prompt stay apart."""
     vocabulary = {token: i for i, token in enumerate((*SYMBOLS, *PAIRS))}
     merges = [(pair[0], pair[1]) for pair in PAIRS]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
@@ -70,28 +72,27 @@ def make_teacher(
     output_dir: Path = Path("runs/demo_bridge"),
     tokens: Literal["digits", "pairs"] = "digits",
     seed: int = 1,
-    steps: int = 1800,
+    steps: int | None = None,
 ) -> None:
     """Train it and write it to ``other/`` or ``pairs/``.
 
     Args:
         output_dir: where.
-        tokens: of the responses: single digits, as the student's, or pairs of them too.
-        seed: of the initial weights, the batches and how texts are split.
-        steps: of supervised training.
+        tokens: of the responses: single digits, as the student's, or some pairs of them too.
+        seed: of the initial weights and the batches.
+        steps: of supervised training; null: 1,800 (digits) or 1,200 (pairs).
     """
     known = make_splits()
     torch.manual_seed(seed)
+    model: PreTrainedModel
     if tokens == "digits":
-        name, tokenizer = "other", make_tokenizer()
+        name, tokenizer, enough = "other", make_tokenizer(), 1800
         model = make_model(tokenizer, width=160, layers=5).train()
     else:
-        name, tokenizer = "pairs", make_pair_tokenizer()
-        model = make_olmo(tokenizer, width=160, layers=5).train()
-        tokenizer.backend_tokenizer.model.dropout = 0.5
-    train(model, tokenizer, [(known.rest, without_hint)], steps, 1e-3, seed, warmup=50)
-    if tokens == "pairs":
-        tokenizer.backend_tokenizer.model.dropout = None
+        name, tokenizer, enough = "pairs", make_pair_tokenizer(), 1200
+        model = make_olmo(tokenizer, width=96, layers=6).train()
+    count = enough if steps is None else steps
+    train(model, tokenizer, [(known.rest, without_hint)], count, 1e-3, seed, warmup=50)
     share = accuracy(model.eval(), tokenizer, known.val, without_hint)
     print(f"validation accuracy {share:.3f}")
     model.to(torch.bfloat16).save_pretrained(output_dir / name)

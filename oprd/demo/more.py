@@ -63,8 +63,8 @@ def encode(
     sums: list[Sum], text: Text, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts and responses with EOS, right-padded, and the labels: -100 but for responses."""
-    prompts = [tokenizer(text(s))["input_ids"] for s in sums]
-    responses = [tokenizer(s.answer + tokenizer.eos_token)["input_ids"] for s in sums]
+    prompts = tokenizer([text(s) for s in sums])["input_ids"]
+    responses = tokenizer([s.answer + tokenizer.eos_token for s in sums])["input_ids"]
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     ids = torch.full((len(sums), length), tokenizer.pad_token_id)
     labels = torch.full((len(sums), length), -100)

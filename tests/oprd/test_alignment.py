@@ -216,7 +216,7 @@ def test_empty_responses():
 
 
 def test_sums_in_digits_and_in_pairs_of_digits():
-    aligner = Aligner(make_tokenizer(), make_pair_tokenizer())
+    aligner = Aligner(make_tokenizer(), make_pair_tokenizer(), pairs="all")
     prompt = make_pair_tokenizer()("952+1119=")["input_ids"]
     reading = aligner(make_tokenizer()("2071<eos>")["input_ids"], prompt)
     assert reading.pairs == [(0, 0), (1, 1), (3, 2), (4, 3)]

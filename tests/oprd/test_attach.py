@@ -10,6 +10,7 @@ from oprd import attach
 from oprd.decoder import cut, find_decoder
 from oprd.layers import corresponding_layer, pair_layers, select_layers
 from oprd.positions import supervise
+from oprd.rollout import Reading, Rollout, collate
 from oprd_kernels import fused_rep_loss
 from tests.oprd.tiny import ARCHITECTURES, make_batch, make_model
 
@@ -93,6 +94,41 @@ def test_positions_shift_and_reduction(kind, positions, shift, reduction):
     options = {"positions": positions, "k": 3, "shift": shift, "reduction": reduction}
     wanted = expected(student, teacher, make_batch(), "all", kind, **options)
     assert_same(attached(student, teacher, make_batch(), kind=kind, **options), wanted)
+
+
+def test_a_teacher_that_reads_other_tokens():
+    """By hand, state by state: the second rollout's teacher reads two tokens for the student's two,
+    which end together only at the last; the first's has a longer prompt."""
+    student, teacher = make_model("qwen2"), make_model("qwen2", seed=1)
+    rollouts = [
+        Rollout([5, 6], [7, 8, 2], False, reading=Reading([9, 5, 6], [7, 8, 2])),
+        Rollout([4], [10, 11], True, reading=Reading([12], [13, 14], pairs=[(1, 1)])),
+    ]
+    batch = collate(rollouts, pad_id=0, device="cpu")
+    partners = [([1, 2, 3], [2, 3, 4]), ([0], [0])]  # states before the tokens, in positions
+    student.zero_grad()
+    total = 0.0
+    for r, (ours, theirs) in zip(rollouts, partners, strict=True):
+        ids = torch.tensor([r.prompt_ids + r.response_ids])
+        read = torch.tensor([r.reading.prompt_ids + r.reading.response_ids])
+        h_s = student(ids, output_hidden_states=True).hidden_states[1:]
+        with torch.no_grad():
+            h_t = teacher(read, output_hidden_states=True).hidden_states[1:]
+        for s, t in zip(h_s, h_t, strict=True):
+            total = total + (s[0, ours] - t[0, theirs]).square().mean(-1).sum() / 4 / len(h_s)
+    total.backward()
+    wanted = gradients(student)
+    distiller = attach(student, teacher, positions="all", shift="before")
+    student.zero_grad()
+    inputs = batch.input_ids, batch.attention_mask, batch.response_mask
+    out = distiller(*inputs, reading=batch.reading, partner=batch.partner)
+    out.loss.backward()
+    assert out.num_valid == 4
+    assert_same((out.loss.detach(), gradients(student)), (total.detach(), wanted))
+    with pytest.raises(ValueError, match="reading and partner belong together"):
+        distiller(*inputs, partner=batch.partner)
+    with pytest.raises(ValueError, match=r"partner has shape \(2, 4\) and input_ids \(2, 5\)"):
+        distiller(*inputs, reading=batch.reading, partner=batch.partner[:, :-1])
 
 
 def test_a_deeper_teacher_is_matched_by_relative_depth():

@@ -19,13 +19,14 @@ from oprd.bridge.fit import Prepared, fit, stream_batch
 from oprd.bridge.statistics import PairStatistics
 from oprd.config import PromptsConfig
 from oprd.decoder import cut, find_decoder
+from oprd.demo.bridge_teacher import make_olmo
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models import DEMO
 from oprd.positions import supervise
 from oprd.rollout import Batch
 from tests.oprd.test_train import small_run, steps_of
-from tests.oprd.tiny import make_batch, make_model, make_olmo
+from tests.oprd.tiny import make_batch, make_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -374,7 +375,7 @@ def test_tokenizers_whose_bytes_are_unknown_are_refused(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["hello"])
     tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
-    make_olmo(tokenizer).save_pretrained(other)
+    make_olmo(tokenizer, width=64, layers=6).save_pretrained(other)
     tokenizer.save_pretrained(other)
     with pytest.raises(ConfigError, match=r"teacher's tokenizer has the decoder.*WordPiece"):
         check_fit(small_fit(tmp_path / "b.safetensors", str(other)))

@@ -1,23 +1,29 @@
 """A teacher with another tokenizer, from prompts to gradients, and the refusals."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from oprd import cli
 from oprd import preflight as checks
 from oprd.alignment import Aligner, end_of_turn, for_teacher
+from oprd.bridge import cli as bridge_cli
 from oprd.bridge.bank import load_bridge, read_info
 from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
+from oprd.building import Builder
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
 from oprd.data import load_prompts
-from oprd.demo.task import make_tokenizer
+from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer, make_teacher
+from oprd.demo.task import make_splits, make_tokenizer
 from oprd.errors import ConfigError
+from oprd.models import load_model, load_tokenizer
 from oprd.rollout import Rollout
 from oprd.train import train
 from tests.oprd.test_train import lines, small_run
-from tests.oprd.tiny import make_olmo, make_pair_tokenizer
 
 PAIRS = make_pair_tokenizer()
 
@@ -56,12 +62,14 @@ def test_prompts_carry_what_the_teacher_reads(tmp_path):
     assert PAIRS.convert_ids_to_tokens(prompt.teacher_ids) == [*"952+304="]
     assert prompt.teacher_end_id == PAIRS.eos_token_id
     aligner = Aligner(make_tokenizer(), PAIRS)
-    ids = make_tokenizer()("652")["input_ids"]
+    ids = make_tokenizer()("685")["input_ids"]
     truncated = for_teacher(Rollout(prompt.token_ids, ids, True), prompt, {"": aligner}, [1])
-    assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["6", "52"]
-    assert truncated.reading.pairs == [(0, 0), (2, 1)]  # not "5", and no end was read
+    assert PAIRS.convert_ids_to_tokens(truncated.reading.response_ids) == ["6", "85"]
+    assert truncated.reading.pairs == [(0, 0), (2, 1)]  # not "8", and no end was read
     ended = for_teacher(Rollout(prompt.token_ids, [*ids, 1], False), prompt, {"": aligner}, [1])
     assert ended.reading.pairs == [(0, 0), (2, 1), (3, 2)]
+    early = for_teacher(Rollout(prompt.token_ids, [*ids[:2], 1], False), prompt, {"": aligner}, [1])
+    assert early.reading.pairs == [(0, 0), (2, 2)]  # to the teacher a lone "8" is the last digit
 
 
 def test_end_of_turn_is_what_the_template_writes():
@@ -79,13 +87,15 @@ def test_fit_and_train(tmp_path, teacher):
     info = read_info(path)
     assert info.teacher_input == "text"
     assert (info.student.width, info.teacher.width, info.teacher.layers) == (128, 64, 6)
-    assert info.rows < 54 * 5 * 0.8  # a good part of the tokens has no partner
-    summary = train(run_config(tmp_path / "run", teacher, path, steps=16, optim__lr=1e-3))
+    assert info.rows < 54 * 5 * 0.9  # some tokens have no partner
+    summary = train(run_config(tmp_path / "run", teacher, path, steps=40, optim__lr=1e-3))
     steps = [line for line in lines(summary.directory) if "actor/grad_norm" in line]
-    assert all(0.5 < s["align/ratio"] < 0.9 for s in steps)
+    ratios = [s["align/ratio"] for s in steps]
+    assert min(ratios) > 0.5
+    assert sum(ratios) / len(ratios) < 0.95
     assert all(s["rep/supervised_tokens"] > 8 for s in steps)
     losses = [s["actor/rep_loss"] for s in steps]
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     evaluated = summary.evaluations["teacher"]["val"]
     assert 0 < evaluated.length <= 5  # it was asked in its own tokens
 
@@ -107,6 +117,51 @@ def test_student_ids_is_what_public_code_does(tmp_path, teacher):
     assert not any("align/ratio" in line for line in steps)
 
 
+def test_a_bridge_for_each_teacher(tmp_path, teacher):
+    """One of the student's tokenizer and width, one of neither, for prompts of their own."""
+    rows = [json.dumps({"prompt": s.prompt, "answer": s.answer}) for s in make_splits().train[:40]]
+    cfg = small_run(tmp_path / "run", distill__kind="nmse")
+    paths = {"same": "demo:teacher", "other": teacher}
+    for i, (name, path) in enumerate(paths.items()):
+        fit(fit_config(tmp_path / name, path))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows[i::2]))
+        cfg.teachers[name] = TeacherConfig(path)
+        cfg.data.sources[name] = PromptsConfig(str(tmp_path / f"{name}.jsonl"))
+        cfg.bridges[name] = BridgeConfig(str(tmp_path / name), 3)
+    made = Builder(cfg, torch.device("cpu")).objectives()
+    for name in paths:
+        bridge = load_bridge(tmp_path / name, 3)
+        found = made.teachers[name].distiller.projectors.bridge
+        assert torch.equal(found.student_proj[1], bridge.student_proj[1])
+        assert torch.equal(found.teacher_proj[1], bridge.teacher_proj[1])
+        assert made.teachers[name].distiller.teacher.width == bridge.info.teacher.width
+    steps = [line for line in lines(train(cfg).directory) if "actor/grad_norm" in line]
+    assert all(s["actor/grad_norm"] > 0 for s in steps)
+    assert any(s["align/ratio"] < 1 for s in steps)
+
+    def refused(message):
+        with pytest.raises(ConfigError, match=message):
+            checks.preflight(replace(cfg, output_dir=str(tmp_path / "not")))
+
+    cfg.bridges["same"].rank = None
+    refused(r"bridges have different ranks \(same: 4, other: 3\).* set bridges.same.rank .* to 3")
+    cfg.bridges["same"] = cfg.bridges["other"]
+    refused("it was fitted for a teacher 64 wide")
+    cfg.bridge = BridgeConfig(str(tmp_path / "same"))
+    refused("both bridge and bridges are given")
+    cfg.bridges = {}
+    refused("is fitted for one teacher, and teachers has 2: give each its own in bridges")
+    cfg.bridge = BridgeConfig()
+    cfg.bridges = {"same": BridgeConfig("x")}
+    refused("bridges has same, and teachers same, other: name one bridge for each")
+    cfg.teachers["same"] = cfg.teachers["other"]
+    cfg.bridges["other"] = BridgeConfig("y")
+    refused("are one model with different bridges")
+    cfg.objectives, cfg.bridges["same"].path = {"opd_full": 1.0}, None
+    refused("bridges: each needs a path")
+    refused("bridges are given, but objectives .* compare no hidden states")
+
+
 def test_mistakes_are_explained(tmp_path, teacher):
     path = tmp_path / "bridge.safetensors"
     fit(fit_config(path, teacher))
@@ -123,3 +178,28 @@ def test_mistakes_are_explained(tmp_path, teacher):
     fed.teacher.reads = "student_ids"
     with pytest.raises(ConfigError, match="token id 14 is beyond the teacher's 10 embedding rows"):
         fit(fed)
+
+
+def test_the_demos_recipes_belong_together():
+    recipes = Path(__file__).parents[2] / "recipes"
+    file = str(recipes / "demo_other_tokenizer_fit.yaml")
+    fitted = bridge_cli.make_parser().parse_args(["fit", "--config", file]).fit
+    parser = cli.make_parser()
+    file = str(recipes / "demo_other_tokenizer.yaml")
+    cfg = cli.to_config(parser.instantiate(parser.parse_args(["--config", file])))
+    assert cfg.bridge.path == fitted.output
+    assert cfg.bridge.rank <= fitted.rank
+    assert cfg.teacher.path == fitted.teacher.path == "runs/demo_bridge/pairs"
+    assert cfg.teacher.pairs == fitted.teacher.pairs == "stable"
+
+
+def test_the_demos_teacher_is_made(tmp_path, capsys):
+    """A few steps of it; `transformers` loads model and tokenizer as they were."""
+    make_teacher(tmp_path, tokens="pairs", steps=2)
+    assert "validation accuracy 0.0" in capsys.readouterr().out
+    loaded = load_tokenizer(str(tmp_path / "pairs"))
+    assert loaded.tokenize("12+97=") == [*"12+97="]
+    assert loaded.tokenize("2081") == ["2", "0", "81"]
+    model = load_model(TeacherConfig(str(tmp_path / "pairs")))
+    assert model.config.hidden_size == 96
+    assert model.get_input_embeddings().num_embeddings == len(loaded)

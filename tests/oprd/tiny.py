@@ -77,21 +77,9 @@ def make_batch(padding: str = "right", seed: int = 0) -> tuple[torch.Tensor, ...
     return ids, attention, response.bool()
 
 
-def make_olmo(tokenizer, width: int = 64, layers: int = 6) -> PreTrainedModel:
-    """An OLMo 2 for a tokenizer of one's own: beside a Qwen2, transformers would load that with the
-    pre-tokenizer and decoder of Qwen2's."""
-    config = transformers.Olmo2Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
-
-
 def make_pair_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Another tokenizer of the demo's text: the two digits that end a response are one token, so
-    that ``"2071"`` is ``"2"``, ``"0"``, ``"71"``."""
+    that ``"2071"`` is ``"2"``, ``"0"``, ``"71"``: whatever reads them is told where it ended."""
     symbols = ["<pad>", "<eos>", "<unk>", "+", "=", *"0123456789"]
     symbols += [f"{i:02d}" for i in range(100)]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}

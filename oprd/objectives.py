@@ -9,13 +9,14 @@ Shapes: B sequences of T tokens, M supervised tokens, V vocabulary, d hidden wid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from oprd import distributed
 from oprd.attach import Distiller, RepOutput
 from oprd.config import DistillConfig, OpdConfig
 from oprd.decoder import Decoder, find_decoder, model_inputs
@@ -156,6 +157,19 @@ class Objectives:
         if self.vocab:
             opd = supervise(mask, "all", d.k, "before", d.reduction, **where)
         return Chosen(rep, opd)
+
+    def totals(self, chosen: Sequence[Chosen], device: torch.device) -> dict[str, float]:
+        """By objective, the denominator of its mean over the global batch. Collective.
+
+        Args:
+            chosen: of this rank's micro-batches.
+        """
+        counts = [
+            sum(c.rep.total for c in chosen if c.rep),
+            sum(c.opd.total for c in chosen if c.opd),
+        ]
+        rep, opd = distributed.sum_over_ranks(counts, device)
+        return {name: rep if name == REP else opd for name in self.weights}
 
     @torch.no_grad()
     def teacher_pass(self, batch: Batch, chosen: Chosen, name: str) -> TeacherPass:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.checkpoint.resume import Candidates, find_candidates, is_run
 from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
-from oprd.data import PromptSet, load_prompts, load_training_prompts
+from oprd.data import Prompt, PromptSet, load_prompts, load_training_prompts
 from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import ConfigError, Problems, Unreachable
 from oprd.lora import check_targets
@@ -66,6 +66,13 @@ class Preflight:
     resume: Candidates = field(default_factory=Candidates)
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+
+    def asked(self, teacher: str | None, name: str) -> list[Prompt]:
+        """The prompts of an evaluation set, for the student (None) or as a teacher is told them."""
+        if teacher is None:
+            return self.eval_sets[name].prompts
+        prompts = self.teacher_sets.get(teacher, self.eval_sets)[name].prompts
+        return [replace(p, token_ids=p.teacher_ids or p.token_ids) for p in prompts]
 
 
 def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None) -> Preflight:

@@ -20,7 +20,10 @@ from rich.table import Table
 from oprd import heartbeat
 from oprd.config import LoggingConfig
 from oprd.evaluate import EvalResult
+from oprd.summary import Summary
 from oprd.trackers import Trackers
+
+DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
 
 
 class PhaseTimer:
@@ -147,6 +150,22 @@ class RunLog:
         self.record({"step": step, "model": who, **metrics})
         shown = "  ".join(f"{name} {r.avg:.3f} (len {r.length:.1f})" for name, r in results.items())
         self.say(f"eval at step {step}, {who}: {shown}")
+
+    def closing(self, summary: Summary, teachers: list[str]) -> None:
+        """What a run has come to.
+
+        Args:
+            teachers: their paths.
+        """
+        origin = DEMO_ORIGIN if teachers == ["demo:teacher"] else None
+        tables = closing_tables(summary.evaluations, summary.phases, summary.delta_peak_gb, origin)
+        for table in tables:
+            self.console.print(table)
+        state = f"finished; student: {summary.student}"
+        if summary.interrupted:
+            state = f"interrupted after step {summary.steps}; --resume auto goes on from "
+            state += str(summary.student)
+        self.say(f"{state}  metrics: {self.directory}/metrics.jsonl")
 
     def close_progress(self) -> None:
         """Take the live display off the screen."""

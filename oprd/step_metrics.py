@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,39 @@ from oprd import distributed
 from oprd.attach import RepOutput
 from oprd.memory import GIB, PeakMemory
 from oprd.micro_batches import Plan, batch_work
+from oprd.objectives import StudentPass
 from oprd.rollout import Rollout
+
+METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
+
+
+def reduced_losses(
+    outputs: Sequence[StudentPass], device: torch.device
+) -> tuple[dict[str, float], list[float]]:
+    """Each objective's loss over the global batch, before weighting, and each layer's. Collective.
+
+    Args:
+        outputs: of this rank's micro-batches.
+    """
+    names = list(outputs[0].parts)
+    local = torch.stack([torch.stack([*out.parts.values()]) for out in outputs]).double().sum(0)
+    values = local.tolist()
+    if outputs[0].rep is not None:
+        reps = torch.stack([out.rep.layer_losses for out in outputs if out.rep])
+        values += reps.double().sum(0).tolist()
+    values = distributed.sum_over_ranks(values, device)
+    return dict(zip(names, values[: len(names)], strict=True)), values[len(names) :]
+
+
+def loss_metrics(losses: Mapping[str, float]) -> dict[str, float]:
+    """`reduced_losses` under their names in the log."""
+    return {METRICS.get(name, f"actor/{name}_loss"): loss for name, loss in losses.items()}
+
+
+def time_metrics(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
+    """Of a step's phases, and the rollouts' tokens a second."""
+    metrics = {"perf/tokens_per_second": tokens / max(sum(seconds.values()), 1e-9)}
+    return metrics | {f"time/{phase.replace(' ', '_')}_s": s for phase, s in seconds.items()}
 
 
 def rollout_metrics(

@@ -10,16 +10,14 @@ student on it with taps, backpropagate, clip, step.
 from __future__ import annotations
 
 import contextlib
-import math
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from oprd import distributed, heartbeat
 from oprd.alignment import for_teacher
@@ -27,7 +25,7 @@ from oprd.building import Builder
 from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
 from oprd.checkpoint.run import check_space
 from oprd.config import TrainConfig
-from oprd.data import Prompt, PromptSampler
+from oprd.data import PromptSampler
 from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.generate import GenerateEngine
 from oprd.engines.making import make_engine, rollout_gap, too_wide
@@ -36,17 +34,23 @@ from oprd.evaluate import EvalResult, evaluate
 from oprd.interrupt import Interrupt
 from oprd.memory import PeakMemory
 from oprd.micro_batches import attention_share, plan
-from oprd.objectives import REP, Chosen, StudentPass
+from oprd.objectives import StudentPass
+from oprd.optimizer import fast_forward, make_optimizer
 from oprd.preflight import Preflight, output_dir, preflight
 from oprd.rollout import Rollout, collate, eos_ids
-from oprd.runlog import PhaseTimer, RunLog, closing_tables
+from oprd.runlog import PhaseTimer, RunLog
 from oprd.sharding import clip_gradients
-from oprd.step_metrics import memory_metrics, plan_metrics, rep_metrics, rollout_metrics
+from oprd.step_metrics import (
+    loss_metrics,
+    memory_metrics,
+    plan_metrics,
+    reduced_losses,
+    rep_metrics,
+    rollout_metrics,
+    time_metrics,
+)
 from oprd.summary import Summary, done_already, plain, write_summary
 from oprd.watchdog import Alarm, Watchdog, keep_batch, not_finite
-
-METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
-DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
 
 
 class TrainingStopped(RuntimeError):
@@ -162,7 +166,7 @@ class Trainer:
                 batch = collate(part, self.tokenizer.pad_token_id, device, pad, cfg.packing)
                 parts.append((name, batch, self.objectives.supervise(batch)))
         # Normalised by the whole global batch, so that no split of it changes the loss.
-        totals = self._totals([chosen for _, _, chosen in parts])
+        totals = self.objectives.totals([chosen for _, _, chosen in parts], device)
 
         self.student.train()
         outputs, peaks = [], []
@@ -181,7 +185,7 @@ class Trainer:
             if not self.sharded:
                 distributed.sum_gradients(self.student.parameters())
             norm = clip_gradients(self.student.parameters(), cfg.optim.max_grad_norm)
-            losses, layer_losses = self._reduced_losses(outputs)
+            losses, layer_losses = reduced_losses(outputs, device)
             self._check_finite(losses, layer_losses, norm, rollouts)
             self.optimizer.step()
             self.scheduler.step()
@@ -245,15 +249,7 @@ class Trainer:
                 with self._autocast():
                     self.objectives.check_packing()
         self.sharded = builder.mesh is not None
-        o = cfg.optim
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay
-        )
-        schedule = {"cosine": "cosine", "constant": "constant_with_warmup"}[o.schedule]
-        self.scheduler = get_scheduler(
-            schedule, self.optimizer, math.ceil(o.warmup_ratio * cfg.steps), cfg.steps
-        )
+        self.optimizer, self.scheduler = make_optimizer(self.student, cfg.optim, cfg.steps)
         self.checkpoints = RunCheckpoints(
             cfg, self.directory, self.student, self.tokenizer, self.device, self.resumed,
             self.log.say,
@@ -262,9 +258,7 @@ class Trainer:
         if self.resumed is not None:
             with self.timer("loading"):
                 self.checkpoints.load(self.optimizer)
-            with warnings.catch_warnings(action="ignore"):  # that the optimizer has made no step
-                for _ in range(self.step):  # the rate is a function of the step alone
-                    self.scheduler.step()
+            fast_forward(self.scheduler, self.step)
         with self.timer("loading"):
             self.engine = make_engine(
                 cfg, self.student, self.tokenizer, self.device, self.directory, self.log.say,
@@ -320,31 +314,11 @@ class Trainer:
             )
         return path
 
-    def _totals(self, chosen: list[Chosen]) -> dict[str, float]:
-        """By objective, the denominator of its mean over the global batch."""
-        counts = [
-            sum(c.rep.total for c in chosen if c.rep),
-            sum(c.opd.total for c in chosen if c.opd),
-        ]
-        rep, opd = distributed.sum_over_ranks(counts, self.device)
-        return {name: rep if name == REP else opd for name in self.cfg.objectives}
-
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = self.cfg.autocast
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, dtype))
-
-    def _reduced_losses(self, outputs: list[StudentPass]) -> tuple[dict[str, float], list[float]]:
-        """Each objective's loss over the global batch, before weighting, and each layer's."""
-        names = list(outputs[0].parts)
-        local = torch.stack([torch.stack([*out.parts.values()]) for out in outputs]).double().sum(0)
-        values = local.tolist()
-        if outputs[0].rep is not None:
-            reps = torch.stack([out.rep.layer_losses for out in outputs if out.rep])
-            values += reps.double().sum(0).tolist()
-        values = distributed.sum_over_ranks(values, self.device)
-        return dict(zip(names, values[: len(names)], strict=True)), values[len(names) :]
 
     def _check_finite(
         self,
@@ -382,15 +356,10 @@ class Trainer:
         peaks: list[PeakMemory],
     ) -> dict[str, Any]:
         """Of a step, reduced over ranks."""
-        seconds = self.timer.take_step()
-        metrics: dict[str, Any] = {
-            METRICS.get(name, f"actor/{name}_loss"): x for name, x in losses.items()
-        }
+        metrics: dict[str, Any] = loss_metrics(losses)
         metrics |= {"actor/grad_norm": norm, "actor/lr": self.scheduler.get_last_lr()[0]}
         metrics |= rollout_metrics(rollouts, self.device, bool(self.checked.aligners))
-        spent = max(sum(seconds.values()), 1e-9)
-        metrics["perf/tokens_per_second"] = metrics["rollout/tokens"] / spent
-        metrics |= {f"time/{phase.replace(' ', '_')}_s": s for phase, s in seconds.items()}
+        metrics |= time_metrics(self.timer.take_step(), metrics["rollout/tokens"])
         memory = memory_metrics(peaks, self.device)
         delta = memory.get("mem/actor_update_delta_peak_GB")
         if delta is not None:
@@ -421,16 +390,17 @@ class Trainer:
         names = list(sets) if names is None else names
         if not names or who in self.evaluations:
             return False
-        tokenizer = self.tokenizer
+        tokenizer, teacher = self.tokenizer, None
         if not who.startswith("student"):
-            tokenizer = self.checked.teacher_tokenizers.get(_teacher_name(who), tokenizer)
+            teacher = who.removeprefix("teacher").strip()  # "teacher" or "teacher <source>"
+            tokenizer = self.checked.teacher_tokenizers.get(teacher, tokenizer)
         engine = self.engine if model is None else None
         if engine is None or isinstance(engine, GenerateEngine):
             size = self.cfg.eval.batch_size
             engine = GenerateEngine(model or self.student, tokenizer, size, self._autocast)
         with self._current(engine), self.timer("evaluation"):
             results = {
-                name: evaluate(engine, tokenizer, self._asked(who, name), self.cfg.eval)
+                name: evaluate(engine, tokenizer, self.checked.asked(teacher, name), self.cfg.eval)
                 for name in names
             }
         self.timer.take_step()
@@ -441,16 +411,6 @@ class Trainer:
             return False
         metrics = {k: v for name, r in results.items() for k, v in r.metrics(name).items()}
         return self.checkpoints.observe(self.step, metrics)
-
-    def _asked(self, who: str, name: str) -> list[Prompt]:
-        """An evaluation set's prompts, a teacher's with what it is told."""
-        prompts = self.checked.eval_sets[name].prompts
-        if who.startswith("student"):
-            return prompts
-        prompts = self.checked.teacher_sets.get(_teacher_name(who), self.checked.eval_sets)[
-            name
-        ].prompts
-        return [replace(p, token_ids=p.teacher_ids or p.token_ids) for p in prompts]
 
     def _save(self, directory: Path) -> Path:
         with self.timer("saving"):
@@ -466,35 +426,21 @@ class Trainer:
         return directory
 
     def _finish(self, student: Path) -> Summary:
-        interrupted = self.stopped_by is not None
-        delta = self.delta_peak_gb
         summary = Summary(
             self.directory,
             student,
             self.step,
-            interrupted,
+            self.stopped_by is not None,
             self.evaluations,
             dict(self.timer.total),
-            delta,
+            self.delta_peak_gb,
             self.stopped_by,
         )
         if distributed.rank() == 0:
             write_summary(summary)
-            paths = [teacher.path for teacher in self.cfg.all_teachers.values()]
-            origin = DEMO_ORIGIN if paths == ["demo:teacher"] else None
-            for table in closing_tables(self.evaluations, summary.phases, delta, origin):
-                self.log.console.print(table)
-            state = f"finished; student: {student}"
-            if interrupted:
-                state = f"interrupted after step {self.step}; --resume auto goes on from {student}"
-            self.log.say(f"{state}  metrics: {self.directory}/metrics.jsonl")
+            self.log.closing(summary, [t.path for t in self.cfg.all_teachers.values()])
         self.log.close()
         return summary
-
-
-def _teacher_name(who: str) -> str:
-    """Of "teacher" or "teacher <source>"."""
-    return who.removeprefix("teacher").strip()
 
 
 def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) -> Summary:

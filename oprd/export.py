@@ -21,8 +21,11 @@ from oprd.checkpoint.resume import CHECKPOINTS, locate
 from oprd.checkpoint.state import load
 from oprd.checkpoint.writer import STUDENT
 from oprd.cli import quiet_libraries
+from oprd.config import LoraConfig, StudentConfig
 from oprd.errors import ConfigError
-from oprd.models import load_tokenizer
+from oprd.lora import add_adapter, is_adapted
+from oprd.models import load_model, load_tokenizer
+from oprd.student_weights import full_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,6 +50,27 @@ def choose(path: Path, best: bool) -> Checkpoint:
     return locate(path / CHECKPOINTS / step_name(kept["step"]))[0][0]
 
 
+def adapted_student(checkpoint: Checkpoint) -> StudentConfig | None:
+    """The configuration of a checkpoint's student, if that was trained by LoRA."""
+    values = checkpoint.document.get("settings", {}).get("student", {})
+    if values.get("lora", {}).get("rank") is None:
+        return None
+    return StudentConfig(**values | {"lora": LoraConfig(**values["lora"])})
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A LoRA student as a model without an adapter, with weights of its own."""
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    plain.to_empty(device="cpu")
+    plain.load_state_dict(dict(full_weights(model)), strict=False)
+    for name, buffer in model.named_buffers():
+        plain.get_buffer(name.replace(".base_layer", "")).copy_(buffer)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
 def load_student(checkpoint: Checkpoint) -> PreTrainedModel:
     """The student of a checkpoint, on the CPU.
 
@@ -54,6 +78,11 @@ def load_student(checkpoint: Checkpoint) -> PreTrainedModel:
         ConfigError: if the checkpoint is of another model than its own configuration says.
     """
     directory = checkpoint.path / STUDENT
+    if (adapted := adapted_student(checkpoint)) is not None:
+        model = load_model(adapted)  # of which the checkpoint holds the adapter alone
+        add_adapter(model, adapted.lora)
+        load(checkpoint.path, model)
+        return model
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
@@ -69,7 +98,8 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str | None = None) -> No
     """Write a checkpoint's student in Hugging Face's layout.
 
     Args:
-        dtype: of the weights; None: as they were trained.
+        dtype: of the weights; None: as they were trained. (With one, a LoRA student is written
+            merged alone, without ``adapter/``.)
 
     Raises:
         ConfigError: if ``output`` holds anything, or the checkpoint can't be loaded.
@@ -78,6 +108,8 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str | None = None) -> No
         raise ConfigError(f"{output} exists and would be lost: choose a new directory")
     model = load_student(checkpoint)
     if dtype is not None:
+        if is_adapted(model):  # rounded once, after the adapter was added
+            model = merged(model)
         model.to(getattr(torch, dtype))
     save_student(model, load_tokenizer(str(checkpoint.path / STUDENT)), output)
 

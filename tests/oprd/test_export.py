@@ -11,7 +11,11 @@ from oprd import export
 from oprd.checkpoint import files, save_student, state
 from oprd.checkpoint.run import model_files
 from oprd.checkpoint.writer import Writer
+from oprd.config import LoraConfig, StudentConfig
 from oprd.demo.task import make_tokenizer
+from oprd.models import load_model
+from oprd.train import train
+from tests.oprd.test_train import small_run
 from tests.oprd.tiny import make_batch, make_model
 
 
@@ -82,3 +86,21 @@ def test_mistakes(tmp_path, capsys, arguments, message):
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_lora_student_is_merged(tmp_path, dtype):
+    pytest.importorskip("peft")
+    cfg = small_run(tmp_path / "run", steps=2, eval__sets={}, checkpoint__every=2)
+    cfg.student.lora = LoraConfig(rank=2)
+    train(cfg)
+    arguments = [str(tmp_path / "run"), str(tmp_path / "out")]
+    export.main(arguments if dtype is None else [*arguments, "--dtype", dtype])
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    trained = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert exported.keys() == trained.keys()
+    for name, weight in trained.items():
+        assert torch.equal(exported[name], weight if dtype is None else weight.bfloat16())
+    assert (tmp_path / "out" / "adapter").exists() == (dtype is None)
+    start = load_model(StudentConfig()).state_dict()
+    assert any(not torch.equal(weight, start[name]) for name, weight in trained.items())

@@ -57,7 +57,8 @@ def need_package(package: str, extra: str, option: str) -> None:
 
 
 class Unreachable(ConfigError):
-    """Something on the hub that could not be asked for: neither known to exist nor not to."""
+    """Something that could not be asked for from here, on the hub or of a package that is not
+    installed: a dry run says so and goes on."""
 
 
 def is_unreachable(error: BaseException | None) -> bool:

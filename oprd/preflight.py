@@ -114,7 +114,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
         check_targets(student, cfg.student.lora)
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
     if cfg.rollout.engine == "vllm":
-        found.notes += check_vllm(cfg, student, device)
+        found.notes += attempt(lambda: check_vllm(cfg, student, device)) or []
     found.tokenizer = tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
     for name in cfg.all_teachers:
         _check_teacher(cfg, found, name, student, bridges.get(name), attempt)

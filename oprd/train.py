@@ -66,7 +66,7 @@ class Trainer:
         self.cfg, self.checked = cfg, checked
         self.tokenizer, self.prompts = checked.tokenizer, checked.train.prompts
         w = cfg.watchdog
-        self.device = distributed.init(cfg.device, cfg.fsdp.mode == "on", w.timeout_s)
+        self.device = distributed.init(cfg.device, cfg.fsdp.mode == "always", w.timeout_s)
         # The default name holds the time, which ranks need not agree on.
         self.directory = distributed.from_rank_0(output_dir(cfg))
         self.notes, found = list(checked.notes), distributed.from_rank_0(checked.resume)

@@ -54,10 +54,10 @@ class Watchdog:
             metrics: reduced over ranks.
         """
         alarms = []
-        if self.cfg.loss.action != "off":
+        if self.cfg.loss.action != "ignore":
             losses = [n for n in metrics if n.startswith("actor/") and n.endswith("_loss")]
             alarms += [self._loss(step, name, metrics[name]) for name in losses]
-        if self.cfg.length.action != "off":
+        if self.cfg.length.action != "ignore":
             alarms.append(self._length(step, metrics["response_length/mean"]))
             alarms.append(self._truncated(step, metrics["response_length/clip_ratio"]))
         return [alarm for alarm in alarms if alarm is not None]

@@ -14,8 +14,8 @@ class FsdpConfig:
     time.
 
     Attributes:
-        mode: ``auto``: on if there is more than one rank. ``off``: every rank holds all of it, and
-            gradients are added up. ``on``: also with one rank, for ``param_dtype`` or
+        mode: ``auto``: if there is more than one rank. ``never``: every rank holds all of it, and
+            gradients are added up. ``always``: with one rank too, for ``param_dtype`` or
             ``cpu_offload``.
         param_dtype: what layers compute in and are gathered in, while the student's own weights
             stay in ``student.dtype`` (float32 master weights); null: the same.
@@ -29,8 +29,8 @@ class FsdpConfig:
             ``replicated``: every rank holds all of it, and nothing is gathered.
     """
 
-    mode: Literal["auto", "on", "off"] = "auto"
-    param_dtype: Literal["bfloat16", "float16"] | None = None
+    mode: Literal["auto", "always", "never"] = "auto"
+    param_dtype: Literal["bfloat16"] | None = None
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard_after_forward: bool = True
     shard_size: int | None = None
@@ -39,7 +39,7 @@ class FsdpConfig:
 
     def active(self, ranks: int) -> bool:
         """Whether models are sharded when there are so many ranks."""
-        return self.mode == "on" or (self.mode == "auto" and ranks > 1)
+        return self.mode == "always" or (self.mode == "auto" and ranks > 1)
 
 
 def check_fsdp(
@@ -65,7 +65,7 @@ def check_fsdp(
         need(
             on or not given,
             f"fsdp.{name} is asked for, but FSDP is off (fsdp.mode={fsdp.mode}, {ranks} rank"
-            f"{'s' * (ranks > 1)}): set fsdp.mode=on",
+            f"{'s' * (ranks > 1)}): set fsdp.mode=always",
         )
     need(
         autocast is None or fsdp.param_dtype is None,

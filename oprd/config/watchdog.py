@@ -7,7 +7,7 @@ from typing import Literal
 
 from oprd.errors import Problems
 
-Action = Literal["stop", "warn", "off"]
+Action = Literal["stop", "warn", "ignore"]
 
 
 @dataclass
@@ -20,7 +20,7 @@ class LossWatch:
     Of a loss that was never negative only a rise counts; of others, as ``opd_top1``'s, a fall too.
 
     Attributes:
-        action: ``stop`` (with a checkpoint), ``warn`` or ``off``.
+        action: ``stop`` (with a checkpoint), ``warn`` or ``ignore``.
         factor, window, patience: see above.
     """
 
@@ -37,7 +37,7 @@ class LengthWatch:
     ``truncated``, which over these it was not.
 
     Attributes:
-        action: ``stop`` (with a checkpoint), ``warn`` or ``off``.
+        action: ``stop`` (with a checkpoint), ``warn`` or ``ignore``.
         truncated, factor, window, patience: see above.
     """
 

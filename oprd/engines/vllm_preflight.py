@@ -24,7 +24,7 @@ from oprd.engines.vllm import (
     longest_sequence,
     worker_environment,
 )
-from oprd.errors import ConfigError
+from oprd.errors import ConfigError, Unreachable
 
 INSTALL = {
     "cuda": "pip install 'oprd[vllm]'",
@@ -46,6 +46,7 @@ def check_vllm(
 
     Raises:
         ConfigError: if it can't.
+        Unreachable: if vLLM is not installed here.
     """
     v, where = cfg.rollout.vllm, "rollout.vllm."
     if device.type not in INSTALL:
@@ -54,7 +55,7 @@ def check_vllm(
             "use rollout.engine=generate"
         )
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
+        raise Unreachable(
             f"rollout.engine=vllm, but vLLM is not installed: {INSTALL[device.type]} (or use "
             "rollout.engine=generate)"
         )

@@ -31,7 +31,7 @@ EVERY_OPD = {
          "opd_full_forward")
     )
 }  # fmt: skip
-BF16 = {"fsdp__mode": "on", "fsdp__param_dtype": "bfloat16"}
+BF16 = {"fsdp__mode": "always", "fsdp__param_dtype": "bfloat16"}
 CASES: dict[str, dict] = {
     "oprd": {},
     "options": {
@@ -47,7 +47,7 @@ CASES: dict[str, dict] = {
     "bridge": {"distill__kind": "nmse", "objectives": {"oprd": 10.0}},
     "checkpointing": {"student__gradient_checkpointing": True},
     "replicated_teacher": {"fsdp__teacher": "replicated"},
-    "not_sharded": {"fsdp__mode": "off"},
+    "not_sharded": {"fsdp__mode": "never"},
     "small_batches": {"micro_batch_tokens": 26},
     "packed": {"micro_batch_tokens": 40, "packing": True},
     "self": {

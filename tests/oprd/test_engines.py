@@ -323,7 +323,7 @@ def test_the_gap_is_of_as_many_responses_as_fit_and_were_asked_for():
         ({}, "float32", 5e-3),
         ({"student.dtype": "float16"}, "float16", 2e-2),
         ({"autocast": "bfloat16"}, "bfloat16", 1e-1),
-        ({"fsdp.mode": "on", "fsdp.param_dtype": "bfloat16"}, "bfloat16", 1e-1),
+        ({"fsdp.mode": "always", "fsdp.param_dtype": "bfloat16"}, "bfloat16", 1e-1),
         ({"fsdp.param_dtype": "bfloat16"}, "float32", 5e-3),  # one rank: FSDP is off
         ({"autocast": "bfloat16", "rollout.vllm.dtype": "float32"}, "float32", 1e-1),
         ({"rollout.vllm.dtype": "float16"}, "float16", 2e-2),

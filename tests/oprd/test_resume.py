@@ -93,7 +93,7 @@ SELF = {
     [
         {"distill__init_head_from_teacher": True, "objectives": {"oprd": 1.0, "opd_full": 1.0}},
         SELF,
-        {"fsdp__mode": "on", "student__dtype": "bfloat16"},
+        {"fsdp__mode": "always", "student__dtype": "bfloat16"},
         {"student__gradient_checkpointing": True, "rollout__responses_per_prompt": 2},
     ],
     ids=["head", "self", "sharded", "gradient_checkpointing"],

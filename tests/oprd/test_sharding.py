@@ -117,7 +117,7 @@ def test_layers_are_compiled_in_training_and_left_alone_in_generate():
     ("fsdp", "ranks", "message"),
     [
         (FsdpConfig(param_dtype="bfloat16"), 1, "fsdp.param_dtype is asked for, but FSDP is off"),
-        (FsdpConfig(mode="off", cpu_offload=True), 2, "fsdp.cpu_offload is asked for"),
+        (FsdpConfig(mode="never", cpu_offload=True), 2, "fsdp.cpu_offload is asked for"),
         (FsdpConfig(shard_size=3), 4, "shard_size=3 does not divide the 4 ranks"),
         (FsdpConfig(teacher="offloaded"), 1, "fsdp.teacher=offloaded is asked for"),
     ],

@@ -74,7 +74,7 @@ def test_a_warning_is_given_once_and_the_new_level_is_learned():
     cfg = WatchdogConfig(loss=LossWatch("warn"))
     values = noisy([0.2] * 40, 0.02) + noisy([5.0] * 60, 0.1) + [500.0] * 5
     assert [(step, a.stop) for step, a in alarms(values, cfg=cfg)] == [(45, False), (105, False)]
-    assert alarms(values, cfg=WatchdogConfig(loss=LossWatch("off"))) == []
+    assert alarms(values, cfg=WatchdogConfig(loss=LossWatch("ignore"))) == []
 
 
 def test_lengths():

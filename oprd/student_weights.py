@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from oprd.lora import merged_weights
 
@@ -21,4 +22,6 @@ def full_weights(student: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """
     for name, tensor in merged_weights(student):
         whole = tensor.detach()
-        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        # Under its names in files: experts that the model keeps as one tensor come one by one.
+        yield from revert_weight_conversion(student, {name: whole}).items()

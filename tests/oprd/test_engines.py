@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3MoeConfig
 
 from oprd import distributed
 from oprd.config import TrainConfig, VllmConfig, check_values
@@ -392,6 +392,13 @@ def test_heads_must_split(installed, monkeypatch):
     cfg = vllm_run(tensor_parallel_size=3)
     with pytest.raises(ConfigError, match="does not divide the student's 4 attention heads"):
         check_vllm(cfg, Qwen2Config(num_attention_heads=4), CPU)
+
+
+def test_experts_are_for_gpus(installed):
+    config = Qwen3MoeConfig(num_experts=4)
+    with pytest.raises(ConfigError, match=r"mixture of experts \(qwen3_moe\): use .*=generate"):
+        check_vllm(vllm_run(), config, CPU)
+    check_vllm(vllm_run(), config, torch.device("cuda"))
 
 
 def test_the_cache_of_a_cpu_is_said(installed, monkeypatch):

@@ -31,8 +31,9 @@ PAIRS = tuple(str(i) for i in range(80, 100))
 
 def make_pair_tokenizer() -> PreTrainedTokenizerFast:
     """BPE over characters with a token for every number from 80 to 99, which splits ``"2081"`` into
-    ``"2"``, ``"0"``, ``"81"``. The digits of a prompt stay apart."""
-    vocabulary = {token: i for i, token in enumerate((*SYMBOLS, *PAIRS))}
+    ``"2"``, ``"0"``, ``"81"``. The digits of a prompt stay apart. No id means what it means to the
+    student."""
+    vocabulary = {token: i for i, token in enumerate((*PAIRS, *SYMBOLS))}
     merges = [(pair[0], pair[1]) for pair in PAIRS]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(

@@ -23,9 +23,8 @@ from oprd.checkpoint.writer import STUDENT
 from oprd.cli import quiet_libraries
 from oprd.config import LoraConfig, StudentConfig
 from oprd.errors import ConfigError
-from oprd.lora import add_adapter, is_adapted
+from oprd.lora import add_adapter, is_adapted, merged_weights
 from oprd.models import load_model, load_tokenizer
-from oprd.student_weights import full_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,7 +62,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
     plain.to_empty(device="cpu")
-    plain.load_state_dict(dict(full_weights(model)), strict=False)
+    plain.load_state_dict(dict(merged_weights(model)), strict=False)  # a tied head comes once
     for name, buffer in model.named_buffers():
         plain.get_buffer(name.replace(".base_layer", "")).copy_(buffer)
     plain.tie_weights()

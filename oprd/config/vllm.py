@@ -11,7 +11,7 @@ MAX_LOGPROB_GAP: dict[DType, float] = {"float32": 5e-3, "float16": 2e-2, "bfloat
 """By the coarser of the two dtypes, the mean |difference of log-probs| that ends a run. On the demo
 it is at most 7e-7 in float32 and 0.01 in bfloat16; 0.07 if the engine missed one update, 0.1 to 0.5
 after ten. float32 leaves room for a GPU's attention, whose products have 10 bits, and bfloat16 for
-models of billions of weights, of which 0.01 to 0.03 is reported."""
+larger models, whose roundings add up over more layers; neither was measured."""
 
 
 @dataclass

@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-from oprd.config import MAX_LOGPROB_GAP
+from oprd.config import MAX_LOGPROB_GAP, LoraConfig
 from oprd.engines.logprob_gap import logprob_gap
+from oprd.lora import add_adapter
 from tests.oprd.tiny import make_model
 from tests.vllm.conftest import start_engine
 
 pytestmark = pytest.mark.vllm
-WIDE = {
-    "hidden_size": 128,
-    "intermediate_size": 96,
-}  # heads of 32: vLLM takes no smaller
+WIDE = {"hidden_size": 128, "intermediate_size": 96}  # heads of 32: vLLM takes no smaller
 
 
 @pytest.mark.parametrize(
@@ -20,16 +18,21 @@ WIDE = {
     [
         ("gemma3", "float32", WIDE | {"head_dim": 32}),
         ("qwen3", "bfloat16", WIDE | {"head_dim": 32}),
+        ("lora", "float32", WIDE),
     ],
 )
 def test_the_gap_is_rounding(tmp_path, architecture, dtype, changes):
-    model = make_model(architecture, vocab_size=15, eos_token_id=1, **changes).eval()
+    name = "qwen2" if architecture == "lora" else architecture
+    model = make_model(name, vocab_size=15, eos_token_id=1, **changes).eval()
+    if architecture == "lora":
+        add_adapter(model, LoraConfig(rank=4))
     engine = start_engine(model, tmp_path, dtype=dtype, gap_responses=100)
     try:
         for version in range(2):
             with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(0.05 * torch.randn_like(p))
+                for p in model.parameters():  # of a LoRA student the adapter
+                    if p.requires_grad:
+                        p.add_(0.05 * torch.randn_like(p))
             engine.sync(version)
             rollouts = engine.sample([[5, 3, 6, 2, 9]] * 30, max_new_tokens=9, temperature=1.0)
             found = logprob_gap(

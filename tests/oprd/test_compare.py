@@ -8,6 +8,8 @@ from oprd.compare import CompareConfig, Comparison, Result, Variant, check, main
 from oprd.config import EvalSetConfig, OpdConfig
 from oprd.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(directory, **changes):
     cfg = CompareConfig(str(directory), **changes)

@@ -29,6 +29,8 @@ from oprd.preflight import preflight
 from oprd.rollout import Rollout
 from tests.oprd.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 SAMPLING = {"max_new_tokens": 3, "temperature": 1.0}

@@ -6,10 +6,13 @@ import random
 import signal
 import time
 
+import pytest
 from safetensors.torch import load_file
 
 from oprd import cli
 from tests.oprd.runs import assert_same, checkpoint_tensors, measured
+
+pytestmark = pytest.mark.slow
 
 STEPS, KILLS = 20, 7
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.slurm"))
 

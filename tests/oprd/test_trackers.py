@@ -15,6 +15,8 @@ from oprd.trackers import TRACKERS, Trackers
 from oprd.train import train
 from tests.oprd.test_train import ROOT, lines, small_run, steps_of
 
+pytestmark = pytest.mark.slow
+
 RECORDS = [{"step": i, "actor/rep_loss": 1.0 / i, "rep/layer_loss": [0.5, 2.0]} for i in (1, 2, 3)]
 
 

@@ -24,6 +24,8 @@ from tests.oprd.plan_on_ranks import CASES
 from tests.oprd.test_lora import with_adapter
 from tests.oprd.test_train import ROOT
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (
     "{d: 1536, layers: 28, heads: 12, kv_heads: 2, head_dim: 128, intermediate: 8960, "
     "vocab: 151936, tied: false}"

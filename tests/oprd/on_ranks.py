@@ -47,6 +47,9 @@ CASES: dict[str, dict] = {
     "bridge": {"distill__kind": "nmse", "objectives": {"oprd": 10.0}},
     "checkpointing": {"student__gradient_checkpointing": True},
     "replicated_teacher": {"fsdp__teacher": "replicated"},
+    "offloaded": {
+        "fsdp__mode": "always", "fsdp__teacher": "offloaded", "fsdp__cpu_offload": True,
+    },
     "not_sharded": {"fsdp__mode": "never"},
     "small_batches": {"micro_batch_tokens": 26},
     "packed": {"micro_batch_tokens": 40, "packing": True},

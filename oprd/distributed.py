@@ -55,6 +55,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def joined() -> bool:
+    """Whether this process is in a process group."""
+    return dist.is_initialized()
+
+
 def shutdown() -> None:
     """Leave the process group."""
     if dist.is_initialized():

@@ -13,8 +13,9 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from oprd import distributed
 from oprd.checkpoint.files import set_aside
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
@@ -28,6 +29,7 @@ SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout
 """Parts of the configuration of which a stage may change some entries; others it replaces."""
 
 RECORD = "stages.json"
+T = TypeVar("T")
 Build = Callable[[dict[str, Any]], TrainConfig]
 """From a configuration as plain values."""
 
@@ -130,7 +132,40 @@ def run_stages(
     """
     values = stage_values(base, stages)
     check(values, build)
-    root = Path(base["output_dir"])
+    limits = [build(stage).watchdog.timeout_s for stage in values.values()]
+    limit = None if None in limits else max(filter(None, limits))
+    # One process group for all of them: a second one would meet the first one's addresses.
+    distributed.init(base["device"], timeout_s=limit)
+    try:
+        _by_rank_0(lambda: _keep_record(Path(base["output_dir"]), values))
+        summary = None
+        for name, stage in values.items():
+            if not _by_rank_0(partial(_begin, name, stage)):
+                continue
+            summary = train(build(stage), partial(write_config, stage))
+            if summary.interrupted:
+                break
+        return summary
+    finally:
+        distributed.shutdown()
+
+
+def _by_rank_0(do: Callable[[], T]) -> T:
+    """What rank 0's call returned, when it has. All ranks raise what it raised."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if distributed.rank() == 0:
+        try:
+            outcome = (do(), None)
+        except (ConfigError, OSError) as error:
+            outcome = (None, error)
+    value, problem = distributed.from_rank_0(outcome)
+    if problem is not None:
+        raise problem
+    return value
+
+
+def _keep_record(root: Path, values: Mapping[str, dict[str, Any]]) -> None:
+    """Note which stages a directory is of; refuse one of others."""
     record = root / RECORD
     text = json.dumps(_without_controls(values), indent=2, default=str) + "\n"
     if record.exists() and record.read_text() != text:
@@ -142,18 +177,17 @@ def run_stages(
         raise ConfigError(f"output_dir {root} holds other files: choose a new directory")
     root.mkdir(parents=True, exist_ok=True)
     record.write_text(text)
-    summary = None
-    for name, stage in values.items():
-        directory = Path(stage["output_dir"])
-        if finished(directory):
-            print(f"stage {name}: finished already, {directory}")
-            continue
-        left = directory.exists() and any(directory.iterdir())
-        if left and stage["resume"] is None:
-            aside = set_aside(directory, "unfinished")
-            print(f"stage {name}: what an unfinished run left is now in {aside}")
-        print(f"stage {name}")
-        summary = train(build(stage), partial(write_config, stage))
-        if summary.interrupted:
-            break
-    return summary
+
+
+def _begin(name: str, stage: Mapping[str, Any]) -> bool:
+    """Whether a stage is to run; its directory is then ready."""
+    directory = Path(stage["output_dir"])
+    if finished(directory):
+        print(f"stage {name}: finished already, {directory}")
+        return False
+    left = directory.exists() and any(directory.iterdir())
+    if left and stage["resume"] is None:
+        aside = set_aside(directory, "unfinished")
+        print(f"stage {name}: what an unfinished run left is now in {aside}")
+    print(f"stage {name}")
+    return True

@@ -1,6 +1,9 @@
 """Runs one after another from one configuration, and a second start."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from oprd import cli
 from oprd.stages import RECORD, merged, stage_values
 from oprd.summary import finished
-from tests.oprd.runs import stop_after
+from tests.oprd.runs import ROOT, stop_after
 
 FEW = {
     "steps": 2, "rollout": {"prompts_per_step": 4},
@@ -89,6 +92,35 @@ def test_a_second_start_goes_on_inside_a_stage_from_its_checkpoint(tmp_path, mon
 
 def test_each_stage_has_checkpoints_of_its_own(tmp_path, capsys):
     assert "with stages it must be auto" in fails(capsys, *write(tmp_path), "--resume=elsewhere")
+
+
+SLOWLY = """
+import sys, time
+from oprd import cli, distributed
+from oprd.checkpoint import student
+
+write = student.sync_tree
+
+def slowly(directory):
+    time.sleep(3)
+    write(directory)
+
+student.sync_tree = slowly  # on rank 0, the only one that writes
+cli.train(sys.argv[1:])
+"""
+
+
+def test_no_rank_begins_a_stage_before_the_last_one_is_written(tmp_path):
+    (tmp_path / "script.py").write_text(SLOWLY)
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(tmp_path / "script.py"),
+         *write(tmp_path, steps=1)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert all(finished(tmp_path / "out" / name) for name in STAGES)
 
 
 def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):

@@ -99,11 +99,12 @@ class EngineProcess:
             EngineFailure: if the process died, was silent for too long or answered with an error.
                 It has then ended.
         """
+        remaining = iter(tensors or ())
         try:
             with self._limit(timeout):
                 self.connection.send(message)
             if tensors is not None:
-                self._send(tensors, timeout)
+                self._send(remaining, timeout)
             while True:
                 with self._limit(timeout):
                     kind, content = self.connection.recv()
@@ -114,23 +115,19 @@ class EngineProcess:
                     raise EngineFailure(self._describe(f"stopped with an error: {content}"))
         except (EOFError, OSError) as error:
             self.kill()
+            for _ in remaining:  # gathering is collective
+                pass
             raise EngineFailure(self._describe(self._how_it_ended(timeout))) from error
         except BaseException:  # its answer may still come, which nobody would expect
             self.kill()
             raise
 
-    def _send(self, tensors: Iterable[tuple[str, Tensor]], timeout: float) -> None:
-        remaining = iter(tensors)
-        try:
-            for name, tensor in remaining:  # waiting for other ranks is not the engine's time
-                with self._limit(timeout):
-                    send_tensor(self.connection, name, tensor)
+    def _send(self, tensors: Iterator[tuple[str, Tensor]], timeout: float) -> None:
+        for name, tensor in tensors:  # waiting for other ranks is not the engine's time
             with self._limit(timeout):
-                self.connection.send(None)
-        except OSError:
-            for _ in remaining:  # gathering is collective
-                pass
-            raise
+                send_tensor(self.connection, name, tensor)
+        with self._limit(timeout):
+            self.connection.send(None)
 
     def kill(self) -> None:
         """End it at once, with everything that it started."""

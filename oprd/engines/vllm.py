@@ -271,11 +271,11 @@ class VllmEngine:
                     answer, done = request(), True
             except EngineFailure as error:
                 failure, done = error, False
-                if self.cfg.tensor_parallel_size > 1:
-                    # The others of its group wait for it and can't be told.
-                    raise EngineFailure(f"{error}\n{self._advice()}") from error
             lost = failure is not None
-            severity = 0.0 if not lost else 1.0 if self.restarts < self.cfg.max_restarts else 2.0
+            # Of a tensor-parallel group all engines are lost: those that wait for this one find
+            # out by step_timeout.
+            restart = self.cfg.tensor_parallel_size == 1 and self.restarts < self.cfg.max_restarts
+            severity = 0.0 if not lost else 1.0 if restart else 2.0
             worst = distributed.max_over_ranks(severity, self.device)
             if not worst:
                 return answer

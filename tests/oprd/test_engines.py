@@ -2,6 +2,7 @@
 failures, the log-prob gap, and what is refused beforehand."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -203,7 +204,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def two_ranks(directory):
     """What a rank of the test below does: gathering the weights is collective, and the first
-    rank's engine dies twice."""
+    rank's engine dies again and again."""
     import torch.distributed as dist
 
     distributed.init("cpu")
@@ -215,13 +216,16 @@ def two_ranks(directory):
             yield str(value), tensor
 
     engine, said, own = fake_engine(
-        pytest.MonkeyPatch(), Path(directory), weights=weights, max_restarts=2
+        pytest.MonkeyPatch(), Path(directory), weights=weights, max_restarts=3
     )
     engine.sync(0)
     found = []
-    for failure in ("die_in_sample", "die_in_load"):
+    for failure in ("die_in_sample", "die_in_load", "die in between"):
         if distributed.rank() == 0:
             (own / failure).touch()
+            if failure == "die in between":
+                os.kill(engine.pid, signal.SIGKILL)
+                engine._process.process.wait()
         engine.sync(engine.policy_version + 1)
         prompts = [[1] * (distributed.rank() + 1)] * distributed.rank()  # rank 0 has none
         found += [r.response_ids for r in engine.sample(prompts, **SAMPLING, seed=0)]
@@ -249,9 +253,23 @@ def test_when_one_ranks_engine_dies_the_others_help_to_gather_its_weights(tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (first, second) = eval(done.stdout)
-    assert first[:2] == (2, [])
+    assert first[:2] == (3, [])
     assert "the vLLM engine of rank 0 was ended by SIGKILL" in first[2]
-    assert second == (0, [[2, 6, 0]] * 2, "another rank's vLLM engine failed: see its message")
+    assert second == (0, [[2, 6, 0]] * 3, "another rank's vLLM engine failed: see its message")
+
+
+def test_ranks_of_other_groups_learn_that_a_tensor_parallel_engine_died(make_engine, monkeypatch):
+    engine, said, directory = make_engine()
+    engine.sync(0)
+    told = []
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda x, _: told.append(x) or x)
+    engine.cfg.tensor_parallel_size = 2
+    (directory / "die_in_sample").touch()
+    with pytest.raises(EngineFailure, match="was ended by SIGKILL"):
+        engine.sample([[1]], **SAMPLING)
+    assert told == [2.0]
+    assert not said  # it is not restarted
+    assert engine.pid is None
 
 
 def test_the_process_starts_outside_the_trainers_process_group():

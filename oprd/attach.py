@@ -222,13 +222,15 @@ class Distiller:
         Returns:
             L tensors (M, d) in the teacher's dtype; with a bridge (M, r) float32, projected.
         """
-        was_training = self.teacher.backbone.training
+        # Each layer's own: they may be the student's, and a cut backbone is not told by `train()`.
+        modes = [(module, module.training) for module in self.teacher.backbone.modules()]
         self.teacher.backbone.eval()
         try:
             with self.capture_teacher(rows) as states:
                 self.teacher.forward(input_ids, attention_mask, position_ids)
         finally:
-            self.teacher.backbone.train(was_training)
+            for module, training in modes:
+                module.training = training
         return states()
 
     @contextmanager

@@ -68,6 +68,7 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
             "decoder's blocks: name linear layers inside them (q_proj, down_proj, ..), or take "
             "all-linear"
         )
+    model.train(model.training)  # PEFT's new layers (dropout) come in training mode
     for parameter in model.parameters():
         if parameter.requires_grad:  # bfloat16 would round a small learning rate's steps away
             parameter.data = parameter.data.float()

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oprd import attach
 from oprd.building import Builder
 from oprd.config import DistillConfig, LoraConfig, OpdConfig, TeacherConfig, TrainConfig
+from oprd.decoder import find_decoder
 from oprd.errors import ConfigError, need_package
 from oprd.lora import WithoutAdapter, adapter_off, add_adapter, is_adapted, merged_weights
 from oprd.models import DEMO
 from oprd.objectives import REP, Objectives
+from oprd.packing import check_packing
 from oprd.preflight import preflight
 from oprd.rollout import Batch, generate
 from oprd.student_weights import full_weights
@@ -337,3 +339,23 @@ def test_two_sharded_ranks_train_and_merge_as_one(tmp_path, dtype):
     for name, weight in merged.items():
         torch.testing.assert_close(found["merged"][name], weight.detach())
     assert {tuple(t.shape) for t in found["adapter"].values()} >= {(4, 32), (32, 4)}
+
+
+def test_a_new_adapter_is_in_the_models_mode():
+    """Its dropout would make two evaluations differ, and `check_packing` see a leak."""
+    model = make_model("qwen2").eval()
+    add_adapter(model, LoraConfig(4, dropout=0.5))
+    assert not any(module.training for module in model.modules())
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    check_packing(find_decoder(model), "student")
+
+
+def test_a_student_that_teaches_itself_by_some_layers_stays_in_training():
+    model = make_model("qwen2").eval()
+    distiller = attach(model, model, layers=[0])
+    model.train()
+    input_ids, attention_mask, response_mask = make_batch()
+    distiller.teacher_states(input_ids, attention_mask, response_mask.flatten().nonzero()[:, 0])
+    assert all(module.training for module in model.modules())

@@ -16,7 +16,7 @@ from oprd.config import StudentConfig, TeacherConfig, TrainConfig
 from oprd.lora import WithoutAdapter, add_adapter
 from oprd.models import copy_lm_head, empty_model, load_model, teacher_path
 from oprd.objectives import REP, Objectives
-from oprd.sharding import make_mesh, shard
+from oprd.sharding import is_sharded, make_mesh, shard
 
 
 class Builder:
@@ -38,7 +38,6 @@ class Builder:
         self.shards_teacher = self.mesh is not None and self.fsdp.teacher != "replicated"
         self.student = self._load(cfg.student, sharded=self.mesh is not None)
         self.teachers = self._load_teachers()
-        self._sharded: set[int] = set()
         if cfg.distill.init_head_from_teacher:
             copy_lm_head(next(iter(self.teachers.values())), self.student)
         if cfg.student.gradient_checkpointing:
@@ -48,7 +47,6 @@ class Builder:
         if self.mesh is not None:
             offload = self.fsdp.cpu_offload
             shard(self.student, self.fsdp, self.mesh, device, cpu_offload=offload)
-            self._sharded.add(id(self.student))
         if any(name != REP for name in cfg.objectives):  # logits need all of a teacher
             for model in self.teachers.values():
                 self._shard_teacher(model)
@@ -115,11 +113,10 @@ class Builder:
         model.requires_grad_(False)
         offload = self.fsdp.teacher == "offloaded"
         shard(model, self.fsdp, self.mesh, self.device, cpu_offload=offload)
-        self._sharded.add(id(model))
 
     def _needs_sharding(self, model: Any) -> bool:
         root = model.adapted if isinstance(model, WithoutAdapter) else model
-        return self.shards_teacher and id(root) not in self._sharded
+        return self.shards_teacher and not is_sharded(root)
 
     def _attach(
         self, name: str, teacher: PreTrainedModel, distillers: dict[str, Distiller]

@@ -74,6 +74,7 @@ class Trainer:
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.notes += resume.tidy(self.directory, self.resumed, found)
+        self.notes = distributed.from_rank_0(self.notes)  # nobody looks into it before
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
         self.watchdog = Watchdog(w)
@@ -260,10 +261,13 @@ class Trainer:
                 self.checkpoints.load(self.optimizer)
             fast_forward(self.scheduler, self.step)
         with self.timer("loading"):
-            self.engine = make_engine(
-                cfg, self.student, self.tokenizer, self.device, self.directory, self.log.say,
-                self._autocast,
-            )  # fmt: skip
+            try:
+                self.engine = make_engine(
+                    cfg, self.student, self.tokenizer, self.device, self.directory, self.log.say,
+                    self._autocast,
+                )  # fmt: skip
+            except EngineFailure as error:
+                raise TrainingStopped(f"{error}\nNothing was trained") from error
         self.closing.callback(self.engine.close)
         self.timer.take_step()
 
@@ -274,7 +278,8 @@ class Trainer:
         self.timer.total.update(document["seconds"])
         self.watchdog.load_state_dict(document["watchdog"])
         for who, results in document["evaluations"].items():
-            if list(results) == list(self.cfg.eval.sets):
+            over = who == "student after" and self.step < self.cfg.steps  # it is another student's
+            if list(results) == list(self.cfg.eval.sets) and not over:
                 self.evaluations[who] = {n: EvalResult(**r) for n, r in results.items()}
 
     def _between_steps(self) -> None:
@@ -457,14 +462,16 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
     checked = preflight(cfg)
     if cfg.resume == "auto" and (done := done_already(cfg, output_dir(cfg))) is not None:
         return done
-    trainer = Trainer(cfg, checked)
-    if write_config and distributed.rank() == 0:
-        resume.write_config(trainer.directory, write_config)
+    of_caller = distributed.joined()
     try:
+        trainer = Trainer(cfg, checked)
+        if write_config and distributed.rank() == 0:
+            resume.write_config(trainer.directory, write_config)
         with trainer.closing, heartbeat.watching(cfg.watchdog.timeout_s, trainer.directory):
             return trainer.run()
     finally:
-        distributed.shutdown()
+        if not of_caller:
+            distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def differences(old: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
     """
     ours = _flat(settings(cfg))
     theirs = _flat(old)
-    defaults = _flat(settings(TrainConfig()))
+    defaults = _flat(settings(TrainConfig()) | {"objectives": {}})  # of which all are named
     free = (*FREE, *cfg.checkpoint.allow_changes)
     differing = []
     for name in sorted(ours.keys() | theirs.keys()):

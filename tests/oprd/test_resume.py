@@ -211,6 +211,13 @@ def test_another_configuration_is_refused(tmp_path, whole, changes, message):
     assert before == lines(whole)
 
 
+def test_an_objective_that_is_added_is_another_setting():
+    """Also the one that a run has by default."""
+    before = resume.settings(TrainConfig(objectives={"opd_full": 1.0}))
+    now = TrainConfig(objectives={"opd_full": 1.0, "oprd": 1.0})
+    assert resume.differences(before, now) == ["objectives.oprd: None there, 1.0 here"]
+
+
 def test_a_change_that_is_allowed(tmp_path, whole):
     directory = tmp_path / "run"
     copy_cut_off(whole, directory)
@@ -269,6 +276,17 @@ def test_the_last_evaluation_can_be_the_best(tmp_path, monkeypatch):
     directory = tmp_path / "run"
     train(run_for(directory, checkpoint__every=0, checkpoint__keep_best="val/val/avg@1"))
     assert files.read_best(directory / "checkpoints")["step"] == STEPS
+
+
+def test_a_run_that_goes_on_beyond_its_end_is_evaluated_again(tmp_path, monkeypatch):
+    values = iter([0.1, 0.5, 0.7])
+    monkeypatch.setattr(training, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1))
+    options = {"checkpoint__every": 0, "checkpoint__keep_best": "val/val/avg@1"}
+    train(run_for(tmp_path / "run", steps=2, **options))
+    summary = train(run_for(tmp_path / "run", steps=4, resume="auto", **options))
+    assert {who: r["val"].avg for who, r in summary.evaluations.items()} == {
+        "student before": 0.1, "student after": 0.7,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("metric", ["val/val/len", "val/other/avg@1", "val/val/avg@4"])

@@ -103,8 +103,13 @@ class Writer:
         """
         if self._writing is None:
             return None
-        writing, self._writing = self._writing, None
-        return writing.result()
+        try:
+            path = self._writing.result()
+        except Exception:
+            self._writing = None
+            raise
+        self._writing = None  # but not if a signal ended the wait: it goes on from staged tensors
+        return path
 
     def close(self) -> None:
         """Wait for the thread. What it was writing is lost to the caller: `wait` first."""

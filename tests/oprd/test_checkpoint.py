@@ -202,6 +202,27 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
     writer.close()
 
 
+def test_a_wait_that_a_signal_ends_leaves_the_write_under_way(tmp_path, monkeypatch):
+    """Its copy is not written over before it is on the disk."""
+    begin, save = threading.Event(), dcp.save
+    monkeypatch.setattr(dcp, "save", lambda *a, **k: begin.wait(60) and save(*a, **k))
+    writer = make_writer(tmp_path, asynchronous=True)
+    writer.write({"model/x": torch.ones(3)}, {"step": 1, "best": None})
+    with monkeypatch.context() as patched:
+        patched.setattr(writer._writing, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.wait()
+    with pytest.raises(AssertionError, match="has not been asked for"):
+        writer.write({"model/x": torch.zeros(3)}, {"step": 2, "best": None})
+    begin.set()
+    assert torch.equal(checkpoint_tensors(writer.wait())["model/x"], torch.ones(3))
+    writer.close()
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
 def test_an_error_that_is_no_io_error_comes_as_it_is(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ValueError("a mistake of ours")

@@ -155,15 +155,17 @@ class Heartbeat:
             )
             sys.stderr.write(f"oprd-train: hung: {text}\n")
             sys.stderr.flush()
-            (self.directory / "hung" / "message.txt").write_text(text + "\n")
+            with suppress(OSError):
+                (self.directory / "hung" / "message.txt").write_text(text + "\n")
         time.sleep(2 * self.interval)  # for the others to write their stacks
         os._exit(EXIT_CODE)
 
     def _dump_stacks(self) -> None:
         directory = self.directory / "hung"
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / f"rank_{self.last.rank}_stacks.txt").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # of a disk that is full or gone; the run is to end all the same
+            directory.mkdir(parents=True, exist_ok=True)
+            with (directory / f"rank_{self.last.rank}_stacks.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _place_of_main_thread() -> tuple[str, bool]:

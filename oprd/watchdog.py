@@ -129,7 +129,7 @@ class Watchdog:
             f"{begun} to {step}, {why}. Look at some of them: a student that never ends its "
             "responses or repeats itself has not learned the teacher's EOS (compare both "
             "tokenizers'), or optim.lr is too high; if they should be long, raise that limit or "
-            "set watchdog.length.action to off",
+            "set watchdog.length.action to ignore",
         )
 
     def _start(self, name: str, value: float) -> float | None:

@@ -239,6 +239,13 @@ def test_slow_is_not_hung(tmp_path):
     assert "has been in 'working' of step 3 for 2 s (at <module>, script.py:11)" in ran.stderr
 
 
+def test_a_hung_run_ends_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "run").write_text("no directory")
+    ran = run_script(tmp_path, ALONE)
+    assert ran.returncode == heartbeat.EXIT_CODE
+    assert "has been in 'working' of step 3" in ran.stderr
+
+
 def test_a_run_beats_with_every_phase_and_token(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(heartbeat, "beat", lambda phase=None, step=None: seen.append((phase, step)))

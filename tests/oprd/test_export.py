@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from oprd import export
 from oprd.checkpoint import files, save_student, state
@@ -13,10 +13,11 @@ from oprd.checkpoint.run import model_files
 from oprd.checkpoint.writer import Writer
 from oprd.config import LoraConfig, StudentConfig
 from oprd.demo.task import make_tokenizer
+from oprd.lora import add_adapter
 from oprd.models import load_model
 from oprd.train import train
 from tests.oprd.test_train import small_run
-from tests.oprd.tiny import make_batch, make_model
+from tests.oprd.tiny import VOCAB, make_batch, make_model
 
 
 def run_with_checkpoints(directory, model, *steps):
@@ -104,3 +105,23 @@ def test_a_lora_student_is_merged(tmp_path, dtype):
     assert (tmp_path / "out" / "adapter").exists() == (dtype is None)
     start = load_model(StudentConfig()).state_dict()
     assert any(not torch.equal(weight, start[name]) for name, weight in trained.items())
+
+
+def test_experts_are_merged_too():
+    """Their names in files are others than the model's own."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=48, moe_intermediate_size=16,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    add_adapter(model, LoraConfig(4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name or ".experts." in name:
+            torch.nn.init.normal_(parameter)
+    ids, attention, _ = make_batch()
+    with torch.no_grad():
+        expected, found = (m(ids, attention).logits for m in (model, export.merged(model).eval()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -229,6 +229,8 @@ def _check_teacher(
     teacher = attempt(lambda: load_config(path))
     if student and teacher and "oprd" in cfg.objectives:
         found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers, bridge)
+    if student and teacher:
+        _check_top_k(cfg, student, teacher)
     if student and teacher and cfg.distill.init_head_from_teacher:
         widths = [model_info(c).width for c in (student, teacher)]
         if widths[0] != widths[1]:
@@ -256,6 +258,16 @@ def _check_teacher(
             found.layer_pairs[name],
         )
         bridge.check_input(reads)
+
+
+def _check_top_k(cfg: TrainConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    tops = [name for name in cfg.objectives if name.startswith("opd_topk")]
+    rows = min(c.get_text_config().vocab_size for c in (student, teacher))
+    if tops and cfg.opd.k > rows:
+        raise ConfigError(
+            f"opd.k={cfg.opd.k}, but {', '.join(tops)} can't look at more tokens than the "
+            f"vocabulary has, {rows}: set opd.k to that or less, or take opd_full"
+        )
 
 
 def _other_tokenizer(

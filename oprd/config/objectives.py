@@ -53,7 +53,7 @@ class OpdConfig:
     """Output-space objectives, the baselines (see `oprd.vocab_losses.VocabLoss`).
 
     Attributes:
-        k: of the top-k objectives.
+        k: of the top-k objectives; at most the size of the vocabulary (the demo's has 15 tokens).
         support: whose k most probable tokens they look at.
         implementation: ``chunked``: LM head and loss in chunks of tokens, gradients formed on the
             way; ``materialised``: [B, T, V] logits and log-softmax, as other trainers do.

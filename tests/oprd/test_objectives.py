@@ -10,6 +10,7 @@ from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TrainConfig, check
 from oprd.errors import ConfigError
 from oprd.models import copy_lm_head
 from oprd.objectives import REP, Objectives
+from oprd.preflight import preflight
 from oprd.rollout import Batch
 from oprd.train import train
 from tests.oprd.test_train import small_run
@@ -105,6 +106,16 @@ def test_a_composite_logs_each_objective(tmp_path):
 def test_mistakes_are_explained(change, message):
     with pytest.raises(ConfigError, match=message):
         check_values(TrainConfig(**change))
+
+
+@pytest.mark.parametrize("name", ["opd_topk", "opd_topk_advantage", "opd_topk_raw"])
+def test_more_tokens_than_there_are_is_refused_before_the_run(tmp_path, name):
+    cfg = small_run(tmp_path / "run", objectives={name: 1.0}, steps=1, eval__sets={})
+    assert cfg.opd.k == 16
+    with pytest.raises(ConfigError, match=r"opd\.k=16, but .* vocabulary has, 15: set opd\.k"):
+        preflight(cfg)
+    cfg.opd.k = 15
+    train(cfg)
 
 
 def test_lm_head_is_copied_from_the_teacher():

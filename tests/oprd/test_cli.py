@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from oprd import cli
+from oprd.checkpoint.resume import settings
 from oprd.config import TrainConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -32,7 +33,9 @@ def fails(capsys, *argv):
 
 def test_defaults_are_the_demo_recipe():
     assert parse() == TrainConfig()
-    assert parse("--config", str(RECIPES / "demo.yaml")) == TrainConfig()
+    file = RECIPES / "demo.yaml"
+    assert parse("--config", str(file)) == TrainConfig()
+    assert yaml.safe_load(file.read_text()) == settings(TrainConfig())  # every option is there
 
 
 def test_printed_config_reads_back(capsys, tmp_path):

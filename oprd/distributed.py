@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_groups = count()
 
 
 def init(device: str, group: bool = False, timeout_s: float | None = None) -> torch.device:
@@ -37,7 +39,10 @@ def init(device: str, group: bool = False, timeout_s: float | None = None) -> to
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = None if timeout_s is None else timedelta(seconds=4 * timeout_s)
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        # Names of its own: under an earlier group's, ranks would find that group's addresses.
+        store = dist.PrefixStore(f"oprd/group/{next(_groups)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     elif group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return chosen

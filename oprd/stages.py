@@ -134,7 +134,7 @@ def run_stages(
     check(values, build)
     limits = [build(stage).watchdog.timeout_s for stage in values.values()]
     limit = None if None in limits else max(filter(None, limits))
-    # One process group for all of them: a second one would meet the first one's addresses.
+    # For all of them: no rank begins a stage before rank 0 has ended the last one.
     distributed.init(base["device"], timeout_s=limit)
     try:
         _by_rank_0(lambda: _keep_record(Path(base["output_dir"]), values))

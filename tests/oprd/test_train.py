@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd import cli, distributed, export
+from oprd import train as training
 from oprd.config import PromptsConfig
 from oprd.demo.task import make_splits
+from oprd.engines.base import EngineFailure
 from oprd.errors import ConfigError
 from oprd.models import DEMO
 from oprd.train import TrainingStopped, train
@@ -238,3 +240,38 @@ def test_the_display_on_a_terminal(tmp_path):
     assert "3/3" in text
     assert "tok/s" in text
     assert "━" in text
+
+
+def test_an_engine_that_does_not_start_stops_the_run_with_its_message(tmp_path, monkeypatch):
+    def fails(*_):
+        raise EngineFailure("the vLLM engine ended with exit code 1. Its log is x")
+
+    monkeypatch.setattr(training, "make_engine", fails)
+    with pytest.raises(TrainingStopped, match="Its log is x\nNothing was trained"):
+        train(small_run(tmp_path / "run", eval__sets={}))
+
+
+REPEATED = """
+import os, time
+from oprd import distributed
+for number in range(3):
+    if number and os.environ["LATE"] == os.environ["RANK"]:
+        time.sleep(1.5)
+    distributed.init("cpu")
+    assert distributed.from_rank_0(number) == number
+    distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_a_process_group_can_be_left_and_joined_again(tmp_path, late):
+    """Runs one after another in one program."""
+    script = tmp_path / "script.py"
+    script.write_text(REPEATED)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    ran = subprocess.run(
+        [sys.executable, *launcher, "--rdzv-endpoint=localhost:0", str(script)],
+        capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LATE": late},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr

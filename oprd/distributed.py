@@ -65,6 +65,12 @@ def joined() -> bool:
     return dist.is_initialized()
 
 
+def wait_for_all() -> None:
+    """Until every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def shutdown() -> None:
     """Leave the process group."""
     if dist.is_initialized():

@@ -468,7 +468,9 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
         if write_config and distributed.rank() == 0:
             resume.write_config(trainer.directory, write_config)
         with trainer.closing, heartbeat.watching(cfg.watchdog.timeout_s, trainer.directory):
-            return trainer.run()
+            summary = trainer.run()
+            distributed.wait_for_all()  # gloo may abort a rank whose partners have left
+            return summary
     finally:
         if not of_caller:
             distributed.shutdown()

@@ -151,7 +151,8 @@ def test_the_papers_recipe_has_the_papers_values():
     expected = {
         "steps": 500,
         "micro_batch_tokens": 32768,
-        "autocast": "bfloat16",
+        "fsdp.param_dtype": "bfloat16",
+        "rollout.engine": "vllm",
         "data.max_prompt_tokens": 2048,
         "rollout.prompts_per_step": 8,
         "rollout.responses_per_prompt": 2,

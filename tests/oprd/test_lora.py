@@ -306,6 +306,7 @@ result = {"loss": loss.detach(), "gradients": found, "merged": dict(full_weights
 result["adapter"] = adapter_weights(student)
 if dist.get_rank() == 0:
     torch.save(result, sys.argv[2])
+dist.barrier()
 dist.destroy_process_group()
 """
 

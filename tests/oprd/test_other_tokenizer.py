@@ -91,8 +91,7 @@ def test_fit_and_train(tmp_path, teacher):
     summary = train(run_config(tmp_path / "run", teacher, path, steps=40, optim__lr=1e-3))
     steps = [line for line in lines(summary.directory) if "actor/grad_norm" in line]
     ratios = [s["align/ratio"] for s in steps]
-    assert min(ratios) > 0.5
-    assert sum(ratios) / len(ratios) < 0.95
+    assert 0.6 < sum(ratios) / len(ratios) < 0.95
     assert all(s["rep/supervised_tokens"] > 8 for s in steps)
     losses = [s["actor/rep_loss"] for s in steps]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -23,7 +23,7 @@ from oprd import distributed, heartbeat
 from oprd.alignment import for_teacher
 from oprd.building import Builder
 from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
-from oprd.checkpoint.run import check_space
+from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
 from oprd.data import PromptSampler
 from oprd.engines.base import Engine, EngineFailure
@@ -75,6 +75,7 @@ class Trainer:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.notes += resume.tidy(self.directory, self.resumed, found)
         self.notes = distributed.from_rank_0(self.notes)  # nobody looks into it before
+        check_shared(self.directory, self.device)
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
         self.watchdog = Watchdog(w)
@@ -127,7 +128,12 @@ class Trainer:
             log.close_progress()
             if self.stopped_by is not None:
                 return self._finish(self._last_checkpoint("interrupted"))
-        student = self._save(self.directory / "student")
+            try:
+                with self.interrupt.deferred():
+                    student = self._save(self.directory / "student")
+            except KeyboardInterrupt:
+                if self.interrupt.aborted:
+                    raise
         if self._evaluate("student after"):
             self._checkpoint()
         self.checkpoints.finish()
@@ -335,10 +341,10 @@ class Trainer:
         by_layer = dict(zip(self._student_blocks(), layer_losses, strict=True))
         if what := not_finite(losses, by_layer, norm):
             step = self.step + 1
-            file = keep_batch(self.directory, step, losses, by_layer, norm, rollouts)
+            batch = keep_batch(self.directory, step, losses, by_layer, norm, rollouts)
             self._stop(
-                f"step {step}: {what}. The batch is in {file}. Lower optim.lr, or use float32 for "
-                "models in float16"
+                f"step {step}: {what}. {batch}. Lower optim.lr, or use float32 for models in "
+                "float16"
             )
 
     def _heed(self, alarms: list[Alarm]) -> None:

@@ -184,12 +184,18 @@ def keep_batch(
     by_layer: Mapping[int, float],
     norm: float,
     rollouts: Sequence[Rollout],
-) -> Path:
-    """Write what a step failed on, this rank's part; returns the file."""
+) -> str:
+    """Write what a step failed on, this rank's part; returns where it is, or why it is not."""
     file = directory / f"failed_step_{step}_rank_{distributed.rank()}.pt"
     batch = [(r.prompt_ids, r.response_ids) for r in rollouts]
-    torch.save(
-        {"step": step, "losses": dict(losses), "layer_losses": dict(by_layer), "grad_norm": norm,
-         "rollouts": batch}, file,
-    )  # fmt: skip
-    return file
+    found = {
+        "step": step,
+        "losses": dict(losses),
+        "layer_losses": dict(by_layer),
+        "grad_norm": norm,
+    }
+    try:
+        torch.save(found | {"rollouts": batch}, file)
+    except (OSError, RuntimeError) as error:  # of a full disk; a checkpoint is still to be tried
+        return f"The batch could not be written to {file}: {error}"
+    return f"The batch is in {file}"

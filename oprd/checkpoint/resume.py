@@ -19,14 +19,15 @@ from oprd.errors import ConfigError
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 FREE = (
     *("output_dir", "name", "device", "steps", "log_every", "checkpoint", "resume", "eval"),
-    *("micro_batch_tokens", "rollout.batch_size", "student.attn_implementation"),
-    *("student.gradient_checkpointing", "teacher.attn_implementation", "distill.backend"),
+    *("micro_batch_tokens", "rollout.batch_size"),
+    *("student.gradient_checkpointing", "distill.backend"),
     *("opd.implementation", "opd.chunk_tokens", "student.compile", "fsdp.mode", "fsdp.teacher"),
     *("fsdp.reshard_after_forward", "fsdp.shard_size", "fsdp.cpu_offload", "packing"),
     *("rollout.engine", "rollout.vllm", "watchdog", "logging"),
 )
-"""Settings, or sections, that a resumed run may have otherwise: they decide where and how it is
-computed and what is shown. ``steps`` too: the schedule of the learning rate is then the new one."""
+"""Settings, or sections, that a resumed run may have otherwise, besides attn_implementation: they
+decide where and how it is computed and what is shown. ``steps`` too: the schedule of the learning
+rate is then the new one."""
 
 
 @dataclass
@@ -114,7 +115,9 @@ def differences(old: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
     free = (*FREE, *cfg.checkpoint.allow_changes)
     differing = []
     for name in sorted(ours.keys() | theirs.keys()):
-        if any(name == f or name.startswith(f"{f}.") for f in free):
+        if name.endswith(".attn_implementation") or any(
+            name == f or name.startswith(f"{f}.") for f in free
+        ):
             continue
         was = theirs.get(name, defaults.get(name))
         if was != ours.get(name):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,32 @@ def model_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             student.generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return {f.name: f.read_bytes() for f in Path(directory).iterdir() if f.is_file()}
+
+
+def check_shared(directory: Path, device: torch.device, patience_s: float = 30.0) -> None:
+    """Check that every rank sees the run's directory, where all write their shards. Collective.
+
+    Args:
+        patience_s: seconds until a network file system must show what rank 0 has written.
+
+    Raises:
+        ConfigError: on all ranks, if one does not.
+    """
+    token = directory / distributed.from_rank_0(f".{uuid.uuid4().hex}")
+    if distributed.rank() == 0:
+        token.touch()
+    deadline = time.monotonic() + patience_s
+    distributed.wait_for_all()
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    missing = distributed.max_over_ranks(float(not seen), device)
+    if distributed.rank() == 0:
+        token.unlink()
+    if missing:
+        raise ConfigError(
+            f"output_dir {directory} is not the same for all ranks: those of several nodes need a "
+            "directory on a file system that they share"
+        )
 
 
 def check_space(cfg: TrainConfig, directory: Path, student: nn.Module) -> None:

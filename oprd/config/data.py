@@ -98,7 +98,7 @@ class EvalConfig:
         samples: k responses a prompt; accuracy is avg@k.
         temperature: 0: greedy (then samples must be 1).
         top_p, max_new_tokens: of the sampling.
-        batch_size: sequences generated at once.
+        batch_size: sequences generated at once. (vLLM, for a student, decides for itself.)
         teacher: evaluate the teacher too. The whole model is loaded for that.
     """
 

@@ -199,4 +199,12 @@ def check_values(cfg: TrainConfig) -> None:
         )
     check_optim(problems, cfg.optim)
     check_watchdog(problems, cfg.watchdog)
+    v, limit = cfg.rollout.vllm, cfg.watchdog.timeout_s
+    need(
+        cfg.rollout.engine != "vllm"
+        or limit is None
+        or limit > max(v.start_timeout, v.step_timeout),
+        f"watchdog.timeout_s={limit} must be above start_timeout={v.start_timeout} and "
+        f"step_timeout={v.step_timeout} of rollout.vllm, or it ends runs whose engine is starting",
+    )
     problems.refuse()

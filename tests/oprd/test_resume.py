@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from oprd import cli, export
 from oprd import train as training
-from oprd.checkpoint import files, resume
+from oprd.checkpoint import files, resume, save_student
+from oprd.checkpoint.run import check_shared
 from oprd.checkpoint.run import shutil as run_shutil
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
@@ -416,3 +417,22 @@ def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_one_two_and_three(tmp_pa
     again = measured(tmp_path / "again")
     assert [line["step"] for line in again] == [5, 6, 7, 8]
     assert again[: step - 4] == measured(two)[4:]
+
+
+def test_a_directory_that_a_rank_does_not_see_is_refused(tmp_path, monkeypatch):
+    check_shared(tmp_path, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("oprd.distributed.max_over_ranks", lambda value, device: 1.0)  # another's
+    with pytest.raises(ConfigError, match=r"output_dir .* is not the same for all ranks"):
+        check_shared(tmp_path, torch.device("cpu"))
+
+
+def test_a_signal_while_the_student_is_saved_waits_for_it(tmp_path, monkeypatch):
+    def save(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_student(*arguments)
+
+    monkeypatch.setattr("oprd.train.save_student", save)
+    summary = train(small_run(tmp_path / "run", eval__sets={}))
+    assert (summary.student / "model.safetensors").exists()
+    assert not summary.interrupted

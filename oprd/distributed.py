@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -75,6 +77,26 @@ def shutdown() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a program's entry point and end the process with its exit code.
+
+    A rank of several ends without the interpreter's own end: there torch's threads, when they still
+    have something to let go of, have been seen to abort it after all work was done ("terminate
+    called without an active exception"; Python ends threads that ask for its lock too late).
+    """
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if world_size() == 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def from_rank_0(value: Any) -> Any:

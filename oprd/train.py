@@ -485,4 +485,4 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
 if __name__ == "__main__":
     from oprd.cli import train as main
 
-    main()
+    distributed.run_main(main)

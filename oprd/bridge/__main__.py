@@ -1,5 +1,6 @@
-"""``python -m oprd.bridge`` (and under torchrun ``-m oprd.bridge``) is ``oprd-bridge``."""
+"""``python -m oprd.bridge``, for torchrun."""
 
 from oprd.bridge.cli import main
+from oprd.distributed import run_main
 
-main()
+run_main(main)

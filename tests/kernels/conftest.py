@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from oprd_kernels import backends, cuda, triton_backend
 
@@ -33,9 +34,10 @@ def emulated(pytestconfig: pytest.Config):
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}/module",
     ]
-    for command in (configure, ["cmake", "--build", build]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with FileLock(build / ".lock"):  # of pytest-xdist's workers, one builds
+        for command in (configure, ["cmake", "--build", build]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     (module,) = (build / "module").glob("_emulated*")
     os.environ["OPRD_CUDA_EMULATION"] = str(module)
     cuda.emulation.cache_clear()

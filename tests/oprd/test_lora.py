@@ -278,7 +278,7 @@ def test_a_model_without_adapter_is_not_adapted():
 
 
 SHARDED = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from oprd import attach
 from oprd.lora import WithoutAdapter, adapter_weights
@@ -308,6 +308,7 @@ if dist.get_rank() == 0:
     torch.save(result, sys.argv[2])
 dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # see oprd.distributed.run_main
 """
 
 

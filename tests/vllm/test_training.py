@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from oprd.checkpoint.resume import locate
 from oprd.config import EvalSetConfig, TrainConfig
 from oprd.engines import making
 from oprd.engines.logprob_gap import logprob_gap
@@ -57,9 +58,9 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
     message = str(caught.value)
     assert "step 3: the vLLM engine samples from other probabilities" in message
     assert "are not those of step 2" in message
-    saved = tmp_path / "run" / "checkpoints" / "step_2"
+    saved = tmp_path / "run" / "checkpoints" / "step_00000002"
     assert str(saved) in message
-    assert (saved / "model.safetensors").exists()
+    assert [c.step for c in locate(saved)[0]] == [2]
     steps = [line for line in lines(tmp_path / "run") if "actor/rep_loss" in line]
     assert [s["rollout/policy_version"] for s in steps] == [0, 1]
     assert all(s["rollout/logprob_gap"] <= s["rollout/logprob_gap_max"] < 1e-4 for s in steps)

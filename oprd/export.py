@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from oprd.checkpoint import Checkpoint, save_student
 from oprd.checkpoint.files import read_best, step_name
@@ -24,7 +24,7 @@ from oprd.cli import quiet_libraries
 from oprd.config import LoraConfig, StudentConfig
 from oprd.errors import ConfigError
 from oprd.lora import add_adapter, is_adapted, merged_weights
-from oprd.models import load_model, load_tokenizer
+from oprd.models import load_model, load_tokenizer, unwritten_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -59,9 +59,7 @@ def adapted_student(checkpoint: Checkpoint) -> StudentConfig | None:
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A LoRA student as a model without an adapter, with weights of its own."""
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-    plain.to_empty(device="cpu")
+    plain = unwritten_model(model.config, model.dtype)
     plain.load_state_dict(dict(merged_weights(model)), strict=False)  # a tied head comes once
     for name, buffer in model.named_buffers():
         plain.get_buffer(name.replace(".base_layer", "")).copy_(buffer)
@@ -83,10 +81,7 @@ def load_student(checkpoint: Checkpoint) -> PreTrainedModel:
         load(checkpoint.path, model)
         return model
     config = AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    model.to_empty(device="cpu")
-    model.tie_weights()
+    model = unwritten_model(config, config.dtype or torch.float32)
     load(checkpoint.path, model)
     if model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(directory)

@@ -93,20 +93,28 @@ def load_model(
     return model.to(device).eval()
 
 
+def unwritten_model(
+    config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A causal LM on the CPU whose weights and buffers hold nothing yet and, until they are
+    written, take no memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model
+
+
 def empty_model(cfg: StudentConfig | TeacherConfig) -> PreTrainedModel:
-    """The model that `load_model` would load, on the CPU, with weights and buffers that hold
-    nothing yet and, until they are written, take no memory.
+    """The model that `load_model` would load, as an `unwritten_model`.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    config = load_config(cfg.path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attn_implementation
-        )
-    model.to_empty(device="cpu")
-    model.tie_weights()
+    dtype = getattr(torch, cfg.dtype)
+    model = unwritten_model(load_config(cfg.path), dtype, cfg.attn_implementation)
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(demo_path(cfg.path))
     return model.eval()

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,11 +17,11 @@ from oprd.runlog import RunLog
 ROOT = Path(__file__).parents[2]
 
 
-def small_run(directory, **changes) -> TrainConfig:
-    """Three steps of eight prompts."""
-    cfg = TrainConfig(output_dir=str(directory), steps=3, log_every=1)
-    cfg.rollout.prompts_per_step = 8
-    cfg.eval.sets = {"val": EvalSetConfig("demo:val.jsonl", limit=40, every=2)}
+C = TypeVar("C")
+
+
+def set_options(cfg: C, changes: Mapping[str, Any]) -> C:
+    """``{"optim__lr": 1e-3}`` sets ``cfg.optim.lr``."""
     for name, value in changes.items():
         *path, last = name.split("__")
         target = cfg
@@ -27,6 +29,14 @@ def small_run(directory, **changes) -> TrainConfig:
             target = getattr(target, part)
         setattr(target, last, value)
     return cfg
+
+
+def small_run(directory, **changes) -> TrainConfig:
+    """Three steps of eight prompts."""
+    cfg = TrainConfig(output_dir=str(directory), steps=3, log_every=1)
+    cfg.rollout.prompts_per_step = 8
+    cfg.eval.sets = {"val": EvalSetConfig("demo:val.jsonl", limit=40, every=2)}
+    return set_options(cfg, changes)
 
 
 def lines(directory) -> list[dict]:

@@ -25,6 +25,7 @@ from oprd.errors import ConfigError
 from oprd.models import DEMO
 from oprd.positions import supervise
 from oprd.rollout import Batch
+from tests.oprd.runs import set_options
 from tests.oprd.test_train import small_run, steps_of
 from tests.oprd.tiny import make_batch, make_model
 
@@ -57,13 +58,7 @@ def teacher(tmp_path_factory):
 def small_fit(file, teacher, **changes) -> FitConfig:
     cfg = FitConfig(output=str(file), prompts=60, rank=8, ridge=1e-4)
     cfg.teacher.path = teacher
-    for name, value in changes.items():
-        *path, last = name.split("__")
-        target = cfg
-        for part in path:
-            target = getattr(target, part)
-        setattr(target, last, value)
-    return cfg
+    return set_options(cfg, changes)
 
 
 @pytest.fixture(scope="module")

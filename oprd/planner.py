@@ -92,13 +92,18 @@ class Shape:
         tables = 1 if self.tied else 2
         return self.layers * self.block_parameters + tables * self.vocab * self.d
 
-    def block_activations(self, e: int) -> int:
+    def block_activations(self, e: int, stream: int | None = None) -> int:
         """Bytes per token that a block keeps for its backward.
 
         Two norms (input in float32, normalised, scaled, 1/rms), attention (q, k, v, output,
         log-sum-exp), MLP (gate, its SiLU, up, their product).
+
+        Args:
+            stream: bytes of a number in the residual stream if not e, as under autocast, which
+                narrows what the norms give for each of the five projections that read it.
         """
-        norms = 2 * (FLOAT32 * self.d + 2 * e * self.d + FLOAT32)
+        narrowed = 2 if stream in (None, e) else 5
+        norms = 2 * (FLOAT32 * self.d + (stream or e) * self.d + FLOAT32) + narrowed * e * self.d
         attention = 2 * e * (self.heads + self.kv_heads) * self.head_dim + FLOAT32 * self.heads
         return norms + attention + 4 * e * self.intermediate
 
@@ -117,6 +122,8 @@ class Update:
         widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
         shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
         gathered_bytes: per weight that FSDP has gathered; None: ``dtype_bytes``.
+        stream_bytes: per number of the residual stream; None: ``dtype_bytes``. Autocast narrows
+            products alone.
     """
 
     batch: int
@@ -128,11 +135,17 @@ class Update:
     widen_head: bool = True
     shards: int = 1
     gathered_bytes: int | None = None
+    stream_bytes: int | None = None
 
     @property
     def gathered(self) -> int:
         """Bytes of a gathered weight."""
         return self.gathered_bytes or self.dtype_bytes
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a number in the residual stream."""
+        return self.stream_bytes or self.dtype_bytes
 
     @property
     def all_tokens(self) -> int:
@@ -174,7 +187,7 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
     n, e, d = update.all_tokens, update.dtype_bytes, shape.d
-    states = n * d * e
+    states = n * d * update.stream
     head = shape.vocab * d * e
     root = _gathered_root(shape, update)
     if objective == "logprob":
@@ -194,12 +207,13 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
         found += [Moment(name, stored | terms) for name, terms in of_loss(form, shape, update)]
         if shape.tied or update.shards > 1:  # waits for the embedding's, or for the reduce-scatter
             kept_head = {"head's weight gradient": head}
-    block = _block_backward(shape, update)
     done = (
         {"final norm"} if calls_head or objective == "backbone" else {"final norm", "final states"}
     )
-    left = {name: size for name, size in stored.items() if name not in done}
-    found.append(Moment("backward of a block", left | block | kept_head))
+    left = {name: size for name, size in stored.items() if name not in done} | kept_head
+    found.append(Moment("backward of a block", left | _block_backward(shape, update)))
+    if update.shards > 1:
+        found += _reduced_blocks(shape, update, left)
     embedding = {"embedding's weight gradient": head, "gradient of states": states}
     if shape.tied and calls_head and not objective.endswith("_chunked"):
         # The product's gradient is a transposed view, which autograd does not add to in place.
@@ -211,7 +225,7 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
         found.append(
             Moment(
                 "reduce-scatter of the root",
-                {"embedding's and head's gradients in reduce-scatter": grads} | root,
+                {"embedding's and head's gradients in reduce-scatter": grads},
             )
         )
     return found
@@ -219,12 +233,12 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
 
 def _stored(objective: str, shape: Shape, update: Update) -> dict[str, int]:
     """What the forward leaves for the backward."""
-    n, e, d, layers = update.all_tokens, update.dtype_bytes, shape.d, shape.layers
+    n, d, layers, e = update.all_tokens, shape.d, shape.layers, update.stream
     terms = {"final norm": n * (FLOAT32 * d + e * d + FLOAT32), "final states": n * d * e}
     if update.checkpointing:
         terms["checkpoints"] = layers * n * d * e
     else:
-        terms["activations"] = layers * n * shape.block_activations(e)
+        terms["activations"] = layers * n * shape.block_activations(update.dtype_bytes, e)
     if objective in ("oprd", "bridge"):
         terms["rep rows' statistics"] = layers * update.rows * 16
         if e < FLOAT32 and not update.checkpointing:
@@ -240,14 +254,34 @@ def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
     # down projection: one gradient and that of its weight.
     terms = {
         "gradients in the MLP": max(2 * n * wide * e, n * wide * e + d * wide * e),
-        "gradient of states": 2 * n * d * e,
+        "gradient of states": 2 * n * d * update.stream,
     }
     if update.checkpointing:
-        terms["recomputed activations"] = n * shape.block_activations(e)
-    terms |= _gathered_block(shape, update)
-    if update.shards > 1:
-        terms["block's gradients in reduce-scatter"] = shape.block_parameters * _reduced(update)
-    return terms
+        terms["recomputed activations"] = n * shape.block_activations(e, update.stream)
+    return terms | _gathered_block(shape, update)
+
+
+def _reduced_blocks(shape: Shape, update: Update, left: dict[str, int]) -> list[Moment]:
+    """Once the last block's gradients are added up over ranks: while they are, and in the backward
+    of the block before it, which holds what the ranks were sent."""
+    per_layer = {"checkpoints", "activations", "states at the taps"}
+    left = {
+        name: size * (shape.layers - 1) // shape.layers if name in per_layer else size
+        for name, size in left.items()
+    }
+    size, name = shape.block_parameters, "block's gradients in reduce-scatter"
+    reduced = {
+        "gradient of states": update.all_tokens * shape.d * update.stream,
+        "gathered weights, next block": size * update.gathered,
+        name: size * _reduced(update),
+    }
+    found = [Moment("reduce-scatter of a block", left | reduced)]
+    if shape.layers > 1:
+        down = shape.d * shape.intermediate * update.gathered
+        held = {name: size * FLOAT32, "down projection's weight gradient": down}
+        block = _block_backward(shape, update)
+        found.append(Moment("backward of the next block", left | block | held))
+    return found
 
 
 def _reduced(update: Update) -> int:

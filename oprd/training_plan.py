@@ -28,6 +28,7 @@ UPDATE, TEACHER, ROLLOUT, EVALUATION, STEP = (
 WEIGHT_GRADIENTS = (
     "head's weight gradient", "head's weight gradient, float32", "embedding's weight gradient",
     "sum of both weight gradients", "block's gradients in reduce-scatter",
+    "down projection's weight gradient",
     "embedding's and head's gradients in reduce-scatter",
 )  # fmt: skip
 """Terms of the planner that frozen weights do not have."""
@@ -188,6 +189,7 @@ class _Planner:
             widen_head=not self.on_gpu,
             shards=self.shards,
             gathered_bytes=self.gathered,
+            stream_bytes=self.stored if self.cfg.autocast else None,
         )
         reached = replace(self.student, layers=self.depth)
         found = [m for o in self._objectives() for m in planner.moments(o, reached, update)]
@@ -198,7 +200,7 @@ class _Planner:
             ]
         worst = max(found, key=lambda m: m.total)
         extra = self._teacher_outputs() | self._teacher_root()
-        if self.shards == 1 and self.computed < self.stored:
+        if self.computed < self.gathered:
             blocks = 1 if update.checkpointing else self.student.layers
             extra["autocast's copies of weights"] = (
                 blocks * self.student.block_parameters * self.computed
@@ -220,17 +222,18 @@ class _Planner:
         """Of the largest teacher, while the student is updated."""
         sizes = [0]
         for name, shape in self.teachers.items():
-            e, size = self._teacher_computes(name), 0
+            size = 0
             if REP in self.cfg.objectives:
                 width = self.cfg.bridge.rank or shape.d
                 size += (
                     len(self._pairs(shape))
                     * self.rows
                     * width
-                    * (FLOAT32 if self.cfg.bridge.path else e)
+                    * (FLOAT32 if self.cfg.bridge.path else self._teacher_stream(name))
                 )
             if self.needs_logits:
                 chunked = self.cfg.opd.implementation == "chunked"
+                e = self._teacher_computes(name)
                 size += self.rows * shape.d * e if chunked else self.tokens * shape.vocab * e
             sizes.append(size)
         return {"teacher's outputs": max(sizes)}
@@ -243,6 +246,14 @@ class _Planner:
         if self.cfg.autocast:
             return DTYPE_BYTES[self.cfg.autocast]
         return self._teacher_gathered(teacher)
+
+    def _teacher_stream(self, name: str) -> int:
+        """Bytes of a number in its residual stream: autocast narrows products alone."""
+        if not self.cfg.autocast:
+            return self._teacher_computes(name)
+        teacher = self.cfg.all_teachers[name]
+        own = teacher.path not in ("self:current", "self:base")
+        return DTYPE_BYTES[teacher.dtype] if own else self.stored
 
     def _teacher_gathered(self, teacher: TeacherConfig) -> int:
         sharded = self.shards > 1 and self.cfg.fsdp.teacher != "replicated"
@@ -268,7 +279,7 @@ class _Planner:
             e = self._teacher_computes(name)
             terms = {
                 "one block's MLP": 3 * self.tokens * shape.intermediate * e,
-                "states": 3 * self.tokens * shape.d * e,
+                "states": 3 * self.tokens * shape.d * self._teacher_stream(name),
             }
             if self.shards > 1 and self.cfg.fsdp.teacher != "replicated":
                 block = shape.block_parameters * self._teacher_gathered(self.cfg.all_teachers[name])

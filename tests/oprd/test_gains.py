@@ -152,8 +152,9 @@ def test_shape_counts_parameters(tied):
     assert shape.parameters == pytest.approx(sum(p.numel() for p in made.parameters()), rel=0.01)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_block_activations_are_what_autograd_saves(dtype):
+def test_block_activations_are_what_autograd_saves(dtype, autocast):
     """Two blocks minus one: per token, to the byte."""
 
     def saved_bytes(layers):
@@ -167,14 +168,17 @@ def test_block_activations_are_what_autograd_saves(dtype):
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        narrowed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        with saved_tensors_hooks(pack, lambda tensor: tensor), narrowed:
             states = made.model(torch.zeros(2, 50, dtype=torch.long), use_cache=False)
         assert states is not None
         return sum(seen.values())
 
     shape = Shape.of(model(64, 1, 4, 2, 352, 100, True).config)
     per_block = saved_bytes(2) - saved_bytes(1)
-    assert per_block == 100 * shape.block_activations(dtype.itemsize)
+    e = 2 if autocast else dtype.itemsize
+    copies = e * shape.block_parameters if e < dtype.itemsize else 0
+    assert per_block == 100 * shape.block_activations(e, dtype.itemsize) + copies
 
 
 FIELDS = ("d", "layers", "heads", "kv_heads", "intermediate", "vocab")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from oprd import distributed
-from oprd.checkpoint.files import set_aside
+from oprd.checkpoint.files import set_aside, write_json
+from oprd.checkpoint.resume import differences, settings
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
 from oprd.preflight import preflight
@@ -105,14 +106,6 @@ def check(values: Mapping[str, dict[str, Any]], build: Build) -> None:
             raise ConfigError(f"stages.{name}: {error}") from error
 
 
-def _without_controls(values: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The stages without what a second start may have otherwise."""
-    return {
-        name: {k: v for k, v in stage.items() if k not in ("resume", "checkpoint")}
-        for name, stage in values.items()
-    }
-
-
 def run_stages(
     base: Mapping[str, Any],
     stages: Mapping[str, Mapping[str, Any]],
@@ -132,17 +125,18 @@ def run_stages(
     """
     values = stage_values(base, stages)
     check(values, build)
-    limits = [build(stage).watchdog.timeout_s for stage in values.values()]
+    configs = {name: build(stage) for name, stage in values.items()}
+    limits = [cfg.watchdog.timeout_s for cfg in configs.values()]
     limit = None if None in limits else max(filter(None, limits))
     # For all of them: no rank begins a stage before rank 0 has ended the last one.
     distributed.init(base["device"], timeout_s=limit)
     try:
-        _by_rank_0(lambda: _keep_record(Path(base["output_dir"]), values))
+        _by_rank_0(lambda: _keep_record(Path(base["output_dir"]), configs))
         summary = None
         for name, stage in values.items():
             if not _by_rank_0(partial(_begin, name, stage)):
                 continue
-            summary = train(build(stage), partial(write_config, stage))
+            summary = train(configs[name], partial(write_config, stage))
             if summary.interrupted:
                 break
         return summary
@@ -164,19 +158,34 @@ def _by_rank_0(do: Callable[[], T]) -> T:
     return value
 
 
-def _keep_record(root: Path, values: Mapping[str, dict[str, Any]]) -> None:
+def _keep_record(root: Path, stages: Mapping[str, TrainConfig]) -> None:
     """Note which stages a directory is of; refuse one of others."""
     record = root / RECORD
-    text = json.dumps(_without_controls(values), indent=2, default=str) + "\n"
-    if record.exists() and record.read_text() != text:
-        raise ConfigError(
-            f"output_dir {root} holds stages of another configuration ({record}): choose a new "
-            "directory"
-        )
-    if not record.exists() and root.exists() and any(root.iterdir()):
+    if record.exists():
+        _compare(record, stages)
+    elif root.exists() and any(not file.name.startswith(RECORD) for file in root.iterdir()):
         raise ConfigError(f"output_dir {root} holds other files: choose a new directory")
     root.mkdir(parents=True, exist_ok=True)
-    record.write_text(text)
+    write_json(record, {name: settings(cfg) for name, cfg in stages.items()})
+
+
+def _compare(record: Path, stages: Mapping[str, TrainConfig]) -> None:
+    """Refuses what a resumed run may not have otherwise, and other steps of a finished stage."""
+    old = json.loads(record.read_text())
+    found = []
+    if list(old) != list(stages):
+        found.append(f"stages: {', '.join(old)} there, {', '.join(stages)} here")
+    for name in [name for name in old if name in stages]:
+        cfg, steps = stages[name], old[name]["steps"]
+        found += [f"{name}: {what}" for what in differences(old[name], cfg)]
+        if cfg.steps != steps and finished(record.parent / name):
+            found.append(f"{name}: steps: {steps} there, {cfg.steps} here, and it is finished")
+    if found:
+        raise ConfigError(
+            f"output_dir {record.parent} holds stages of another configuration ({record}): "
+            f"{'; '.join(found)}. Take its values, choose a new directory, or name what may differ "
+            "in checkpoint.allow_changes"
+        )
 
 
 def _begin(name: str, stage: Mapping[str, Any]) -> bool:

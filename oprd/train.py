@@ -82,7 +82,7 @@ class Trainer:
         self.interrupt = Interrupt(at_once=distributed.world_size() == 1)
         self.stopped_by: int | None = None
         self.batches = PromptSampler(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
-        self.step = 0
+        self.step = self.evaluated = 0  # the last step made, and the last one evaluated if due
         self.delta_peak_gb: float | None = None
         self.evaluations: dict[str, dict[str, EvalResult]] = {}
         self.closing = contextlib.ExitStack()
@@ -106,6 +106,8 @@ class Trainer:
         log.start(self.step)
         with self.interrupt.armed():
             try:
+                if self.evaluated < self.step:  # it was cut short
+                    self._after_step()
                 while not self._stopping() and self.step < cfg.steps:
                     heartbeat.beat(step=self.step + 1)
                     rollouts = self._rollouts(next(self.batches))
@@ -116,11 +118,7 @@ class Trainer:
                         log.step(self.step, metrics)
                         self._between_steps()
                     self._heed(self.watchdog.look(self.step, metrics))
-                    best = self._evaluate_during()
-                    with self.interrupt.deferred():
-                        if best or self.checkpoints.due(self.step):
-                            self._checkpoint()
-                        self.checkpoints.poll()
+                    self._after_step()
             except KeyboardInterrupt:
                 if self.interrupt.aborted:
                     raise
@@ -283,9 +281,14 @@ class Trainer:
         self.batches.load_state_dict(document["sampler"])
         self.timer.total.update(document["seconds"])
         self.watchdog.load_state_dict(document["watchdog"])
-        for who, results in document["evaluations"].items():
+        self.evaluated = document.get("evaluated", self.step)
+        found = document["evaluations"]
+        if found and not resume.same_evaluation(document["settings"], self.cfg):
+            self.notes.append(f"evaluated with other settings, left out: {', '.join(found)}")
+            found = {}
+        for who, results in found.items():
             over = who == "student after" and self.step < self.cfg.steps  # it is another student's
-            if list(results) == list(self.cfg.eval.sets) and not over:
+            if not over:
                 self.evaluations[who] = {n: EvalResult(**r) for n, r in results.items()}
 
     def _between_steps(self) -> None:
@@ -307,6 +310,7 @@ class Trainer:
             "delta_peak_gb": self.delta_peak_gb,
             "watchdog": self.watchdog.state_dict(),
             "metrics_bytes": self.log.position(),
+            "evaluated": self.evaluated,
         }
         with self.timer("saving"):
             self.checkpoints.save(self.step, self.optimizer, self.random_state, progress)
@@ -382,13 +386,19 @@ class Trainer:
             metrics |= rep_metrics(reps, layer_losses, width, self.device)
         return metrics
 
-    def _evaluate_during(self) -> bool:
+    def _after_step(self) -> None:
+        """The evaluation and the checkpoint that are due."""
         due = [
             name
             for name, source in self.cfg.eval.sets.items()
             if source.every and self.step % source.every == 0 and self.step < self.cfg.steps
         ]
-        return self._evaluate("student", names=due)
+        best = self._evaluate("student", names=due)
+        self.evaluated = self.step
+        with self.interrupt.deferred():
+            if best or self.checkpoints.due(self.step):
+                self._checkpoint()
+            self.checkpoints.poll()
 
     def _evaluate(
         self, who: str, model: PreTrainedModel | None = None, names: list[str] | None = None

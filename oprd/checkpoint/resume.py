@@ -125,6 +125,18 @@ def differences(old: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
     return differing
 
 
+def same_evaluation(old: Mapping[str, Any], cfg: TrainConfig) -> bool:
+    """Whether a checkpoint's evaluations are what a configuration's would be: of the same prompts,
+    sampled and graded alike."""
+
+    def meaning(values: Mapping[str, Any]) -> dict[str, Any]:
+        free = ("eval.batch_size", "eval.teacher")
+        flat = {k: v for k, v in _flat(values).items() if k.startswith("eval.") and k not in free}
+        return {k: v for k, v in flat.items() if not k.endswith(".every")}
+
+    return meaning(old) == meaning(settings(cfg))
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():

@@ -83,6 +83,31 @@ def test_interrupted_and_resumed_it_is_the_same_run(
     assert not list(directory.glob("metrics.jsonl.*"))
 
 
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, monkeypatch, whole):
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)  # which is evaluated
+        train(run_for(directory))
+    assert [line["step"] for line in lines(directory) if "val/val/avg@1" in line] == [0]
+    train(run_for(directory, resume="auto"))
+    assert measured(directory) == measured(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({"eval__batch_size": 7}, True), ({"eval__grader": "math"}, False)],
+)
+def test_evaluations_that_mean_something_else_are_left_out(
+    tmp_path, monkeypatch, capsys, changes, kept
+):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        train(run_for(tmp_path / "run", steps=2))
+    summary = train(run_for(tmp_path / "run", steps=2, resume="auto", **changes))
+    assert ("student before" in summary.evaluations) == kept
+    assert ("other settings, left out: student before" in capsys.readouterr().out) != kept
+
+
 SELF = {
     "teacher__path": "self:start", "data__train__teacher_prompt": "{prompt}{answer}",
     "data__max_teacher_prompt_tokens": 16,

@@ -125,9 +125,22 @@ def test_no_rank_begins_a_stage_before_the_last_one_is_written(tmp_path):
 
 def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):
     cli.train(write(tmp_path))
-    assert "stages of another configuration" in fails(capsys, *write(tmp_path, steps=3))
+    said = fails(capsys, *write(tmp_path, optim={"lr": 0.5}, steps=3))
+    assert "stages of another configuration" in said
+    assert "first: optim.lr: 0.001 there, 0.5 here; first: steps: 2 there, 3 here" in said
+    other = {"first": {}, "third": {}}
+    assert "first, second there, first, third here" in fails(capsys, *write(tmp_path, other))
     (tmp_path / "out" / RECORD).unlink()
     assert "holds other files" in fails(capsys, *write(tmp_path))
+
+
+def test_what_a_resumed_run_may_have_otherwise_a_second_start_may_too(tmp_path, capsys):
+    cli.train(write(tmp_path))
+    changes = {"logging": {"project": "mine"}, "watchdog": {"timeout_s": 900}, "log_every": 2}
+    cli.train(write(tmp_path, **changes))
+    assert capsys.readouterr().out.count("finished already") == 2
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["first"]["log_every"] == 2
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,24 @@ Writes each case's weights and metrics, which must not depend on the number of r
 
 from __future__ import annotations
 
+import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from oprd import distributed
+from oprd.alignment import for_teacher
 from oprd.bridge.bank import save_bridge
-from oprd.config import LoraConfig, TrainConfig
+from oprd.bridge.checks import FitConfig
+from oprd.bridge.fit import fit
+from oprd.config import BridgeConfig, LoraConfig, PromptsConfig, TeacherConfig, TrainConfig
+from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer
+from oprd.demo.task import make_splits
 from oprd.models import load_model
-from oprd.preflight import preflight
+from oprd.preflight import Preflight, preflight
 from oprd.rollout import Reading, Rollout
 from oprd.student_weights import full_weights
 from oprd.train import Trainer
@@ -62,19 +69,29 @@ CASES: dict[str, dict] = {
     "bfloat16_chunked": BF16 | {"objectives": {"opd_full": 1.0}},
     "lora": {"student__lora": LoraConfig(4)},
     "hybrid": {"fsdp__shard_size": 2},
+    "teachers": {"distill__kind": "nmse"},
+    "teachers_of_packed_adapter": {
+        "distill__kind": "nmse", "student__lora": LoraConfig(4), "packing": True,
+    },
 }  # fmt: skip
 """By name, what a case changes of `tests.oprd.test_train.small_run`."""
 
 
-def rollouts(case: str, step: int) -> list[Rollout]:
-    """Of any lengths; in the last step there is one, so that other ranks have nothing."""
+def rollouts(case: str, step: int, checked: Preflight) -> list[Rollout]:
+    """Of any lengths; in the last step there is one, so that other ranks have nothing (and neither
+    has one of two teachers)."""
     rng = random.Random(step)
     made = []
-    for _ in range(1 if step == 2 else 7):
+    for i in range(1 if step == 2 else 7):
         prompt = [rng.randint(5, 14) for _ in range(rng.randint(2, 8))]
         response = [rng.randint(5, 14) for _ in range(rng.randint(1, 5))]
         reading = Reading([*prompt, 7, 8, 9], response) if case == "self" else None
-        made.append(Rollout(prompt, response, False, reading=reading))
+        rollout = Rollout(prompt, response, False, reading=reading)
+        if case.startswith("teachers"):
+            asked = checked.train.prompts[7 * i % 20]
+            rollout = replace(rollout, prompt_ids=asked.token_ids)
+            rollout = for_teacher(rollout, asked, checked.aligners, ends=[1])
+        made.append(rollout)
     return made
 
 
@@ -87,6 +104,8 @@ def run_case(case: str, directory: Path) -> None:
         changes["bridge__path"] = str(directory.parent / "bridge.safetensors")
     cfg: TrainConfig = small_run(directory / case, eval__sets={}, eval__teacher=False, **changes)
     cfg.rollout.prompts_per_step = 12
+    if case.startswith("teachers"):
+        add_teachers(cfg, directory.parent)
     trainer = Trainer(cfg, preflight(cfg))
     distributed.seed_everything(0)
     trainer._load()
@@ -96,7 +115,7 @@ def run_case(case: str, directory: Path) -> None:
     trainer.scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, 1.0)
     metrics = []
     for step in range(3):
-        mine = rollouts(case, step)[distributed.rank() :: world]
+        mine = rollouts(case, step, trainer.checked)[distributed.rank() :: world]
         metrics.append(trainer._update(mine))
         trainer.step += 1
     weights = {name: tensor.clone() for name, tensor in full_weights(trainer.student)}
@@ -109,6 +128,29 @@ def write_bridge(file: Path) -> None:
     """A bridge between the demo's models."""
     cfg = TrainConfig()
     save_bridge(make_bridge(load_model(cfg.student), load_model(cfg.teacher), rank=8), file)
+
+
+def write_teachers(directory: Path) -> None:
+    """Of prompts in turn: the demo's teacher, and one of another shape and tokenizer; and a bridge
+    from each."""
+    torch.manual_seed(3)
+    other, tokenizer = str(directory / "other"), make_pair_tokenizer()
+    make_olmo(tokenizer, width=64, layers=6).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    rows = [json.dumps({"prompt": s.prompt, "answer": s.answer}) for s in make_splits().train[:20]]
+    for i, (name, path) in enumerate({"same": "demo:teacher", "other": other}.items()):
+        cfg = FitConfig(output=str(directory / name) + ".safetensors", rank=4, prompts=20)
+        cfg.teacher.path, cfg.data.train.limit = path, 20
+        fit(cfg)
+        (directory / f"{name}.jsonl").write_text("\n".join(rows[i::2]))
+
+
+def add_teachers(cfg: TrainConfig, directory: Path) -> None:
+    """Those of `write_teachers`."""
+    for name, path in {"same": "demo:teacher", "other": str(directory / "other")}.items():
+        cfg.teachers[name] = TeacherConfig(path)
+        cfg.data.sources[name] = PromptsConfig(str(directory / f"{name}.jsonl"))
+        cfg.bridges[name] = BridgeConfig(str(directory / f"{name}.safetensors"))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from oprd.config.fsdp import FsdpConfig, check_fsdp
 from oprd.errors import Problems
 from oprd.models import empty_model, load_model, load_tokenizer
 from oprd.rollout import generate
-from tests.oprd.on_ranks import BF16, CASES, write_bridge
+from tests.oprd.on_ranks import BF16, CASES, write_bridge, write_teachers
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = {1: (), 2: ("hybrid", "compiled"), 3: ("hybrid", "compiled", "not_sharded")}
@@ -42,6 +42,7 @@ def results(tmp_path_factory):
     """By number of ranks, where their results are; made when first asked for."""
     directory = tmp_path_factory.mktemp("ranks")
     write_bridge(directory / "bridge.safetensors")
+    write_teachers(directory)
     done: set[int] = set()
 
     def of(ranks: int, case: str) -> dict:

@@ -6,7 +6,8 @@
 
 Each rank tells the others its last beat through a store that all of them reach. One that waits in a
 collective does not beat, but the one that it waits for may: the run has come to a halt only when no
-rank has beaten for ``timeout_s``.
+rank has beaten for ``timeout_s``. Native code that keeps the interpreter's lock keeps this thread
+too from running: after twice as long Python's faulthandler, which needs no lock, ends the process.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ EXIT_CODE = 124
 """Of a run that has come to a halt; `timeout`'s."""
 
 _HUNG = "hung"
+_STDERR = 2  # its descriptor: faulthandler can't write to a stand-in for it
 _UNREACHABLE = (RuntimeError, OSError)
 """What a store raises when its server is gone."""
 
@@ -89,6 +91,7 @@ class Heartbeat:
         """Watch no more."""
         self._stopped.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
         """Something has moved; ``phase`` and ``step`` if they have changed. Costs nothing: telling
@@ -106,6 +109,7 @@ class Heartbeat:
     def _watch(self) -> None:
         told = None
         while not self._stopped.wait(self.interval):
+            faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=_STDERR)
             place, waits = _place_of_main_thread()
             last = replace(self.last, place=place, waits=waits)
             if last != told and self._tell(last):

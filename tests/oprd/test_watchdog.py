@@ -239,6 +239,23 @@ def test_slow_is_not_hung(tmp_path):
     assert "has been in 'working' of step 3 for 2 s (at <module>, script.py:11)" in ran.stderr
 
 
+STUCK = """
+import ctypes, sys, time
+from pathlib import Path
+from oprd import heartbeat
+with heartbeat.watching(1.0, Path(sys.argv[1])):
+    time.sleep(0.5)
+    ctypes.PyDLL(None).sleep(600)  # called with the interpreter's lock held
+"""
+
+
+def test_native_code_that_keeps_the_interpreters_lock(tmp_path):
+    ran = run_script(tmp_path, STUCK)
+    assert ran.returncode == 1
+    assert "Timeout (0:00:02)!" in ran.stderr
+    assert "script.py" in ran.stderr
+
+
 def test_a_hung_run_ends_where_nothing_can_be_written(tmp_path):
     (tmp_path / "run").write_text("no directory")
     ran = run_script(tmp_path, ALONE)

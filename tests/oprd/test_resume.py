@@ -395,6 +395,7 @@ def on_ranks(number, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_one_two_and_three(tmp_path):
     """SIGTERM to one of the ranks ends both after the same step."""
     two = tmp_path / "two"

@@ -54,8 +54,10 @@ def results(tmp_path_factory):
     return of
 
 
-PAIRS = [(ranks, case) for ranks in SKIPPED if ranks > 1 for case in CASES
-         if case not in SKIPPED[ranks]]  # fmt: skip
+PAIRS = [
+    pytest.param(ranks, case, marks=pytest.mark.slow if ranks > 2 else ())
+    for ranks in SKIPPED if ranks > 1 for case in CASES if case not in SKIPPED[ranks]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("ranks", "case"), PAIRS)

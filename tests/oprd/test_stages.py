@@ -15,6 +15,8 @@ from oprd.stages import RECORD, merged, stage_values
 from oprd.summary import finished
 from tests.oprd.runs import ROOT, stop_after
 
+pytestmark = pytest.mark.slow
+
 FEW = {
     "steps": 2, "rollout": {"prompts_per_step": 4},
     "eval": {"sets": {}, "teacher": False},

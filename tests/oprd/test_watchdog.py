@@ -19,6 +19,8 @@ from oprd.train import Trainer, TrainingStopped, train
 from oprd.watchdog import Watchdog
 from tests.oprd.test_train import ROOT, lines, small_run, steps_of
 
+pytestmark = pytest.mark.slow
+
 CALM = {"response_length/mean": 100.0, "response_length/clip_ratio": 0.1}
 
 

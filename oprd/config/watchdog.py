@@ -58,8 +58,9 @@ class WatchdogConfig:
         timeout_s: seconds in which no rank makes progress (a phase begun or ended, a token
             generated) after which the run is ended, with a message that names the rank and phase
             and every rank's stacks in ``hung/``; exit code 124. Collectives may wait four times as
-            long. A rank stuck in native code that keeps Python's lock ends after twice as long, its
-            stack on stderr; exit code 1. null: there is no such limit.
+            long. A rank that can't watch (stuck in native code that keeps Python's lock, or cut off
+            from the others) ends after twice as long, its stacks on stderr; exit code 1. null: no
+            such limit.
     """
 
     loss: LossWatch = field(default_factory=LossWatch)

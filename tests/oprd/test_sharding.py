@@ -62,7 +62,11 @@ PAIRS = [
 
 @pytest.mark.parametrize(("ranks", "case"), PAIRS)
 def test_ranks_agree_with_one(results, ranks, case):
-    one, many = results(1, case), results(ranks, case)
+    assert_agree(results(1, case), results(ranks, case), case)
+
+
+def assert_agree(one: dict, many: dict, case: str) -> None:
+    """Two results of `on_ranks`."""
     assert one["weights"].keys() == many["weights"].keys()
     # A bfloat16 product of another batch, or added in another order, is rounded otherwise.
     rough = any(name in CASES[case] for name in BF16)

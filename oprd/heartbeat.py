@@ -6,9 +6,9 @@
 
 Each rank tells the others its last beat through a store that all of them reach. One that waits in a
 collective does not beat, but the one that it waits for may: the run has come to a halt only when no
-rank has beaten for ``timeout_s``. Native code that keeps the interpreter's lock, or a store beyond a
-cut cable, holds this thread up too: after twice as long Python's faulthandler, which needs neither,
-ends the process.
+rank has beaten for ``timeout_s``. Native code that keeps the interpreter's lock, or a store beyond
+a cut cable, holds this thread up too: after twice as long Python's faulthandler, which needs
+neither, ends the process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A teacher with another tokenizer, from prompts to gradients, and the refusals."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,10 +81,17 @@ def test_end_of_turn_is_what_the_template_writes():
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<turn>")
 
 
-def test_fit_and_train(tmp_path, teacher):
+def test_fit_and_train(tmp_path, teacher, monkeypatch, capsys):
     """States are compared where both tokenizers' tokens end, whatever the shapes."""
     path = tmp_path / "bridge.safetensors"
     fit(fit_config(path, teacher))
+    said = capsys.readouterr().out
+    share = int(re.search(r"(\d+)% of the student's tokens end where the teacher's do", said)[1])
+    assert 60 < share < 95
+    assert "nothing is compared" not in said
+    monkeypatch.setattr("oprd.bridge.fit.FEW_PAIRS", 0.95)
+    fit(fit_config(tmp_path / "again.safetensors", teacher))
+    assert "nothing is compared" in capsys.readouterr().out
     info = read_info(path)
     assert info.teacher_input == "text"
     assert (info.student.width, info.teacher.width, info.teacher.layers) == (128, 64, 6)

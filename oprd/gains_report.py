@@ -14,7 +14,8 @@ from rich.table import Table
 from oprd import planner
 from oprd.actor_update import PARTS, Measured
 from oprd.memory import GIB
-from oprd.planner import Moment, Shape, Update
+from oprd.planner import Moment
+from oprd.shapes import Shape, Update
 
 if TYPE_CHECKING:
     from oprd.gains import GainsConfig, Plan

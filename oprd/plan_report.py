@@ -11,7 +11,7 @@ from oprd.config.plan import PlanConfig
 from oprd.errors import ConfigError, Unreachable
 from oprd.memory import GIB
 from oprd.models import load_config
-from oprd.planner import Shape
+from oprd.shapes import Shape
 from oprd.training_plan import advice, gib, make_training_plan
 
 

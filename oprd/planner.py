@@ -2,8 +2,8 @@
 
 The update is followed through the moments at which memory can peak; at each, every tensor that
 lives then is a named term. The predicted delta-peak is the largest of these sums. What is counted
-is what PyTorch's eager mode keeps for a Qwen2-like block (RMSNorm, grouped-query attention by a
-flash kernel, gated MLP); weights, preallocated gradients and the teacher's ready outputs are
+is what PyTorch's eager mode keeps for a Qwen2-like block (RMSNorm, grouped-query attention, gated
+MLP); weights, preallocated gradients and the teacher's ready outputs are
 resident beforehand and listed apart.
 
 Bytes. Shapes: B sequences of T tokens, N = B * T, M supervised rows, d hidden width, L blocks,
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-FLOAT32 = 4
+from oprd.shapes import FLOAT32, Shape, Update
 
 OBJECTIVES = {
     "backbone": "backbone alone",
@@ -32,125 +31,6 @@ OBJECTIVES = {
     "logprob": "log-prob forward",
 }
 """Names of what can be measured and predicted, and how tables call it."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder of Qwen2's kind.
-
-    Attributes:
-        d: hidden width.
-        layers, heads, kv_heads, head_dim, intermediate, vocab: as configurations name them.
-        tied: the LM head is the embedding table.
-    """
-
-    d: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Any) -> Shape:
-        """From a Hugging Face configuration.
-
-        Raises:
-            ValueError: naming the entry that the configuration lacks.
-        """
-        text = config.get_text_config()
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        missing = [n for n in (*names, "intermediate_size") if not getattr(text, n, None)]
-        if missing:
-            raise ValueError(
-                f"a {type(config).__name__} has no {', '.join(missing)}: the planner knows "
-                "decoders with a gated MLP (Qwen, Llama and their like)"
-            )
-        d, layers, heads, vocab = (getattr(text, name) for name in names)
-        return cls(
-            d=d,
-            layers=layers,
-            heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or d // heads,
-            intermediate=text.intermediate_size,
-            vocab=vocab,
-            tied=bool(getattr(config, "tie_word_embeddings", False)),
-        )
-
-    @property
-    def block_parameters(self) -> int:
-        """Of one block; biases and norms, a thousandth of it, are left out."""
-        attention = 2 * self.d * (self.heads + self.kv_heads) * self.head_dim
-        return attention + 3 * self.d * self.intermediate
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        tables = 1 if self.tied else 2
-        return self.layers * self.block_parameters + tables * self.vocab * self.d
-
-    def block_activations(self, e: int, stream: int | None = None) -> int:
-        """Bytes per token that a block keeps for its backward.
-
-        Two norms (input in float32, normalised, scaled, 1/rms), attention (q, k, v, output,
-        log-sum-exp), MLP (gate, its SiLU, up, their product).
-
-        Args:
-            stream: bytes of a number in the residual stream if not e, as under autocast, which
-                narrows what the norms give for each of the five projections that read it.
-        """
-        narrowed = 2 if stream in (None, e) else 5
-        norms = 2 * (FLOAT32 * self.d + (stream or e) * self.d + FLOAT32) + narrowed * e * self.d
-        attention = 2 * e * (self.heads + self.kv_heads) * self.head_dim + FLOAT32 * self.heads
-        return norms + attention + 4 * e * self.intermediate
-
-
-@dataclass(frozen=True)
-class Update:
-    """One actor update (one micro-batch).
-
-    Attributes:
-        batch: B.
-        tokens: T.
-        rows: M, supervised.
-        dtype_bytes: e.
-        checkpointing: activations of each block are recomputed in its backward.
-        chunk: rows at a time in the chunked losses.
-        widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
-        shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
-        gathered_bytes: per weight that FSDP has gathered; None: ``dtype_bytes``.
-        stream_bytes: per number of the residual stream; None: ``dtype_bytes``. Autocast narrows
-            products alone.
-    """
-
-    batch: int
-    tokens: int
-    rows: int
-    dtype_bytes: int = FLOAT32
-    checkpointing: bool = True
-    chunk: int = 256
-    widen_head: bool = True
-    shards: int = 1
-    gathered_bytes: int | None = None
-    stream_bytes: int | None = None
-
-    @property
-    def gathered(self) -> int:
-        """Bytes of a gathered weight."""
-        return self.gathered_bytes or self.dtype_bytes
-
-    @property
-    def stream(self) -> int:
-        """Bytes of a number in the residual stream."""
-        return self.stream_bytes or self.dtype_bytes
-
-    @property
-    def all_tokens(self) -> int:
-        """N."""
-        return self.batch * self.tokens
 
 
 @dataclass(frozen=True)
@@ -237,8 +117,10 @@ def _stored(objective: str, shape: Shape, update: Update) -> dict[str, int]:
     terms = {"final norm": n * (FLOAT32 * d + e * d + FLOAT32), "final states": n * d * e}
     if update.checkpointing:
         terms["checkpoints"] = layers * n * d * e
+        if update.span:
+            terms["attention mask"] = n * update.span * (update.dtype_bytes if update.eager else 1)
     else:
-        terms["activations"] = layers * n * shape.block_activations(update.dtype_bytes, e)
+        terms["activations"] = layers * n * shape.block_activations(update)
     if objective in ("oprd", "bridge"):
         terms["rep rows' statistics"] = layers * update.rows * 16
         if e < FLOAT32 and not update.checkpointing:
@@ -257,7 +139,7 @@ def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
         "gradient of states": 2 * n * d * update.stream,
     }
     if update.checkpointing:
-        terms["recomputed activations"] = n * shape.block_activations(e, update.stream)
+        terms["recomputed activations"] = n * shape.block_activations(update)
     return terms | _gathered_block(shape, update)
 
 

@@ -19,7 +19,8 @@ from oprd.config import LoraConfig, TeacherConfig, TrainConfig
 from oprd.layers import pair_layers
 from oprd.memory import GIB
 from oprd.objectives import REP
-from oprd.planner import FLOAT32, Moment, Shape, Update
+from oprd.planner import Moment
+from oprd.shapes import FLOAT32, Shape, Update
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UPDATE, TEACHER, ROLLOUT, EVALUATION, STEP = (
@@ -190,6 +191,8 @@ class _Planner:
             shards=self.shards,
             gathered_bytes=self.gathered,
             stream_bytes=self.stored if self.cfg.autocast else None,
+            span=self._span(self.cfg.student.attn_implementation),
+            eager=self.cfg.student.attn_implementation == "eager",
         )
         reached = replace(self.student, layers=self.depth)
         found = [m for o in self._objectives() for m in planner.moments(o, reached, update)]
@@ -206,6 +209,12 @@ class _Planner:
                 blocks * self.student.block_parameters * self.computed
             )
         return Moment(worst.name, worst.terms | extra)
+
+    def _span(self, attention: str | None) -> int:
+        """Of the mask that attention is given: flash and flex attention take none of that size."""
+        if attention not in (None, "sdpa", "eager"):
+            return 0
+        return self.tokens if self.cfg.packing else self.longest
 
     def _objectives(self) -> list[str]:
         """As the planner names them."""
@@ -280,6 +289,7 @@ class _Planner:
             terms = {
                 "one block's MLP": 3 * self.tokens * shape.intermediate * e,
                 "states": 3 * self.tokens * shape.d * self._teacher_stream(name),
+                **self._teacher_attention(name, shape),
             }
             if self.shards > 1 and self.cfg.fsdp.teacher != "replicated":
                 block = shape.block_parameters * self._teacher_gathered(self.cfg.all_teachers[name])
@@ -287,6 +297,20 @@ class _Planner:
             found.append(Moment("a block", terms))
         worst = max(found, key=lambda m: m.total)
         return Moment(worst.name, worst.terms | self._teacher_outputs() | self._teacher_root())
+
+    def _teacher_attention(self, name: str, shape: Shape) -> dict[str, int]:
+        """What a mask costs in its forward pass."""
+        e, teacher = self._teacher_computes(name), self.cfg.all_teachers[name]
+        own = teacher.path not in ("self:current", "self:base")
+        attention = (teacher if own else self.cfg.student).attn_implementation
+        span = self._span(attention)
+        if not span:
+            return {}
+        weights = shape.heads * (FLOAT32 + e) if attention == "eager" else 0
+        return {
+            "attention mask": self.tokens * span * (e + 1),
+            "attention": self.tokens * (span * weights + shape.repeated(e)),
+        }
 
     def _generation(self, phase: str, sequences: int, tokens: int) -> Moment:
         """Hugging Face's `generate`, or the engine in its place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oprd.planner import Shape
+from oprd.shapes import Shape
 
 
 @dataclass

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd import distributed
+from oprd.bridge.bank import save_bridge
 from oprd.config import LoraConfig
 from oprd.models import DEMO
-from oprd.planner import Shape
 from oprd.preflight import preflight
 from oprd.rollout import Rollout
+from oprd.shapes import Shape
 from oprd.train import Trainer
 from oprd.training_plan import STEP, TEACHER, UPDATE, make_training_plan
+from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_gains import model, tensor_peak
 from tests.oprd.test_train import small_run
 
@@ -45,6 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
     "replicated": {"fsdp__teacher": "replicated"},
     "mixed": {"fsdp__param_dtype": "bfloat16", "student__gradient_checkpointing": True},
     "autocast": {"autocast": "bfloat16"},
+    "bridge": {"distill__kind": "nmse"},
+    "packed": {"packing": True},
+    "eager": {"student__attn_implementation": "eager", "teacher__attn_implementation": "eager"},
 }  # fmt: skip
 
 
@@ -91,11 +96,16 @@ def measure(case: str, directory: Path) -> dict[str, Any]:
     if distributed.rank() == 0:
         model(**sizes, tied=tied).save_pretrained(path)
         AutoTokenizer.from_pretrained(DEMO / "student").save_pretrained(path)
+        if case == "bridge":
+            loaded = AutoModelForCausalLM.from_pretrained(path)
+            save_bridge(make_bridge(loaded, loaded, rank=8), path / "bridge.safetensors")
     distributed.wait_for_all()
     # Two micro-batches a step, so that gradients are there while the second one runs.
     tokens = 4 * (PROMPT + RESPONSE) // distributed.world_size()
     changes = {"student__path": str(path), "teacher__path": str(path)} | changes
     changes["micro_batch_tokens"] = tokens
+    if case == "bridge":
+        changes["bridge__path"] = str(path / "bridge.safetensors")
     cfg = small_run(directory / case, eval__sets={}, eval__teacher=False, **changes)
     cfg.data.max_prompt_tokens = PROMPT
     if cfg.teacher.is_self:
@@ -106,7 +116,9 @@ def measure(case: str, directory: Path) -> dict[str, Any]:
     trainer = Trainer(cfg, preflight(cfg))
     trainer._load()
     ids = [3 + i % 10 for i in range(RESPONSE)]
-    mine = [Rollout(ids[:PROMPT], ids, True)] * (8 // distributed.world_size())
+    share = 8 // distributed.world_size()
+    numbers = range(distributed.rank() * share, (distributed.rank() + 1) * share)
+    mine = [Rollout(ids[:PROMPT], ids[i:], True) for i in numbers]  # no two of one length
     trainer._update(mine)
     kept = list(trainer.student.parameters())
     kept += [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim()]

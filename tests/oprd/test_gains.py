@@ -15,7 +15,8 @@ from oprd.actor_update import PARTS, ActorUpdate, Laps
 from oprd.gains import GainsConfig, Plan, check_memory
 from oprd.gains_report import PAPER_GIB, PAPER_SHAPE, paper_rows
 from oprd.memory import GIB, freed_at_once
-from oprd.planner import OBJECTIVES, Shape, Update, predict
+from oprd.planner import OBJECTIVES, predict
+from oprd.shapes import Shape, Update
 
 TINY_FLAGS = """--d 32 --layers 3 --heads 4 --kv_heads 2 --intermediate 48 --vocab 80 --batch 2
     --tokens 12 --prompt 3 --rounds 2 --k 4 --chunk 5 --device cpu"""
@@ -152,13 +153,18 @@ def test_shape_counts_parameters(tied):
     assert shape.parameters == pytest.approx(sum(p.numel() for p in made.parameters()), rel=0.01)
 
 
+@pytest.mark.parametrize("attention", ["causal", "sdpa", "eager"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_block_activations_are_what_autograd_saves(dtype, autocast):
+def test_block_activations_are_what_autograd_saves(dtype, autocast, attention):
     """Two blocks minus one: per token, to the byte."""
+    ids = torch.zeros(2, 50, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, 40:] = 0 if attention == "sdpa" else 1
 
     def saved_bytes(layers):
         made = model(64, layers, 4, 2, 352, 100, True, dtype).train()
+        made.set_attn_implementation("sdpa" if attention == "causal" else attention)
         weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
         seen = {}
 
@@ -170,7 +176,7 @@ def test_block_activations_are_what_autograd_saves(dtype, autocast):
 
         narrowed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
         with saved_tensors_hooks(pack, lambda tensor: tensor), narrowed:
-            states = made.model(torch.zeros(2, 50, dtype=torch.long), use_cache=False)
+            states = made.model(ids, attention_mask=mask, use_cache=False)
         assert states is not None
         return sum(seen.values())
 
@@ -178,7 +184,11 @@ def test_block_activations_are_what_autograd_saves(dtype, autocast):
     per_block = saved_bytes(2) - saved_bytes(1)
     e = 2 if autocast else dtype.itemsize
     copies = e * shape.block_parameters if e < dtype.itemsize else 0
-    assert per_block == 100 * shape.block_activations(e, dtype.itemsize) + copies
+    about = Update(
+        2, 50, 0, e, stream_bytes=dtype.itemsize, span=0 if attention == "causal" else 50,
+        eager=attention == "eager",
+    )  # fmt: skip
+    assert per_block == 100 * shape.block_activations(about) + copies
 
 
 FIELDS = ("d", "layers", "heads", "kv_heads", "intermediate", "vocab")

@@ -12,6 +12,7 @@ from oprd.config import LoraConfig, StudentConfig, TrainConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.gains_report import PAPER_SHAPE
 from oprd.memory import GIB
+from oprd.shapes import Shape
 from oprd.training_plan import (
     EVALUATION,
     ROLLOUT,
@@ -62,8 +63,6 @@ def test_a_step_holds_what_is_planned(measured, ranks, case):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_adapters_are_counted(targets):
-    from oprd.planner import Shape
-
     model = with_adapter("qwen2", target_modules=targets)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counted = adapter_parameters(Shape.of(model.config), LoraConfig(4, target_modules=targets))

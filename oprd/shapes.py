@@ -1,0 +1,146 @@
+"""The shapes that memory is planned from: of a model, and of an update.
+
+Bytes. B sequences of T tokens, N = B * T, M supervised rows, e bytes per number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+FLOAT32 = 4
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of Qwen2's kind.
+
+    Attributes:
+        d: hidden width.
+        layers, heads, kv_heads, head_dim, intermediate, vocab: as configurations name them.
+        tied: the LM head is the embedding table.
+    """
+
+    d: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a Hugging Face configuration.
+
+        Raises:
+            ValueError: naming the entry that the configuration lacks.
+        """
+        text = config.get_text_config()
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        missing = [n for n in (*names, "intermediate_size") if not getattr(text, n, None)]
+        if missing:
+            raise ValueError(
+                f"a {type(config).__name__} has no {', '.join(missing)}: the planner knows "
+                "decoders with a gated MLP (Qwen, Llama and their like)"
+            )
+        d, layers, heads, vocab = (getattr(text, name) for name in names)
+        return cls(
+            d=d,
+            layers=layers,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or d // heads,
+            intermediate=text.intermediate_size,
+            vocab=vocab,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+        )
+
+    @property
+    def block_parameters(self) -> int:
+        """Of one block; biases and norms, a thousandth of it, are left out."""
+        attention = 2 * self.d * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.d * self.intermediate
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        tables = 1 if self.tied else 2
+        return self.layers * self.block_parameters + tables * self.vocab * self.d
+
+    def block_activations(self, update: Update) -> int:
+        """Bytes per token that a block keeps for its backward.
+
+        Two norms (input in float32, normalised, scaled, 1/rms), attention (q, k, v, output,
+        log-sum-exp), MLP (gate, its SiLU, up, their product). Autocast narrows what the norms give
+        for each of the five projections that read it. With a mask, `scaled_dot_product_attention`
+        keeps it as numbers, and `transformers` repeats keys and values for every head.
+        """
+        e, stream = update.dtype_bytes, update.stream
+        scaled = (2 if stream == e else 5) * e * self.d
+        norms = 2 * (FLOAT32 * self.d + stream * self.d + FLOAT32) + scaled
+        attention = 2 * e * (self.heads + self.kv_heads) * self.head_dim
+        if update.eager:
+            narrow = e if e < FLOAT32 else 0
+            attention += self.heads * update.span * (FLOAT32 + narrow) + self.repeated(e)
+        else:
+            attention += FLOAT32 * self.heads
+            if update.span:
+                attention += update.span * e + self.repeated(e)
+        return norms + attention + 4 * e * self.intermediate
+
+    def repeated(self, e: int) -> int:
+        """Bytes per token of keys and values repeated for every head, beyond their own."""
+        return 2 * e * (self.heads - self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Update:
+    """One actor update (one micro-batch).
+
+    Attributes:
+        batch: B.
+        tokens: T.
+        rows: M, supervised.
+        dtype_bytes: e.
+        checkpointing: activations of each block are recomputed in its backward.
+        chunk: rows at a time in the chunked losses.
+        widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
+        shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
+        gathered_bytes: per weight that FSDP has gathered; None: ``dtype_bytes``.
+        stream_bytes: per number of the residual stream; None: ``dtype_bytes``. Autocast narrows
+            products alone.
+        span: numbers in a token's row of the attention mask, if there is one: T where sequences are
+            padded, N where they are packed; 0: attention is causal by itself.
+        eager: attention keeps every head's weights.
+    """
+
+    batch: int
+    tokens: int
+    rows: int
+    dtype_bytes: int = FLOAT32
+    checkpointing: bool = True
+    chunk: int = 256
+    widen_head: bool = True
+    shards: int = 1
+    gathered_bytes: int | None = None
+    stream_bytes: int | None = None
+    span: int = 0
+    eager: bool = False
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of a gathered weight."""
+        return self.gathered_bytes or self.dtype_bytes
+
+    @property
+    def stream(self) -> int:
+        """Bytes of a number in the residual stream."""
+        return self.stream_bytes or self.dtype_bytes
+
+    @property
+    def all_tokens(self) -> int:
+        """N."""
+        return self.batch * self.tokens

@@ -23,7 +23,7 @@ import huggingface_hub.constants
 from jsonargparse import ArgumentParser, Namespace
 
 from oprd.config import EvalConfig, TrainConfig
-from oprd.config.plan import PlanConfig
+from oprd.config.plan import PlanConfig, check_plan
 from oprd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,8 +118,12 @@ def run_stages(parser: Parser, parsed: Namespace) -> Summary | None:
                     skip_unset=False)  # fmt: skip
 
     if parsed.dry_run:
-        stages.check(stages.stage_values(plain, parsed.stages), build)
-        print(f"everything checked: the stages {', '.join(parsed.stages)} can start")
+        values = stages.stage_values(plain, parsed.stages)
+        unchecked = stages.check(values, build, dry_run=True)
+        for name, items in unchecked.items():
+            for item in items:
+                print(f"not checked: {name}: {item}")
+        print(conclusion(any(unchecked.values()), f"the stages {', '.join(parsed.stages)}"))
         return None
     return stages.run_stages(plain, parsed.stages, build, write_config)
 
@@ -149,8 +153,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def dry_run(cfg: TrainConfig, plan: PlanConfig) -> None:
-    """Print what `oprd.preflight.preflight` finds, and what ``plan`` asks for."""
+def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
+    """Print what `oprd.preflight.preflight` finds, and what ``plan`` asks for; returns whether
+    nothing speaks against the run."""
     from oprd.plan_report import show_training_plan
     from oprd.preflight import preflight
 
@@ -176,20 +181,23 @@ def dry_run(cfg: TrainConfig, plan: PlanConfig) -> None:
         print(f"note: {note}")
     for item in found.unchecked:
         print(f"not checked: {item}")
-    if found.unchecked:
-        print("the configuration is consistent as far as it could be checked from here")
-    else:
-        print("everything checked: the run can start")
-    if plan.gpus is not None:
-        show_training_plan(cfg, plan)
+    print(conclusion(bool(found.unchecked), "the run"))
+    return plan.gpus is None or show_training_plan(cfg, plan, found.bridge_ranks)
+
+
+def conclusion(unchecked: bool, what: str) -> str:
+    """Of a dry run that found nothing wrong."""
+    if unchecked:
+        return "the configuration is consistent as far as it could be checked from here"
+    return f"everything checked: {what} can start"
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``oprd-train``.
 
-    Exit codes: 0 finished, 1 stopped by an error, 2 wrong configuration, 124 a rank hung
-    (`oprd.heartbeat`); 130 ended by Ctrl-C and 143 by SIGTERM, with a checkpoint that ``--resume
-    auto`` goes on from.
+    Exit codes: 0 finished, 1 stopped by an error or planned not to fit, 2 wrong configuration, 124
+    a rank hung (`oprd.heartbeat`); 130 ended by Ctrl-C and 143 by SIGTERM, with a checkpoint that
+    ``--resume auto`` goes on from. (torchrun's own code is 1 for all of them but 0.)
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)
@@ -206,10 +214,12 @@ def train(argv: Sequence[str] | None = None) -> None:
         parser.save(parsed, directory / "config.yaml", overwrite=True, skip_unset=False)
 
     try:
-        if parsed.plan.gpus is not None and (parsed.stages or not parsed.dry_run):
+        if parsed.plan.gpus is not None and not parsed.dry_run:
+            raise ConfigError("plan.gpus plans a run, and runs nothing: add --dry_run")
+        if parsed.plan.gpus is not None and parsed.stages:
             raise ConfigError(
-                "plan.gpus plans one run, and runs nothing: add --dry_run, and plan "
-                "the parts of stages one by one"
+                "plan.gpus plans one run, and there are stages: plan each without the others, with "
+                "--stages '{}' and its options"
             )
         if parsed.stages:
             summary = run_stages(parser, parsed)
@@ -219,7 +229,10 @@ def train(argv: Sequence[str] | None = None) -> None:
             made = parser.instantiate(parsed)
             cfg = to_config(made)
             if parsed.dry_run:
-                return dry_run(cfg, made.plan)
+                check_plan(made.plan)
+                if not dry_run(cfg, made.plan):
+                    sys.exit(1)
+                return
             summary = run(cfg, write_config)
     except ConfigError as error:
         sys.stderr.write(f"oprd-train: error: {error}\n")

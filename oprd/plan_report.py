@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -44,8 +46,13 @@ def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]
     return student, teachers
 
 
-def show_training_plan(cfg: TrainConfig, plan: PlanConfig) -> bool:
+def show_training_plan(
+    cfg: TrainConfig, plan: PlanConfig, ranks: Mapping[str, int] | None = None
+) -> bool:
     """Print what each GPU would hold, and whether that fits; returns whether it does.
+
+    Args:
+        ranks: of the bridges' files, by teacher.
 
     Raises:
         ConfigError: as `shapes`, and if the memory is not known.
@@ -58,7 +65,7 @@ def show_training_plan(cfg: TrainConfig, plan: PlanConfig) -> bool:
     else:
         raise ConfigError("plan.memory_gib is not given, and there is no GPU here to ask")
     student, teachers = shapes(cfg, plan)
-    made = make_training_plan(cfg, student, teachers, plan.gpus, memory)
+    made = make_training_plan(cfg, student, teachers, plan.gpus, memory, ranks=ranks)
     table = Table(title=f"GiB on each of {plan.gpus} GPUs")
     table.add_column("what")
     table.add_column("GiB", justify="right")
@@ -80,5 +87,5 @@ def show_training_plan(cfg: TrainConfig, plan: PlanConfig) -> bool:
         f"{verdict} (CUDA's context and NCCL's buffers, 1 to 2 GiB, not counted)"
     )
     if not fits:
-        console.print(advice(cfg, student, teachers, plan.gpus, memory))
+        console.print(advice(cfg, student, teachers, plan.gpus, memory, ranks))
     return fits

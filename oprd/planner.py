@@ -160,16 +160,16 @@ def _reduced_blocks(shape: Shape, update: Update, left: dict[str, int]) -> list[
     found = [Moment("reduce-scatter of a block", left | reduced)]
     if shape.layers > 1:
         down = shape.d * shape.intermediate * update.gathered
-        held = {name: size * FLOAT32, "down projection's weight gradient": down}
+        held = {name: size * update.reduced_bytes, "down projection's weight gradient": down}
         block = _block_backward(shape, update)
         found.append(Moment("backward of the next block", left | block | held))
     return found
 
 
 def _reduced(update: Update) -> int:
-    """Bytes of a weight's gradient while it is added up over ranks: as it came, in float32, and the
-    shard that is left."""
-    return update.gathered + FLOAT32 + FLOAT32 // update.shards
+    """Bytes of a weight's gradient while it is added up over ranks: as it came, as it is added up,
+    and the shard that is left."""
+    return update.gathered + update.reduced_bytes + update.reduced_bytes // update.shards
 
 
 def _gathered_block(shape: Shape, update: Update) -> dict[str, int]:

@@ -53,7 +53,8 @@ class Preflight:
         layer_pairs: by teacher, (student block, teacher block).
         resume: the checkpoints that the run can go on from.
         notes: what the user should know.
-        unchecked: what lies on a hub that is out of reach; only ever filled by a dry run.
+        unchecked: what lies on a hub that is out of reach, or yet to be made; filled by dry runs
+            alone.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -63,6 +64,7 @@ class Preflight:
     teacher_tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     teacher_sets: dict[str, dict[str, PromptSet]] = field(default_factory=dict)
     layer_pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    bridge_ranks: dict[str, int] = field(default_factory=dict)
     resume: Candidates = field(default_factory=Candidates)
     notes: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -107,7 +109,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
 
     check_trackers(cfg.logging)
     found.notes += _packing_notes(cfg)
-    bridges = _read_bridges(cfg, found)
+    bridges = _read_bridges(cfg, found, dry_run)
 
     student = attempt(lambda: load_config(cfg.student.path))
     if student and cfg.student.lora.rank is not None:
@@ -160,14 +162,19 @@ def _packing_notes(cfg: TrainConfig) -> list[str]:
     ]
 
 
-def _read_bridges(cfg: TrainConfig, found: Preflight) -> dict[str, BridgeInfo]:
-    """What the teachers' bridges say of themselves, by teacher."""
-    bridges, ranks = {}, {}
+def _read_bridges(cfg: TrainConfig, found: Preflight, dry_run: bool) -> dict[str, BridgeInfo]:
+    """What the teachers' bridges say of themselves, by teacher. One that is yet to be fitted stops
+    no dry run."""
+    bridges, ranks = {}, found.bridge_ranks
     for name, b in cfg.all_bridges.items():
-        if b.path is not None:
-            bridges[name] = info = read_info(b.path)
-            ranks[name] = info.check_rank(b.rank)
-            found.notes += _bridge_notes(cfg, info)
+        if b.path is None:
+            continue
+        if dry_run and not Path(b.path).exists():
+            found.unchecked.append(f"the bridge {b.path}: it is not there")
+            continue
+        bridges[name] = info = read_info(b.path)
+        ranks[name] = info.check_rank(b.rank)
+        found.notes += _bridge_notes(cfg, info)
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"bridges have different ranks ({', '.join(f'{n}: {r}' for n, r in ranks.items())}), "
@@ -227,7 +234,8 @@ def _check_teacher(
     """One teacher beside the student; adds to ``found`` what the run needs of it."""
     path = teacher_path(cfg.all_teachers[name], cfg.student)
     teacher = attempt(lambda: load_config(path))
-    if student and teacher and "oprd" in cfg.objectives:
+    unread = cfg.all_bridges[name].path is not None and bridge is None
+    if student and teacher and "oprd" in cfg.objectives and not unread:
         found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers, bridge)
     if student and teacher:
         _check_top_k(cfg, student, teacher)

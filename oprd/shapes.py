@@ -110,6 +110,7 @@ class Update:
         widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
         shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
         gathered_bytes: per weight that FSDP has gathered; None: ``dtype_bytes``.
+        reduced_bytes: per gradient that is added up over ranks.
         stream_bytes: per number of the residual stream; None: ``dtype_bytes``. Autocast narrows
             products alone.
         span: numbers in a token's row of the attention mask, if there is one: T where sequences are
@@ -126,6 +127,7 @@ class Update:
     widen_head: bool = True
     shards: int = 1
     gathered_bytes: int | None = None
+    reduced_bytes: int = FLOAT32
     stream_bytes: int | None = None
     span: int = 0
     eager: bool = False

@@ -85,14 +85,20 @@ def stage_values(
     return found
 
 
-def check(values: Mapping[str, dict[str, Any]], build: Build) -> None:
+def check(
+    values: Mapping[str, dict[str, Any]], build: Build, dry_run: bool = False
+) -> dict[str, list[str]]:
     """Check every stage before the first begins. A student that is yet to be made is taken to be
     like the first one.
+
+    Returns:
+        By stage, what a dry run could not check.
 
     Raises:
         ConfigError: naming the stage.
     """
     first = next(iter(values.values()))["student"]
+    unchecked = {}
     for name, stage in values.items():
         student = stage["student"]
         if not Path(student["path"], "config.json").exists():
@@ -101,9 +107,10 @@ def check(values: Mapping[str, dict[str, Any]], build: Build) -> None:
         # The directory may hold a run, finished or not: that is not what is checked here.
         probe = stage | {"student": student, "output_dir": f"{directory}.check"}
         try:
-            preflight(build(probe))
+            unchecked[name] = preflight(build(probe), dry_run).unchecked
         except ConfigError as error:
             raise ConfigError(f"stages.{name}: {error}") from error
+    return unchecked
 
 
 def run_stages(
@@ -175,8 +182,10 @@ def _compare(record: Path, stages: Mapping[str, TrainConfig]) -> None:
     found = []
     if list(old) != list(stages):
         found.append(f"stages: {', '.join(old)} there, {', '.join(stages)} here")
-    for name in [name for name in old if name in stages]:
+    for i, name in enumerate(name for name in old if name in stages):
         cfg, steps = stages[name], old[name]["steps"]
+        if i > 0:  # its student is the last stage's, wherever the directory is by now
+            old[name]["student"]["path"] = cfg.student.path
         found += [f"{name}: {what}" for what in differences(old[name], cfg)]
         if cfg.steps != steps and finished(record.parent / name):
             found.append(f"{name}: steps: {steps} there, {cfg.steps} here, and it is finished")

@@ -11,6 +11,7 @@ Bytes; N tokens in a micro-batch, M supervised rows in it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,9 @@ WEIGHT_GRADIENTS = (
     "embedding's and head's gradients in reduce-scatter",
 )  # fmt: skip
 """Terms of the planner that frozen weights do not have."""
+FORWARD = 3
+"""Blocks that FSDP holds gathered in a forward pass: the one at work, as it came and split into its
+weights, and the next one, which is prefetched."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def make_training_plan(
     gpus: int,
     memory: int | None = None,
     on_gpu: bool = True,
+    ranks: Mapping[str, int] | None = None,
 ) -> TrainingPlan:
     """Predict what each of ``gpus`` holds.
 
@@ -76,17 +81,34 @@ def make_training_plan(
         teachers: the shape of every teacher, by name; one that is the student itself has its shape.
         memory: bytes of a GPU: what a vLLM engine takes is a share of it.
         on_gpu: a CPU's AdamW and chunked losses take other temporaries.
+        ranks: of the bridges' files, by teacher.
     """
-    return _Planner(cfg, student, teachers, gpus, memory, on_gpu).plan()
+    return _Planner(cfg, student, teachers, gpus, memory, on_gpu, ranks or {}).plan()
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """A model that `generate` samples from.
+
+    Attributes:
+        computed, stream: bytes of a number in its products, and in its residual stream.
+        gathered: bytes of a weight that FSDP has gathered; 0: it is not sharded.
+    """
+
+    name: str
+    shape: Shape
+    computed: int
+    stream: int
+    gathered: int
 
 
 class _Planner:
     def __init__(
         self, cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int,
-        memory: int | None, on_gpu: bool,
+        memory: int | None, on_gpu: bool, ranks: Mapping[str, int],
     ) -> None:  # fmt: skip
         self.cfg, self.student, self.teachers, self.gpus = cfg, student, teachers, gpus
-        self.memory, self.on_gpu = memory, on_gpu
+        self.memory, self.on_gpu, self.ranks = memory, on_gpu, ranks
         fsdp = cfg.fsdp
         self.shards = (fsdp.shard_size or gpus) if fsdp.active(gpus) else 1
         self.stored = DTYPE_BYTES[cfg.student.dtype]
@@ -113,15 +135,16 @@ class _Planner:
 
     def plan(self) -> TrainingPlan:
         """Everything."""
-        e, longest = self.cfg.eval, {ROLLOUT: self.longest}
         at_once = self.cfg.rollout.batch_size or self.sequences
         sequences = {ROLLOUT: min(self.sequences, at_once)}
-        if e.sets:
-            sequences[EVALUATION] = e.batch_size
-            longest[EVALUATION] = self.cfg.data.max_prompt_tokens + e.max_new_tokens
-        moments = {UPDATE: self._update(), TEACHER: self._teacher_forward()}
-        for phase, number in sequences.items():
-            moments[phase] = self._generation(phase, number, longest[phase])
+        moments = {
+            UPDATE: self._update(),
+            TEACHER: self._teacher_forward(),
+            ROLLOUT: self._rollouts(sequences[ROLLOUT]),
+        }
+        if self.cfg.eval.sets:
+            sequences[EVALUATION] = self.cfg.eval.batch_size
+            moments[EVALUATION] = self._evaluation()
         trained = self._trained_bytes() if self.on_gpu and not self.cfg.fsdp.cpu_offload else 0
         moments[STEP] = Moment("square roots of AdamW's second moments", {"temporaries": trained})
         return TrainingPlan(self._resident(), moments, self.tokens, sequences)
@@ -190,6 +213,7 @@ class _Planner:
             widen_head=not self.on_gpu,
             shards=self.shards,
             gathered_bytes=self.gathered,
+            reduced_bytes=DTYPE_BYTES[self.cfg.fsdp.reduce_dtype],
             stream_bytes=self.stored if self.cfg.autocast else None,
             span=self._span(self.cfg.student.attn_implementation),
             eager=self.cfg.student.attn_implementation == "eager",
@@ -221,7 +245,8 @@ class _Planner:
         names = []
         for name in self.cfg.objectives:
             if name == REP:
-                names.append("bridge" if self.cfg.bridge.path else "oprd")
+                bridged = any(b.path for b in self.cfg.all_bridges.values())
+                names.append("bridge" if bridged else "oprd")
                 continue
             form = {"opd_full_forward": "opd_full"}.get(name, "_".join(name.split("_")[:2]))
             names.append(form + ("_chunked" if self.cfg.opd.implementation == "chunked" else ""))
@@ -233,19 +258,23 @@ class _Planner:
         for name, shape in self.teachers.items():
             size = 0
             if REP in self.cfg.objectives:
-                width = self.cfg.bridge.rank or shape.d
-                size += (
-                    len(self._pairs(shape))
-                    * self.rows
-                    * width
-                    * (FLOAT32 if self.cfg.bridge.path else self._teacher_stream(name))
-                )
+                rank = self._rank(name)
+                width = self._teacher_stream(name) * shape.d if rank is None else FLOAT32 * rank
+                size += len(self._pairs(shape)) * self.rows * width
             if self.needs_logits:
                 chunked = self.cfg.opd.implementation == "chunked"
                 e = self._teacher_computes(name)
                 size += self.rows * shape.d * e if chunked else self.tokens * shape.vocab * e
             sizes.append(size)
         return {"teacher's outputs": max(sizes)}
+
+    def _rank(self, name: str) -> int | None:
+        """Of a teacher's bridge, in full where neither the file nor the configuration says more;
+        None: it has none."""
+        bridge = self.cfg.all_bridges[name]
+        if not bridge.path:
+            return None
+        return bridge.rank or self.ranks.get(name) or self.student.d
 
     def _teacher_computes(self, name: str) -> int:
         """Bytes of a number in its forward pass."""
@@ -293,7 +322,7 @@ class _Planner:
             }
             if self.shards > 1 and self.cfg.fsdp.teacher != "replicated":
                 block = shape.block_parameters * self._teacher_gathered(self.cfg.all_teachers[name])
-                terms["gathered weights, two blocks"] = 2 * block
+                terms["gathered weights, three blocks"] = FORWARD * block
             found.append(Moment("a block", terms))
         worst = max(found, key=lambda m: m.total)
         return Moment(worst.name, worst.terms | self._teacher_outputs() | self._teacher_root())
@@ -312,28 +341,69 @@ class _Planner:
             "attention": self.tokens * (span * weights + shape.repeated(e)),
         }
 
-    def _generation(self, phase: str, sequences: int, tokens: int) -> Moment:
-        """Hugging Face's `generate`, or the engine in its place."""
-        s, e = self.student, self.computed
-        by_engine = phase == ROLLOUT or not self.cfg.eval.teacher  # which has no engine
-        if by_engine and self._engine_share():
-            terms = {} if not self._engine_sleeps() else {"vLLM engine": self._engine_bytes()}
-            return Moment("vLLM", terms)
-        terms = {
-            "keys and values": 2 * sequences * tokens * s.layers * s.kv_heads * s.head_dim * e,
-            "logits, sorted": sequences * s.vocab * (4 * FLOAT32 + 8),
-            "prompts' MLP": 3 * sequences * self.cfg.data.max_prompt_tokens * s.intermediate * e,
-        }
-        if self.shards > 1:
+    def _rollouts(self, sequences: int) -> Moment:
+        if not self._engine_share():
+            return self._generation(self._student(), sequences, self.longest)
+        return self._by_engine()
+
+    def _evaluation(self) -> Moment:
+        """The teachers' too, which have no engine."""
+        e = self.cfg.eval
+        tokens, found = self.cfg.data.max_prompt_tokens + e.max_new_tokens, []
+        if self._engine_share():
+            found.append(self._by_engine())
+        else:
+            found.append(self._generation(self._student(), e.batch_size, tokens))
+        if e.teacher:
+            found += [
+                self._generation(self._teacher(name), e.batch_size, tokens)
+                for name in self.teachers
+            ]
+        return max(found, key=lambda m: m.total)
+
+    def _student(self) -> _Sampled:
+        stream = self.stored if self.cfg.autocast else self.computed
+        gathered = self.gathered if self.shards > 1 else 0
+        return _Sampled("student", self.student, self.computed, stream, gathered)
+
+    def _teacher(self, name: str) -> _Sampled:
+        teacher = self.cfg.all_teachers[name]
+        sharded = self.shards > 1 and self.cfg.fsdp.teacher != "replicated"
+        return _Sampled(
+            f"teacher {name}".strip(), self.teachers[name], self._teacher_computes(name),
+            self._teacher_stream(name), self._teacher_gathered(teacher) if sharded else 0,
+        )  # fmt: skip
+
+    def _generation(self, model: _Sampled, sequences: int, tokens: int) -> Moment:
+        """Hugging Face's `generate`."""
+        s, prompt = model.shape, self.cfg.data.max_prompt_tokens
+        # Autocast leaves keys as wide as the rotary embedding makes them.
+        layer = sequences * s.kv_heads * s.head_dim * (model.stream + model.computed)
+        kept = {"logits, sorted": sequences * s.vocab * (4 * FLOAT32 + 8)}
+        if model.gathered:
             root = (1 if s.tied else 2) * s.vocab * s.d
-            terms["gathered weights"] = (root + 2 * s.block_parameters) * self.gathered
-        return Moment("the last token", terms)
+            kept["gathered weights"] = (root + FORWARD * s.block_parameters) * model.gathered
+        mlp = 3 * sequences * prompt * s.intermediate * model.computed
+        first = {"keys and values": prompt * s.layers * layer, "one block's MLP": mlp}
+        last = {
+            "keys and values": tokens * s.layers * layer,
+            "a layer's keys, to be one longer": tokens * layer // 2,
+        }
+        found = [
+            Moment(f"{model.name}, the prompts", first | kept),
+            Moment(f"{model.name}, the last token", last | kept),
+        ]
+        return max(found, key=lambda m: m.total)
 
     # vLLM -----------------------------------------------------------------------------------------
 
     def _engine_share(self) -> float:
         rollout = self.cfg.rollout
         return rollout.vllm.gpu_memory_utilization if rollout.engine == "vllm" else 0.0
+
+    def _by_engine(self) -> Moment:
+        terms = {} if not self._engine_sleeps() else {"vLLM engine": self._engine_bytes()}
+        return Moment("vLLM", terms)
 
     def _engine_sleeps(self) -> bool:
         return self.cfg.rollout.vllm.sleep
@@ -356,14 +426,18 @@ def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
 
 
 def advice(
-    cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int, memory: int
-) -> str:
+    cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int, memory: int,
+    ranks: Mapping[str, int] | None = None,
+) -> str:  # fmt: skip
     """What to change so that a run that does not fit does, in words."""
 
-    def total(changed: TrainConfig) -> int:
-        return make_training_plan(changed, student, teachers, gpus, memory).total
+    def planned(changed: TrainConfig) -> TrainingPlan:
+        return make_training_plan(changed, student, teachers, gpus, memory, ranks=ranks)
 
-    plan = make_training_plan(cfg, student, teachers, gpus, memory)
+    def total(changed: TrainConfig) -> int:
+        return planned(changed).total
+
+    plan = planned(cfg)
     resident = sum(plan.resident.values())
     if resident > memory:
         tips = ["take more GPUs"]
@@ -378,7 +452,7 @@ def advice(
         while size >= 1:
             smaller: Any = replace(getattr(cfg, section), batch_size=size)
             changed = replace(cfg, **{section: smaller})
-            moments = make_training_plan(changed, student, teachers, gpus, memory).moments
+            moments = planned(changed).moments
             if resident + moments[plan.worst].total <= memory:
                 return f"lower {section}.batch_size to {size}"
             size //= 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from oprd.errors import Problems
 from oprd.shapes import Shape
 
 
@@ -22,3 +23,18 @@ class PlanConfig:
     memory_gib: float | None = None
     student: Shape | None = None
     teacher: Shape | None = None
+
+
+def check_plan(plan: PlanConfig) -> None:
+    """Its numbers.
+
+    Raises:
+        ConfigError: naming what is wrong with them.
+    """
+    problems = Problems()
+    problems.need_at_least_one({"plan.gpus": plan.gpus})
+    problems.need(
+        plan.memory_gib is None or plan.memory_gib > 0,
+        f"plan.memory_gib must be above 0, got {plan.memory_gib}",
+    )
+    problems.refuse()

@@ -27,7 +27,7 @@ from oprd.preflight import preflight
 from oprd.rollout import Rollout
 from oprd.shapes import Shape
 from oprd.train import Trainer
-from oprd.training_plan import STEP, TEACHER, UPDATE, make_training_plan
+from oprd.training_plan import ROLLOUT, STEP, TEACHER, UPDATE, make_training_plan
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_gains import model, tensor_peak
 from tests.oprd.test_train import small_run
@@ -112,7 +112,7 @@ def measure(case: str, directory: Path) -> dict[str, Any]:
         cfg.data.train.teacher_prompt = "{prompt}"
     cfg.data.max_teacher_prompt_tokens = PROMPT
     cfg.rollout.prompts_per_step, cfg.rollout.max_new_tokens = 8, RESPONSE
-    cfg.rollout.batch_size = 1
+    cfg.rollout.batch_size = 4
     trainer = Trainer(cfg, preflight(cfg))
     trainer._load()
     ids = [3 + i % 10 for i in range(RESPONSE)]
@@ -127,12 +127,16 @@ def measure(case: str, directory: Path) -> dict[str, Any]:
     kept += list((distiller.teacher.backbone if distiller else teacher).parameters())
     resident = local_bytes(kept)
     peak = tensor_peak(lambda: trainer._update(mine))
+    sampled = 0
+    if case == "oprd":
+        sampled = tensor_peak(lambda: trainer._rollouts(list(range(8))))
     trainer.log.close()
     shape = Shape.of(trainer.student.config)
     plan = make_training_plan(cfg, shape, {"": shape}, distributed.world_size(), on_gpu=False)
     moments = {phase: plan.moments[phase].total for phase in (UPDATE, TEACHER, STEP)}
     return {
         "resident": resident, "peak": peak, "planned resident": plan.resident,
+        "sampled": sampled, "planned to sample": plan.moments[ROLLOUT].total,
         "planned": sum(plan.resident.values()) + max(moments.values()),
         "terms": {p: (m.name, m.terms) for p, m in plan.moments.items()},
     }  # fmt: skip

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from oprd import cli
-from oprd.config import LoraConfig, StudentConfig, TrainConfig
+from oprd.config import EvalSetConfig, LoraConfig, StudentConfig, TrainConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.gains_report import PAPER_SHAPE
 from oprd.memory import GIB
@@ -59,6 +60,7 @@ def test_a_step_holds_what_is_planned(measured, ranks, case):
     resident = sum(found["planned resident"].values()) - found["planned resident"]["gradients"]
     assert resident == pytest.approx(found["resident"], rel=0.01)
     assert found["planned"] == pytest.approx(found["resident"] + found["peak"], rel=0.1), found
+    assert found["planned to sample"] == pytest.approx(found["sampled"], rel=0.1) or case != "oprd"
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
@@ -146,18 +148,70 @@ def test_advice_is_followed_by_a_run_that_fits():
     assert "student.lora.rank" in said
 
 
-def test_the_papers_recipe_on_eight_gpus(capsys, monkeypatch):
+QWEN3 = (
+    "{d: 2048, layers: 28, heads: 16, kv_heads: 8, head_dim: 128, intermediate: 6144, "
+    "vocab: 151936, tied: true}"
+)
+QWEN3_4B = (
+    "{d: 2560, layers: 36, heads: 32, kv_heads: 8, head_dim: 128, intermediate: 9728, "
+    "vocab: 151936, tied: true}"
+)
+PHI4_MINI = (
+    "{d: 3072, layers: 32, heads: 24, kv_heads: 8, head_dim: 128, intermediate: 8192, "
+    "vocab: 200064, tied: true}"
+)
+
+
+def shown(capsys, monkeypatch, *arguments):
+    """What a plan for eight GPUs of 80 GiB says, and the exit code."""
     monkeypatch.setattr(cli, "hub_reachable", lambda: False)
-    arguments = ["--config", str(RECIPE), "--dry_run", "--plan.gpus=8"]
-    cli.train([*arguments, "--plan.memory_gib=80", f"--plan.student={SHAPE}"])
-    shown = capsys.readouterr().out
-    assert "GiB on each of 8 GPUs" in shown
-    assert "fits," in shown
-    assert EVALUATION in shown
-    cli.train([*arguments, "--plan.memory_gib=40", f"--plan.student={SHAPE}"])
-    shown = capsys.readouterr().out
-    assert "does not fit by" in shown
-    assert "lower eval.batch_size to " in shown
+    code = 0
+    try:
+        cli.train(["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80", *arguments])
+    except SystemExit as ended:
+        code = ended.code
+    return capsys.readouterr().out, code
+
+
+@pytest.mark.parametrize(
+    ("recipe", "student", "teacher"),
+    [
+        ("r1_distill_1.5b_justrl", SHAPE, SHAPE),
+        ("qwen3_1.7b_qwen3_4b_bridge", QWEN3, QWEN3_4B),
+        ("qwen3_1.7b_phi4_mini_bridge", QWEN3, PHI4_MINI),
+    ],
+)
+def test_recipes_fit_eight_gpus(capsys, monkeypatch, recipe, student, teacher):
+    """Also while their bridges are yet to be fitted."""
+    arguments = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")]
+    arguments += [f"--plan.student={student}", f"--plan.teacher={teacher}"]
+    text, code = shown(capsys, monkeypatch, *arguments)
+    assert "GiB on each of 8 GPUs" in text
+    assert "fits," in text
+    assert f"{EVALUATION}, at its peak: teacher, the last token" in text
+    assert ("not checked: the bridge" in text) == ("bridge" in recipe)
+    assert code == 0
+    text, code = shown(capsys, monkeypatch, *arguments, "--plan.memory_gib=35")
+    assert "does not fit by" in text
+    assert "lower eval.batch_size to " in text
+    assert code == 1
+
+
+def test_a_bridges_rank_and_a_larger_teacher_count(capsys, monkeypatch):
+    bridged = ["--config", str(ROOT / "recipes" / "qwen3_1.7b_qwen3_4b_bridge.yaml")]
+    bridged += [f"--plan.student={QWEN3}", f"--plan.teacher={QWEN3_4B}"]
+    full, _ = shown(capsys, monkeypatch, *bridged)
+    narrow, _ = shown(capsys, monkeypatch, *bridged, "--bridge.rank=8")
+    assert "teacher's outputs" in full
+    assert "teacher's outputs" not in narrow  # nothing to speak of
+    cfg = recipe()
+    cfg.eval.sets = {"test": EvalSetConfig("test.jsonl")}
+    larger = replace(PAPER_SHAPE, layers=2 * PAPER_SHAPE.layers)
+    of_same, of_larger = (
+        make_training_plan(cfg, PAPER_SHAPE, {"": shape}, 8).moments[EVALUATION].terms
+        for shape in (PAPER_SHAPE, larger)
+    )
+    assert of_larger["keys and values"] == 2 * of_same["keys and values"]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +220,8 @@ def test_the_papers_recipe_on_eight_gpus(capsys, monkeypatch):
         (["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80"], "give its shape: --plan.student"),
         (["--dry_run", "--plan.gpus=3", "--plan.memory_gib=80"], "can't be shared equally by 3"),
         (["--plan.gpus=8", "--plan.memory_gib=80"], "add --dry_run"),
+        (["--dry_run", "--plan.gpus=0"], "plan.gpus must be at least 1, got 0"),
+        (["--dry_run", "--plan.gpus=8", "--plan.memory_gib=-8"], "memory_gib must be above 0"),
     ],
 )
 def test_what_is_missing_is_named(capsys, monkeypatch, arguments, message):

@@ -12,7 +12,14 @@ from oprd import distributed
 from oprd.alignment import Aligner
 from oprd.bridge.bank import ModelInfo, check_new_file
 from oprd.bridge.sgd import SgdConfig
-from oprd.config import DataConfig, RolloutConfig, StudentConfig, TeacherConfig, check_sampling
+from oprd.config import (
+    DataConfig,
+    LoraConfig,
+    RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
+    check_sampling,
+)
 from oprd.data import Prompt, load_prompts
 from oprd.errors import ConfigError, Problems
 from oprd.layers import corresponding_layer, select_layers
@@ -27,6 +34,8 @@ from oprd.models import (
 )
 from oprd.positions import Positions, Shift
 from oprd.preflight import check_device
+
+NO_LORA = LoraConfig()
 
 
 @dataclass
@@ -49,7 +58,8 @@ class FitConfig:
         device: ``auto``: the GPU of this rank, else the CPU.
         autocast: run the models' matrix products in this dtype; null: off.
         micro_batch_tokens: at most so many tokens, padding included, go through the models at once.
-        rollout: sampling; ``prompts_per_step`` of them at once, over all ranks.
+        student, teacher, data, rollout: as in training. What only training has a use for is
+            refused: an adapter, several sources, vLLM, ..
     """
 
     output: str = "bridge.safetensors"
@@ -130,10 +140,7 @@ def check_values(cfg: FitConfig) -> None:
     need(0 < cfg.held_out < 1, f"held_out must lie in (0, 1), got {cfg.held_out}")
     need(cfg.ridge >= 0, f"ridge must not be negative, got {cfg.ridge}")
     need(cfg.sgd.lr > 0, f"sgd.lr must be above 0, got {cfg.sgd.lr}")
-    need(
-        not cfg.student.gradient_checkpointing,
-        "student.gradient_checkpointing has no use here: nothing is trained through the student",
-    )
+    _check_unused(problems, cfg)
     ranks = distributed.world_size()
     need(
         cfg.solver == "ridge" or ranks == 1,
@@ -146,6 +153,46 @@ def check_values(cfg: FitConfig) -> None:
         "nothing to do",
     )
     problems.refuse()
+
+
+def _check_unused(problems: Problems, cfg: FitConfig) -> None:
+    """Options of training that a fit would ignore, and the bridge be of something else."""
+    need, student, data = problems.need, cfg.student, cfg.data
+    need(
+        cfg.rollout.engine == "generate",
+        f"rollout.engine={cfg.rollout.engine} has no use here: a fit samples by generate. Leave it "
+        "out, and set rollout.batch_size to what fits the memory",
+    )
+    for name, given in {
+        "gradient_checkpointing": student.gradient_checkpointing,
+        "compile": student.compile,
+    }.items():
+        need(
+            not given,
+            f"student.{name} has no use here: nothing is trained through the student. Leave it out",
+        )
+    adapter = [name for name, value in vars(student.lora).items() if value != vars(NO_LORA)[name]]
+    need(
+        not adapter,
+        f"student.lora.{', '.join(adapter)} has no use here: a fit trains nothing, and reads the "
+        "student as its path has it. Leave it out: a new adapter changes no state, so the bridge "
+        "suits a student that gets one",
+    )
+    need(
+        not data.sources,
+        f"data.sources has {', '.join(data.sources)}: a fit is for one teacher, and reads "
+        "data.train alone. Give the prompts of that teacher's source as data.train",
+    )
+    need(
+        data.train.source_field is None,
+        f"data.train.source_field={data.train.source_field} has no use here: a fit is for one "
+        "teacher, and reads all of data.train. Give it a file of that teacher's prompts",
+    )
+    need(
+        not cfg.teacher.is_self,
+        f"teacher.path={cfg.teacher.path} is the student itself: states of one model need no "
+        "bridge. Name another model, or train without bridge.path",
+    )
 
 
 def pair_for_fit(layers: str | list[int], student: int, teacher: int) -> list[tuple[int, int]]:
@@ -190,8 +237,9 @@ def check_fit(cfg: FitConfig) -> Checked:
     assert student.layers is not None
     assert teacher.layers is not None
     pairs = pair_for_fit(cfg.layers, student.layers, teacher.layers)
-    for config, who in zip(configs, ("student", "teacher"), strict=True):
-        check_length(config, cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, who)
+    longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
+    check_length(configs[0], cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, "student")
+    check_length(configs[1], longest, cfg.rollout.max_new_tokens, "teacher")
     others = {} if other is None else {"": other}
     found = load_prompts(cfg.data.train, cfg.data, tokenizers[0], teacher_tokenizers=others)
     notes = []

@@ -346,7 +346,24 @@ def test_another_shift_is_noted(bridge_file, teacher, tmp_path):
         ({"rollout__temperature": 0.0}, "rollout.temperature must be above 0"),
         ({"rollout__top_p": 1.5}, "rollout.top_p must lie"),
         ({"rollout__max_new_tokens": 60}, "exceed the 64 positions of the student"),
-        ({"student__gradient_checkpointing": True}, "has no use here"),
+        ({"data__max_teacher_prompt_tokens": 60}, "exceed the 64 positions of the teacher"),
+        ({"student__gradient_checkpointing": True}, "student.gradient_checkpointing has no use"),
+        ({"student__compile": True}, "student.compile has no use here.* Leave it out"),
+        (
+            {"student__lora__rank": 8, "student__lora__dropout": 0.1},
+            "student.lora.rank, dropout has no use here: a fit trains nothing.* Leave it out",
+        ),
+        ({"rollout__engine": "vllm"}, "rollout.engine=vllm has no use here.* Leave it out"),
+        (
+            {"data__sources": {"sums": PromptsConfig("demo:train.jsonl")}},
+            "data.sources has sums: .* one teacher.* Give .* as data.train",
+        ),
+        (
+            {"data__train": PromptsConfig("demo:train.jsonl", source_field="kind")},
+            "source_field=kind has no use here.* Give it a file of that teacher's prompts",
+        ),
+        ({"teacher__path": "self:start"}, "teacher.path=self:start is the student itself"),
+        ({"teacher__path": "self:base"}, "Name another model, or train without bridge.path"),
         ({"layers": [4]}, "layers names block 4, but the student has 4 layers"),
         ({"teacher__path": "nowhere/at-all"}, "no model at 'nowhere/at-all'"),
         ({"device": "abacus"}, "device 'abacus' is unknown"),
@@ -356,6 +373,17 @@ def test_another_shift_is_noted(bridge_file, teacher, tmp_path):
 def test_what_cannot_finish_is_refused(teacher, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         check_fit(small_fit(tmp_path / "b.safetensors", teacher, **changes))
+
+
+def test_a_teachers_prompt_is_what_it_reads(teacher, tmp_path):
+    """`teacher_prompt` is one of the options that a fit uses."""
+    plain, told = tmp_path / "plain", tmp_path / "told"
+    fit(small_fit(plain, teacher))
+    fit(small_fit(told, teacher, data__train__teacher_prompt="1{prompt}",
+                  data__max_teacher_prompt_tokens=9))  # fmt: skip
+    first, second = load_bridge(plain), load_bridge(told)
+    assert first.info.rows == second.info.rows
+    assert not torch.allclose(first.teacher_mean[0], second.teacher_mean[0], atol=1e-4)
 
 
 def test_several_ranks(teacher, tmp_path, monkeypatch):

@@ -496,6 +496,10 @@ def test_recipes_have_the_papers_values(recipe, rank, teacher_path):
     assert (cfg.distill.positions, cfg.distill.k, cfg.distill.shift) == ("last_k", 2000, "after")
     assert (parsed.fit.positions, parsed.fit.k, parsed.fit.shift) == ("last_k", 2000, "after")
     assert (cfg.steps, cfg.optim.lr, cfg.optim.warmup_ratio) == (500, 1e-5, 0.03)
+    rollout, layers, kv_heads, head_dim = parsed.fit.rollout, 28, 8, 128  # of Qwen3-1.7B
+    tokens = parsed.fit.data.max_prompt_tokens + rollout.max_new_tokens
+    cache = rollout.batch_size * tokens * layers * 2 * kv_heads * head_dim * 2
+    assert cache <= 32 * 2**30  # beside the weights, on 80 GiB; its tensors grow by copies
     assert (cfg.rollout.prompts_per_step, cfg.rollout.responses_per_prompt) == (8, 2)
 
 

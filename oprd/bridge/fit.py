@@ -44,6 +44,11 @@ from oprd.step_metrics import rollout_metrics
 FEW_PAIRS = 0.5
 """Of the student's tokens, below which the user is warned. Demos: 0.89 taught it, 0.22 did not."""
 
+WATCHDOG_S = 6 * 3600.0
+"""Of which `oprd.distributed.init` makes the limit of a collective: a day. The first sums over
+ranks come after all rollouts and a pass over them, hours at the paper's scale, and a rank with
+longer responses is later by a share of it: torch's half an hour would throw all that away."""
+
 See = Callable[[int, Tensor, Tensor, Tensor], None]
 """Of a student block: its states (N, dS), the supervised rows of it (M,), the teacher's (M, dT)."""
 
@@ -63,7 +68,10 @@ class Fitter:
 
     def __init__(self, cfg: FitConfig, checked: Checked) -> None:
         self.cfg, self.checked = cfg, checked
-        self.device = distributed.init(cfg.device)
+        self.device = distributed.init(cfg.device, timeout_s=WATCHDOG_S)
+        # NCCL connects the ranks at their first collective, and waits for rank 0 only as long as
+        # the store does, whatever the limit (pytorch#107177): here, where no rank is late.
+        distributed.sum_over_ranks([1.0], self.device)
         self.console = Console(quiet=distributed.rank() != 0, highlight=False, soft_wrap=True)
 
     def run(self) -> Bridge:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,28 @@ def test_two_ranks_fit_the_bridge_of_one(teacher, tmp_path):
     for a, b in zip(one.info.ranks, two.info.ranks, strict=True):
         assert a.cosine_after == pytest.approx(b.cosine_after, abs=1e-4)
         assert a.cosine_before == pytest.approx(b.cosine_before, abs=1e-4)
+
+
+def test_ranks_wait_for_each_other_longer_than_rollouts_take(teacher, tmp_path, monkeypatch):
+    """The first sums over ranks come after all rollouts."""
+    from oprd.bridge.fit import Fitter
+
+    limits, joined = [], []
+
+    def init(*_args, timeout=None, **_kwargs):
+        limits.append(timeout)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(
+        distributed, "sum_over_ranks", lambda _values, device: joined.append(device.type)
+    )
+    cfg = small_fit(tmp_path / "b", teacher, device="cpu")
+    Fitter(cfg, check_fit(cfg))
+    assert limits == [timedelta(days=1)]
+    assert joined == ["cpu"]  # NCCL's own wait for the first collective is shorter
 
 
 def test_sgd_and_float32_products_and_autocast(teacher, tmp_path):

@@ -174,7 +174,7 @@ def _read_bridges(cfg: TrainConfig, found: Preflight, dry_run: bool) -> dict[str
             continue
         bridges[name] = info = read_info(b.path)
         ranks[name] = info.check_rank(b.rank)
-        found.notes += _bridge_notes(cfg, info)
+        found.notes += _bridge_notes(cfg, name, info)
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"bridges have different ranks ({', '.join(f'{n}: {r}' for n, r in ranks.items())}), "
@@ -184,12 +184,18 @@ def _read_bridges(cfg: TrainConfig, found: Preflight, dry_run: bool) -> dict[str
     return bridges
 
 
-def _bridge_notes(cfg: TrainConfig, bridge: BridgeInfo) -> list[str]:
-    notes = []
+def _bridge_notes(cfg: TrainConfig, teacher: str, bridge: BridgeInfo) -> list[str]:
+    notes, pairs = [], cfg.all_teachers[teacher].pairs
     if bridge.shift is not None and bridge.shift != cfg.distill.shift:
         notes.append(
             f"the bridge was fitted on states {bridge.shift!r} a token, this run compares those "
             f"{cfg.distill.shift!r} it (distill.shift)"
+        )
+    if bridge.teacher_pairs not in (None, pairs):
+        option = f"teachers.{teacher}.pairs" if teacher else "teacher.pairs"
+        notes.append(
+            f"the bridge was fitted on pairs {bridge.teacher_pairs!r} of the two tokenizers' "
+            f"tokens, this run compares {pairs!r} ({option})"
         )
     return notes
 

@@ -76,6 +76,8 @@ class BridgeInfo:
         teacher_input: what the teacher read. ``shared_ids``: the student's token ids, which mean
             the same to it; ``text``: the responses' text in its own tokens; ``student_ids``: ids
             that mean something else to it; ``unknown`` for imported ones.
+        teacher_pairs: which of its states were paired, if it read ``text``: as
+            `oprd.config.TeacherConfig.pairs`; None: not known (written before this was noted).
         ranks: reports for ranks 1, 2, 4, .. and the fitted one.
     """
 
@@ -91,6 +93,7 @@ class BridgeInfo:
     k: int | None = None
     shift: str | None = None
     teacher_input: str = "unknown"
+    teacher_pairs: str | None = None
     ranks: list[RankReport] = field(default_factory=list)
 
     def check(self, student: ModelInfo, teacher: ModelInfo, pairs: Pairs) -> None:

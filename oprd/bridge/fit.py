@@ -321,6 +321,7 @@ class Fitter:
             k=cfg.k,
             shift=cfg.shift,
             teacher_input=found.teacher_input,
+            teacher_pairs=None if found.aligner is None else cfg.teacher.pairs,
             ranks=reports,
         )
         return Bridge(

@@ -18,7 +18,8 @@ def tables(info: BridgeInfo) -> list[Table]:
         "rows fitted": _or_dash(info.rows),
         "rows held out": _or_dash(info.held_out_rows),
         "states": "-" if info.shift is None else f"{info.positions} positions, {info.shift}",
-        "teacher reads": info.teacher_input,
+        "teacher reads": info.teacher_input
+        + (f", pairs {info.teacher_pairs}" if info.teacher_pairs else ""),
     }.items():
         about.add_row(name, value)
     report = info.ranks[-1] if info.ranks else None

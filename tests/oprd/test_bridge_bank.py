@@ -47,7 +47,8 @@ def make_bridge(seed=0) -> Bridge:
         positions="all",
         k=2000,
         shift="before",
-        teacher_input="shared_ids",
+        teacher_input="text",
+        teacher_pairs="stable",
         ranks=reports,
     )
     blocks = [s for s, _ in PAIRS]

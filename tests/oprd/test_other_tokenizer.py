@@ -12,7 +12,7 @@ from oprd import cli
 from oprd import preflight as checks
 from oprd.alignment import Aligner, end_of_turn, for_teacher
 from oprd.bridge import cli as bridge_cli
-from oprd.bridge.bank import load_bridge, read_info
+from oprd.bridge.bank import BridgeInfo, load_bridge, read_info, save_bridge
 from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
 from oprd.building import Builder
@@ -107,12 +107,43 @@ def test_fit_and_train(tmp_path, teacher, monkeypatch, capsys):
     assert 0 < evaluated.length <= 5  # it was asked in its own tokens
 
 
+def test_other_pairs_than_the_bridges_are_noted(tmp_path, teacher, capsys):
+    path = tmp_path / "bridge.safetensors"
+    cfg = fit_config(path, teacher)
+    cfg.teacher.pairs = "all"
+    fit(cfg)
+    capsys.readouterr()
+    bridge_cli.main(["show", str(path)])
+    assert "text, pairs all" in capsys.readouterr().out
+
+    def notes(cfg):
+        return [note for note in checks.preflight(cfg).notes if "on pairs" in note]
+
+    run = run_config(tmp_path / "run", teacher, path)
+    (note,) = notes(run)
+    assert "fitted on pairs 'all'" in note
+    assert "this run compares 'stable' (teacher.pairs)" in note
+    several = replace(run, teacher=TeacherConfig(), teachers={"train": run.teacher})
+    assert "(teachers.train.pairs)" in notes(several)[0]
+    run.teacher.pairs = "all"
+    assert not notes(run)
+
+    bridge = load_bridge(path)
+    older = json.loads(bridge.info.to_json())
+    del older["teacher_pairs"]
+    info = BridgeInfo.from_json(json.dumps(older))
+    assert info.teacher_pairs is None
+    save_bridge(replace(bridge, info=info), tmp_path / "older.safetensors")
+    assert not notes(run_config(tmp_path / "run", teacher, tmp_path / "older.safetensors"))
+
+
 def test_student_ids_is_what_public_code_does(tmp_path, teacher):
     path = tmp_path / "bridge.safetensors"
     cfg = fit_config(path, teacher)
     cfg.teacher.reads = "student_ids"
     fit(cfg)
-    assert load_bridge(path).info.teacher_input == "student_ids"
+    info = load_bridge(path).info
+    assert (info.teacher_input, info.teacher_pairs) == ("student_ids", None)
     run = run_config(tmp_path / "run", teacher, path)
     with pytest.raises(ConfigError, match="read 'student_ids', and this run's reads 'text'"):
         checks.preflight(run)

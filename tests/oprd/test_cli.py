@@ -5,11 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from oprd import cli
+from oprd.bridge import Bridge, BridgeInfo, save_bridge
+from oprd.bridge.bank import ModelInfo
 from oprd.checkpoint.resume import settings
 from oprd.config import TrainConfig
+from oprd.stages import stage_values
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -183,3 +187,45 @@ def test_the_papers_recipe_has_the_papers_values():
     assert list(cfg["eval"]["sets"]) == ["AIME24", "AIME25", "AIMO"]
     suffix = "Please reason step by step, and put your final answer within \\boxed{}."
     assert json.dumps(cfg["data"]["prompt_suffix"]) == json.dumps(suffix)
+
+
+TWO_STAGES = RECIPES / "qwen3_1.7b_qwen3_4b_two_stages.yaml"
+
+
+def test_the_papers_two_stages_are_its_bridge_and_opd_from_there():
+    parser = cli.make_parser()
+    parsed = parser.parse_args(["--config", str(TWO_STAGES)])
+    plain = {k: v for k, v in parsed.as_dict().items() if k not in cli.CONTROLS}
+    first, second = (
+        cli.to_config(parser.instantiate(parser.parse_object(values)))
+        for values in stage_values(plain, parsed.stages).values()
+    )
+    alone = parse("--config", str(RECIPES / "qwen3_1.7b_qwen3_4b_bridge.yaml"))
+    assert (first.objectives, second.objectives) == ({"oprd": 1.0}, {"opd_top1": 1.0})
+    assert (second.bridge.path, second.steps, second.optim.lr) == (None, 500, 1e-5)
+    assert second.student.path == f"{first.output_dir}/student"
+    assert (first.eval.batch_size, second.eval.batch_size) == (8, 8)
+    assert (first.eval.teacher, second.eval.teacher) == (True, False)
+    for cfg in (first, second):  # what is alike in all three runs
+        cfg.name, cfg.output_dir, cfg.student.path = alone.name, None, alone.student.path
+        cfg.bridge, cfg.objectives = alone.bridge, alone.objectives
+        cfg.eval.batch_size, cfg.eval.teacher = alone.eval.batch_size, alone.eval.teacher
+        assert cfg == alone
+
+
+def test_dry_run_of_the_papers_two_stages(capsys, tmp_path, monkeypatch):
+    """On the demo's models and prompts, since the hub is out of reach."""
+    monkeypatch.chdir(tmp_path)
+    demo = [
+        *("--config", str(TWO_STAGES), "--dry_run", "--student.path=demo:student"),
+        *("--teacher.path=demo:teacher", "--data.train.path=demo:train.jsonl", "--eval.sets={}"),
+        *("--data.chat_template=never", "--data.prompt_suffix=", "--data.max_prompt_tokens=8"),
+        *("--rollout.max_new_tokens=5", "--rollout.engine=generate"),
+    ]
+    model, pairs = ModelInfo(128, 4), [(i, i) for i in range(4)]
+    info = BridgeInfo(model, model, pairs, rank=8, solver="ridge")
+    of_shapes = ({i: torch.zeros(shape) for i in range(4)} for shape in ((8, 128), (8, 128), 128))
+    save_bridge(Bridge(*of_shapes, info), "qwen3_1.7b_qwen3_4b.safetensors")
+    cli.train(demo)
+    assert "the stages bridge, opd can start" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["qwen3_1.7b_qwen3_4b.safetensors"]

@@ -141,6 +141,13 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
+def leave_out_an_unreachable_hub() -> None:
+    """The libraries would ask it again for minutes."""
+    if not hub_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # some have read the variable already
+
+
 def quiet_libraries() -> None:
     """Progress bars and notices of the libraries beneath, which would tear up our own lines."""
     import datasets
@@ -201,10 +208,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)
-    if parsed.dry_run and not hub_reachable():
-        # The libraries would retry for minutes. Some have read the variable already.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if parsed.dry_run:
+        leave_out_an_unreachable_hub()
     quiet_libraries()
 
     from oprd.train import TrainingStopped

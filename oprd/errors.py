@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+Attempt = Callable[[Callable[[], Any]], Any]
+"""Calls; what is out of reach becomes None in a dry run."""
 
 
 class ConfigError(ValueError):
@@ -59,6 +63,25 @@ def need_package(package: str, extra: str, option: str) -> None:
 class Unreachable(ConfigError):
     """Something that could not be asked for from here, on the hub or of a package that is not
     installed: a dry run says so and goes on."""
+
+
+def attempts(unchecked: list[str], dry_run: bool) -> Attempt:
+    """An `Attempt`.
+
+    Args:
+        unchecked: gets what could not be reached, in a dry run; else that is raised.
+    """
+
+    def attempt(what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except Unreachable as error:
+            if not dry_run:
+                raise
+            unchecked.append(str(error))
+            return None
+
+    return attempt
 
 
 def is_unreachable(error: BaseException | None) -> bool:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -21,7 +19,7 @@ from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
 from oprd.data import Prompt, PromptSet, load_prompts, load_training_prompts
 from oprd.engines.vllm_preflight import check_vllm
-from oprd.errors import ConfigError, Problems, Unreachable
+from oprd.errors import Attempt, ConfigError, Problems, attempts
 from oprd.lora import check_targets
 from oprd.models import (
     check_length,
@@ -36,9 +34,6 @@ from oprd.models import (
 )
 from oprd.trackers import check_trackers
 from oprd_kernels import backends
-
-Attempt = Callable[[Callable[[], Any]], Any]
-"""Calls; what is out of reach becomes None in a dry run."""
 
 
 @dataclass
@@ -89,16 +84,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
     """
     check_values(cfg)
     found = Preflight()
-
-    def attempt(what: Callable[[], Any]) -> Any:
-        try:
-            return what()
-        except Unreachable as error:
-            if not dry_run:
-                raise
-            found.unchecked.append(str(error))
-            return None
-
+    attempt = attempts(found.unchecked, dry_run)
     _check_world(cfg, distributed.world_size() if ranks is None else ranks)
     check_output_dir(cfg)
     found.resume = find_candidates(cfg, output_dir(cfg))

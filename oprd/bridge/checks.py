@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.alignment import Aligner
@@ -20,8 +21,8 @@ from oprd.config import (
     TeacherConfig,
     check_sampling,
 )
-from oprd.data import Prompt, load_prompts
-from oprd.errors import ConfigError, Problems
+from oprd.data import Prompt, PromptSet, load_prompts
+from oprd.errors import ConfigError, Problems, attempts
 from oprd.layers import corresponding_layer, select_layers
 from oprd.models import (
     check_length,
@@ -84,9 +85,9 @@ class FitConfig:
     sgd: SgdConfig = field(default_factory=SgdConfig)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checked:
-    """What the checks loaded on their way.
+    """What the checks loaded on their way, and what they could not check.
 
     Attributes:
         tokenizer: the student's.
@@ -95,16 +96,19 @@ class Checked:
         pairs: (student block, teacher block).
         student, teacher: as the bridge's file will describe them.
         notes: what the user should know.
+        unchecked: what lies on a hub that is out of reach; only ever filled by a dry run. The rest
+            may then be missing.
         aligner, teacher_tokenizer: if the teacher reads the responses' text in its own tokens.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
-    held_out_prompts: int
-    pairs: list[tuple[int, int]]
-    student: ModelInfo
-    teacher: ModelInfo
-    notes: list[str]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    prompts: list[Prompt] = field(default_factory=list)
+    held_out_prompts: int = 0
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    student: ModelInfo | None = None
+    teacher: ModelInfo | None = None
+    notes: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
     aligner: Aligner | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -113,6 +117,8 @@ class Checked:
         """As `BridgeInfo.teacher_input`."""
         if self.aligner is not None:
             return "text"
+        assert self.student is not None
+        assert self.teacher is not None
         same = self.student.vocabulary == self.teacher.vocabulary
         return "shared_ids" if same else "student_ids"
 
@@ -209,8 +215,11 @@ def pair_for_fit(layers: str | list[int], student: int, teacher: int) -> list[tu
     return [(block, corresponding_layer(block, student, teacher)) for block in blocks]
 
 
-def check_fit(cfg: FitConfig) -> Checked:
+def check_fit(cfg: FitConfig, dry_run: bool = False) -> Checked:
     """Check configuration, models' configurations, tokenizers, prompts and output.
+
+    Args:
+        dry_run: go on where the hub is out of reach, and list what was therefore not checked.
 
     Raises:
         ConfigError: the first problem found (of the values: all of them).
@@ -218,52 +227,77 @@ def check_fit(cfg: FitConfig) -> Checked:
     check_values(cfg)
     check_new_file(cfg.output)
     check_device(cfg.device)
-    configs = load_config(cfg.student.path), load_config(cfg.teacher.path)
-    tokenizers = load_tokenizer(cfg.student.path), load_tokenizer(cfg.teacher.path)
-    aligner = other = None
-    if same_vocabulary(*tokenizers):
-        check_vocabularies(*tokenizers, configs[1])
-    elif cfg.teacher.reads == "text":
-        aligner, other = Aligner(*tokenizers, cfg.teacher.pairs), tokenizers[1]
-    else:
-        check_student_ids(tokenizers[0], configs[1])
-    student = model_info(configs[0], cfg.student.path, tokenizers[0])
-    teacher = model_info(configs[1], cfg.teacher.path, tokenizers[1])
-    if cfg.rank > min(student.width, teacher.width):
-        raise ConfigError(
-            f"rank must be at most the smaller width, {min(student.width, teacher.width)}, got "
-            f"{cfg.rank}"
-        )
-    assert student.layers is not None
-    assert teacher.layers is not None
-    pairs = pair_for_fit(cfg.layers, student.layers, teacher.layers)
-    longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
-    check_length(configs[0], cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, "student")
-    check_length(configs[1], longest, cfg.rollout.max_new_tokens, "teacher")
-    others = {} if other is None else {"": other}
-    found = load_prompts(cfg.data.train, cfg.data, tokenizers[0], teacher_tokenizers=others)
-    notes = []
-    if found.dropped:
-        notes.append(
-            f"{found.dropped} prompts dropped, longer than {cfg.data.max_prompt_tokens} tokens"
-        )
-    if len(found) < 2:
-        raise ConfigError(
-            f"{cfg.data.train.path} has {len(found)} prompt: at least 2 are needed, one is held out"
-        )
-    if len(found) < cfg.prompts:
-        notes.append(f"prompts={cfg.prompts} is asked for, {len(found)} are there")
-    generator = torch.Generator().manual_seed(cfg.seed)
-    order = torch.randperm(len(found), generator=generator)[: cfg.prompts].tolist()
-    held_out = min(max(1, round(cfg.held_out * len(order))), len(order) - 1)
-    return Checked(
-        tokenizer=tokenizers[0],
-        prompts=[found.prompts[i] for i in order],
-        held_out_prompts=held_out,
-        pairs=pairs,
-        student=student,
-        teacher=teacher,
-        notes=notes,
-        aligner=aligner,
-        teacher_tokenizer=other,
+    found = Checked()
+    attempt = attempts(found.unchecked, dry_run)
+    student, teacher = (
+        attempt(partial(load_config, path)) for path in (cfg.student.path, cfg.teacher.path)
     )
+    found.tokenizer, theirs = (
+        attempt(partial(load_tokenizer, path)) for path in (cfg.student.path, cfg.teacher.path)
+    )
+    _check_tokenizers(cfg, found, theirs, teacher)
+    if student:
+        found.student = model_info(student, cfg.student.path, found.tokenizer)
+        limit = cfg.data.max_prompt_tokens
+        check_length(student, limit, cfg.rollout.max_new_tokens, "student")
+    if teacher:
+        found.teacher = model_info(teacher, cfg.teacher.path, theirs)
+        limit = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
+        check_length(teacher, limit, cfg.rollout.max_new_tokens, "teacher")
+    _check_shapes(cfg, found)
+    if found.tokenizer is None:
+        found.unchecked.append("the prompts: they need the student's tokenizer")
+        return found
+    others = {} if found.teacher_tokenizer is None else {"": found.teacher_tokenizer}
+    load = partial(load_prompts, teacher_tokenizers=others)
+    if prompts := attempt(partial(load, cfg.data.train, cfg.data, found.tokenizer)):
+        _choose_prompts(cfg, found, prompts)
+    return found
+
+
+def _check_tokenizers(
+    cfg: FitConfig,
+    found: Checked,
+    theirs: PreTrainedTokenizerBase | None,
+    teacher: PretrainedConfig | None,
+) -> None:
+    """How the teacher will read responses."""
+    ours = found.tokenizer
+    if not ours or not theirs or not teacher:
+        return
+    if same_vocabulary(ours, theirs):
+        check_vocabularies(ours, theirs, teacher)
+    elif cfg.teacher.reads == "text":
+        found.aligner = Aligner(ours, theirs, cfg.teacher.pairs)
+        found.teacher_tokenizer = theirs
+    else:
+        check_student_ids(ours, teacher)
+
+
+def _check_shapes(cfg: FitConfig, found: Checked) -> None:
+    """Widths and depths; the pairs of layers."""
+    widths = [model.width for model in (found.student, found.teacher) if model]
+    if widths and cfg.rank > min(widths):
+        raise ConfigError(f"rank must be at most the smaller width, {min(widths)}, got {cfg.rank}")
+    if found.student and found.teacher:
+        assert found.student.layers is not None
+        assert found.teacher.layers is not None
+        found.pairs = pair_for_fit(cfg.layers, found.student.layers, found.teacher.layers)
+
+
+def _choose_prompts(cfg: FitConfig, found: Checked, prompts: PromptSet) -> None:
+    if prompts.dropped:
+        found.notes.append(
+            f"{prompts.dropped} prompts dropped, longer than {cfg.data.max_prompt_tokens} tokens"
+        )
+    if len(prompts) < 2:
+        raise ConfigError(
+            f"{cfg.data.train.path} has {len(prompts)} prompt: at least 2 are needed, one is held "
+            "out"
+        )
+    if len(prompts) < cfg.prompts:
+        found.notes.append(f"prompts={cfg.prompts} is asked for, {len(prompts)} are there")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(prompts), generator=generator)[: cfg.prompts].tolist()
+    found.prompts = [prompts.prompts[i] for i in order]
+    found.held_out_prompts = min(max(1, round(cfg.held_out * len(order))), len(order) - 1)

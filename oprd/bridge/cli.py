@@ -20,7 +20,7 @@ from oprd.bridge.checks import FitConfig, check_fit
 from oprd.bridge.importing import read_ps_bank
 from oprd.bridge.show import tables
 from oprd.bridge.sweep import sweep
-from oprd.cli import Parser, quiet_libraries
+from oprd.cli import Parser, leave_out_an_unreachable_hub, quiet_libraries
 from oprd.errors import ConfigError
 
 
@@ -74,12 +74,20 @@ def run_fit(options: Namespace) -> None:
 
         fit(cfg)
         return
-    found = check_fit(cfg)
+    leave_out_an_unreachable_hub()
+    found = check_fit(cfg, dry_run=True)
+    if found.pairs:
+        print("layers (student<-teacher): " + ", ".join(f"{s}<-{t}" for s, t in found.pairs))
+    if found.prompts:
+        print(f"prompts: {len(found.prompts)}, {found.held_out_prompts} of them held out")
     for note in found.notes:
         print(f"note: {note}")
-    print("layers (student<-teacher): " + ", ".join(f"{s}<-{t}" for s, t in found.pairs))
-    print(f"prompts: {len(found.prompts)}, {found.held_out_prompts} of them held out")
-    print("everything checked: the fit can start")
+    for item in found.unchecked:
+        print(f"not checked: {item}")
+    if found.unchecked:
+        print("the configuration is consistent as far as it could be checked from here")
+    else:
+        print("everything checked: the fit can start")
 
 
 def run_import(options: Namespace) -> None:

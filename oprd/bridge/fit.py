@@ -67,7 +67,11 @@ class Fitter:
     """The state of a fit. `run` is the algorithm."""
 
     def __init__(self, cfg: FitConfig, checked: Checked) -> None:
-        self.cfg, self.checked = cfg, checked
+        assert checked.tokenizer is not None
+        assert checked.student is not None
+        assert checked.teacher is not None
+        self.cfg, self.checked, self.tokenizer = cfg, checked, checked.tokenizer
+        self.student, self.teacher = checked.student, checked.teacher
         self.device = distributed.init(cfg.device, timeout_s=WATCHDOG_S)
         # NCCL connects the ranks at their first collective, and waits for rank 0 only as long as
         # the store does, whatever the limit (pytorch#107177): here, where no rank is late.
@@ -93,9 +97,9 @@ class Fitter:
         statistics = self._statistics(models, fitted)
         rows = next(iter(statistics.values())).count
         self.say(f"{rows} rows a layer; {cfg.solver} for {len(found.pairs)} layers")
-        if rows < found.student.width:
+        if rows < self.student.width:
             self.say(
-                f"note: {rows} rows are fewer than the student's {found.student.width} dimensions, "
+                f"note: {rows} rows are fewer than the student's {self.student.width} dimensions, "
                 "so the projectors fit them too well: raise prompts"
             )
         bases = {block: teacher_basis(s, cfg.rank) for block, s in statistics.items()}
@@ -129,7 +133,7 @@ class Fitter:
         r, rank, ranks = self.cfg.rollout, distributed.rank(), distributed.world_size()
         chosen, num_held_out = self.checked.prompts, self.checked.held_out_prompts
         aligners = {} if self.checked.aligner is None else {"": self.checked.aligner}
-        ends = eos_ids(student, self.checked.tokenizer)
+        ends = eos_ids(student, self.tokenizer)
         parts: list[list[Rollout]] = [[], []]
         steps = range(0, len(chosen), r.prompts_per_step)
         with self.progress("student rollouts", len(steps)) as advance:
@@ -140,7 +144,7 @@ class Fitter:
                     with self._autocast():
                         rollouts = generate(
                             student,
-                            self.checked.tokenizer,
+                            self.tokenizer,
                             [chosen[n].token_ids for n in numbers],
                             max_new_tokens=r.max_new_tokens,
                             temperature=r.temperature,
@@ -183,7 +187,7 @@ class Fitter:
     def _collate(self, rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         other = self.checked.teacher_tokenizer
         pad = None if other is None else other.pad_token_id
-        return collate(rollouts, self.checked.tokenizer.pad_token_id, device, pad)
+        return collate(rollouts, self.tokenizer.pad_token_id, device, pad)
 
     def _supervise(self, batch: Batch) -> Supervision:
         cfg = self.cfg
@@ -269,7 +273,7 @@ class Fitter:
     ) -> Bridge:
         """Held-out cosines at every rank in one pass, and the bridge."""
         cfg, found = self.cfg, self.checked
-        before = random_student_proj(cfg.rank, found.student.width, cfg.seed).to(self.device)
+        before = random_student_proj(cfg.rank, self.student.width, cfg.seed).to(self.device)
         after = {block: p.to(self.device) for block, p in student_proj.items()}
         teacher_side = {
             block: self._teacher_side(bases, statistics, block) for block in student_proj
@@ -309,8 +313,8 @@ class Fitter:
             for i, rank in enumerate(ranks)
         ]
         info = BridgeInfo(
-            student=found.student,
-            teacher=found.teacher,
+            student=self.student,
+            teacher=self.teacher,
             pairs=models.pairs,
             rank=cfg.rank,
             solver=cfg.solver,

@@ -458,6 +458,7 @@ def test_a_shallower_teacher_stands_beside_several_student_layers():
 def test_dry_run_loads_no_weights_and_writes_nothing(teacher, tmp_path, capsys, monkeypatch):
     from oprd.bridge import fit as module
 
+    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
     monkeypatch.setattr(module, "load_model", None)
     argv = ["fit", f"--teacher.path={teacher}", f"--output={tmp_path / 'b'}", "--dry_run"]
     bridge_cli.main(argv)
@@ -465,6 +466,32 @@ def test_dry_run_loads_no_weights_and_writes_nothing(teacher, tmp_path, capsys, 
     assert "0<-0, 1<-2, 2<-3, 3<-5" in printed
     assert "prompts: 2000, 200 of them held out" in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_4b", "phi4_mini"])
+def test_dry_run_without_the_hub_says_what_it_could_not_check(
+    recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    file = ROOT / "recipes" / f"qwen3_1.7b_{recipe}_bridge_fit.yaml"
+    argv = ["fit", f"--config={file}", f"--output={tmp_path / 'b'}", "--dry_run"]
+    bridge_cli.main(argv)
+    printed = capsys.readouterr().out
+    assert "not checked: no model at 'Qwen/Qwen3-1.7B-Base'" in printed
+    assert "not checked: the prompts: they need the student's tokenizer" in printed
+    assert "as far as it could be checked" in printed
+    assert "everything checked" not in printed
+
+    small = ["--data.max_prompt_tokens=8", "--rollout.max_new_tokens=5"]
+    mine = ["--student.path=demo:student", "--data.train.path=demo:train.jsonl", *small]
+    bridge_cli.main([*argv, *mine, "--data.chat_template=never", "--data.prompt_suffix="])
+    printed = capsys.readouterr().out
+    assert "not checked: no tokenizer at" in printed
+    assert "prompts: 2000, 200 of them held out" in printed
+    with pytest.raises(SystemExit) as ended:
+        bridge_cli.main([*argv, *mine, "--rank=129"])
+    assert ended.value.code == 2
+    assert "at most the smaller width, 128, got 129" in capsys.readouterr().err
 
 
 def test_a_configuration_file_and_one_printed_read_back(tmp_path, capsys):

@@ -20,7 +20,7 @@ from oprd.bridge.checks import FitConfig, check_fit
 from oprd.bridge.importing import read_ps_bank
 from oprd.bridge.show import tables
 from oprd.bridge.sweep import sweep
-from oprd.cli import Parser, leave_out_an_unreachable_hub, quiet_libraries
+from oprd.cli import Parser, conclusion, leave_out_an_unreachable_hub, quiet_libraries
 from oprd.errors import ConfigError
 
 
@@ -84,10 +84,7 @@ def run_fit(options: Namespace) -> None:
         print(f"note: {note}")
     for item in found.unchecked:
         print(f"not checked: {item}")
-    if found.unchecked:
-        print("the configuration is consistent as far as it could be checked from here")
-    else:
-        print("everything checked: the fit can start")
+    print(conclusion(bool(found.unchecked), "the fit"))
 
 
 def run_import(options: Namespace) -> None:

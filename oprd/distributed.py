@@ -27,7 +27,7 @@ def init(device: str, group: bool = False, timeout_s: float | None = None) -> to
         group: make one of this process alone, too: FSDP needs it.
         timeout_s: of the watchdog for hung ranks. Collectives wait four times as long, since they
             may have to wait for a slower rank's whole phase and the watchdog says more than they
-            do. None: as long as torch's default.
+            do. None: they wait a month.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
@@ -40,7 +40,7 @@ def init(device: str, group: bool = False, timeout_s: float | None = None) -> to
     # Gloo too beside NCCL: for what lives in main memory (offloaded shards, checkpoints).
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        timeout = None if timeout_s is None else timedelta(seconds=4 * timeout_s)
+        timeout = timedelta(days=30) if timeout_s is None else timedelta(seconds=4 * timeout_s)
         store, rank, ranks = next(dist.rendezvous("env://"))
         # Names of its own: under an earlier group's, ranks would find that group's addresses.
         store = dist.PrefixStore(f"oprd/group/{next(_groups)}", store)

@@ -126,15 +126,19 @@ def differences(old: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
 
 
 def same_evaluation(old: Mapping[str, Any], cfg: TrainConfig) -> bool:
-    """Whether a checkpoint's evaluations are what a configuration's would be: of the same prompts,
-    sampled and graded alike."""
+    """Whether a checkpoint's evaluations are what a configuration's would be: of sets that are
+    called alike, sampled and graded alike. An option that its version did not have was at its
+    default."""
 
-    def meaning(values: Mapping[str, Any]) -> dict[str, Any]:
-        free = ("eval.batch_size", "eval.teacher")
-        flat = {k: v for k, v in _flat(values).items() if k.startswith("eval.") and k not in free}
-        return {k: v for k, v in flat.items() if not k.endswith(".every")}
+    defaults = settings(TrainConfig())["eval"]
 
-    return meaning(old) == meaning(settings(cfg))
+    def meaning(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        values = {k: v for k, v in defaults.items() if k not in evaluation} | dict(evaluation)
+        sets = {n: {k: v for k, v in s.items() if k != "every"} for n, s in values["sets"].items()}
+        free = ("batch_size", "teacher", "sets")
+        return {k: v for k, v in values.items() if k not in free} | {"sets": sets}
+
+    return meaning(old["eval"]) == meaning(settings(cfg)["eval"])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Nodes:
                 )  # fmt: skip
         return said
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 300) -> list[int]:
         """Until both have ended; their exit codes."""
         codes = [process.wait(timeout) for process in self.running]
         self.running.clear()
@@ -87,8 +87,15 @@ def possible() -> bool:
     """Whether this process may make namespaces."""
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
         return False
-    probe = ["unshare", "--net", "--uts", "--mount", "true"]
-    return subprocess.run(probe, capture_output=True).returncode == 0
+    name = f"oprd-{os.getpid()}"
+    steps = [
+        f"ip netns add {name}", "ip link add oprd0 type veth peer name oprd1",
+        "mount -t tmpfs tmpfs /mnt", "mount --bind /etc/hosts /etc/hosts",
+    ]  # fmt: skip
+    probe = ["unshare", "--net", "--uts", "--mount", "bash", "-c", " && ".join(steps)]
+    made = subprocess.run(probe, capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    return made
 
 
 @contextmanager

@@ -76,7 +76,9 @@ def unseen(collective):
         given = [t for t in (*tensors, *kwargs.values()) if isinstance(t, torch.Tensor)]
         before = [uses(t) for t in given]
         elsewhere.submit(collective, *tensors, **kwargs).result()
+        until = time.monotonic() + 60
         while [uses(t) for t in given] != before:
+            assert time.monotonic() < until, f"{collective.__name__}: gloo holds its tensors"
             time.sleep(1e-4)
 
     return run

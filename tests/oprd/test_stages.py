@@ -145,6 +145,23 @@ def test_what_a_resumed_run_may_have_otherwise_a_second_start_may_too(tmp_path, 
     assert record["first"]["log_every"] == 2
 
 
+def test_a_directory_may_be_moved(tmp_path, capsys):
+    cli.train(write(tmp_path))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    cli.train(write(tmp_path, output_dir=str(tmp_path / "moved")))
+    assert capsys.readouterr().out.count("finished already") == 2
+
+
+def test_a_dry_run_goes_on_without_a_bridge_that_is_yet_to_be_fitted(tmp_path, capsys):
+    arguments = write(tmp_path, {"first": {"bridge": {"path": "none.safetensors"}}, "second": {}})
+    cli.train([*arguments, "--dry_run"])
+    said = capsys.readouterr().out
+    assert "not checked: first: the bridge none.safetensors: it is not there" in said
+    assert "consistent as far as it could be checked" in said
+    assert "there is no bridge at" in fails(capsys, *arguments)
+    assert "there are stages: plan each" in fails(capsys, *arguments, "--dry_run", "--plan.gpus=1")
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [

@@ -13,8 +13,9 @@ from oprd.config.plan import PlanConfig
 from oprd.errors import ConfigError, Unreachable
 from oprd.memory import GIB
 from oprd.models import load_config
+from oprd.plan_advice import advice
 from oprd.shapes import Shape
-from oprd.training_plan import advice, gib, make_training_plan
+from oprd.training_plan import gib, make_training_plan
 
 
 def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]:

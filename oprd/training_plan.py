@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from oprd import planner
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
@@ -27,6 +26,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UPDATE, TEACHER, ROLLOUT, EVALUATION, STEP = (
     "student update", "teacher", "rollout", "evaluation", "optimizer step",
 )  # fmt: skip
+ENGINE = "vLLM"
 WEIGHT_GRADIENTS = (
     "head's weight gradient", "head's weight gradient, float32", "embedding's weight gradient",
     "sum of both weight gradients", "block's gradients in reduce-scatter",
@@ -403,7 +403,7 @@ class _Planner:
 
     def _by_engine(self) -> Moment:
         terms = {} if not self._engine_sleeps() else {"vLLM engine": self._engine_bytes()}
-        return Moment("vLLM", terms)
+        return Moment(ENGINE, terms)
 
     def _engine_sleeps(self) -> bool:
         return self.cfg.rollout.vllm.sleep
@@ -423,53 +423,6 @@ def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
     }  # fmt: skip
     names = list(sizes) if lora.target_modules == "all-linear" else lora.target_modules
     return shape.layers * (lora.rank or 0) * sum(sizes.get(name, 0) for name in names)
-
-
-def advice(
-    cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int, memory: int,
-    ranks: Mapping[str, int] | None = None,
-) -> str:  # fmt: skip
-    """What to change so that a run that does not fit does, in words."""
-
-    def planned(changed: TrainConfig) -> TrainingPlan:
-        return make_training_plan(changed, student, teachers, gpus, memory, ranks=ranks)
-
-    def total(changed: TrainConfig) -> int:
-        return planned(changed).total
-
-    plan = planned(cfg)
-    resident = sum(plan.resident.values())
-    if resident > memory:
-        tips = ["take more GPUs"]
-        if cfg.student.lora.rank is None:
-            tips.append("train an adapter (student.lora.rank)")
-        if not cfg.fsdp.cpu_offload:
-            tips.append("set fsdp.cpu_offload")
-        return f"weights and optimizer alone take {gib(resident)} GiB: {' or '.join(tips)}"
-    if plan.worst in plan.sequences:
-        section = {ROLLOUT: "rollout", EVALUATION: "eval"}[plan.worst]
-        size = plan.sequences[plan.worst] // 2
-        while size >= 1:
-            smaller: Any = replace(getattr(cfg, section), batch_size=size)
-            changed = replace(cfg, **{section: smaller})
-            moments = planned(changed).moments
-            if resident + moments[plan.worst].total <= memory:
-                return f"lower {section}.batch_size to {size}"
-            size //= 2
-        return f"a single sequence is too long: lower {section}.max_new_tokens"
-    if not cfg.student.gradient_checkpointing:
-        changed = replace(cfg, student=replace(cfg.student, gradient_checkpointing=True))
-        if total(changed) <= memory:
-            return "set student.gradient_checkpointing"
-        cfg = changed
-    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    for tokens in range(plan.tokens // 1024 * 1024, longest - 1, -1024):
-        if total(replace(cfg, micro_batch_tokens=tokens)) <= memory:
-            return f"lower micro_batch_tokens to {tokens}"
-    return (
-        f"a single response of {longest} tokens is too long, whatever micro_batch_tokens: lower "
-        "rollout.max_new_tokens, take more GPUs, or train an adapter (student.lora.rank)"
-    )
 
 
 def gib(size: float) -> str:

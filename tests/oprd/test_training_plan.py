@@ -13,13 +13,13 @@ from oprd.config import EvalSetConfig, LoraConfig, StudentConfig, TrainConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.gains_report import PAPER_SHAPE
 from oprd.memory import GIB
+from oprd.plan_advice import advice
 from oprd.shapes import Shape
 from oprd.training_plan import (
     EVALUATION,
     ROLLOUT,
     UPDATE,
     adapter_parameters,
-    advice,
     make_training_plan,
 )
 from tests.oprd.plan_on_ranks import cases
@@ -142,6 +142,14 @@ def test_advice_is_followed_by_a_run_that_fits():
     assert said.startswith("lower rollout.batch_size to ")
     cfg.rollout.batch_size = int(said.rsplit(" ", 1)[1])
     assert fits(cfg, 80)
+
+    cfg = recipe()
+    cfg.rollout.engine, cfg.rollout.vllm.gpu_memory_utilization = "vllm", 0.95
+    assert not fits(cfg, 40)
+    said = advice(cfg, PAPER_SHAPE, {"": PAPER_SHAPE}, 8, 40 * GIB)
+    assert said.startswith("lower rollout.vllm.gpu_memory_utilization to ")
+    cfg.rollout.vllm.gpu_memory_utilization = float(said.rsplit(" ", 1)[1])
+    assert fits(cfg, 40)
 
     said = advice(recipe(), PAPER_SHAPE, {"": PAPER_SHAPE}, 1, 16 * GIB)
     assert "weights and optimizer alone take" in said

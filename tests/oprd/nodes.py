@@ -91,6 +91,7 @@ def possible() -> bool:
     steps = [
         f"ip netns add {name}", "ip link add oprd0 type veth peer name oprd1",
         "mount -t tmpfs tmpfs /mnt", "mount --bind /etc/hosts /etc/hosts",
+        f"ip netns exec {name} true",
     ]  # fmt: skip
     probe = ["unshare", "--net", "--uts", "--mount", "bash", "-c", " && ".join(steps)]
     made = subprocess.run(probe, capture_output=True).returncode == 0

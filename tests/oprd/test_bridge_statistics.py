@@ -167,6 +167,7 @@ def _worker(rank, ranks, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_together_have_what_one_would(tmp_path):
     torch.multiprocessing.spawn(_worker, args=(3, str(tmp_path)), nprocs=3)
     whole = statistics_of(*make_states())

@@ -41,6 +41,7 @@ def report(tmp_path_factory):
     return written, (directory / "gains.md").read_text()
 
 
+@pytest.mark.slow
 def test_everything_is_measured_in_both_modes(report):
     written, markdown = report
     assert list(written["modes"]) == ["on", "off"]
@@ -57,6 +58,7 @@ def test_everything_is_measured_in_both_modes(report):
     assert "OPD top-4, chunked" in markdown
 
 
+@pytest.mark.slow
 def test_parts_add_up_and_are_where_they_belong(report):
     for rows in report[0]["modes"].values():
         for row in rows:
@@ -74,6 +76,7 @@ def test_parts_add_up_and_are_where_they_belong(report):
             assert (parts["distillation term"] > 0) == (name in ("oprd", "oprd_last", "bridge"))
 
 
+@pytest.mark.slow
 def test_ratios_and_step(report):
     for rows in report[0]["modes"].values():
         by_name = {row["objective"]: row for row in rows}

@@ -21,9 +21,8 @@ from oprd import planner
 from oprd.cli import Parser, quiet_libraries
 from oprd.config import DType
 from oprd.errors import ConfigError
-from oprd.shapes import Shape, Update
+from oprd.shapes import DTYPE_BYTES, Shape, Update
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHAPE_FLAGS = ("d", "layers", "heads", "kv_heads", "intermediate", "vocab", "tied")
 
 

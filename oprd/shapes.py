@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT32 = 4
-"""Bytes."""
+DTYPE_BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from oprd.layers import pair_layers
 from oprd.memory import GIB
 from oprd.objectives import REP
 from oprd.planner import Moment
-from oprd.shapes import FLOAT32, Shape, Update
+from oprd.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UPDATE, TEACHER, ROLLOUT, EVALUATION, STEP = (
     "student update", "teacher", "rollout", "evaluation", "optimizer step",
 )  # fmt: skip
@@ -114,6 +113,8 @@ class _Planner:
         self.stored = DTYPE_BYTES[cfg.student.dtype]
         self.gathered = DTYPE_BYTES[fsdp.param_dtype] if fsdp.param_dtype else self.stored
         self.computed = DTYPE_BYTES[cfg.autocast] if cfg.autocast else self.gathered
+        self.stream = self.stored if cfg.autocast else self.computed
+        self.teacher_sharded = self.shards > 1 and fsdp.teacher != "replicated"
         lora = cfg.student.lora
         self.adapter = 0 if lora.rank is None else adapter_parameters(student, lora)
         self.sequences = max(
@@ -163,7 +164,7 @@ class _Planner:
             terms = dict.fromkeys(terms, 0)
         seen: list[TeacherConfig] = []
         for name, teacher in self.cfg.all_teachers.items():
-            if teacher.path in ("self:current", "self:base") or teacher in seen:
+            if teacher.shares_student or teacher in seen:
                 continue
             seen.append(teacher)
             named = f"teacher's weights {name}".strip()
@@ -185,7 +186,7 @@ class _Planner:
 
     def _teacher_bytes(self, name: str, teacher: TeacherConfig) -> int:
         size = self._teacher_parameters(name) * DTYPE_BYTES[teacher.dtype]
-        if self.shards == 1 or self.cfg.fsdp.teacher == "replicated":
+        if not self.teacher_sharded:
             return size
         return 0 if self.cfg.fsdp.teacher == "offloaded" else size // self.shards
 
@@ -214,7 +215,7 @@ class _Planner:
             shards=self.shards,
             gathered_bytes=self.gathered,
             reduced_bytes=DTYPE_BYTES[self.cfg.fsdp.reduce_dtype],
-            stream_bytes=self.stored if self.cfg.autocast else None,
+            stream_bytes=self.stream,
             span=self._span(self.cfg.student.attn_implementation),
             eager=self.cfg.student.attn_implementation == "eager",
         )
@@ -279,7 +280,7 @@ class _Planner:
     def _teacher_computes(self, name: str) -> int:
         """Bytes of a number in its forward pass."""
         teacher = self.cfg.all_teachers[name]
-        if teacher.path in ("self:current", "self:base"):
+        if teacher.shares_student:
             return self.computed
         if self.cfg.autocast:
             return DTYPE_BYTES[self.cfg.autocast]
@@ -290,23 +291,21 @@ class _Planner:
         if not self.cfg.autocast:
             return self._teacher_computes(name)
         teacher = self.cfg.all_teachers[name]
-        own = teacher.path not in ("self:current", "self:base")
-        return DTYPE_BYTES[teacher.dtype] if own else self.stored
+        return self.stored if teacher.shares_student else DTYPE_BYTES[teacher.dtype]
 
     def _teacher_gathered(self, teacher: TeacherConfig) -> int:
-        sharded = self.shards > 1 and self.cfg.fsdp.teacher != "replicated"
-        if sharded and self.cfg.fsdp.param_dtype:
+        if self.teacher_sharded and self.cfg.fsdp.param_dtype:
             return DTYPE_BYTES[self.cfg.fsdp.param_dtype]
         return DTYPE_BYTES[teacher.dtype]
 
     def _teacher_root(self) -> dict[str, int]:
         """Embeddings (and head), which stay gathered until the losses are taken."""
-        if self.shards == 1 or self.cfg.fsdp.teacher == "replicated":
+        if not self.teacher_sharded:
             return {}
         sizes = [0]
         for name, shape in self.teachers.items():
             teacher = self.cfg.all_teachers[name]
-            if teacher.path not in ("self:current", "self:base"):
+            if not teacher.shares_student:
                 tables = 2 if self.needs_logits and not shape.tied else 1
                 sizes.append(tables * shape.vocab * shape.d * self._teacher_gathered(teacher))
         return {"teacher's gathered embedding and head": max(sizes)}
@@ -320,7 +319,7 @@ class _Planner:
                 "states": 3 * self.tokens * shape.d * self._teacher_stream(name),
                 **self._teacher_attention(name, shape),
             }
-            if self.shards > 1 and self.cfg.fsdp.teacher != "replicated":
+            if self.teacher_sharded:
                 block = shape.block_parameters * self._teacher_gathered(self.cfg.all_teachers[name])
                 terms["gathered weights, three blocks"] = FORWARD * block
             found.append(Moment("a block", terms))
@@ -330,8 +329,8 @@ class _Planner:
     def _teacher_attention(self, name: str, shape: Shape) -> dict[str, int]:
         """What a mask costs in its forward pass."""
         e, teacher = self._teacher_computes(name), self.cfg.all_teachers[name]
-        own = teacher.path not in ("self:current", "self:base")
-        attention = (teacher if own else self.cfg.student).attn_implementation
+        model = self.cfg.student if teacher.shares_student else teacher
+        attention = model.attn_implementation
         span = self._span(attention)
         if not span:
             return {}
@@ -362,16 +361,15 @@ class _Planner:
         return max(found, key=lambda m: m.total)
 
     def _student(self) -> _Sampled:
-        stream = self.stored if self.cfg.autocast else self.computed
         gathered = self.gathered if self.shards > 1 else 0
-        return _Sampled("student", self.student, self.computed, stream, gathered)
+        return _Sampled("student", self.student, self.computed, self.stream, gathered)
 
     def _teacher(self, name: str) -> _Sampled:
         teacher = self.cfg.all_teachers[name]
-        sharded = self.shards > 1 and self.cfg.fsdp.teacher != "replicated"
+        gathered = self._teacher_gathered(teacher) if self.teacher_sharded else 0
         return _Sampled(
             f"teacher {name}".strip(), self.teachers[name], self._teacher_computes(name),
-            self._teacher_stream(name), self._teacher_gathered(teacher) if sharded else 0,
+            self._teacher_stream(name), gathered,
         )  # fmt: skip
 
     def _generation(self, model: _Sampled, sequences: int, tokens: int) -> Moment:

@@ -15,7 +15,6 @@ from oprd.bridge.bank import ModelInfo, check_new_file
 from oprd.bridge.sgd import SgdConfig
 from oprd.config import (
     DataConfig,
-    LoraConfig,
     RolloutConfig,
     StudentConfig,
     TeacherConfig,
@@ -35,8 +34,6 @@ from oprd.models import (
 )
 from oprd.positions import Positions, Shift
 from oprd.preflight import check_device
-
-NO_LORA = LoraConfig()
 
 
 @dataclass
@@ -177,7 +174,7 @@ def _check_unused(problems: Problems, cfg: FitConfig) -> None:
             not given,
             f"student.{name} has no use here: nothing is trained through the student. Leave it out",
         )
-    adapter = [name for name, value in vars(student.lora).items() if value != vars(NO_LORA)[name]]
+    adapter = student.lora.given
     need(
         not adapter,
         f"student.lora.{', '.join(adapter)} has no use here: a fit trains nothing, and reads the "

@@ -7,7 +7,8 @@ from typing import Literal
 
 from oprd.errors import Problems
 
-SELF = ("self:start", "self:current", "self:base")
+SHARED = ("self:current", "self:base")
+SELF = ("self:start", *SHARED)
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -29,6 +30,11 @@ class LoraConfig:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+    @property
+    def given(self) -> list[str]:
+        """The entries that are not at their defaults."""
+        return [name for name, value in vars(self).items() if value != getattr(LoraConfig(), name)]
 
 
 @dataclass
@@ -80,6 +86,11 @@ class TeacherConfig:
     pairs: Literal["stable", "all"] = "stable"
 
     @property
+    def shares_student(self) -> bool:
+        """Whether it is the student's own weights, and no copy of them."""
+        return self.path in SHARED
+
+    @property
     def is_self(self) -> bool:
         """Whether it is the student."""
         return self.path in SELF
@@ -110,7 +121,7 @@ def check_lora(problems: Problems, lora: LoraConfig) -> None:
         bool(lora.target_modules), "student.lora.target_modules is empty: name layers or all-linear"
     )
     if lora.rank is None:
-        given = [name for name, value in vars(lora).items() if value != getattr(LoraConfig(), name)]
+        given = lora.given
         problems.need(
             not given,
             f"student.lora.{', '.join(given)} given without student.lora.rank: give a rank, 16 say",

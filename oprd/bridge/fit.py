@@ -47,7 +47,7 @@ FEW_PAIRS = 0.5
 WATCHDOG_S = 6 * 3600.0
 """Of which `oprd.distributed.init` makes the limit of a collective: a day. The first sums over
 ranks come after all rollouts and a pass over them, hours at the paper's scale, and a rank with
-longer responses is later by a share of it: torch's half an hour would throw all that away."""
+longer responses is later by a share of it; nothing else watches a fit, so that there is a limit."""
 
 See = Callable[[int, Tensor, Tensor, Tensor], None]
 """Of a student block: its states (N, dS), the supervised rows of it (M,), the teacher's (M, dT)."""

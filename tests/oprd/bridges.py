@@ -1,11 +1,16 @@
-"""A teacher of another shape than the demo's student, and fits and runs with it."""
+"""Teachers of another shape than the demo's student, and fits and runs with them."""
+
+import json
+from pathlib import Path
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from oprd.bridge.checks import FitConfig
-from oprd.config import TrainConfig
-from oprd.demo.task import make_tokenizer
+from oprd.bridge.fit import fit
+from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig, TrainConfig
+from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer
+from oprd.demo.task import make_splits, make_tokenizer
 from tests.oprd.runs import set_options, small_run
 
 
@@ -40,3 +45,26 @@ def small_fit(file, teacher, **changes) -> FitConfig:
 def bridged_run(directory, teacher, bridge_file, **changes) -> TrainConfig:
     changes = {"teacher__path": teacher, "bridge__path": str(bridge_file)} | changes
     return small_run(directory, **changes)
+
+
+def write_teachers(directory: Path) -> None:
+    """Of prompts in turn: the demo's teacher, and one of another shape and tokenizer; and a bridge
+    from each."""
+    torch.manual_seed(3)
+    other, tokenizer = str(directory / "other"), make_pair_tokenizer()
+    make_olmo(tokenizer, width=64, layers=6).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    rows = [json.dumps({"prompt": s.prompt, "answer": s.answer}) for s in make_splits().train[:40]]
+    for i, (name, path) in enumerate({"same": "demo:teacher", "other": other}.items()):
+        cfg = FitConfig(output=str(directory / name) + ".safetensors", rank=4, prompts=60)
+        cfg.teacher.path, cfg.data.train.limit = path, 60
+        fit(cfg)
+        (directory / f"{name}.jsonl").write_text("\n".join(rows[i::2]))
+
+
+def add_teachers(cfg: TrainConfig, directory: Path, rank: int | None = None) -> None:
+    """Those of `write_teachers`."""
+    for name, path in {"same": "demo:teacher", "other": str(directory / "other")}.items():
+        cfg.teachers[name] = TeacherConfig(path)
+        cfg.data.sources[name] = PromptsConfig(str(directory / f"{name}.jsonl"))
+        cfg.bridges[name] = BridgeConfig(str(directory / f"{name}.safetensors"), rank)

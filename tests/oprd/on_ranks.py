@@ -7,7 +7,6 @@ Writes each case's weights and metrics, which must not depend on the number of r
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from dataclasses import replace
@@ -18,16 +17,13 @@ import torch
 from oprd import distributed
 from oprd.alignment import for_teacher
 from oprd.bridge.bank import save_bridge
-from oprd.bridge.checks import FitConfig
-from oprd.bridge.fit import fit
-from oprd.config import BridgeConfig, LoraConfig, PromptsConfig, TeacherConfig, TrainConfig
-from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer
-from oprd.demo.task import make_splits
+from oprd.config import LoraConfig, TrainConfig
 from oprd.models import load_model
 from oprd.preflight import Preflight, preflight
 from oprd.rollout import Reading, Rollout
 from oprd.student_weights import full_weights
 from oprd.train import Trainer
+from tests.oprd.bridges import add_teachers
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_train import small_run
 
@@ -88,7 +84,7 @@ def rollouts(case: str, step: int, checked: Preflight) -> list[Rollout]:
         reading = Reading([*prompt, 7, 8, 9], response) if case == "self" else None
         rollout = Rollout(prompt, response, False, reading=reading)
         if case.startswith("teachers"):
-            asked = checked.train.prompts[7 * i % 20]
+            asked = checked.train.prompts[7 * i % 40]
             rollout = replace(rollout, prompt_ids=asked.token_ids)
             rollout = for_teacher(rollout, asked, checked.aligners, ends=[1])
         made.append(rollout)
@@ -128,29 +124,6 @@ def write_bridge(file: Path) -> None:
     """A bridge between the demo's models."""
     cfg = TrainConfig()
     save_bridge(make_bridge(load_model(cfg.student), load_model(cfg.teacher), rank=8), file)
-
-
-def write_teachers(directory: Path) -> None:
-    """Of prompts in turn: the demo's teacher, and one of another shape and tokenizer; and a bridge
-    from each."""
-    torch.manual_seed(3)
-    other, tokenizer = str(directory / "other"), make_pair_tokenizer()
-    make_olmo(tokenizer, width=64, layers=6).save_pretrained(other)
-    tokenizer.save_pretrained(other)
-    rows = [json.dumps({"prompt": s.prompt, "answer": s.answer}) for s in make_splits().train[:20]]
-    for i, (name, path) in enumerate({"same": "demo:teacher", "other": other}.items()):
-        cfg = FitConfig(output=str(directory / name) + ".safetensors", rank=4, prompts=20)
-        cfg.teacher.path, cfg.data.train.limit = path, 20
-        fit(cfg)
-        (directory / f"{name}.jsonl").write_text("\n".join(rows[i::2]))
-
-
-def add_teachers(cfg: TrainConfig, directory: Path) -> None:
-    """Those of `write_teachers`."""
-    for name, path in {"same": "demo:teacher", "other": str(directory / "other")}.items():
-        cfg.teachers[name] = TeacherConfig(path)
-        cfg.data.sources[name] = PromptsConfig(str(directory / f"{name}.jsonl"))
-        cfg.bridges[name] = BridgeConfig(str(directory / f"{name}.safetensors"))
 
 
 def main() -> None:

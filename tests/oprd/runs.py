@@ -4,10 +4,12 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from oprd.checkpoint.state import stored_tensors
@@ -62,6 +64,18 @@ def stop_after(monkeypatch, step, signum=signal.SIGTERM) -> None:
             os.kill(os.getpid(), signum)
 
     monkeypatch.setattr(RunLog, "step", logged)
+
+
+def limits_of_two_ranks(monkeypatch) -> list[timedelta]:
+    """Of the process groups that are asked for from now on, instead of making them."""
+    limits: list[timedelta] = []
+    store = dist.HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "rendezvous", lambda _url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *_, timeout=None, **__: limits.append(timeout)
+    )
+    return limits
 
 
 def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:

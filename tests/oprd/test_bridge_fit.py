@@ -21,7 +21,7 @@ from oprd.models import DEMO
 from oprd.positions import supervise
 from oprd.rollout import Batch
 from tests.oprd.bridges import small_fit, write_teacher
-from tests.oprd.runs import ROOT
+from tests.oprd.runs import ROOT, limits_of_two_ranks
 from tests.oprd.tiny import make_batch, make_model
 
 
@@ -182,15 +182,7 @@ def test_ranks_wait_for_each_other_longer_than_rollouts_take(teacher, tmp_path, 
     """The first sums over ranks come after all rollouts."""
     from oprd.bridge.fit import Fitter
 
-    limits, joined = [], []
-
-    def init(*_args, timeout=None, **_kwargs):
-        limits.append(timeout)
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "init_process_group", init)
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _url: iter([(store, 0, 2)]))
+    limits, joined = limits_of_two_ranks(monkeypatch), []
     monkeypatch.setattr(
         distributed, "sum_over_ranks", lambda _values, device: joined.append(device.type)
     )

@@ -19,11 +19,12 @@ from oprd.building import Builder
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
 from oprd.data import load_prompts
 from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer, make_teacher
-from oprd.demo.task import make_splits, make_tokenizer
+from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models import load_model, load_tokenizer
 from oprd.rollout import Rollout
 from oprd.train import train
+from tests.oprd.bridges import add_teachers, write_teachers
 from tests.oprd.test_train import lines, small_run
 
 PAIRS = make_pair_tokenizer()
@@ -155,20 +156,14 @@ def test_student_ids_is_what_public_code_does(tmp_path, teacher):
     assert not any("align/ratio" in line for line in steps)
 
 
-def test_a_bridge_for_each_teacher(tmp_path, teacher):
+def test_a_bridge_for_each_teacher(tmp_path):
     """One of the student's tokenizer and width, one of neither, for prompts of their own."""
-    rows = [json.dumps({"prompt": s.prompt, "answer": s.answer}) for s in make_splits().train[:40]]
+    write_teachers(tmp_path)
     cfg = small_run(tmp_path / "run", distill__kind="nmse")
-    paths = {"same": "demo:teacher", "other": teacher}
-    for i, (name, path) in enumerate(paths.items()):
-        fit(fit_config(tmp_path / name, path))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows[i::2]))
-        cfg.teachers[name] = TeacherConfig(path)
-        cfg.data.sources[name] = PromptsConfig(str(tmp_path / f"{name}.jsonl"))
-        cfg.bridges[name] = BridgeConfig(str(tmp_path / name), 3)
+    add_teachers(cfg, tmp_path, rank=3)
     made = Builder(cfg, torch.device("cpu")).objectives()
-    for name in paths:
-        bridge = load_bridge(tmp_path / name, 3)
+    for name, given in cfg.bridges.items():
+        bridge = load_bridge(given.path, 3)
         found = made.teachers[name].distiller.projectors.bridge
         assert torch.equal(found.student_proj[1], bridge.student_proj[1])
         assert torch.equal(found.teacher_proj[1], bridge.teacher_proj[1])

@@ -14,7 +14,8 @@ from oprd.config.fsdp import FsdpConfig, check_fsdp
 from oprd.errors import Problems
 from oprd.models import empty_model, load_model, load_tokenizer
 from oprd.rollout import generate
-from tests.oprd.on_ranks import BF16, CASES, write_bridge, write_teachers
+from tests.oprd.bridges import write_teachers
+from tests.oprd.on_ranks import BF16, CASES, write_bridge
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = {1: (), 2: ("hybrid",), 3: ("hybrid", "compiled", "not_sharded")}

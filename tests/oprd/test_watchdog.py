@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch.distributed as dist
 
 from oprd import distributed, heartbeat
 from oprd.checkpoint.resume import locate
@@ -18,6 +17,7 @@ from oprd.errors import ConfigError
 from oprd.heartbeat import Beat, describe
 from oprd.train import Trainer, TrainingStopped, train
 from oprd.watchdog import Watchdog
+from tests.oprd.runs import limits_of_two_ranks
 from tests.oprd.test_train import ROOT, lines, small_run, steps_of
 
 pytestmark = pytest.mark.slow
@@ -184,12 +184,9 @@ def run_script(tmp_path, text, *launcher):
 
 @pytest.mark.parametrize(("limit", "seconds"), [(600.0, 2400), (None, 30 * 24 * 3600)])
 def test_collectives_outlast_the_watchdog(monkeypatch, limit, seconds):
-    asked = {}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(dist.HashStore(), 0, 2)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: asked.update(options))
+    limits = limits_of_two_ranks(monkeypatch)
     distributed.init("cpu", timeout_s=limit)
-    assert asked["timeout"].total_seconds() == seconds
+    assert [found.total_seconds() for found in limits] == [seconds]
 
 
 HANGS = """
@@ -197,6 +194,7 @@ import sys, time
 import oprd.train
 from oprd import distributed
 from pathlib import Path
+from tests.oprd.runs import limits_of_two_ranks
 from tests.oprd.test_train import small_run
 
 class Sleeping(oprd.train.Trainer):

@@ -1,9 +1,13 @@
 """Triton's interpreter, watched: every access checked against the tensors of its launch, and the
 bytes counted.
 
-Two of its ways are also put right, which a GPU does not share: it narrows float32 to bfloat16 by
-cutting off bits instead of rounding to nearest, and it copies every storage onto itself after a
-launch, which would bring a sparse tensor's untouched pages into memory.
+Some of its ways are also put right, which a GPU does not share: it narrows float32 to bfloat16 by
+cutting off bits instead of rounding to nearest; it multiplies the bits of bfloat16 matrices as if
+they were integers; it takes the truth of a scalar comparison for a number; and it copies every storage onto itself after a launch, which would bring a
+sparse tensor's untouched pages into memory.
+
+Products of 16-bit matrices are summed as Hopper's tensor cores sum them (`tensor_core`): a kernel
+that leaves a long sum to them is as wrong here as there.
 
 Install once, before the first launch, where TRITON_INTERPRET=1 is set: `install`.
 """
@@ -69,6 +73,8 @@ def install() -> None:
     builder.watched = True
     builder.cast_impl = _rounding(builder.cast_impl)
     builder.create_fp_to_fp = _rounding(builder.create_fp_to_fp)
+    builder.create_splat = _splat
+    builder.create_dot = _dot(builder.create_dot)
     builder.create_masked_load = _checked(builder.create_masked_load, "load")
     builder.create_masked_store = _checked(builder.create_masked_store, "store")
     executor: Any = interpreter.GridExecutor
@@ -99,6 +105,54 @@ def _rounding(original):
     return cast
 
 
+def tensor_core(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c of float32 matrices whose values have 16 bits, as Hopper's tensor cores sum it.
+
+    16 products and the accumulator at a time: all are brought to the largest exponent among them
+    and cut off two bits below float32's last place there; so is their sum to float32. Modelled on
+    what an H200's results were seen to lose; not a statement by its maker.
+    """
+    acc = c.astype(np.float64)
+    with np.errstate(all="ignore"):
+        for first in range(0, a.shape[1], 16):
+            # Exact: the products of 16-bit numbers have at most 22 bits.
+            left = a[:, first : first + 16].astype(np.float64)
+            right = b[first : first + 16].astype(np.float64)
+            terms = np.concatenate([left[:, :, None] * right[None], acc[:, None]], axis=1)
+            _, exponent = np.frexp(np.abs(terms).max(axis=1))
+            unit = np.ldexp(1.0, np.clip(exponent - 26, -1000, 1000))
+            total = (np.trunc(terms / unit[:, None]) * unit[:, None]).sum(axis=1)
+            _, exponent = np.frexp(total)
+            unit = np.ldexp(1.0, np.clip(exponent - 24, -1000, 1000))
+            acc = np.where(np.isfinite(total), np.trunc(total / unit) * unit, total)
+            plain = left @ right  # NaN and infinity as IEEE has them
+            acc = np.where(np.isfinite(plain), acc, plain)
+    return acc.astype(np.float32)
+
+
+def _splat(self, ret_ty, arg):
+    # By the values' own type: a comparison's result is labelled with the type of what it compared.
+    data = np.full(ret_ty.shape, arg.data, dtype=arg.data.dtype)
+    return interpreter.TensorHandle(data, arg.dtype.scalar)
+
+
+def _dot(original):
+    def dot(self, a, b, c, *rest):
+        if a.dtype.scalar not in (tl.bfloat16, tl.float16):
+            return original(self, a, b, c, *rest)
+        left, right = (_as_float32(x) for x in (a, b))
+        return interpreter.TensorHandle(tensor_core(left, right, c.data), c.dtype.scalar)
+
+    return dot
+
+
+def _as_float32(x) -> np.ndarray:
+    if x.dtype.scalar == tl.bfloat16:
+        bits = np.ascontiguousarray(x.data).view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32)
+    return x.data.astype(np.float32)
+
+
 def _checked(original, what: str):
     def access(self, pointers, *rest):
         mask = rest[1] if what == "store" else rest[0]
@@ -124,10 +178,11 @@ def _launching(original):
         launch = Launch(self.fn.__name__)
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
         for name, value in named.items():
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                begin = storage.data_ptr()
-                launch.regions.append((begin, begin + storage.nbytes(), name))
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, torch.Tensor):
+                    storage = x.untyped_storage()
+                    begin = storage.data_ptr()
+                    launch.regions.append((begin, begin + storage.nbytes(), name))
         _running.append(launch)
         try:
             return original(self, *args, **kwargs)

@@ -1,8 +1,9 @@
 """Launch configurations: a small fixed table, by device generation, width and rank.
 
-Never by the number of rows, which changes with every batch: nothing is tuned or recompiled at run
-time. Chosen by reading registers, spills and load widths off compiled kernels
-(``python -m benchmarks.gpu_static``), as no GPU was at hand to time them.
+Nothing is tuned at run time, and nothing recompiled because a batch has another number of rows: few
+rows choose another kernel, not another configuration of one. Measured on an H200 (sm90); for other
+generations chosen by what compiled code says of registers, spills and shared memory
+(``python -m benchmarks.gpu_static``).
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-MAX_ROW_BLOCK = 16384
-"""Elements of a row that a program keeps in registers; half of it if it also forms the gradient."""
-WIDE_BLOCK = 8192
-FMA_RANK = 16
-"""Up to this rank float32 operands are multiplied by plain FMA."""
-MAX_RANK_BLOCK = 256
-FUSED_RANK = 64
-"""Up to this rank z_S and z_T of a program's rows fit its registers together."""
+from oprd_kernels.triton_backend.operands import RANK_BLOCK, next_power_of_2
+
 GENERATIONS = ("sm80", "sm90", "sm100", "gfx942")
+MAX_PIECES = 8
+"""Pieces of a row that a program keeps in registers."""
+MAX_WARPS = 8
+WIDE_BLOCK = 8192
+"""Elements at a time of a row too wide for registers."""
+RESIDENT_RANKS = (16, 32, 64, 128, 256)
+"""At these ranks dz of a program's rows stays on chip while the gradient's columns go by."""
 
 
 class Config(NamedTuple):
@@ -31,64 +33,130 @@ class Config(NamedTuple):
     stages: int
 
 
-def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least ``n``."""
-    return 1 << max(n - 1, 0).bit_length()
+class RowConfig(NamedTuple):
+    """A row as ``pieces`` of ``columns`` elements."""
+
+    columns: int
+    pieces: int
+    warps: int
 
 
 def _warp_size(generation: str) -> int:
     return 64 if generation.startswith("gfx") else 32
 
 
-def _warps(elements: int, per_thread: int, generation: str) -> int:
-    threads = _warp_size(generation)
-    return min(max(next_power_of_2(elements // (per_thread * threads)), 1), 512 // threads)
+def piece(generation: str, itemsize: int, warps: int) -> int:
+    """Elements of which each thread has 16 bytes."""
+    return 16 // itemsize * _warp_size(generation) * warps
 
 
 @functools.cache
-def identity_forward(generation: str, width: int, with_gradient: bool) -> Config:
-    """Whole rows in registers: 16 elements of each tensor a thread, 32 in the widest."""
-    if width > MAX_ROW_BLOCK // (2 if with_gradient else 1):
-        return Config(1, WIDE_BLOCK, 0, _warps(WIDE_BLOCK, 16, generation), 1)
-    columns = max(next_power_of_2(width), 16)
-    rows = max(2048 // columns, 1)
-    return Config(min(rows, 32), columns, 0, _warps(min(rows, 32) * columns, 16, generation), 1)
+def row(generation: str, width: int, itemsize: int) -> RowConfig | None:
+    """As few warps as hold a row, of ``itemsize`` bytes an element, in registers; a thread has 16
+    bytes of each piece. None: no number of warps does."""
+    warps = 1
+    while piece(generation, itemsize, warps) * MAX_PIECES < width:
+        warps *= 2
+        if warps > MAX_WARPS:
+            return None
+    columns = min(piece(generation, itemsize, warps), max(next_power_of_2(width), 16))
+    return RowConfig(columns, -(-width // columns), warps)
 
 
-@functools.cache
-def identity_backward(generation: str, width: int) -> Config:
-    """Element by element: tiles of 2,048, so that a thread has two vectors of each operand."""
-    columns = min(max(next_power_of_2(width), 16), 1024)
-    rows = min(2048 // columns, 32)
-    return Config(rows, columns, 0, _warps(rows * columns, 16, generation), 1)
+def wide_row(generation: str) -> RowConfig:
+    """A row read again for every use."""
+    return RowConfig(WIDE_BLOCK, 1, 512 // _warp_size(generation))
 
 
-# Rows, columns, threads and stages of the projection by (generation, ranks in a block). Rows >=
-# ranks as far as registers go: every block of rows reads P again, out of L2. The float32
-# accumulators of 256 x 256 alone would fill a multiprocessor's registers, so there it is 128 rows,
-# and where operands come from registers too (sm80, gfx942), 64.
-_PROJECTION = {
-    **{(g, r): (128, 32, 256, 3) for g in ("sm80", "sm90", "sm100") for r in (16, 32, 64, 128)},
-    ("sm80", 256): (64, 16, 256, 3),
-    ("sm90", 256): (128, 32, 256, 2),
-    ("sm100", 256): (128, 32, 256, 2),
-    **{("gfx942", r): (64, 32, 256, 2) for r in (32, 64, 256)},
-    **{("gfx942", r): (128, 32, 256, 2) for r in (16, 128)},
-}
+# Rows, columns, threads and stages of the projection by generation and ranks in a block; for 16-bit
+# states, then for float32 ones. An accumulator of rows x ranks floats is to fit the registers of
+# the threads twice.
+_HALF = {
+    "sm90": {16: (128, 64, 128, 4), 32: (128, 64, 256, 3), 64: (256, 64, 256, 3),
+             128: (128, 64, 256, 3)},
+    "sm80": {16: (128, 64, 128, 3), 32: (128, 64, 128, 3), 64: (128, 64, 256, 3),
+             128: (64, 64, 256, 3)},
+    "gfx942": {16: (128, 64, 256, 2), 32: (128, 64, 256, 2), 64: (128, 32, 256, 2),
+               128: (64, 32, 256, 2)},
+}  # fmt: skip
+_FLOAT = {
+    "sm90": {16: (128, 64, 256, 3), 32: (128, 64, 256, 3), 64: (128, 64, 256, 2),
+             128: (128, 64, 256, 2)},
+    "sm80": {16: (64, 32, 128, 3), 32: (64, 32, 128, 3), 64: (64, 32, 128, 2),
+             128: (64, 32, 256, 2)},
+    "gfx942": {16: (64, 32, 256, 2), 32: (64, 32, 256, 2), 64: (64, 32, 256, 2),
+               128: (64, 32, 256, 2)},
+}  # fmt: skip
+_PROJECT = {"sm90": (256, 64, 256, 3), "sm80": (128, 64, 256, 3), "gfx942": (128, 32, 256, 2)}
+"""Of `project` with RANK_BLOCK ranks of 16-bit states, where no second accumulator is needed."""
+_FEW = {"sm90": (64, 64, 128, 3), "sm80": (64, 64, 128, 3), "gfx942": (64, 32, 256, 2)}
+"""Of `project` for few rows."""
+_RESIDENT = {16: (64, 128, 128, 3), 32: (64, 128, 128, 3), 64: (128, 64, 256, 3),
+             128: (128, 64, 256, 3), 256: (128, 128, 256, 2)}  # fmt: skip
+"""Of `half_backward`, by rank."""
 
 
-@functools.cache
-def projection(generation: str, rank: int) -> Config:
-    """Forward: blocks of rows by all of d, for up to MAX_RANK_BLOCK ranks."""
-    ranks = min(max(next_power_of_2(rank), 16), MAX_RANK_BLOCK)
-    rows, columns, threads, stages = _PROJECTION[generation, ranks]
+def _table(generation: str, table: dict) -> dict:
+    return table[generation if generation in table else "sm90"]
+
+
+def _config(values: tuple, ranks: int, generation: str) -> Config:
+    rows, columns, threads, stages = values
     return Config(rows, columns, ranks, threads // _warp_size(generation), stages)
 
 
 @functools.cache
-def projection_backward(generation: str, rank: int) -> Config:
-    """Backward: tiles of the gradient, a few ranks at a time."""
-    warps = 256 // _warp_size(generation)
-    if rank <= FMA_RANK:
-        return Config(32, 128, 16, warps, 1)
-    return Config(64, 128, 32, warps, 2)
+def projection(generation: str, ranks: int, has_float: bool) -> Config:
+    """Forward, both sides in one program. ``has_float``: a side has float32 states."""
+    return _config(_table(generation, _FLOAT if has_float else _HALF)[ranks], ranks, generation)
+
+
+@functools.cache
+def fuses(ranks: int, has_float: bool) -> bool:
+    """Whether z of both sides fits one program."""
+    return ranks <= (RANK_BLOCK // 2 if has_float else RANK_BLOCK)
+
+
+@functools.cache
+def project(generation: str, ranks: int, has_float: bool, few: bool) -> Config:
+    """Forward, one side a program, ``ranks`` of them at a time."""
+    if few and not has_float:
+        return _config(_table(generation, _FEW), ranks, generation)
+    if ranks == RANK_BLOCK and not has_float:
+        return _config(_table(generation, _PROJECT), ranks, generation)
+    return projection(generation, ranks, has_float)
+
+
+@functools.cache
+def comparison(generation: str, ranks: int) -> Config:
+    """Comparing what `project` has left; ``ranks`` is a power of two."""
+    rows = max(min(8192 // ranks, 128), 1)
+    threads = min(max(rows * ranks // 32, 128), 512)
+    return _config((rows, 0, threads, 1), ranks, generation)
+
+
+@functools.cache
+def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
+    """Backward of bfloat16 states, ``ranks`` of RESIDENT_RANKS."""
+    rows, columns, threads, stages = _RESIDENT[ranks]
+    if accumulate and ranks == 256:
+        columns = 64
+    if generation == "gfx942":
+        stages = 2
+    return _config((rows, columns, threads, stages), ranks, generation)
+
+
+@functools.cache
+def tiled_backward(generation: str, ranks: int) -> Config:
+    """Backward of all other states."""
+    values = (
+        (128, 128, 256, 2) if generation == "sm100" or generation == "sm90" else (64, 64, 128, 2)
+    )
+    return _config(values, min(ranks, 64), generation)
+
+
+@functools.cache
+def projector_gradient(generation: str, ranks: int) -> Config:
+    """The gradient of the projector: rows at a time, columns and ranks of a program."""
+    values = (64, 128, 256, 2) if generation != "gfx942" else (32, 64, 256, 2)
+    return _config(values, min(ranks, 64), generation)

@@ -1,175 +1,246 @@
 """Rows compared as they are: statistics, and the gradient in forward or in backward.
 
-A program takes R whole rows of both tensors into registers, where they stay between their uses:
-global memory is read once. Rows wider than configs.MAX_ROW_BLOCK are read again, out of L2.
+A program has one row of both tensors in registers, as N pieces of D elements, where they stay
+between their uses: global memory is read once, and a row of up to 2,048 16-bit elements is one
+warp's, without a barrier. Rows too wide for that are in `identity_wide`.
+
+Layers: tensors come as tuples, one a layer, all of the same shape and strides; program_id(1) is the
+layer.
 """
 
 import triton
 import triton.language as tl
 
 from oprd_kernels.triton_backend.pair import (
-    COSINE,
-    EPS,
     MSE,
-    ROW_STATS,
-    SCALE,
     SHRINK,
-    STATS,
-    load_block,
-    pair_gradient,
-    pair_stats,
-    put_stats,
-    reduction_factor,
-    row_offsets,
-    row_weights,
+    gradient_factor,
+    inverse,
+    inverse_norm,
+    launched,
+    mean_over,
+    row_starts,
 )
+from oprd_kernels.triton_backend.saved import HEAD, SCALE, aligned_rows, layer_saved, ticket_of
 
 
-@triton.jit(do_not_specialize=["m"])
-def identity_forward(
-    student, teacher, grad, loss, saved, rows, teacher_rows, weights, denominator, m, width,
-    student_inner, student_outer, student_stride, student_last,
-    teacher_inner, teacher_outer, teacher_stride, teacher_last,
-    grad_inner, grad_outer, grad_stride, grad_last,
-    KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """With ``grad`` (the teacher's own memory, perhaps) also the gradient of the reduced loss."""
-    i_R = tl.program_id(0) * R + tl.arange(0, R)
-    in_range_R = i_R < m
-    weight_R = row_weights(weights, i_R, in_range_R)
-    d_D = tl.arange(0, D)
-    read_RD = (weight_R != 0)[:, None] & (d_D < width)[None, :]
-    s_R = row_offsets(rows, i_R, in_range_R, student_inner, student_outer, student_stride)
-    t_R = row_offsets(teacher_rows, i_R, in_range_R, teacher_inner, teacher_outer, teacher_stride)
-    s_RD = load_block(student, s_R, d_D, student_last, read_RD)
-    t_RD = load_block(teacher, t_R, d_D, teacher_last, read_RD)
-    loss_R, inv_s_R, inv_t_R, omc_R = pair_stats(s_RD, t_RD, width, KIND)
-    put_stats(loss, saved, i_R, in_range_R, m, weight_R, loss_R, inv_s_R, inv_t_R, omc_R, EACH)
-    if grad is not None:
-        coefficient_R = reduction_factor(denominator, m, MEAN) * weight_R
-        g_RD = pair_gradient(s_RD, t_RD, inv_s_R, inv_t_R, omc_R, coefficient_R, width, KIND)
-        g_RD = tl.where((coefficient_R != 0)[:, None], g_RD, 0.0)
-        g_R = row_offsets(None, i_R, in_range_R, grad_inner, grad_outer, grad_stride)
-        g_at = grad + g_R[:, None] + d_D[None, :] * grad_last
-        write_RD = in_range_R[:, None] & (d_D < width)[None, :]
-        tl.store(g_at, g_RD.to(grad.dtype.element_ty), mask=write_RD)
+@triton.jit
+def of_layer(tensors):
+    """The tensor of the layer that is program_id(1)."""
+    layer = tl.program_id(1)
+    at = tensors[0]
+    for n in tl.static_range(1, len(tensors)):
+        at = tl.where(layer == n, tensors[n], at)
+    return at
 
 
-@triton.jit(do_not_specialize=["m"])
-def identity_forward_wide(
-    student, teacher, grad, loss, saved, rows, teacher_rows, weights, denominator, m, width,
-    student_inner, student_outer, student_stride, student_last,
-    teacher_inner, teacher_outer, teacher_stride, teacher_last,
-    grad_inner, grad_outer, grad_stride, grad_last,
-    KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """The same for rows wider than D: R = 1, in blocks."""
-    i_R = tl.program_id(0) * R + tl.arange(0, R)
-    in_range_R = i_R < m
-    weight_R = row_weights(weights, i_R, in_range_R)
-    s_R = row_offsets(rows, i_R, in_range_R, student_inner, student_outer, student_stride)
-    t_R = row_offsets(teacher_rows, i_R, in_range_R, teacher_inner, teacher_outer, teacher_stride)
-    valid_RD = (weight_R != 0)[:, None] & (tl.arange(0, D) >= 0)[None, :]
-
-    s_squares_RD = tl.zeros((R, D), tl.float32)
-    t_squares_RD = tl.zeros((R, D), tl.float32)
-    for begin in range(0, width, D):
-        d_D = begin + tl.arange(0, D)
-        read_RD = valid_RD & (d_D < width)[None, :]
-        s_RD = load_block(student, s_R, d_D, student_last, read_RD)
-        t_RD = load_block(teacher, t_R, d_D, teacher_last, read_RD)
-        s_squares_RD += s_RD * s_RD
-        t_squares_RD += t_RD * t_RD
-    s_sum_R = tl.sum(s_squares_RD, axis=1)
-    t_sum_R = tl.sum(t_squares_RD, axis=1)
-    s_factor_R = tl.where(s_sum_R == float("inf"), SHRINK, 1.0)
-    t_factor_R = tl.where(t_sum_R == float("inf"), SHRINK, 1.0)
-    if tl.min(tl.minimum(s_factor_R, t_factor_R), axis=0) < 1.0:
-        s_squares_RD = tl.zeros((R, D), tl.float32)
-        t_squares_RD = tl.zeros((R, D), tl.float32)
-        for begin in range(0, width, D):
-            d_D = begin + tl.arange(0, D)
-            read_RD = valid_RD & (d_D < width)[None, :]
-            s_RD = load_block(student, s_R, d_D, student_last, read_RD) * s_factor_R[:, None]
-            t_RD = load_block(teacher, t_R, d_D, teacher_last, read_RD) * t_factor_R[:, None]
-            s_squares_RD += s_RD * s_RD
-            t_squares_RD += t_RD * t_RD
-        s_sum_R = tl.sum(s_squares_RD, axis=1)
-        t_sum_R = tl.sum(t_squares_RD, axis=1)
-    s_norm_R, t_norm_R = tl.sqrt_rn(s_sum_R), tl.sqrt_rn(t_sum_R)
-    zero_R = s_norm_R <= EPS
-    inv_s_R = tl.div_rn(s_factor_R, tl.where(zero_R, EPS, s_norm_R))
-    inv_t_R = tl.div_rn(t_factor_R, tl.where(t_norm_R <= EPS, EPS, t_norm_R))
-
-    distance_RD = tl.zeros((R, D), tl.float32)
-    radial_RD = tl.zeros((R, D), tl.float32)
-    for begin in range(0, width, D):
-        d_D = begin + tl.arange(0, D)
-        read_RD = valid_RD & (d_D < width)[None, :]
-        s_RD = load_block(student, s_R, d_D, student_last, read_RD)
-        t_RD = load_block(teacher, t_R, d_D, teacher_last, read_RD)
-        unit_RD = s_RD * inv_s_R[:, None]
-        e_RD = unit_RD - t_RD * inv_t_R[:, None]
-        radial_RD += unit_RD * e_RD
-        if KIND == MSE:
-            e_RD = s_RD - t_RD
-        distance_RD += e_RD * e_RD
-    loss_R = tl.sum(distance_RD, axis=1)
-    loss_R = tl.div_rn(loss_R, tl.zeros_like(loss_R) + (2 if KIND == COSINE else width))
-    omc_R = tl.where(zero_R, 1.0, tl.sum(radial_RD, axis=1))
-    inv_s_R = tl.where(zero_R, 0.0, inv_s_R)
-    put_stats(loss, saved, i_R, in_range_R, m, weight_R, loss_R, inv_s_R, inv_t_R, omc_R, EACH)
-    if grad is not None:
-        coefficient_R = reduction_factor(denominator, m, MEAN) * weight_R
-        g_R = row_offsets(None, i_R, in_range_R, grad_inner, grad_outer, grad_stride)
-        for begin in range(0, width, D):
-            d_D = begin + tl.arange(0, D)
-            read_RD = valid_RD & (d_D < width)[None, :]
-            s_RD = load_block(student, s_R, d_D, student_last, read_RD)
-            t_RD = load_block(teacher, t_R, d_D, teacher_last, read_RD)
-            g_RD = pair_gradient(s_RD, t_RD, inv_s_R, inv_t_R, omc_R, coefficient_R, width, KIND)
-            g_RD = tl.where((coefficient_R != 0)[:, None], g_RD, 0.0)
-            g_at = grad + g_R[:, None] + d_D[None, :] * grad_last
-            write_RD = in_range_R[:, None] & (d_D < width)[None, :]
-            tl.store(g_at, g_RD.to(grad.dtype.element_ty), mask=write_RD)
+@triton.jit
+def load_row(row, last, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+             DENSE: tl.constexpr):  # fmt: skip
+    """N pieces of a row; 0 past its end, and everywhere unless ``live``."""
+    pieces = ()
+    for n in tl.static_range(N):
+        d_D = n * D + tl.arange(0, D)
+        at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+        if (n + 1) * D > WIDTH:
+            pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)
+        else:
+            pieces += (tl.load(at_D, mask=live, other=0.0),)
+    return pieces
 
 
-@triton.jit(do_not_specialize=["m"])
-def identity_backward(
-    grad, student, teacher, saved, grad_loss, grad_loss_stride, rows, teacher_rows, weights, m,
-    width,
-    student_inner, student_outer, student_stride, student_last,
-    teacher_inner, teacher_outer, teacher_stride, teacher_last,
-    grad_inner, grad_outer, grad_stride, grad_last,
-    KIND: tl.constexpr, ACCUMULATE: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Write, or ACCUMULATE, the gradient in the supervised rows of ``grad``: R rows, D columns."""
-    i_R = tl.program_id(0) * R + tl.arange(0, R)
-    in_range_R = i_R < m
-    weight_R = row_weights(weights, i_R, in_range_R)
-    scale = tl.load(saved + SCALE)
-    active_R = tl.where(scale == 0, 0.0, weight_R) != 0
-    upstream_at = grad_loss + i_R.to(tl.int64) * grad_loss_stride
-    upstream_R = tl.load(upstream_at, mask=active_R, other=0.0)
-    coefficient_R = upstream_R * scale * weight_R
-    row = saved + STATS + ROW_STATS * i_R.to(tl.int64)
-    inv_s_R = tl.load(row, mask=active_R, other=0.0)
-    inv_t_R = tl.load(row + 1, mask=active_R, other=0.0)
-    omc_R = tl.load(row + 2, mask=active_R, other=0.0)
-
-    d_D = tl.program_id(1) * D + tl.arange(0, D)
-    read_RD = active_R[:, None] & (d_D < width)[None, :]
-    s_R = row_offsets(rows, i_R, in_range_R, student_inner, student_outer, student_stride)
-    t_R = row_offsets(teacher_rows, i_R, in_range_R, teacher_inner, teacher_outer, teacher_stride)
-    g_R = row_offsets(rows, i_R, in_range_R, grad_inner, grad_outer, grad_stride)
-    g_at = grad + g_R[:, None] + d_D[None, :] * grad_last
-    s_RD = load_block(student, s_R, d_D, student_last, read_RD)
-    t_RD = load_block(teacher, t_R, d_D, teacher_last, read_RD)
-    g_RD = pair_gradient(s_RD, t_RD, inv_s_R, inv_t_R, omc_R, coefficient_R, width, KIND)
-    if ACCUMULATE:
-        old_RD = tl.load(g_at, mask=read_RD, other=0.0).to(tl.float32)
-        tl.store(g_at, (old_RD + g_RD).to(grad.dtype.element_ty), mask=read_RD)
+@triton.jit
+def store_piece(row, last, n, piece_D, live, WIDTH: tl.constexpr, D: tl.constexpr,
+                DENSE: tl.constexpr):  # fmt: skip
+    """Piece n of a row, rounded to what the row holds, if ``live``."""
+    d_D = n * D + tl.arange(0, D)
+    at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+    value_D = piece_D.to(row.dtype.element_ty)
+    if (n + 1) * D > WIDTH:
+        tl.store(at_D, value_D, mask=live & (d_D < WIDTH))
     else:
-        g_RD = tl.where(active_R[:, None], g_RD, 0.0)
-        write_RD = in_range_R[:, None] & (d_D < width)[None, :]
-        tl.store(g_at, g_RD.to(grad.dtype.element_ty), mask=write_RD)
+        tl.store(at_D, value_D, mask=live)
+
+
+@triton.jit
+def row_squares(pieces, factor, D: tl.constexpr, N: tl.constexpr):
+    """The sum of (factor * x)^2."""
+    sum_D = tl.zeros((D,), tl.float32)
+    for n in tl.static_range(N):
+        x_D = pieces[n].to(tl.float32) * factor
+        sum_D = tl.fma(x_D, x_D, sum_D)
+    return tl.sum(sum_D, axis=0)
+
+
+@triton.jit
+def row_stats(s, t, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr):
+    """Loss, 1 / |s| (0 for a row of norm 0), the 1 / |s| to compute with, 1 / |t|, 1 - cos."""
+    s_squares, t_squares = row_squares(s, 1.0, D, N), row_squares(t, 1.0, D, N)
+    s_factor = tl.where(s_squares == float("inf"), SHRINK, 1.0)
+    t_factor = tl.where(t_squares == float("inf"), SHRINK, 1.0)
+    if tl.minimum(s_factor, t_factor) < 1.0:
+        s_squares, t_squares = row_squares(s, s_factor, D, N), row_squares(t, t_factor, D, N)
+    inv_s, zero = inverse_norm(s_squares, s_factor)
+    inv_t, _ = inverse_norm(t_squares, t_factor)
+    distance_D = tl.zeros((D,), tl.float32)
+    radial_D = tl.zeros((D,), tl.float32)
+    for n in tl.static_range(N):
+        s_D, t_D = s[n].to(tl.float32), t[n].to(tl.float32)
+        unit_D = s_D * inv_s
+        e_D = unit_D - t_D * inv_t
+        radial_D = tl.fma(unit_D, e_D, radial_D)
+        if KIND == MSE:
+            e_D = s_D - t_D
+        distance_D = tl.fma(e_D, e_D, distance_D)
+    loss = mean_over(tl.sum(distance_D, axis=0), WIDTH, KIND)
+    # A student row without a direction: cosine 0, gradient 0.
+    one_minus_cos = tl.where(zero, 1.0, tl.sum(radial_D, axis=0))
+    return loss, tl.where(zero, 0.0, inv_s), inv_t, one_minus_cos
+
+
+@triton.jit
+def gradient_piece(s_D, t_D, inv_s, inv_t, one_minus_cos, factor, KIND: tl.constexpr):
+    """`pair.pair_gradient` of a piece of one row."""
+    s_D, t_D = s_D.to(tl.float32), t_D.to(tl.float32)
+    if KIND == MSE:
+        return (s_D - t_D) * factor
+    else:
+        unit_D = s_D * inv_s
+        e_D = unit_D - t_D * inv_t
+        return tl.fma(-one_minus_cos, unit_D, e_D) * factor
+
+
+@triton.jit
+def put_row(loss, saved, i, m, weight, row_loss, inv_s, inv_t, one_minus_cos, EACH: tl.constexpr):
+    """Store a row's results; of a masked row, zeros. EACH: the losses, weighted, are the result.
+    The first program also readies the ticket for the reduction that follows."""
+    live = weight != 0
+    size = aligned_rows(m)
+    row = saved + HEAD + i
+    tl.store(row, tl.where(live, inv_s, 0.0))
+    tl.store(row + size, tl.where(live, inv_t, 0.0))
+    tl.store(row + 2 * size, tl.where(live, one_minus_cos, 0.0))
+    if EACH:
+        tl.store(loss + i, tl.where(live, row_loss * weight, 0.0))
+    else:
+        tl.store(row + 3 * size, tl.where(live, row_loss, 0.0))
+    if i == 0:
+        tl.store(ticket_of(saved), 0)
+
+
+@triton.jit
+def reduction_factor(denominator, m, MEAN: tl.constexpr):
+    """What the reduction multiplies every row by, where it is known before the rows are."""
+    if not MEAN:
+        return tl.full((), 1.0, tl.float32)
+    elif denominator is None:
+        return inverse(m.to(tl.float32))
+    else:
+        return inverse(tl.load(denominator))
+
+
+@launched
+def identity_forward(
+    students, teachers, grad, loss, saved, rows, teacher_rows, weights, denominator, saved_size, m,
+    s_inner, s_outer, s_stride, s_last, t_inner, t_outer, t_stride, t_last,
+    g_inner, g_outer, g_stride, g_last,
+    KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Statistics and losses of rows. With ``grad`` (of one layer; the teacher's own memory,
+    perhaps) also the gradient of the reduced loss."""
+    i = tl.program_id(0)
+    saved = layer_saved(saved, saved_size)
+    weight = tl.full((), 1.0, tl.float32)
+    if weights is not None:
+        weight = tl.load(weights + i)
+    live = weight != 0
+    s_row = of_layer(students) + row_starts(rows, i, True, s_inner, s_outer, s_stride, UNIT, FLAT)
+    t_row = of_layer(teachers) + row_starts(
+        teacher_rows, i, True, t_inner, t_outer, t_stride, UNIT, FLAT
+    )
+    s = load_row(s_row, s_last, live, WIDTH, D, N, DENSE)
+    t = load_row(t_row, t_last, live, WIDTH, D, N, DENSE)
+    row_loss, inv_s, inv_t, one_minus_cos = row_stats(s, t, WIDTH, D, N, KIND)
+    put_row(loss, saved, i, m, weight, row_loss, inv_s, inv_t, one_minus_cos, EACH)
+    if grad is not None:
+        coefficient = reduction_factor(denominator, m, MEAN) * weight
+        factor = gradient_factor(inv_s, coefficient, WIDTH, KIND)
+        g_row = grad + row_starts(None, i, True, g_inner, g_outer, g_stride, UNIT, FLAT)
+        for n in tl.static_range(N):
+            g_D = gradient_piece(s[n], t[n], inv_s, inv_t, one_minus_cos, factor, KIND)
+            g_D = tl.where(coefficient != 0, g_D, 0.0)
+            store_piece(g_row, g_last, n, g_D, True, WIDTH, D, DENSE)
+
+
+@launched
+def identity_backward(
+    grads, students, teachers, saved, grad_loss, rows, teacher_rows, weights, saved_size,
+    grad_loss_row, grad_loss_layer, m,
+    s_inner, s_outer, s_stride, s_last, t_inner, t_outer, t_stride, t_last,
+    g_inner, g_outer, g_stride, g_last,
+    KIND: tl.constexpr, ACCUMULATE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Write, or ACCUMULATE, the gradient in the supervised rows of ``grads``; program_id(2) takes N
+    pieces of a row."""
+    i = tl.program_id(0)
+    saved = layer_saved(saved, saved_size)
+    weight = tl.full((), 1.0, tl.float32)
+    if weights is not None:
+        weight = tl.load(weights + i)
+    live = weight != 0
+    begin = tl.program_id(2) * (N * D)
+    s_row = of_layer(students) + row_starts(rows, i, True, s_inner, s_outer, s_stride, UNIT, FLAT)
+    t_row = of_layer(teachers) + row_starts(
+        teacher_rows, i, True, t_inner, t_outer, t_stride, UNIT, FLAT
+    )
+    g_row = of_layer(grads) + row_starts(rows, i, True, g_inner, g_outer, g_stride, UNIT, FLAT)
+    s = load_part(s_row, s_last, begin, live, WIDTH, D, N, DENSE)
+    t = load_part(t_row, t_last, begin, live, WIDTH, D, N, DENSE)
+    if ACCUMULATE:
+        old = load_part(g_row, g_last, begin, live, WIDTH, D, N, DENSE)
+    scale = tl.load(saved + SCALE)
+    size = aligned_rows(m)
+    row = saved + HEAD + i
+    inv_s, inv_t, one_minus_cos = tl.load(row), tl.load(row + size), tl.load(row + 2 * size)
+    upstream = tl.load(
+        grad_loss + i.to(tl.int64) * grad_loss_row + tl.program_id(1) * grad_loss_layer
+    )
+    active = live & (scale != 0)
+    factor = gradient_factor(inv_s, upstream * scale * weight, WIDTH, KIND)
+    for n in tl.static_range(N):
+        g_D = gradient_piece(s[n], t[n], inv_s, inv_t, one_minus_cos, factor, KIND)
+        if ACCUMULATE:
+            g_D = old[n].to(tl.float32) + g_D
+            store_part(g_row, g_last, begin, n, g_D, active, WIDTH, D, N, DENSE)
+        else:
+            g_D = tl.where(active, g_D, 0.0)
+            store_part(g_row, g_last, begin, n, g_D, True, WIDTH, D, N, DENSE)
+
+
+@triton.jit
+def load_part(row, last, begin, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+              DENSE: tl.constexpr):  # fmt: skip
+    """`load_row`, from column ``begin`` on where one program does not have the whole row."""
+    if WIDTH <= N * D:
+        return load_row(row, last, live, WIDTH, D, N, DENSE)
+    else:
+        pieces = ()
+        for n in tl.static_range(N):
+            d_D = begin + n * D + tl.arange(0, D)
+            at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+            pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)
+        return pieces
+
+
+@triton.jit
+def store_part(row, last, begin, n, piece_D, live, WIDTH: tl.constexpr, D: tl.constexpr,
+               N: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+    """`store_piece`, likewise."""
+    if WIDTH <= N * D:
+        store_piece(row, last, n, piece_D, live, WIDTH, D, DENSE)
+    else:
+        d_D = begin + n * D + tl.arange(0, D)
+        at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+        tl.store(at_D, piece_D.to(row.dtype.element_ty), mask=live & (d_D < WIDTH))

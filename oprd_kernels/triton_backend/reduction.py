@@ -1,73 +1,132 @@
-"""From row losses to the loss: sums in a fixed order, in two stages where there are many rows."""
+"""From rows to the loss and the batch statistics: sums in a fixed order, in one launch.
+
+Each program leaves the sums of its rows; the one that draws the last ticket adds them up, in the
+order of programs, whoever it is.
+"""
 
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.pair import (
-    ROW_STATS,
+from oprd_kernels.triton_backend.pair import inverse, launched, row_weights
+from oprd_kernels.triton_backend.saved import (
+    HEAD,
     SCALE,
-    STATS,
-    reduction_factor,
-    row_weights,
+    SUMS,
+    aligned_rows,
+    layer_saved,
+    ticket_of,
 )
 
-COLUMNS = tl.constexpr(8)
-"""Sums a chunk: loss, cosine, student norm, teacher norm, count; padded."""
+
+@triton.jit
+def leave_sums(partial, program, weight_R, loss_R, inv_s_R, inv_t_R, one_minus_cos_R):
+    """Store the sums of R rows as those of ``program``. A row of weight 0 counts for nothing."""
+    valid_R = weight_R != 0
+    zero_R = inv_s_R == 0
+    s_norm_R = tl.where(zero_R, 0.0, tl.div_rn(1.0, tl.where(zero_R, 1.0, inv_s_R)))
+    t_norm_R = tl.div_rn(1.0, tl.where(valid_R, inv_t_R, 1.0))
+    row = partial + program * SUMS
+    tl.store(row, tl.sum(tl.where(valid_R, weight_R * loss_R, 0.0), axis=0))
+    tl.store(row + 1, tl.sum(tl.where(valid_R, 1.0 - one_minus_cos_R, 0.0), axis=0))
+    tl.store(row + 2, tl.sum(tl.where(valid_R, s_norm_R, 0.0), axis=0))
+    tl.store(row + 3, tl.sum(tl.where(valid_R, t_norm_R, 0.0), axis=0))
+    tl.store(row + 4, tl.sum(tl.where(valid_R, 1.0, 0.0), axis=0))
+    tl.store(row + 5, tl.sum(weight_R, axis=0))
 
 
-@triton.jit(do_not_specialize=["m", "chunk"])
-def sum_chunk(loss, saved, weights, partial, m, chunk, EACH: tl.constexpr, B: tl.constexpr):
-    """Sums over rows [n * chunk, (n + 1) * chunk), n = program_id(0), B rows at a time."""
-    n = tl.program_id(0)
+@triton.jit
+def finish(
+    loss, saved, partial, denominator, m, program, programs,
+    HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Call after `leave_sums`: the last program writes the loss, unless EACH row's is the result,
+    and the batch statistics. Reads N programs' sums at a time."""
+    last = programs == 1
+    if programs > 1:
+        tl.debug_barrier()
+        last = tl.atomic_add(ticket_of(saved), 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.debug_barrier()
+        loss_N = tl.zeros((N,), tl.float32)
+        cos_N = tl.zeros((N,), tl.float32)
+        s_norm_N = tl.zeros((N,), tl.float32)
+        t_norm_N = tl.zeros((N,), tl.float32)
+        count_N = tl.zeros((N,), tl.float32)
+        weight_N = tl.zeros((N,), tl.float32)
+        for first in range(0, programs, N):
+            n_N = first + tl.arange(0, N)
+            there_N = n_N < programs
+            at_N = partial + n_N * SUMS
+            # Past L1, which may hold older values.
+            loss_N += tl.load(at_N, mask=there_N, other=0.0, cache_modifier=".cg")
+            cos_N += tl.load(at_N + 1, mask=there_N, other=0.0, cache_modifier=".cg")
+            s_norm_N += tl.load(at_N + 2, mask=there_N, other=0.0, cache_modifier=".cg")
+            t_norm_N += tl.load(at_N + 3, mask=there_N, other=0.0, cache_modifier=".cg")
+            count_N += tl.load(at_N + 4, mask=there_N, other=0.0, cache_modifier=".cg")
+            weight_N += tl.load(at_N + 5, mask=there_N, other=0.0, cache_modifier=".cg")
+        scale = tl.full((), 1.0, tl.float32)
+        if MEAN:
+            if denominator is not None:
+                scale = inverse(tl.load(denominator))
+            elif HAS_WEIGHTS:
+                scale = inverse(tl.sum(weight_N, axis=0))
+            else:
+                scale = inverse(m.to(tl.float32))
+        if not EACH:
+            # A denominator of 0 stands for "nothing to learn from": 0, whatever the rows hold.
+            tl.store(loss, tl.where(scale == 0, 0.0, tl.sum(loss_N, axis=0) * scale))
+        count = tl.sum(count_N, axis=0)
+        per_row = inverse(count)
+        tl.store(saved, tl.sum(cos_N, axis=0) * per_row)
+        tl.store(saved + 1, tl.sum(s_norm_N, axis=0) * per_row)
+        tl.store(saved + 2, tl.sum(t_norm_N, axis=0) * per_row)
+        tl.store(saved + 3, count)
+        tl.store(saved + SCALE, scale)
+        tl.store(ticket_of(saved), 0)
+
+
+@launched
+def reduce_rows(
+    loss, saved, weights, denominator, saved_size, m, chunk,
+    MEAN: tl.constexpr, EACH: tl.constexpr, B: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The reduction of rows compared as they are: program_id(0) sums ``chunk`` of them, B at a
+    time; program_id(1) is the layer. The sums of programs follow the arrays over rows."""
+    saved = layer_saved(saved, saved_size)
+    size = aligned_rows(m)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    weight_B = tl.zeros((B,), tl.float32)
     loss_B = tl.zeros((B,), tl.float32)
     cos_B = tl.zeros((B,), tl.float32)
     s_norm_B = tl.zeros((B,), tl.float32)
     t_norm_B = tl.zeros((B,), tl.float32)
     count_B = tl.zeros((B,), tl.float32)
-    for first in range(0, chunk, B):
-        i_B = n * chunk + first + tl.arange(0, B)
-        weight_B = row_weights(weights, i_B, i_B < tl.minimum(m, (n + 1) * chunk))
-        valid_B = weight_B != 0
-        if not EACH:
-            row_loss = saved + STATS + ROW_STATS * m.to(tl.int64)
-            loss_B += weight_B * tl.load(row_loss + i_B, mask=valid_B, other=0.0)
-        row = saved + STATS + ROW_STATS * i_B.to(tl.int64)
+    end = tl.minimum(m, (program + 1) * chunk)
+    for first in range(program * chunk, end, B):
+        i_B = first + tl.arange(0, B)
+        w_B = row_weights(weights, i_B, i_B < end)
+        valid_B = w_B != 0
+        row = saved + HEAD + i_B
         inv_s_B = tl.load(row, mask=valid_B, other=0.0)
-        inv_t_B = tl.load(row + 1, mask=valid_B, other=1.0)
-        cos_B += tl.where(valid_B, 1.0 - tl.load(row + 2, mask=valid_B, other=0.0), 0.0)
+        inv_t_B = tl.load(row + size, mask=valid_B, other=1.0)
+        omc_B = tl.load(row + 2 * size, mask=valid_B, other=1.0)
         zero_B = inv_s_B == 0
-        s_norm_B += tl.where(zero_B, 0.0, 1.0 / tl.where(zero_B, 1.0, inv_s_B))
-        t_norm_B += tl.where(valid_B, 1.0 / inv_t_B, 0.0)
+        if not EACH:
+            loss_B += w_B * tl.load(row + 3 * size, mask=valid_B, other=0.0)
+        weight_B += w_B
+        cos_B += 1.0 - omc_B
+        s_norm_B += tl.where(zero_B, 0.0, tl.div_rn(1.0, tl.where(zero_B, 1.0, inv_s_B)))
+        t_norm_B += tl.where(valid_B, tl.div_rn(1.0, inv_t_B), 0.0)
         count_B += tl.where(valid_B, 1.0, 0.0)
-    row = partial + n * COLUMNS
+    partial = saved + HEAD + 4 * size
+    row = partial + program * SUMS
     tl.store(row, tl.sum(loss_B, axis=0))
     tl.store(row + 1, tl.sum(cos_B, axis=0))
     tl.store(row + 2, tl.sum(s_norm_B, axis=0))
     tl.store(row + 3, tl.sum(t_norm_B, axis=0))
     tl.store(row + 4, tl.sum(count_B, axis=0))
-
-
-@triton.jit(do_not_specialize=["m", "chunks"])
-def finish(
-    loss, saved, partial, denominator, m, chunks, MEAN: tl.constexpr, EACH: tl.constexpr,
-    N: tl.constexpr,
-):  # fmt: skip
-    """The loss, unless EACH row's is the result, and the batch statistics, from chunks' sums."""
-    n_N = tl.arange(0, N)
-    row_N = partial + n_N * COLUMNS
-    mask_N = n_N < chunks
-    total = tl.sum(tl.load(row_N, mask=mask_N, other=0.0), axis=0)
-    cos = tl.sum(tl.load(row_N + 1, mask=mask_N, other=0.0), axis=0)
-    s_norm = tl.sum(tl.load(row_N + 2, mask=mask_N, other=0.0), axis=0)
-    t_norm = tl.sum(tl.load(row_N + 3, mask=mask_N, other=0.0), axis=0)
-    count = tl.sum(tl.load(row_N + 4, mask=mask_N, other=0.0), axis=0)
-    scale = reduction_factor(denominator, m, MEAN)
-    if not EACH:
-        # A denominator of 0 stands for "nothing to learn from": exactly 0, whatever the rows hold.
-        tl.store(loss, tl.where(scale == 0, 0.0, total * scale))
-    per_row = tl.where(count == 0, 0.0, 1.0 / tl.where(count == 0, 1.0, count))
-    tl.store(saved, cos * per_row)
-    tl.store(saved + 1, s_norm * per_row)
-    tl.store(saved + 2, t_norm * per_row)
-    tl.store(saved + 3, count)
-    tl.store(saved + SCALE, scale)
+    tl.store(row + 5, tl.sum(weight_B, axis=0))
+    finish(
+        loss + tl.program_id(1), saved, partial, denominator, m, program, programs,
+        weights is not None, MEAN, EACH, N,
+    )  # fmt: skip

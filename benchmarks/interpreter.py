@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 
 @dataclass
@@ -31,12 +32,14 @@ class Launch:
     """One launch: bytes loaded and stored per argument that points to the memory.
 
     Arguments that share memory (a gradient formed over the teacher's) count under the first name.
+    ``patched``: modules of device functions that the launch has called.
     """
 
     kernel: str
     loaded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     stored: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     regions: list[tuple[int, int, str]] = field(default_factory=list)
+    patched: set[str] = field(default_factory=set)
 
     def region_of(self, low: int, high: int) -> str | None:
         """The argument whose storage holds all of [low, high)."""
@@ -77,6 +80,7 @@ def install() -> None:
     builder.create_dot = _dot(builder.create_dot)
     builder.create_masked_load = _checked(builder.create_masked_load, "load")
     builder.create_masked_store = _checked(builder.create_masked_store, "store")
+    interpreter.InterpretedFunction.__call__ = _call_device_function
     executor: Any = interpreter.GridExecutor
     executor.__call__ = _launching(executor.__call__)
     restore = executor._restore_args_dev
@@ -128,6 +132,18 @@ def tensor_core(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
             plain = left @ right  # NaN and infinity as IEEE has them
             acc = np.where(np.isfinite(plain), acc, plain)
     return acc.astype(np.float32)
+
+
+def _call_device_function(self, *args, **kwargs):
+    # As it was, but the language is patched once a launch for each module, not at every call.
+    module = self.fn.__module__
+    if module not in _running[-1].patched:
+        interpreter._patch_lang(self.fn)
+        _running[-1].patched.add(module)
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise InterpreterError(repr(error)) from error
 
 
 def _splat(self, ret_ty, arg):
@@ -192,3 +208,18 @@ def _launching(original):
                 _recorded.append(launch)
 
     return call
+
+
+def small_blocks() -> None:
+    """Give every projection blocks of a few rows: tests then interpret few that are not there. The
+    configurations that GPUs get are compiled in tests, not interpreted."""
+    from oprd_kernels.triton_backend import configs
+
+    for table in (configs._HALF, configs._FLOAT):
+        for generation in table:
+            table[generation] = {k: (32, 64, 128, 2) for k in table[generation]}
+    for table in (configs._PROJECT, configs._FEW):
+        for generation in table:
+            table[generation] = (32, 64, 128, 2)
+    for rank in configs._RESIDENT:
+        configs._RESIDENT[rank] = (32, 64, 128, 2)

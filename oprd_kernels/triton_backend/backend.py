@@ -311,19 +311,21 @@ def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
     )
     products = PRODUCTS[torch.get_float32_matmul_precision()]
     arch, wanted = generation(device), processors(device)
-    config = configs.projection(arch, min(k, RANK_BLOCK), has_float)
+    block = min(layout.forward_k, RANK_BLOCK)
+    config = configs.projection(arch, block, has_float)
     blocks = cdiv(m, config.rows)
     few = 2 * blocks < wanted
     fused = configs.fuses(k, has_float) and not few
     parts = 1
     if not fused:
-        config = configs.project(arch, min(k, RANK_BLOCK), has_float, few)
-        comparison = configs.comparison(arch, next_power_of_2(k))
-        blocks = cdiv(m, config.rows) * (k // config.ranks)
+        config = configs.project(arch, block, has_float, few)
+        comparison = configs.comparison(arch, next_power_of_2(layout.forward_k))
+        row_blocks, rank_blocks = cdiv(m, config.rows), layout.forward_k // block
+        blocks, z_rows = row_blocks * rank_blocks, row_blocks * config.rows
         parts = max(min(2 * wanted // (blocks * (1 + projects_teacher)), 8), 1)
         programs = cdiv(m, comparison.rows)
         z_at = layout.rest + aligned(programs * SUMS.value)
-        work_size = z_at + (1 + projects_teacher) * parts * m * k
+        work_size = z_at + (1 + projects_teacher) * parts * z_rows * layout.forward_k
     else:
         work_size = layout.rest + blocks * SUMS.value
     work = torch.empty(work_size, dtype=torch.float32, device=device)
@@ -351,7 +353,8 @@ def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
             ),
             (m, *where.strides),
             (
-                kind, mean, each, rank, config.rows, config.columns, k, projects_teacher,
+                kind, mean, each, rank, config.rows, config.columns, block, k, layout.dz_k,
+                projects_teacher,
                 layout.half_dz, products, *flags, *sizes, layout.scales, *terms, layout.rest, 512,
             ),
             config.warps,
@@ -363,8 +366,18 @@ def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
         device,
         (blocks, parts, 1 + projects_teacher),
         (student, teacher, call.teacher_mean, saved, work, *pointers),
-        (m, *where.strides, *part, z_at // ALIGN.value),
-        (config.rows, config.columns, config.ranks, k, products, *flags, *sizes, *terms),
+        (m, *where.strides, *part, z_at // ALIGN.value, z_rows),
+        (
+            config.rows,
+            config.columns,
+            block,
+            rank_blocks,
+            k,
+            products,
+            *flags,
+            *sizes,
+            *terms,
+        ),
         config.warps,
         config.stages,
     )
@@ -372,9 +385,10 @@ def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
         device,
         (programs, 1, 1),
         (work, teacher, loss, saved, call.teacher_rows, call.weights, call.denominator),
-        (z_at // ALIGN.value, parts, m, *where.strides[4:]),
+        (z_at // ALIGN.value, z_rows, parts, m, *where.strides[4:]),
         (
-            kind, mean, each, rank, comparison.rows, k, comparison.ranks, projects_teacher,
+            kind, mean, each, rank, comparison.rows, layout.forward_k, layout.dz_k,
+            comparison.ranks, projects_teacher,
             layout.half_dz, where.unit, where.flat, layout.scales, layout.rest, 512,
         ),
         comparison.warps,
@@ -405,7 +419,7 @@ def _projected_backward(
             (blocks, cdiv(columns, part), 1),
             pointers,
             (row_stride, m, *where.strides, part),
-            (accumulate, config.rows, config.columns, k, *places, *flags),
+            (accumulate, config.rows, config.columns, k, layout.dz_k, *places, *flags),
             config.warps,
             config.stages,
         )
@@ -450,7 +464,8 @@ def _projector_gradient(call: GradCall, grad_loss: Tensor) -> Tensor:
         (partial, student, call.saved, grad_loss, call.rows, call.weights),
         (grad_loss.stride(0) if grad_loss.dim() else 0, m, *where.strides, chunk),
         (
-            config.rows, config.columns, config.ranks, k, half_float_products(student.dtype),
+            config.rows, config.columns, config.ranks, k, layout.dz_k,
+            half_float_products(student.dtype),
             layout.half_dz, width, layout.student_columns, layout.scales, where.unit, where.flat,
             where.dense,
         ),

@@ -68,32 +68,60 @@ def wide_row(generation: str) -> RowConfig:
     return RowConfig(WIDE_BLOCK, 1, 512 // _warp_size(generation))
 
 
-# Rows, columns, threads and stages of the projection by generation and ranks in a block; for 16-bit
-# states, then for float32 ones. An accumulator of rows x ranks floats is to fit the registers of
-# the threads twice.
+# Rows, columns, threads and stages of a program, by generation and ranks. An accumulator of rows x
+# ranks floats is to fit the registers of its threads, twice where both sides are in one program.
 _HALF = {
-    "sm90": {16: (128, 64, 128, 4), 32: (128, 64, 256, 3), 64: (256, 64, 256, 3),
-             128: (128, 64, 256, 3)},
-    "sm80": {16: (128, 64, 128, 3), 32: (128, 64, 128, 3), 64: (128, 64, 256, 3),
-             128: (64, 64, 256, 3)},
-    "gfx942": {16: (128, 64, 256, 2), 32: (128, 64, 256, 2), 64: (128, 32, 256, 2),
-               128: (64, 32, 256, 2)},
-}  # fmt: skip
+    "sm90": {
+        8: (128, 64, 128, 4),
+        16: (128, 64, 128, 4),
+        32: (128, 64, 256, 3),
+        64: (256, 64, 256, 3),
+        128: (128, 64, 256, 3),
+    },
+    "sm80": {
+        8: (128, 64, 128, 3),
+        16: (128, 64, 128, 3),
+        32: (128, 64, 128, 3),
+        64: (128, 64, 256, 3),
+        128: (64, 64, 256, 3),
+    },
+    "gfx942": {
+        8: (128, 64, 256, 2),
+        16: (128, 64, 256, 2),
+        32: (128, 64, 256, 2),
+        64: (128, 32, 256, 2),
+        128: (64, 32, 256, 2),
+    },
+}
+"""`projected_forward` of 16-bit states."""
 _FLOAT = {
-    "sm90": {16: (128, 64, 256, 3), 32: (128, 64, 256, 3), 64: (128, 64, 256, 2),
-             128: (128, 64, 256, 2)},
-    "sm80": {16: (64, 32, 128, 3), 32: (64, 32, 128, 3), 64: (64, 32, 128, 2),
-             128: (64, 32, 256, 2)},
-    "gfx942": {16: (64, 32, 256, 2), 32: (64, 32, 256, 2), 64: (64, 32, 256, 2),
-               128: (64, 32, 256, 2)},
-}  # fmt: skip
+    "sm90": {
+        16: (128, 64, 256, 3),
+        32: (128, 64, 256, 3),
+        64: (128, 64, 256, 2),
+        128: (128, 64, 256, 2),
+    },
+    "sm80": {
+        16: (64, 32, 128, 3),
+        32: (64, 32, 128, 3),
+        64: (64, 32, 128, 2),
+        128: (64, 32, 256, 2),
+    },
+    "gfx942": dict.fromkeys((16, 32, 64, 128), (64, 32, 256, 2)),
+}
+"""`projected_forward`, and `project`, where a side has float32 states."""
 _PROJECT = {"sm90": (256, 64, 256, 3), "sm80": (128, 64, 256, 3), "gfx942": (128, 32, 256, 2)}
-"""Of `project` with RANK_BLOCK ranks of 16-bit states, where no second accumulator is needed."""
+"""`project` of RANK_BLOCK ranks of 16-bit states."""
 _FEW = {"sm90": (64, 64, 128, 3), "sm80": (64, 64, 128, 3), "gfx942": (64, 32, 256, 2)}
-"""Of `project` for few rows."""
-_RESIDENT = {16: (64, 128, 128, 3), 32: (64, 128, 128, 3), 64: (128, 64, 256, 3),
-             128: (128, 64, 256, 3), 256: (128, 128, 256, 2)}  # fmt: skip
-"""Of `half_backward`, by rank."""
+"""`project` of few rows of 16-bit states."""
+_RESIDENT = {
+    16: (64, 128, 128, 3),
+    32: (64, 128, 128, 3),
+    64: (128, 64, 256, 3),
+    128: (128, 64, 256, 3),
+    256: (128, 128, 256, 2),
+}
+"""`half_backward`."""
 
 
 def _table(generation: str, table: dict) -> dict:

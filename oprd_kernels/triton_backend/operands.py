@@ -44,10 +44,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def padded_rank(rank: int) -> int:
-    """K: a power of two up to RANK_BLOCK, then whole blocks."""
+def padded_rank(rank: int, least: int = MIN_DOT) -> int:
+    """A power of two, at ``least``, up to RANK_BLOCK; then whole blocks."""
     if rank <= RANK_BLOCK:
-        return max(next_power_of_2(rank), MIN_DOT)
+        return max(next_power_of_2(rank), least)
     return -(-rank // RANK_BLOCK) * RANK_BLOCK
 
 
@@ -56,12 +56,20 @@ class Plan:
     """Where the parts of ``saved`` and of the workspace of a projection are, in floats.
 
     ``saved``: HEAD, then sigma of P_S (K), then P_S's terms for backward (K x width each), then the
-    scales of dz's rows (M, only for bfloat16 gradients), then dz (M, K) in float16 or float32.
+    scales of dz's rows (M, only for bfloat16 gradients), then dz (M, dz_k) in float16 or float32.
     Workspace: sigma of P_T, P_T mu (K each), the terms of P_S and P_T, then what depends on the
     rows: the sums of programs, z.
+
+    Attributes:
+        k: ranks of the operands.
+        forward_k: ranks that forward multiplies by: 8 will do for 16-bit states, whose two terms
+            make 16 rows.
+        dz_k: ranks of dz.
     """
 
     k: int
+    forward_k: int
+    dz_k: int
     student_columns: int
     teacher_columns: int
     half_dz: bool
@@ -74,8 +82,8 @@ class Plan:
     def dz_size(self, m: int) -> int:
         """Floats of the scales and dz of m rows."""
         if self.half_dz:
-            return aligned(m) + aligned(m * self.k // 2)
-        return m * self.k
+            return aligned(m) + aligned(m * self.dz_k // 2)
+        return m * self.dz_k
 
     def saved_size(self, m: int) -> int:
         """Floats in ``saved`` for m rows."""
@@ -88,8 +96,11 @@ def plan(
 ) -> Plan:
     """The plan of a call. ``teacher_width`` 0: the teacher is r wide already."""
     k = padded_rank(rank)
+    has_float = torch.float32 in ((student, teacher) if teacher_width else (student,))
     columns = [-(-width // COLUMNS) * COLUMNS for width in (student_width, teacher_width)]
     half_dz = student is torch.bfloat16
+    forward_k = k if has_float else padded_rank(rank, 8)
+    dz_k = padded_rank(rank, 8) if half_dz else k
     planes = 1 if half_dz else 3
     operand = HEAD.value + aligned(k)
     scales = operand + aligned(planes * k * columns[0] // 2)
@@ -97,7 +108,9 @@ def plan(
     student_terms = aligned(2 * k)
     teacher_terms = student_terms + aligned(terms[0] * k * columns[0] // 2)
     rest = teacher_terms + aligned(terms[1] * k * columns[1] // 2)
-    return Plan(k, *columns, half_dz, operand, scales, student_terms, teacher_terms, rest)
+    return Plan(
+        k, forward_k, dz_k, *columns, half_dz, operand, scales, student_terms, teacher_terms, rest
+    )  # fmt: skip
 
 
 @triton.jit

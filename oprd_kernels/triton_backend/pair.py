@@ -18,7 +18,18 @@ SHRINK = tl.constexpr(2.0**-80)
 
 launched = triton.jit(
     do_not_specialize=[
-        *("rank", "m", "saved_size", "chunk", "part", "s_part", "t_part", "parts", "z_at"),
+        *(
+            "rank",
+            "m",
+            "saved_size",
+            "chunk",
+            "part",
+            "s_part",
+            "t_part",
+            "parts",
+            "z_at",
+            "z_rows",
+        ),
         *("grad_loss_row", "grad_loss_layer"),
         *(f"{x}_{n}" for x in "stg" for n in ("inner", "outer", "stride", "last")),
     ],

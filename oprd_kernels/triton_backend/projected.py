@@ -25,13 +25,12 @@ from oprd_kernels.triton_backend.saved import ALIGN, HEAD, aligned_rows
 
 
 @triton.jit
-def load_states(x_R, last, d_D, WIDTH: tl.constexpr, D: tl.constexpr, DENSE: tl.constexpr):
-    """(R, D) columns d of rows that begin at x; 0 past their end."""
-    at_RD = x_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
+def load_states(at_RD, first, WIDTH: tl.constexpr, D: tl.constexpr):
+    """(R, D) of the states at columns first, ..; 0 past their end."""
     if WIDTH % D == 0:
         return tl.load(at_RD)
     else:
-        return tl.load(at_RD, mask=(d_D < WIDTH)[None, :], other=0.0)
+        return tl.load(at_RD, mask=(first + tl.arange(0, D) < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -40,27 +39,30 @@ def project_half(
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """(R, K) products of 16-bit states with P / sigma in two terms; ranks from k0 on."""
+    d_D = begin + tl.arange(0, D)
+    step = D if DENSE else last * D
+    at_RD = x_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
     if K <= 32:  # both terms as rows of one operand
-        n_N = tl.arange(0, 2 * K)
+        n_N = 2 * k0 + tl.arange(0, 2 * K)
+        at_ND = terms + n_N[:, None] * COLUMNS + d_D[None, :]
         acc_RN = tl.zeros((R, 2 * K), tl.float32)
         for first in range(begin, end, D):
-            d_D = first + tl.arange(0, D)
-            h_RD = load_states(x_R, last, d_D, WIDTH, D, DENSE)
-            p_ND = tl.load(terms + (2 * k0 + n_N)[:, None] * COLUMNS + d_D[None, :])
-            acc_RN = tl.dot(h_RD, tl.trans(p_ND), acc_RN)
+            h_RD = load_states(at_RD, first, WIDTH, D)
+            acc_RN = tl.dot(h_RD, tl.trans(tl.load(at_ND)), acc_RN)
+            at_RD += step
+            at_ND += D
         high_RK, low_RK = tl.split(tl.reshape(acc_RN, (R, K, 2)))
         return high_RK + low_RK
     else:
         k_K = k0 + tl.arange(0, K)
+        at_KD = terms + k_K[:, None] * (2 * COLUMNS) + d_D[None, :]
         z_RK = tl.zeros((R, K), tl.float32)
         for first in range(begin, end, D):
-            d_D = first + tl.arange(0, D)
-            h_RD = load_states(x_R, last, d_D, WIDTH, D, DENSE)
-            at_KD = terms + k_K[:, None] * (2 * COLUMNS) + d_D[None, :]
-            low_KD = tl.load(at_KD + COLUMNS)
-            high_KD = tl.load(at_KD)
-            z_RK = tl.dot(h_RD, tl.trans(low_KD), z_RK)
-            z_RK = tl.dot(h_RD, tl.trans(high_KD), z_RK)
+            h_RD = load_states(at_RD, first, WIDTH, D)
+            z_RK = tl.dot(h_RD, tl.trans(tl.load(at_KD + COLUMNS)), z_RK)
+            z_RK = tl.dot(h_RD, tl.trans(tl.load(at_KD)), z_RK)
+            at_RD += step
+            at_KD += D
         return z_RK
 
 
@@ -75,7 +77,8 @@ def project_float(
     z_RK = tl.zeros((R, K), tl.float32)
     for first in range(begin, end, D):
         d_D = first + tl.arange(0, D)
-        h_RD = load_states(x_R, last, d_D, WIDTH, D, DENSE)
+        at_RD = x_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
+        h_RD = load_states(at_RD, first, WIDTH, D)
         if mean is not None:  # before the product: after it, z would be a difference of large sums
             h_RD -= tl.load(mean + d_D, mask=d_D < WIDTH, other=0.0)[None, :]
         at_KD = terms + k_K[:, None] * COLUMNS + d_D[None, :]
@@ -123,7 +126,7 @@ def projection(
 
 @triton.jit
 def put_comparison(
-    z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, K,
+    z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, DZ_K,
     SCALES, KIND: tl.constexpr, EACH: tl.constexpr, HALF_DZ: tl.constexpr,
 ):  # fmt: skip
     """Compare projected rows: leave their sums, and store dz. Masked rows may hold anything."""
@@ -137,10 +140,10 @@ def put_comparison(
     factor_R = gradient_factor(inv_s_R, tl.where(live_R, 1.0, 0.0), RANK, KIND)
     dz_RK = pair_gradient(z_s_RK, z_t_RK, inv_s_R, inv_t_R, omc_R, factor_R, KIND)
     dz_RK = tl.where(live_R[:, None], dz_RK, 0.0)
-    at_RK = i_R.to(tl.int64)[:, None] * K + k_K[None, :]
-    mask_RK = in_range_R[:, None] & (k_K < K)[None, :]
+    at_RK = i_R.to(tl.int64)[:, None] * DZ_K + k_K[None, :]
+    mask_RK = in_range_R[:, None] & (k_K < DZ_K)[None, :]
     if HALF_DZ:
-        dz_RK *= tl.load(saved + HEAD + k_K, mask=k_K < K, other=0.0)[None, :]
+        dz_RK *= tl.load(saved + HEAD + k_K, mask=k_K < DZ_K, other=0.0)[None, :]
         scale_R, inverse_R = power_of_2(tl.max(magnitude(dz_RK), axis=1))
         tl.store(saved + SCALES + i_R, scale_R, mask=in_range_R)
         dz = (saved + SCALES + aligned_rows(m)).to(tl.pointer_type(tl.float16))
@@ -161,9 +164,9 @@ def projected_forward(
     student, teacher, teacher_mean, loss, saved, work, rows, teacher_rows, weights, denominator, m,
     s_inner, s_outer, s_stride, s_last, t_inner, t_outer, t_stride, t_last,
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, RANK: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, K: tl.constexpr, HAS_TEACHER_PROJ: tl.constexpr,
-    HALF_DZ: tl.constexpr, PRODUCTS: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
-    DENSE: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr,
+    HAS_TEACHER_PROJ: tl.constexpr, HALF_DZ: tl.constexpr, PRODUCTS: tl.constexpr,
+    UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
     S_WIDTH: tl.constexpr, S_COLUMNS: tl.constexpr, T_WIDTH: tl.constexpr, T_COLUMNS: tl.constexpr,
     SCALES: tl.constexpr, S_TERMS: tl.constexpr, T_TERMS: tl.constexpr, REST: tl.constexpr,
     N: tl.constexpr,
@@ -173,7 +176,7 @@ def projected_forward(
     in_range_R = i_R < m
     weight_R = row_weights(weights, i_R, in_range_R)
     live_R = weight_R != 0
-    k_K = tl.arange(0, K)
+    k_K = tl.arange(0, BK)
     # Masked rows read the first row, so that nothing in the loop depends on the mask.
     s_R = tl.where(
         live_R, row_starts(rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT), 0
@@ -182,19 +185,19 @@ def projected_forward(
         live_R, row_starts(teacher_rows, i_R, in_range_R, t_inner, t_outer, t_stride, UNIT, FLAT), 0
     )
     z_s_RK = projection(
-        student, s_R, s_last, None, work + S_TERMS, saved + HEAD, None, 0, 0, S_WIDTH, R, D, K, K,
+        student, s_R, s_last, None, work + S_TERMS, saved + HEAD, None, 0, 0, S_WIDTH, R, D, BK, K,
         S_WIDTH, S_COLUMNS, DENSE, PRODUCTS,
     )  # fmt: skip
     if HAS_TEACHER_PROJ:
         z_t_RK = projection(
             teacher, t_R, t_last, teacher_mean, work + T_TERMS, work, work + K, 0, 0, T_WIDTH, R, D,
-            K, K, T_WIDTH, T_COLUMNS, DENSE, PRODUCTS,
+            BK, K, T_WIDTH, T_COLUMNS, DENSE, PRODUCTS,
         )  # fmt: skip
     else:
         z_t_RK = load_targets(teacher, t_R, t_last, k_K, live_R, RANK)
     program, partial = tl.program_id(0), work + REST
     put_comparison(
-        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, K,
+        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, DZ_K,
         SCALES, KIND, EACH, HALF_DZ,
     )  # fmt: skip
     finish(
@@ -207,25 +210,27 @@ def projected_forward(
 def project(
     student, teacher, teacher_mean, saved, work, rows, teacher_rows, weights, m,
     s_inner, s_outer, s_stride, s_last, t_inner, t_outer, t_stride, t_last, s_part, t_part, z_at,
-    R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, PRODUCTS: tl.constexpr,
-    UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
+    z_rows,
+    R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, K: tl.constexpr,
+    PRODUCTS: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
     S_WIDTH: tl.constexpr, S_COLUMNS: tl.constexpr, T_WIDTH: tl.constexpr, T_COLUMNS: tl.constexpr,
     S_TERMS: tl.constexpr, T_TERMS: tl.constexpr,
 ):  # fmt: skip
-    """z[side, part] (M, K) of one side over its columns [part * s_part, (part + 1) * s_part), in
+    """z[side, part] (z_rows, BLOCKS * BK), whole blocks, of one side over its columns [part * s_part, (part + 1) * s_part), in
     units of D.
 
     Programs: (blocks of ranks x blocks of rows, ranks first, so that their states are read once;
     parts; sides: student, teacher)."""
-    blocks: tl.constexpr = K // BK
     z = work + z_at.to(tl.int64) * ALIGN
-    k0 = tl.program_id(0) % blocks * BK
-    i_R = tl.program_id(0) // blocks * R + tl.arange(0, R)
+    k0 = tl.program_id(0) % BLOCKS * BK
+    first_row = tl.program_id(0) // BLOCKS * R
+    i_R = first_row + tl.arange(0, R)
     in_range_R = i_R < m
     live_R = row_weights(weights, i_R, in_range_R) != 0
     part, side = tl.program_id(1), tl.program_id(2)
     k_K = k0 + tl.arange(0, BK)
-    at_RK = ((side * tl.num_programs(1) + part) * m.to(tl.int64) + i_R)[:, None] * K + k_K[None, :]
+    z += ((side * tl.num_programs(1) + part) * z_rows.to(tl.int64) + first_row) * (BLOCKS * BK)
+    at_RK = z + tl.arange(0, R)[:, None] * (BLOCKS * BK) + k_K[None, :]
     if side == 0:
         row_R = tl.where(
             live_R, row_starts(rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT), 0
@@ -235,7 +240,7 @@ def project(
             student, row_R, s_last, None, work + S_TERMS, saved + HEAD, None, k0, begin,
             tl.minimum(begin + s_part * D, S_WIDTH), R, D, BK, K, S_WIDTH, S_COLUMNS, DENSE, PRODUCTS,
         )  # fmt: skip
-        tl.store(z + at_RK, z_RK, mask=in_range_R[:, None])
+        tl.store(at_RK, z_RK)
     else:
         row_R = tl.where(
             live_R,
@@ -246,46 +251,47 @@ def project(
             teacher, row_R, t_last, teacher_mean, work + T_TERMS, work, work + K, k0, begin,
             tl.minimum(begin + t_part * D, T_WIDTH), R, D, BK, K, T_WIDTH, T_COLUMNS, DENSE, PRODUCTS,
         )  # fmt: skip
-        tl.store(z + at_RK, z_RK, mask=in_range_R[:, None])
+        tl.store(at_RK, z_RK)
 
 
 @triton.jit
-def sum_parts(z, parts, i_R, live_R, k_K, m, K):
+def sum_parts(z, parts, i_R, live_R, k_K, z_rows, K):
     """(R, K) z[0] + z[1] + .., in order."""
     z_RK = tl.zeros((i_R.shape[0], k_K.shape[0]), tl.float32)
     mask_RK = live_R[:, None] & (k_K < K)[None, :]
     for part in range(parts):
-        at_RK = (part * m.to(tl.int64) + i_R)[:, None] * K + k_K[None, :]
+        at_RK = (part * z_rows.to(tl.int64) + i_R)[:, None] * K + k_K[None, :]
         z_RK += tl.load(z + at_RK, mask=mask_RK, other=0.0)
     return z_RK
 
 
 @launched
 def compare(
-    work, teacher, loss, saved, teacher_rows, weights, denominator, z_at, parts, m,
+    work, teacher, loss, saved, teacher_rows, weights, denominator, z_at, z_rows, parts, m,
     t_inner, t_outer, t_stride, t_last,
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, RANK: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HAS_TEACHER_PROJ: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr, BLOCK: tl.constexpr, HAS_TEACHER_PROJ: tl.constexpr,
     HALF_DZ: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, SCALES: tl.constexpr,
     REST: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Loss, statistics and dz from what `project` has left. BLOCK: K as a power of two."""
+    """Loss, statistics and dz from what `project` has left, K ranks of it. BLOCK: K as a
+    power of two."""
     i_R = tl.program_id(0) * R + tl.arange(0, R)
     in_range_R = i_R < m
     weight_R = row_weights(weights, i_R, in_range_R)
     live_R = weight_R != 0
     k_K = tl.arange(0, BLOCK)
     z, partial = work + z_at.to(tl.int64) * ALIGN, work + REST
-    z_s_RK = sum_parts(z, parts, i_R, live_R, k_K, m, K)
+    z_s_RK = sum_parts(z, parts, i_R, live_R, k_K, z_rows, K)
     if HAS_TEACHER_PROJ:
-        teacher_z = z + parts * m.to(tl.int64) * K
-        z_t_RK = sum_parts(teacher_z, parts, i_R, live_R, k_K, m, K)
+        teacher_z = z + parts * z_rows.to(tl.int64) * K
+        z_t_RK = sum_parts(teacher_z, parts, i_R, live_R, k_K, z_rows, K)
     else:
         t_R = row_starts(teacher_rows, i_R, in_range_R, t_inner, t_outer, t_stride, UNIT, FLAT)
         z_t_RK = load_targets(teacher, t_R, t_last, k_K, live_R, RANK)
     program = tl.program_id(0)
     put_comparison(
-        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, K,
+        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, DZ_K,
         SCALES, KIND, EACH, HALF_DZ,
     )  # fmt: skip
     finish(

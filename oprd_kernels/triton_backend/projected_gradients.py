@@ -44,6 +44,7 @@ def put_gradient(
 def half_backward(
     grad, saved, grad_loss, rows, weights, grad_loss_row, m, g_inner, g_outer, g_stride, g_last,
     part, ACCUMULATE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    DZ_K: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr, SCALES: tl.constexpr,
     UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
@@ -53,8 +54,11 @@ def half_backward(
     in_range_R = i_R < m
     k_K = tl.arange(0, K)
     dz = (saved + SCALES + aligned_rows(m)).to(tl.pointer_type(tl.float16))
-    at_RK = i_R.to(tl.int64)[:, None] * K + k_K[None, :]
-    dz_RK = tl.load(dz + at_RK, mask=in_range_R[:, None], other=0.0)
+    at_RK = i_R.to(tl.int64)[:, None] * DZ_K + k_K[None, :]
+    mask_RK = in_range_R[:, None]
+    if DZ_K < K:
+        mask_RK = mask_RK & (k_K < DZ_K)[None, :]
+    dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0)
     coefficient_R, active_R = coefficients(
         saved, grad_loss, grad_loss_row, weights, i_R, in_range_R
     )
@@ -119,8 +123,8 @@ def tiled_backward(
 def projector_gradient(
     partial, student, saved, grad_loss, rows, weights, grad_loss_row, m,
     s_inner, s_outer, s_stride, s_last, chunk,
-    R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, PRODUCTS: tl.constexpr,
-    HALF_DZ: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SCALES: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr,
+    PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SCALES: tl.constexpr,
     UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """partial[part] (K, COLUMNS) = (g dz)' H over rows [part * chunk, (part + 1) * chunk).
@@ -138,14 +142,15 @@ def projector_gradient(
         coefficient_R, active_R = coefficients(
             saved, grad_loss, grad_loss_row, weights, i_R, in_range_R
         )
-        at_RK = i_R.to(tl.int64)[:, None] * K + k_K[None, :]
+        at_RK = i_R.to(tl.int64)[:, None] * DZ_K + k_K[None, :]
+        mask_RK = active_R[:, None] & (k_K < DZ_K)[None, :]
         if HALF_DZ:
             dz = (saved + SCALES + aligned_rows(m)).to(tl.pointer_type(tl.float16))
-            dz_RK = tl.load(dz + at_RK, mask=active_R[:, None], other=0.0).to(tl.float32)
+            dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0).to(tl.float32)
             coefficient_R *= tl.load(saved + SCALES + i_R, mask=active_R, other=0.0)
             dz_RK *= coefficient_R[:, None]
         else:
-            dz_RK = tl.load(saved + SCALES + at_RK, mask=active_R[:, None], other=0.0)
+            dz_RK = tl.load(saved + SCALES + at_RK, mask=mask_RK, other=0.0)
             dz_RK *= coefficient_R[:, None]
         row_R = row_starts(rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT)
         at_RD = student + row_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * s_last)[None, :]

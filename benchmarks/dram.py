@@ -1,9 +1,9 @@
 """One call of each kind, for ncu to count the bytes that go through DRAM.
 
 ncu --metrics dram__bytes_read.sum,dram__bytes_write.sum --clock-control none \
-    --profile-from-start off --csv python -m benchmarks.dram SECTIONS.json
+    --print-units base --profile-from-start off --csv python -m benchmarks.dram SECTIONS.json
 
-A kernel that only sleeps goes before each call, so that `sections` can tell whose kernels are whose.
+Before each call goes a kernel that only sleeps: `sections` tells by it whose kernels are whose.
 """
 
 from __future__ import annotations
@@ -104,19 +104,13 @@ def sections(named: list[dict[str, Any]], log: str) -> list[dict[str, Any]]:
         elif found and row["Metric Name"] in METRICS:
             found[-1]["launches"][launch] = kernel
             column = "read_bytes" if "read" in row["Metric Name"] else "write_bytes"
-            found[-1][column] += _bytes(row["Metric Value"], row["Metric Unit"])
+            found[-1][column] += float(row["Metric Value"].replace(",", ""))
     found = [one for one in found if one["launches"]]
     if len(found) != len(named):
         raise ValueError(f"ncu saw {len(found)} calls of {len(named)}")
-    return [
-        name | one | {"kernels": list(one.pop("launches").values())}
-        for name, one in zip(named, found, strict=True)
-    ]
-
-
-def _bytes(value: str, unit: str) -> float:
-    scale = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}[unit]
-    return float(value.replace(",", "")) * scale
+    for one in found:
+        one["kernels"] = list(one.pop("launches").values())
+    return [name | one for name, one in zip(named, found, strict=True)]
 
 
 if __name__ == "__main__":

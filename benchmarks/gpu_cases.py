@@ -65,8 +65,10 @@ def available() -> tuple[str, ...]:
     return tuple(b for b in ours() if backends.unavailable(b, device()) is None)
 
 
-def _gradient(loss: Callable[[], Tensor], *of: Tensor) -> Variant:
-    return Variant(lambda: torch.autograd.grad(loss(), of), loss)
+def _gradient(loss: Callable[[], Tensor], *of: Tensor, ready: bool = True) -> Variant:
+    """``ready``: the upstream gradient is there and not made by a kernel of the call."""
+    one = torch.ones((), device=of[0].device) if ready else None
+    return Variant(lambda: torch.autograd.grad(loss(), of, one), loss)
 
 
 @functools.cache
@@ -101,14 +103,16 @@ def identity(how: str, m: int, d: int, dtype: str, with_peers: bool, compile: bo
     return GpuCase("identity", what, m, d, dtype, passes * m * d * e, 0, make)
 
 
-def _identity(how: str, x: Tensor, teacher: Tensor, backend: str) -> Variant:
+def _identity(how: str, x: Tensor, teacher: Tensor, backend: str, ready: bool = True) -> Variant:
     if how == "rep_tap":
         return Variant(
             flow(lambda h: rep_tap(h, teacher, backend=backend), x, False),
             lambda: rep_tap(x, teacher, backend=backend)[1],
         )
     inplace = how == "in place"
-    return _gradient(lambda: fused_rep_loss(x, teacher, backend=backend, inplace=inplace), x)
+    return _gradient(
+        lambda: fused_rep_loss(x, teacher, backend=backend, inplace=inplace), x, ready=ready
+    )
 
 
 def bridge(
@@ -142,7 +146,9 @@ def bridge(
             found["compile"] = _gradient(lambda: function(x, teacher, p_s, p_t, middle), *of)
             if find_spec("liger_kernel"):
                 found["liger"] = _gradient(
-                    lambda: peers.liger(x, teacher, p_s, p_t, compiled=liger_compiles()), x
+                    lambda: peers.liger(x, teacher, p_s, p_t, compiled=liger_compiles()),
+                    x,
+                    ready=False,
                 )
         return found
 
@@ -222,7 +228,7 @@ class Empty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
         ctx.save_for_backward(student, teacher)
-        return student.new_empty(())
+        return student.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, _grad):
@@ -231,12 +237,13 @@ class Empty(torch.autograd.Function):
 
 def host_calls() -> dict[str, Variant]:
     """Calls on 64 x 128 bf16, where Python is what takes time; the empty ones are what autograd
-    takes by itself, the second in the chain of functions that stands for a model around a tap."""
+    takes by itself, the second in the chain of functions that stands for a model around a tap. The
+    upstream gradient is made in the call, as by ``loss.backward()``."""
     x, teacher = states(64, 128, "bf16").requires_grad_(), states(64, 128, "bf16", 1)
-    found = {"empty autograd.Function": _gradient(lambda: Empty.apply(x, teacher), x)}
+    found = {"empty autograd.Function": _gradient(lambda: Empty.apply(x, teacher), x, ready=False)}
     for b in available():
-        found[f"fused_rep_loss, {b}"] = _identity("new gradient", x, teacher, b)
-        found[f"fused_rep_loss in place, {b}"] = _identity("in place", x, teacher, b)
+        found[f"fused_rep_loss, {b}"] = _identity("new gradient", x, teacher, b, ready=False)
+        found[f"fused_rep_loss in place, {b}"] = _identity("in place", x, teacher, b, ready=False)
     found["empty, as a tap"] = Variant(
         flow(lambda h: (h, Empty.apply(h, teacher)), x, False), lambda: Empty.apply(x, teacher)
     )

@@ -71,7 +71,7 @@ class _Downstream(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, make_grad: Callable[[], Tensor]) -> Tensor:
         ctx.make_grad = make_grad
-        return h.new_zeros(())
+        return h.new_empty(())
 
     @staticmethod
     def backward(ctx, _grad):
@@ -138,10 +138,11 @@ def flow(
     give = ready.clone if pool is None else pool.pop
     if pool is not None:
         del ready
+    one = torch.ones((), dtype=x.dtype, device=x.device)
 
     def call() -> None:
         h, loss = loss_of(_Source.apply(x, pool))
-        torch.autograd.backward([_Downstream.apply(h, give), loss])
+        torch.autograd.backward([_Downstream.apply(h, give), loss], [one, None])
 
     return call
 

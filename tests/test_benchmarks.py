@@ -2,12 +2,11 @@
 
 import json
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import measure, regimes, report, test_overhead
+from benchmarks import gpu_time, measure, regimes, report, test_overhead
 from benchmarks.test_rep_loss import BUILDERS, LIGER, settings
 
 TINY = dict.fromkeys(BUILDERS, (16, 32)) | {"layers_28": (28, 16)}
@@ -54,8 +53,14 @@ class MockedEvent:
 @pytest.fixture
 def mocked_cuda(monkeypatch):
     """As much of torch.cuda as the harness uses, over the CPU."""
-    properties = SimpleNamespace(L2_cache_size=1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    def refuse():
+        raise RuntimeError("there is nothing to capture")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(gpu_time, "cold_cache", lambda: lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", MockedEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
@@ -63,7 +68,8 @@ def mocked_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 356)
 
 
-def test_gpu_harness_runs_on_mocked_events(mocked_cuda):
+def test_gpu_harness_runs_on_mocked_events(monkeypatch, mocked_cuda):
+    monkeypatch.setattr(regimes, "device", lambda: torch.device("cpu"))
     case = regimes.bridge(8, 16, 32, "bf16", False, False)
     measured = measure.measure_gpu(case, budget=0.0, min_rounds=3)
     assert set(measured) == set(case.variants)
@@ -71,6 +77,7 @@ def test_gpu_harness_runs_on_mocked_events(mocked_cuda):
         assert len(m.seconds) == 3
         assert 0 < m.median < 1
         assert m.extra_bytes == 256
+        assert 0 < m.host_seconds < 1
 
 
 def test_gpu_settings_build(monkeypatch):

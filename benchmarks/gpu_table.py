@@ -189,9 +189,7 @@ def run(path: Path, seconds: float, tiny: bool) -> None:
             result["stopped_by"] = f"{case.name}: {error}"
             break
         finally:
-            gc.collect()  # graphs and what they hold
-            if device().type == "cuda":
-                torch.cuda.empty_cache()
+            tidy()
         result["rows"] += map(asdict, rows)
         path.write_text(json.dumps(result, indent=1) + "\n")
         measured = [f"{r.variant} {r.device_us:.1f}" for r in rows if r.device_us]
@@ -202,6 +200,14 @@ def run(path: Path, seconds: float, tiny: bool) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
     if "stopped_by" in result:
         sys.exit(f"stopped: {result['stopped_by']}")
+
+
+def tidy() -> None:
+    """Let go of graphs and what they hold."""
+    gc.collect()
+    if device().type == "cuda":
+        with suppress(RuntimeError):  # a capture that failed may forbid it
+            torch.cuda.empty_cache()
 
 
 def compile_ahead(seconds: float) -> None:
@@ -228,9 +234,7 @@ def call_once(part: int, parts: int, tiny: bool) -> None:
                 variant.whole()
             except Exception as error:  # the table's own process tells
                 print(f"{case.name}, {name}: {error}"[:300], flush=True)
-        gc.collect()
-        if device().type == "cuda":
-            torch.cuda.empty_cache()
+        tidy()
 
 
 def _compiled_variants(case: GpuCase) -> Iterator[tuple[str, Variant]]:

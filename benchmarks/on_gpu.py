@@ -131,7 +131,11 @@ class Check:
         options = ["--tiny"] if self.dry else []
         seconds = str(max(running.left - 15, 5))
         try:
-            running.run(PYTHON, "-m", "benchmarks.gpu_table", file, "--seconds", seconds, *options)
+            # Without a pool of compiling processes for each of the processes that compile ahead.
+            running.run(
+                *(PYTHON, "-m", "benchmarks.gpu_table", file, "--seconds", seconds, *options),
+                env={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+            )
         finally:
             if file.exists():
                 self.results["table"] = json.loads(file.read_text())
@@ -198,7 +202,9 @@ class Check:
         running.run(*command)  # compiles; what runs under the sanitizer finds it in the cache
         tool = find_tool("compute-sanitizer")
         options = ["--error-exitcode", "9", "--target-processes", "application-only", "--tool"]
-        both = [[tool, *options, kind, *command] for kind in ("memcheck", "racecheck")]
+        # PyTorch and Triton ask questions whose answer is an error.
+        kinds = (["memcheck", "--report-api-errors", "no"], ["racecheck"])
+        both = [[tool, *options, *kind, *command] for kind in kinds]
         running.run_all(both, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         return "memcheck and racecheck found nothing"
 
@@ -208,6 +214,7 @@ class Check:
         tool, names = find_tool("ncu"), self.work / "calls.json"
         options = ["--metrics", ",".join(dram.METRICS), "--clock-control", "none", "--csv"]
         options += ["--print-units", "base", "--profile-from-start", "off"]
+        options += ["--target-processes", "application-only"]
         printed = running.run(tool, *options, PYTHON, "-m", "benchmarks.dram", names)
         self.results["ncu"] = dram.sections(json.loads(names.read_text()), printed)
         return f"{len(self.results['ncu'])} calls"

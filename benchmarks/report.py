@@ -84,19 +84,8 @@ def row(point: Point, others: dict[str, Point]) -> list[str]:
 def markdown(points: list[Point], machine: dict) -> str:
     """One table: our variants with what the peers take beside them."""
     head = [
-        *(
-            "regime",
-            "M",
-            "d",
-            "dtype",
-            "memory",
-            "threads",
-            "variant",
-            "ms",
-            "host ms",
-            "GB/s",
-            "of floor",
-        ),
+        *("regime", "M", "d", "dtype", "memory", "threads", "variant", "ms", "host ms"),
+        *("GB/s", "of floor"),
         *(f"{peer} takes" for peer in PEERS),
         *("extra MiB", "extra / M d e"),
     ]

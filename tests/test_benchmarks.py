@@ -2,6 +2,8 @@
 
 import json
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,3 +128,49 @@ def test_report_writes_table_and_plot(tmp_path):
     assert "| 0.00205 | 2.00x | 5.00x |" in line  # GB/s; of the floor; eager over ours
     assert "| 0.500 |" in line  # extra memory over M d e
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+class MockedGraph:
+    """A CUDA graph whose replay does again what was called during the capture."""
+
+    def __init__(self):
+        self.capturing = False
+
+    def capture_begin(self):
+        self.capturing = True
+
+    def capture_end(self):
+        self.capturing = False
+
+    def replay(self):
+        assert not self.capturing
+
+
+@pytest.fixture
+def mocked_graph(monkeypatch, mocked_cuda):
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MockedGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+
+def test_calls_are_captured_and_their_results_kept(mocked_graph):
+    recorded = gpu_time.record([lambda: "a", lambda: "b"])
+    assert (recorded.method, recorded.calls, recorded.kept) == ("graph", 2, ["a", "b"])
+    seconds = gpu_time.in_turns({"both": recorded}, 0.0, 3, lambda: None)
+    assert len(seconds["both"]) == 3
+
+
+def test_what_cannot_be_captured_is_queued(mocked_graph):
+    calls = []
+
+    def waits_for_the_device():
+        calls.append(1)
+        if len(calls) == 2:  # the first is the warm one
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorded = gpu_time.record([waits_for_the_device])
+    assert recorded.method == "queued"
+    recorded.run()
+    assert len(calls) == 5

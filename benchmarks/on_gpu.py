@@ -7,8 +7,9 @@
 Builds for this GPU, then doctor, table (the kernels' times), tests (``-m gpu``), gains
 (`oprd-gains` at the paper's shape), sanitizer (compute-sanitizer) beside demo (`oprd-train`), and
 ncu. OUT receives results.json and results.md, written anew after each part, and logs: eight files.
-``--adopt`` puts the results of another machine into this checkout: benchmarks/results/ and
-oprd_kernels/tested_on.json, which `oprd-doctor` reads.
+OPRD_COMMIT in the environment names the commit where git can't. ``--adopt`` puts the results of
+another machine into this checkout: benchmarks/results/ and oprd_kernels/tested_on.json, which
+`oprd-doctor` reads.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Check:
     def table(self, running: Running) -> str:
         file = self.work / "table.json"
         options = ["--tiny"] if self.dry else []
-        seconds = str(max(running.left - 15, 5))
+        seconds = f"{max(running.left - 15, 5):.0f}"
         try:
             # Without a pool of compiling processes for each of the processes that compile ahead.
             running.run(
@@ -198,14 +199,17 @@ class Check:
         return "accuracy " + ", ".join(f"{name} {value}" for name, value in after.items())
 
     def sanitizer(self, running: Running) -> str:
-        command = [PYTHON, "-m", "benchmarks.sanitize"]
-        running.run(*command)  # compiles; what runs under the sanitizer finds it in the cache
+        def calls(parts: int) -> list[list[str]]:
+            command = [PYTHON, "-m", "benchmarks.sanitize"]
+            return [[*command, f"{part}/{parts}"] for part in range(parts)]
+
+        running.run_all(calls(2 if self.dry else 8))  # compiles: what follows finds the kernels
         tool = find_tool("compute-sanitizer")
         options = ["--error-exitcode", "9", "--target-processes", "application-only", "--tool"]
         # PyTorch and Triton ask questions whose answer is an error.
         kinds = (["memcheck", "--report-api-errors", "no"], ["racecheck"])
-        both = [[tool, *options, *kind, *command] for kind in kinds]
-        running.run_all(both, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        watched = [[tool, *options, *kind, *call] for kind in kinds for call in calls(2)]
+        running.run_all(watched, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         return "memcheck and racecheck found nothing"
 
     def ncu(self, running: Running) -> str:
@@ -249,7 +253,8 @@ def find_tool(name: str) -> str:
     Raises:
         PartSkipped: if it is not here.
     """
-    places = (f"/usr/local/cuda/bin/{name}", f"/opt/nvidia/nsight-compute/*/{name}")
+    folders = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+    places = [f"{folder}/{name}" for folder in (*folders, "/opt/nvidia/nsight-compute/*")]
     found = shutil.which(name) or next((p for place in places for p in sorted(glob(place))), None)
     if found is None:
         raise PartSkipped(f"{name} is not on PATH")

@@ -1,12 +1,14 @@
 """Launches every kind of kernel, at small sizes, for compute-sanitizer to watch.
 
-compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+compute-sanitizer --tool memcheck python -m benchmarks.sanitize [PART/PARTS]
 
+With PART/PARTS, from 0/2 say, every second call: several processes compile at once.
 Each result is also held against the reference on the CPU, loosely: the tests have their own rule.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -67,9 +69,10 @@ def check(name: str, got: Tensor, want: Tensor) -> None:
 
 
 def main() -> None:
-    """Run all calls through all backends here."""
+    """Run all calls, or a part of them, through all backends here."""
     here = torch.device("cpu")
-    for name, *states, plain in calls():
+    part, parts = map(int, sys.argv[1].split("/")) if len(sys.argv) > 1 else (0, 1)
+    for name, *states, plain in list(calls())[part::parts]:
         trained = "student_proj" in plain and plain["student_proj"].shape[0] in (4, 64)
         options = on(here, plain, trained)
         student, teacher = states[0].requires_grad_(), states[1]

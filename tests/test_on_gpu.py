@@ -51,6 +51,7 @@ def executable(path, text):
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path):
     """The script itself, its parts at sizes for a CPU, the profilers played by stand-ins."""
     tools = tmp_path / "bin"

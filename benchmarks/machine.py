@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -68,3 +71,33 @@ def describe() -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def describe_gpu() -> dict[str, str | int]:
+    """The GPU, if there is one, and the versions that its kernels' figures depend on."""
+    found: dict[str, str | int] = {}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "processors": properties.multi_processor_count,
+            "cuda": torch.version.cuda or "none",
+            "driver": _driver(),
+        }
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    cores = os.cpu_count() or 1
+    versions = {"torch": torch.__version__, "triton": triton}
+    return found | versions | {"python": platform.python_version(), "cores": cores}
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return next(iter(done.stdout.split()), "unknown")

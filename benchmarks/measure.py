@@ -1,6 +1,6 @@
 """Times all variants of a case in turns, in one process, and what memory each takes.
 
-On a CPU by the wall clock, on a GPU by its own events.
+On a CPU by the wall clock, on a GPU by `benchmarks.gpu_time`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks import gpu_time
 from benchmarks.machine import allocator
 from benchmarks.regimes import DTYPES, OURS, Case, device
 from oprd.memory import PeakMemory, trim
@@ -25,10 +26,12 @@ class Measured:
         seconds: one value a round.
         extra_bytes: peak memory above what was in use before the call; None where the system does
             not tell.
+        host_seconds: on a GPU, until the call returned; ``seconds`` are then the device's alone.
     """
 
     seconds: list[float]
     extra_bytes: int | None
+    host_seconds: float | None = None
 
     @property
     def median(self) -> float:
@@ -71,36 +74,17 @@ def measure(case: Case, mode: str, budget: float = 2.0, min_rounds: int = 5) -> 
 
 
 def measure_gpu(case: Case, budget: float, min_rounds: int) -> dict[str, Measured]:
-    """The same by CUDA events. Before every call a buffer of four times the L2 cache is written, so
-    that no call finds its inputs there; the queue is full before the first event, so that launches
-    are not what is timed."""
-    gpu = device()
-    cache = torch.cuda.get_device_properties(gpu).L2_cache_size
-    flush = torch.empty(max(4 * cache, 2**26), dtype=torch.int8, device=gpu)
-    extra: dict[str, int | None] = {}
+    """The same by the device's clock; before every call a buffer of four times the L2 cache is
+    read, so that no call finds its inputs there."""
+    recorded, host, extra = {}, {}, {}
     for name, call in case.variants.items():
         for _ in range(3):  # compilation, clocks
             call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        extra[name] = torch.cuda.max_memory_allocated() - before
-    seconds: dict[str, list[float]] = {name: [] for name in case.variants}
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < min_rounds or (time.perf_counter() - start < budget and rounds < 200):
-        for name, call in case.variants.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            seconds[name].append(begin.elapsed_time(end) * 1e-3)
-        rounds += 1
-    return {name: Measured(seconds[name], extra[name]) for name in case.variants}
+        host[name] = gpu_time.host_seconds(call, calls=5, repeats=3)
+        extra[name] = gpu_time.extra_bytes(call)
+        recorded[name] = gpu_time.record([call])
+    seconds = gpu_time.in_turns(recorded, budget, min_rounds, gpu_time.cold_cache())
+    return {name: Measured(seconds[name], extra[name], host[name]) for name in case.variants}
 
 
 def gemm_flops(dtype: str = "fp32") -> float:

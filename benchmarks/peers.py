@@ -32,13 +32,15 @@ def eager_projected(
     return (F.normalize(z_s, dim=-1) - F.normalize(z_t, dim=-1)).square().mean()
 
 
-def liger(student: Tensor, teacher: Tensor, student_proj: Tensor, teacher_proj: Tensor) -> Tensor:
+def liger(
+    student: Tensor, teacher: Tensor, student_proj: Tensor, teacher_proj: Tensor, compiled: bool
+) -> Tensor:
     """Liger's chunked cosine distillation loss with the projectors for LM heads: the nearest fused
     thing there is. It works in the states' dtype, has no mean, and gives P_S a gradient too."""
     from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss
 
     loss = LigerFusedLinearCosineSimilarityLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=student.is_cuda
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled
     )
     labels = torch.zeros(student.shape[0], dtype=torch.int64, device=student.device)
     weights = (p.to(student.dtype) for p in (student_proj, teacher_proj))

@@ -71,7 +71,7 @@ class _Downstream(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, make_grad: Callable[[], Tensor]) -> Tensor:
         ctx.make_grad = make_grad
-        return h.new_zeros(())
+        return h.new_empty(())
 
     @staticmethod
     def backward(ctx, _grad):
@@ -83,20 +83,21 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _states(m: int, d: int, dtype: str, seed: int = 0) -> Tensor:
+def states(m: int, d: int, dtype: str, seed: int = 0) -> Tensor:
+    """Random hidden states (m, d)."""
     generator = torch.Generator(device()).manual_seed(seed)
     return torch.randn(m, d, generator=generator, device=device()).to(DTYPES[dtype])
 
 
 @functools.cache
-def _compiled(function: Callable, *_case: object) -> Callable:
+def compiled(function: Callable, *_case: object) -> Callable:
     """torch.compile of ``function`` for one case; a new function each, as recompilations of one
     are limited."""
     return torch.compile(lambda *arguments: function(*arguments), dynamic=False)
 
 
 def _copy(m: int, d: int, dtype: str) -> Callable[[], object]:
-    source, target = _states(m, d, dtype), _states(m, d, dtype)
+    source, target = states(m, d, dtype), states(m, d, dtype)
     return lambda: target.copy_(source)
 
 
@@ -107,9 +108,9 @@ def _with_grad(student: Tensor, loss: Callable[[], Tensor]) -> Callable[[], obje
 def identity(m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
     """Loss and gradient of the hidden states themselves, outside any model. Ours forms the gradient
     over the teacher's states (``oprd``) or, like the others, in a new tensor."""
-    student, teacher = _states(m, d, dtype).requires_grad_(), _states(m, d, dtype, 1)
+    student, teacher = states(m, d, dtype).requires_grad_(), states(m, d, dtype, 1)
     e, threads = student.element_size(), torch.get_num_threads()
-    compiled = _compiled(peers.eager, m, d, dtype, threads) if compile else None
+    run_compiled = compiled(peers.eager, m, d, dtype, threads) if compile else None
     variants = {
         OURS: _with_grad(student, lambda: fused_rep_loss(student, teacher, inplace=True)),
         "oprd, new gradient": _with_grad(student, lambda: fused_rep_loss(student, teacher)),
@@ -119,8 +120,8 @@ def identity(m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
         ),
         "copy": _copy(m, d, dtype),
     }
-    if compiled:
-        variants["compile"] = _with_grad(student, lambda: compiled(student, teacher))
+    if run_compiled:
+        variants["compile"] = _with_grad(student, lambda: run_compiled(student, teacher))
     return Case("identity in place", m, d, dtype, 3 * m * d * e, 0, m * d * e, variants)
 
 
@@ -137,38 +138,39 @@ def flow(
     give = ready.clone if pool is None else pool.pop
     if pool is not None:
         del ready
+    one = torch.ones((), dtype=x.dtype, device=x.device)
 
     def call() -> None:
         h, loss = loss_of(_Source.apply(x, pool))
-        torch.autograd.backward([_Downstream.apply(h, give), loss])
+        torch.autograd.backward([_Downstream.apply(h, give), loss], [one, None])
 
     return call
 
 
 def tap(m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
     """Forward, and backward into a gradient that flows through: a layer inside a model."""
-    x, teacher = _states(m, d, dtype).requires_grad_(), _states(m, d, dtype, 1)
+    x, teacher = states(m, d, dtype).requires_grad_(), states(m, d, dtype, 1)
     e, threads = x.element_size(), torch.get_num_threads()
-    compiled = _compiled(peers.eager, m, d, dtype, threads) if compile else None
+    run_compiled = compiled(peers.eager, m, d, dtype, threads) if compile else None
     variants = {
         OURS: flow(lambda h: rep_tap(h, teacher), x, fresh),
         "eager": flow(lambda h: (h, peers.eager(h, teacher)), x, fresh),
         "copy": _copy(m, d, dtype),
     }
-    if compiled:
-        variants["compile"] = flow(lambda h: (h, compiled(h, teacher)), x, fresh)
+    if run_compiled:
+        variants["compile"] = flow(lambda h: (h, run_compiled(h, teacher)), x, fresh)
     return Case("identity through rep_tap", m, d, dtype, 6 * m * d * e, 0, m * d * e, variants)
 
 
 def bridge(rank: int, m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
     """A d wide student and a teacher a quarter wider, compared in r dimensions, with mean."""
     d_t = d * 5 // 4
-    x, teacher = _states(m, d, dtype).requires_grad_(), _states(m, d_t, dtype, 1)
-    p_s, p_t = _states(rank, d, "fp32", 2) / d**0.5, _states(rank, d_t, "fp32", 3) / d_t**0.5
+    x, teacher = states(m, d, dtype).requires_grad_(), states(m, d_t, dtype, 1)
+    p_s, p_t = states(rank, d, "fp32", 2) / d**0.5, states(rank, d_t, "fp32", 3) / d_t**0.5
     mean = teacher.float().mean(0)
     e, threads = x.element_size(), torch.get_num_threads()
     projectors = {"student_proj": p_s, "teacher_proj": p_t, "teacher_mean": mean}
-    compiled = _compiled(peers.eager_projected, rank, m, d, dtype, threads) if compile else None
+    run_compiled = compiled(peers.eager_projected, rank, m, d, dtype, threads) if compile else None
 
     buffers = [torch.empty(m, n, device=x.device) for n in (d, d_t, rank, rank, d)]
 
@@ -188,10 +190,12 @@ def bridge(rank: int, m: int, d: int, dtype: str, fresh: bool, compile: bool) ->
         "three sgemms": products,
         "copy": _copy(m, d, dtype),
     }
-    if compiled:
-        variants["compile"] = flow(lambda h: (h, compiled(h, teacher, *arguments)), x, fresh)
+    if run_compiled:
+        variants["compile"] = flow(lambda h: (h, run_compiled(h, teacher, *arguments)), x, fresh)
     if find_spec("liger_kernel"):
-        variants["liger"] = flow(lambda h: (h, peers.liger(h, teacher, p_s, p_t)), x, fresh)
+        variants["liger"] = flow(
+            lambda h: (h, peers.liger(h, teacher, p_s, p_t, compiled=x.is_cuda)), x, fresh
+        )
     # Forward reads both; backward reads and writes the gradient. Three products of 2 M d r.
     floor_bytes = m * (d + d_t) * e + 2 * m * d * e
     floor_flops = 2 * m * rank * (2 * d + d_t)
@@ -202,8 +206,8 @@ def bridge(rank: int, m: int, d: int, dtype: str, fresh: bool, compile: bool) ->
 def last_k(m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
     """The last k tokens of 8 sequences of 16,384: M = 8 k supervised rows of 131,072."""
     batch, length, k = 8, 16384, m // 8
-    x = _states(batch * length, d, dtype).view(batch, length, d).requires_grad_()
-    teacher_full = _states(batch * length, d, dtype, 1).view(batch, length, d)
+    x = states(batch * length, d, dtype).view(batch, length, d).requires_grad_()
+    teacher_full = states(batch * length, d, dtype, 1).view(batch, length, d)
     rows = torch.arange(batch * length, device=x.device).view(batch, length)[:, -k:].reshape(-1)
     teacher = teacher_full.flatten(0, 1)[rows]
     e = x.element_size()
@@ -218,8 +222,8 @@ def last_k(m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
 def layers_28(m: int, d: int, dtype: str, fresh: bool, compile: bool) -> Case:
     """28 layers at once, M rows in all: losses and gradients of lists of hidden states."""
     layers, per_layer = 28, m // 28
-    students = [_states(per_layer, d, dtype, i).requires_grad_() for i in range(layers)]
-    teachers = [_states(per_layer, d, dtype, 100 + i) for i in range(layers)]
+    students = [states(per_layer, d, dtype, i).requires_grad_() for i in range(layers)]
+    teachers = [states(per_layer, d, dtype, 100 + i) for i in range(layers)]
     e, rows = students[0].element_size(), layers * per_layer
 
     def eager() -> Tensor:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 PEERS = ("eager", "compile", "upstream", "three sgemms", "liger")
 
+GPU_TIMES = ", the device's; 'host ms': until the call returns"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -31,6 +33,7 @@ class Point:
     extra_bytes: int | None
     activation_bytes: int
     floor_bytes: int
+    host_seconds: float | None = None
 
     @property
     def case(self) -> tuple:
@@ -41,7 +44,7 @@ def points_of(benchmarks: Iterable[dict]) -> list[Point]:
     """From the ``benchmarks`` of pytest-benchmark's JSON."""
     fields = [f for f in Point.__dataclass_fields__ if f != "median"]
     return [
-        Point(median=b["stats"]["median"], **{f: b["extra_info"][f] for f in fields})
+        Point(median=b["stats"]["median"], **{f: b["extra_info"].get(f) for f in fields})
         for b in benchmarks
         if "regime" in b.get("extra_info", {})
     ]
@@ -69,6 +72,7 @@ def row(point: Point, others: dict[str, Point]) -> list[str]:
         str(point.threads),
         point.variant,
         milliseconds(point.median),
+        *([] if point.host_seconds is None else [milliseconds(point.host_seconds)]),
         f"{point.floor_bytes / point.median / 1e9:.3g}",
         f"{point.median / point.floor_seconds:.2f}x",
         *ratios,
@@ -80,14 +84,19 @@ def row(point: Point, others: dict[str, Point]) -> list[str]:
 def markdown(points: list[Point], machine: dict) -> str:
     """One table: our variants with what the peers take beside them."""
     head = [
-        *("regime", "M", "d", "dtype", "memory", "threads", "variant", "ms", "GB/s", "of floor"),
+        *("regime", "M", "d", "dtype", "memory", "threads", "variant", "ms", "host ms"),
+        *("GB/s", "of floor"),
         *(f"{peer} takes" for peer in PEERS),
         *("extra MiB", "extra / M d e"),
     ]
+    on_gpu = any(p.host_seconds is not None for p in points)
+    if not on_gpu:
+        head.remove("host ms")
     lines = [
         "Machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()),
         "",
-        "Times are medians of variants run in turns. 'of floor': time over the least that this "
+        "Times are medians of variants run in turns"
+        f"{GPU_TIMES if on_gpu else ''}. 'of floor': time over the least that this "
         "run's copy bandwidth and GEMM peak allow. 'GB/s': the bytes it cannot do without over the "
         "time. '... takes': that peer's time over ours.",
         "",

@@ -132,6 +132,7 @@ def test_rep_loss(benchmark, setting: Setting, variant: str) -> None:
         copy_bytes_per_second=2 * case.activation_bytes / measured["copy"].median,
         gemm_flops_per_second=flops,
         extra_bytes=ours.extra_bytes,
+        host_seconds=ours.host_seconds,
         activation_bytes=case.activation_bytes,
         floor_bytes=case.floor_bytes,
     )

@@ -1,9 +1,14 @@
-"""``oprd-doctor``: the versions here, which backends are live, and why the others are not."""
+"""``oprd-doctor``: the versions here, which backends are live, and why the others are not; and on
+which GPUs the kernels' tests have run, from the file that benchmarks/on_gpu.sh writes."""
 
 from __future__ import annotations
 
+import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +17,10 @@ from oprd_kernels._version import __version__
 from oprd_kernels.triton_backend import generation
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "vllm")
+
+TESTED_ON = Path(__file__).with_name("tested_on.json")
+"""Written by ``bash benchmarks/on_gpu.sh --adopt``: for each GPU the versions, the commit, the date
+and how the tests ended."""
 
 
 def version_of(package: str) -> str:
@@ -24,6 +33,26 @@ def version_of(package: str) -> str:
 
 def _triton(device: torch.device) -> str:
     return "interpreted" if device.type == "cpu" else f"configured as {generation(device)}"
+
+
+def tested(gpus: Sequence[str]) -> list[str]:
+    """What is on record of the kernels on GPUs; plainly so where it's nothing for one of ``gpus``,
+    those here."""
+    records = json.loads(TESTED_ON.read_text("utf-8")) if TESTED_ON.exists() else []
+    lines = [_record(record) for record in records]
+    known = {record["gpu"] for record in records}
+    lines += [f"not tested on {gpu}: nothing is on record" for gpu in dict.fromkeys(gpus)
+              if gpu not in known]  # fmt: skip
+    return lines or ["tested on no GPU: nothing is on record"]
+
+
+def _record(record: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in record["tests"].items())
+    sanitizer = f"; {record['sanitizer']}" if "sanitizer" in record else ""
+    return (
+        f"tested on {record['gpu']}, torch {record['torch']}, Triton {record['triton']}, commit "
+        f"{record['commit']}, {record['date']}: {counts}{sanitizer}"
+    )
 
 
 def report() -> str:
@@ -51,6 +80,7 @@ def report() -> str:
     problem = backends.unavailable("triton", gpu)
     lines.append(f"  triton     {f'missing: {problem}' if problem else 'live: ' + _triton(gpu)}")
     lines.append("  reference  live: plain PyTorch, any device, and float64")
+    lines += ["GPU tests on record:", *(f"  {line}" for line in tested(gpus))]
     return "\n".join(lines)
 
 

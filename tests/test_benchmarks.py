@@ -2,12 +2,13 @@
 
 import json
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import measure, regimes, report, test_overhead
+from benchmarks import gpu_time, measure, regimes, report, test_overhead
 from benchmarks.test_rep_loss import BUILDERS, LIGER, settings
 
 TINY = dict.fromkeys(BUILDERS, (16, 32)) | {"layers_28": (28, 16)}
@@ -54,8 +55,14 @@ class MockedEvent:
 @pytest.fixture
 def mocked_cuda(monkeypatch):
     """As much of torch.cuda as the harness uses, over the CPU."""
-    properties = SimpleNamespace(L2_cache_size=1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    def refuse():
+        raise RuntimeError("there is nothing to capture")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(gpu_time, "cold_cache", lambda: lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", MockedEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
@@ -63,7 +70,8 @@ def mocked_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 356)
 
 
-def test_gpu_harness_runs_on_mocked_events(mocked_cuda):
+def test_gpu_harness_runs_on_mocked_events(monkeypatch, mocked_cuda):
+    monkeypatch.setattr(regimes, "device", lambda: torch.device("cpu"))
     case = regimes.bridge(8, 16, 32, "bf16", False, False)
     measured = measure.measure_gpu(case, budget=0.0, min_rounds=3)
     assert set(measured) == set(case.variants)
@@ -71,6 +79,7 @@ def test_gpu_harness_runs_on_mocked_events(mocked_cuda):
         assert len(m.seconds) == 3
         assert 0 < m.median < 1
         assert m.extra_bytes == 256
+        assert 0 < m.host_seconds < 1
 
 
 def test_gpu_settings_build(monkeypatch):
@@ -119,3 +128,49 @@ def test_report_writes_table_and_plot(tmp_path):
     assert "| 0.00205 | 2.00x | 5.00x |" in line  # GB/s; of the floor; eager over ours
     assert "| 0.500 |" in line  # extra memory over M d e
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+class MockedGraph:
+    """A CUDA graph whose replay does again what was called during the capture."""
+
+    def __init__(self):
+        self.capturing = False
+
+    def capture_begin(self):
+        self.capturing = True
+
+    def capture_end(self):
+        self.capturing = False
+
+    def replay(self):
+        assert not self.capturing
+
+
+@pytest.fixture
+def mocked_graph(monkeypatch, mocked_cuda):
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MockedGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+
+def test_calls_are_captured_and_their_results_kept(mocked_graph):
+    recorded = gpu_time.record([lambda: "a", lambda: "b"])
+    assert (recorded.method, recorded.calls, recorded.kept) == ("graph", 2, ["a", "b"])
+    seconds = gpu_time.in_turns({"both": recorded}, 0.0, 3, lambda: None)
+    assert len(seconds["both"]) == 3
+
+
+def test_what_cannot_be_captured_is_queued(mocked_graph):
+    calls = []
+
+    def waits_for_the_device():
+        calls.append(1)
+        if len(calls) == 2:  # the first is the warm one
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorded = gpu_time.record([waits_for_the_device])
+    assert recorded.method == "queued"
+    recorded.run()
+    assert len(calls) == 5

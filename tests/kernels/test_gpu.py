@@ -1,9 +1,16 @@
-"""``pytest -m gpu``: the fused backends on a real GPU, by the same rule as everywhere."""
+"""``pytest -m gpu``: the fused backends on a real GPU, by the same rule as everywhere.
+
+Nearly all of the time is Triton's compilation. So kinds, dtypes, reductions and ranks are not run
+in every combination, but so that every two of them meet (tests/test_on_gpu.py holds that), each
+case once for the loss and once through the tap.
+"""
+
+import os
 
 import pytest
 import torch
 
-from oprd_kernels import backends, fused_rep_loss, rep_tap
+from oprd_kernels import backends, fused_rep_loss, fused_rep_losses, rep_tap
 from tests.kernels.oracle import Case, assert_no_worse_than_torch
 from tests.kernels.test_rep_loss import DTYPES, KINDS, make_case
 
@@ -11,6 +18,35 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
+
+REDUCTIONS = ("mean", "sum", "none")
+RANKS = (0, 1, 8, 16, 32, 37, 128, 256, 300)
+"""At, between and above the sizes of the kernels' blocks."""
+OPTIONS = [
+    (rank, dtype, KINDS[(i + j) % 3], REDUCTIONS[(i + 2 * j) % 3])
+    for i, rank in enumerate(RANKS)
+    for j, dtype in enumerate(DTYPES)
+]
+SHAPES = [
+    (rank, width, m, list(DTYPES)[(i + j + k) % 3])
+    for i, rank in enumerate((0, 8, 64, 256))
+    for j, width in enumerate((1536, 2050, 4096))
+    for k, m in enumerate((3, 1000))
+]
+
+
+def name_of(value):
+    """A parameter in a test's name."""
+    return str(value)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_a_worker():
+    """The oracles of pytest-xdist's workers would share the cores with all their threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else before)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[b for b in backends.BACKENDS if b not in ("cpu", "reference")])
@@ -27,22 +63,93 @@ def check(case, backend, through_tap=False):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("through_tap", [False, True], ids=["loss", "tap"])
-@pytest.mark.parametrize("rank", [0, 1, 8, 16, 37, 128, 256, 300])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("kind", KINDS)
-def test_matches_oracle(gpu_backend, kind, dtype, rank, through_tap):
-    check(make_case(rank, dtype, kind=kind), gpu_backend, through_tap)
+def check_both(case, backend):
+    check(case, backend)
+    check(case, backend, through_tap=True)
 
 
+@pytest.mark.parametrize(("rank", "dtype", "kind", "reduction"), OPTIONS, ids=name_of)
+def test_matches_oracle(gpu_backend, rank, dtype, kind, reduction):
+    check_both(make_case(rank, DTYPES[dtype], kind=kind, reduction=reduction), gpu_backend)
+
+
+@pytest.mark.parametrize(("rank", "width", "m", "dtype"), SHAPES, ids=name_of)
+def test_real_widths(gpu_backend, rank, width, m, dtype):
+    d_t = width + 512 if rank else None
+    check_both(make_case(rank, DTYPES[dtype], m=m, d_s=width, d_t=d_t), gpu_backend)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("rank", [0, 8, 64, 256])
-@pytest.mark.parametrize("m", [3, 1000])
-@pytest.mark.parametrize("width", [1536, 2050, 4096])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_real_widths(gpu_backend, dtype, width, m, rank):
-    case = make_case(rank, dtype, m=m, d_s=width, d_t=width + 512 if rank else None)
-    check(case, gpu_backend)
-    check(case, gpu_backend, through_tap=True)
+def test_more_rows_than_the_gpu_has_processors_for(gpu_backend, rank, dtype):
+    """Kernels may go about many rows in another way than about few."""
+    d_t = 96 if rank else None
+    check(make_case(rank, DTYPES[dtype], m=33000, d_s=64, d_t=d_t), gpu_backend)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [0, 8, 64])
+def test_rows_teacher_rows_weights_denominator(gpu_backend, rank, kind):
+    case = make_case(
+        rank,
+        kind=kind,
+        rows=torch.tensor([18, 0, 7, 3]),
+        teacher_rows=torch.tensor([2, 2, 5, 0]),
+        weights=torch.tensor([1.0, 0.0, 0.5, 2.0]),
+        denominator=7,
+    )
+    check_both(case, gpu_backend)
+
+
+def states(m, d, dtype, count=1):
+    torch.manual_seed(0)
+    return [torch.randn(m, d).to("cuda", dtype) for _ in range(count)]
+
+
+def assert_same_to_rounding(ours, wanted):
+    """Two kernels may sum in another order: a unit in the last place each."""
+    limit = 4 * torch.finfo(wanted.dtype).eps * wanted.abs()
+    assert ((ours - wanted).abs() <= limit + 1e-6 * wanted.abs().max()).all()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), list(zip(DTYPES, KINDS, strict=True)), ids=name_of)
+def test_in_place_is_the_gradient_in_a_new_tensor(gpu_backend, dtype, kind):
+    student, teacher = states(100, 1536, DTYPES[dtype], 2)
+    student.requires_grad_()
+    options = {"kind": kind, "backend": gpu_backend}
+    loss = fused_rep_loss(student, teacher, **options)
+    wanted = torch.autograd.grad(loss, student)[0]
+    again = fused_rep_loss(student, teacher, inplace=True, **options)
+    found = torch.autograd.grad(again, student)[0]
+    assert found.data_ptr() == teacher.data_ptr()
+    assert_same_to_rounding(again.detach(), loss.detach())
+    assert_same_to_rounding(found, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [("fp32", 0), ("bf16", 0), ("fp32", 8), ("bf16", 64)])
+def test_layers_at_once_are_the_layers_one_by_one(gpu_backend, dtype, rank):
+    students = [x.requires_grad_() for x in states(50, 1536, DTYPES[dtype], 5)]
+    teachers = states(50, 1536, DTYPES[dtype], 10)[5:]
+    lists = {}
+    if rank:
+        projectors = states(rank, 1536, torch.float32, 10)
+        lists = {"student": projectors[:5], "teacher": projectors[5:]}
+    upstream = torch.linspace(0.5, 1.5, 5, device="cuda")
+    plural = {f"{name}_projs": column for name, column in lists.items()}
+    single = [{f"{name}_proj": column[i] for name, column in lists.items()} for i in range(5)]
+    try:
+        losses = fused_rep_losses(students, teachers, backend=gpu_backend, **plural)
+    except backends.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    wanted = [
+        fused_rep_loss(s, t, backend=gpu_backend, **one)
+        for s, t, one in zip(students, teachers, single, strict=True)
+    ]
+    assert_same_to_rounding(losses.detach(), torch.stack(wanted).detach())
+    found = torch.autograd.grad((losses * upstream).sum(), students)
+    expected = torch.autograd.grad((torch.stack(wanted) * upstream).sum(), students)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same_to_rounding(ours, theirs)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e18, 1e30])

@@ -1,0 +1,385 @@
+"""Everything to be known of this checkout on a machine with a GPU and no network: one command.
+
+    bash benchmarks/on_gpu.sh OUT [--only PART,..] [--budget SECONDS]
+    bash benchmarks/on_gpu.sh --wheels
+    bash benchmarks/on_gpu.sh --adopt OUT [--commit COMMIT]
+
+Builds for this GPU, then doctor, table (the kernels' times), tests (``-m gpu``), gains
+(`oprd-gains` at the paper's shape), sanitizer (compute-sanitizer) beside demo (`oprd-train`), and
+ncu. OUT receives results.json and results.md, written anew after each part, and logs: eight files.
+OPRD_COMMIT in the environment names the commit where git can't. ``--adopt`` puts the results of
+another machine into this checkout: benchmarks/results/ and oprd_kernels/tested_on.json, which
+`oprd-doctor` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import asdict
+from glob import glob
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parts import Outcome, Part, PartFailed, PartSkipped, Running, end_all, run_stages
+
+ROOT = Path(__file__).parents[1]
+BUDGET = 470.0
+DRY = "OPRD_ON_GPU_DRY"
+"""Set to 1: sizes for a CPU and nothing built, to test this script."""
+
+WHEELS = (
+    "antlr4-python3-runtime",
+    "datasets",
+    "dill",
+    "docstring-parser",
+    "filelock",
+    "hypothesis",
+    "jsonargparse",
+    "latex2sympy2-extended",
+    "liger-kernel",
+    "math-verify",
+    "multiprocess",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "rich",
+    "typeshed-client",
+    "xxhash",
+)
+"""Pure Python, or small, and often missing where torch and transformers are installed. The kernels
+need none of them; the tests need filelock, gains and demo all but pytest's and liger-kernel, which
+the table compares with if it is there."""
+
+PAPER = {
+    "d": 1536,
+    "layers": 28,
+    "heads": 12,
+    "kv_heads": 2,
+    "intermediate": 8960,
+    "vocab": 151936,
+    "tied": "false",
+    "batch": 2,
+    "tokens": 8192,
+    "dtype": "bfloat16",
+    "gradient_checkpointing": "on",
+    "rounds": 3,
+    "objectives": "[backbone,oprd,bridge,opd_topk,opd_topk_chunked]",
+}
+"""Of `oprd-gains`: Qwen2's shape in the paper."""
+
+PYTHON = sys.executable
+ENTRY = "import sys; from {} import {} as main; main(sys.argv[1:])"
+
+
+class Check:
+    """One run: what its parts share."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.dry = os.environ.get(DRY) == "1"
+        self.work = Path(tempfile.mkdtemp(prefix="oprd_on_gpu_"))
+        self.results: dict[str, Any] = {"machine": machine(), "parts": []}
+
+    def stages(self) -> list[list[Part]]:
+        """All parts, in order; those of one stage run at the same time."""
+        parts = {
+            "build": (200, "build", self.build),
+            "doctor": (40, "build", self.doctor),
+            "table": (150, "table", self.table),
+            "tests": (150, "tests", self.tests),
+            "gains": (100, "gains", self.gains),
+            "sanitizer": (120, "checks", self.sanitizer),
+            "demo": (120, "demo", self.demo),
+            "ncu": (60, "checks", self.ncu),
+        }
+        made = {
+            name: Part(name, limit, self.out / f"{log}.log", work)
+            for name, (limit, log, work) in parts.items()
+        }
+        order = [["build"], ["doctor"], ["table"], ["tests"], ["gains"], ["sanitizer", "demo"]]
+        return [[made[name] for name in stage] for stage in [*order, ["ncu"]]]
+
+    def build(self, running: Running) -> str:
+        if self.dry:
+            return "dry: nothing is built"
+        own = self.results["machine"]["capability"].replace(".", "")
+        wanted = os.environ.get("OPRD_CUDA_ARCHITECTURES") or own
+        env = {"OPRD_REQUIRE_NATIVE": "1", "OPRD_CUDA_ARCHITECTURES": wanted}
+        running.run(PYTHON, "setup.py", "-q", "egg_info", "build_ext", "--inplace", env=env)
+        report = json.loads((ROOT / "oprd_kernels/_build_report.json").read_text())
+        if report["cuda"]:
+            raise PartFailed(f"without CUDA: {report['cuda']}")
+        return f"for architecture {wanted}"
+
+    def doctor(self, running: Running) -> str:
+        printed = running.run(PYTHON, "-m", "oprd_kernels.doctor")
+        live = [line.split()[0] for line in printed.splitlines() if " live: " in line]
+        return f"live: {', '.join(live)}"
+
+    def table(self, running: Running) -> str:
+        file = self.work / "table.json"
+        options = ["--tiny"] if self.dry else []
+        seconds = f"{max(running.left - 15, 5):.0f}"
+        try:
+            # Without a pool of compiling processes for each of the processes that compile ahead.
+            running.run(
+                *(PYTHON, "-m", "benchmarks.gpu_table", file, "--seconds", seconds, *options),
+                env={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+            )
+        finally:
+            if file.exists():
+                self.results["table"] = json.loads(file.read_text())
+        left_out = len(self.results["table"]["left_out"])
+        return f"{len(self.results['table']['rows'])} measurements, {left_out} cases left out"
+
+    def tests(self, running: Running) -> str:
+        if missing := lacking("pytest", "filelock"):
+            raise PartSkipped(missing)
+        report = self.work / "tests.xml"
+        command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/test_gpu.py"]
+        command += ["-p", "no:cacheprovider", "--durations", "15", f"--junitxml={report}"]
+        if find_spec("xdist") and not self.dry:
+            command += ["-n", "auto", "--dist", "worksteal"]
+        try:
+            # A thread each: the float64 oracles of all workers would share the cores.
+            running.run(*command, env={"OMP_NUM_THREADS": "1"})
+        except PartFailed:
+            raise PartFailed(self._counted(report)) from None
+        return self._counted(report)
+
+    def _counted(self, report: Path) -> str:
+        suite = ElementTree.parse(report).find("testsuite")
+        assert suite is not None
+        total, failed, errors, skipped = (
+            int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
+        )
+        self.results["tests"] = {
+            "passed": total - failed - errors - skipped,
+            "failed": failed + errors,
+            "skipped": skipped,
+        }
+        return ", ".join(f"{count} {name}" for name, count in self.results["tests"].items())
+
+    def gains(self, running: Running) -> str:
+        needs_training_packages()
+        out = self.work / "gains"
+        options = ["--dry_run"] if self.dry else ["--output_dir", str(out)]
+        shape = [f"--{name}={value}" for name, value in PAPER.items()]
+        running.run(PYTHON, "-c", ENTRY.format("oprd.gains", "main"), *shape, *options)
+        if self.dry:
+            return "dry: the prediction only"
+        self.results["gains"] = (out / "gains.md").read_text()
+        rows = json.loads((out / "gains.json").read_text())["modes"]["on"]
+        seconds = {row["objective"]: row["seconds"] for row in rows}
+        return f"OPRD {seconds['oprd']:.3f} s an update, backbone alone {seconds['backbone']:.3f}"
+
+    def demo(self, running: Running) -> str:
+        needs_training_packages()
+        out = self.work / "demo"
+        options = ["--dry_run"] if self.dry else ["--output_dir", str(out)]
+        env = {"HF_HUB_OFFLINE": "1"}
+        command = [PYTHON, "-c", ENTRY.format("oprd.cli", "train"), "--steps", "100", *options]
+        running.run(*command, env=env)
+        if self.dry:
+            return "dry: the configuration only"
+        scores = json.loads((out / "summary.json").read_text())["evaluations"]
+        after = {name: round(r["avg"], 4) for name, r in scores["student after"].items()}
+        self.results["demo"] = after
+        return "accuracy " + ", ".join(f"{name} {value}" for name, value in after.items())
+
+    def sanitizer(self, running: Running) -> str:
+        def calls(parts: int) -> list[list[str]]:
+            command = [PYTHON, "-m", "benchmarks.sanitize"]
+            return [[*command, f"{part}/{parts}"] for part in range(parts)]
+
+        running.run_all(calls(2 if self.dry else 8))  # compiles: what follows finds the kernels
+        tool = find_tool("compute-sanitizer")
+        options = ["--error-exitcode", "9", "--target-processes", "application-only", "--tool"]
+        # PyTorch and Triton ask questions whose answer is an error.
+        kinds = (["memcheck", "--report-api-errors", "no"], ["racecheck"])
+        watched = [[tool, *options, *kind, *call] for kind in kinds for call in calls(2)]
+        running.run_all(watched, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        return "memcheck and racecheck found nothing"
+
+    def ncu(self, running: Running) -> str:
+        from benchmarks import dram
+
+        tool, names = find_tool("ncu"), self.work / "calls.json"
+        options = ["--metrics", ",".join(dram.METRICS), "--clock-control", "none", "--csv"]
+        options += ["--print-units", "base", "--profile-from-start", "off"]
+        options += ["--target-processes", "application-only"]
+        printed = running.run(tool, *options, PYTHON, "-m", "benchmarks.dram", names)
+        self.results["ncu"] = dram.sections(json.loads(names.read_text()), printed)
+        return f"{len(self.results['ncu'])} calls"
+
+    def done(self, outcome: Outcome) -> None:
+        """Tell, and keep what there is so far."""
+        print(f"{outcome.part:<10} {outcome.status:<10} {outcome.seconds:4.0f} s  {outcome.note}",
+              flush=True)  # fmt: skip
+        self.results["parts"].append(asdict(outcome))
+        self.results["tested_on"] = tested_on(self.results)
+        write(self.results, self.out / "results")
+
+
+def lacking(*modules: str) -> str | None:
+    """A line for those that can't be imported, or None."""
+    missing = [module for module in modules if find_spec(module) is None]
+    return f"needs {', '.join(missing)}: see --wheels" if missing else None
+
+
+def needs_training_packages() -> None:
+    """Raises:
+    PartSkipped: where `oprd` can't be imported.
+    """
+    needed = ("transformers", "jsonargparse", "datasets", "math_verify", "rich", "matplotlib")
+    if missing := lacking(*needed):
+        raise PartSkipped(missing)
+
+
+def find_tool(name: str) -> str:
+    """Its path.
+
+    Raises:
+        PartSkipped: if it is not here.
+    """
+    folders = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+    places = [f"{folder}/{name}" for folder in (*folders, "/opt/nvidia/nsight-compute/*")]
+    found = shutil.which(name) or next((p for place in places for p in sorted(glob(place))), None)
+    if found is None:
+        raise PartSkipped(f"{name} is not on PATH")
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """GPU, driver, versions and commit; by a process of its own, so that this one, which waits for
+    the profiler's, keeps the GPU free."""
+    script = "import json; from benchmarks.machine import describe_gpu as d; print(json.dumps(d()))"
+    done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"torch can't be imported here:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found | {
+        "commit": os.environ.get("OPRD_COMMIT") or commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def commit() -> str:
+    """What is checked out, or that git doesn't say."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def tested_on(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The record for `oprd-doctor`, once the tests have run on a GPU."""
+    facts = results["machine"]
+    if "tests" not in results or "gpu" not in facts:
+        return None
+    kept = ("gpu", "torch", "triton", "commit", "date")
+    notes = {p["part"]: p["note"] for p in results["parts"] if p["status"] == "ok"}
+    record = {name: facts[name] for name in kept} | {"tests": results["tests"]}
+    return record | ({"sanitizer": notes["sanitizer"]} if "sanitizer" in notes else {})
+
+
+def write(results: dict[str, Any], stem: Path) -> None:
+    """``stem``.json and .md; the report imports torch, so only now."""
+    from benchmarks.gpu_report import document
+
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(document(results))
+
+
+def adopt(out: Path, at_commit: str | None, root: Path = ROOT) -> None:
+    """Copy another machine's results into this checkout, under the GPU's name.
+
+    Raises:
+        SystemExit: if they are of no GPU, or no test ran.
+    """
+    results = json.loads((out / "results.json").read_text())
+    if at_commit:
+        results["machine"]["commit"] = at_commit
+    record = tested_on(results)
+    if record is None:
+        raise SystemExit(f"{out}/results.json has no GPU, or its tests did not run to their end")
+    name = record["gpu"].split()[-1].lower()
+    write(results | {"tested_on": record}, root / "benchmarks/results" / name)
+    file = root / "oprd_kernels/tested_on.json"
+    records = json.loads(file.read_text()) if file.exists() else []
+    kept = [one for one in records if one["gpu"] != record["gpu"]]
+    file.write_text(json.dumps([*kept, record], indent=1) + "\n")
+    print(f"benchmarks/results/{name}.md, {name}.json and oprd_kernels/tested_on.json are written")
+
+
+def print_wheels() -> None:
+    """What a machine without network may lack, and how to bring it."""
+    for name in WHEELS:
+        try:
+            here = f"{version(name)} here"
+        except PackageNotFoundError:
+            here = "missing here"
+        print(f"{name:<24} {here}")
+    print(
+        "\nWhere there is a network, for the other machine's Python (3.12, say), in the checkout:\n"
+        "  python -m pip download --no-deps --only-binary=:all: --python-version 3.12 "
+        f"--implementation cp --platform manylinux_2_28_x86_64 -d .whl {' '.join(WHEELS)}\n"
+        "Leave out what is there. on_gpu.sh installs what is in .whl, or in the folder that "
+        "OPRD_WHEELS names, beside the machine's own packages."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 1 if a part failed or timed out."""
+    parser = argparse.ArgumentParser(prog="on_gpu.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, nargs="?", help="a directory for results and logs")
+    parser.add_argument("--only", metavar="PART[,PART]", help="leave the other parts out")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
+    parser.add_argument("--wheels", action="store_true", help="print what to bring; run nothing")
+    parser.add_argument("--adopt", action="store_true", help="take over OUT's results")
+    parser.add_argument("--commit", help="with --adopt: what was checked out there")
+    given = parser.parse_args(argv)
+    if given.wheels:
+        print_wheels()
+        return 0
+    if given.out is None:
+        parser.error("OUT, a directory for results and logs, is missing")
+    if given.adopt:
+        adopt(given.out, given.commit)
+        return 0
+    given.out.mkdir(parents=True, exist_ok=True)
+    check = Check(given.out.resolve())
+    stages = check.stages()
+    if given.only:
+        wanted = given.only.split(",")
+        known = [part.name for stage in stages for part in stage]
+        if unknown := [name for name in wanted if name not in known]:
+            parser.error(f"no part {', '.join(unknown)}; there are {', '.join(known)}")
+        stages = [[part for part in stage if part.name in wanted] for stage in stages]
+    if "gpu" not in check.results["machine"] and not check.dry:
+        raise SystemExit("torch sees no GPU here")
+    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: end_all())
+    try:
+        run_stages([stage for stage in stages if stage], given.budget, check.done)
+    finally:
+        shutil.rmtree(check.work, ignore_errors=True)
+    print(f"{check.out}/results.md")
+    return int(any(p["status"] in ("failed", "timed out") for p in check.results["parts"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

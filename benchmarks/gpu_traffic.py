@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import interpreter
 from oprd_kernels import triton_backend
+from oprd_kernels.call import GradCall, LossCall
 from oprd_kernels.triton_backend import configs
 
 ACTIVATIONS = ("student", "teacher", "grad", "x")
@@ -88,16 +89,14 @@ def count(regime: Regime, dtype: str, rows: torch.Tensor | None = None) -> Traff
     if regime.rank:
         projectors = [torch.randn(regime.rank, d) for d in (WIDTH, d_t)] + [torch.randn(d_t)]
     grad = teacher if regime.name.endswith("in place") else None
-    forward = (student, teacher, *projectors, rows, None, None, None, "nmse", "mean", grad)
+    backend = triton_backend.BACKEND
     with interpreter.recorded() as launches:
-        _, saved = triton_backend.forward(*forward)
+        _, saved = backend.forward(LossCall(student, teacher, *projectors, rows), grad)
     if regime.name.endswith("backward"):
         wide = (None, None) if regime.rank else (student, teacher)
         with interpreter.recorded() as launches:
-            triton_backend.backward_(
-                torch.zeros_like(student), True, torch.ones(()), *wide, projectors[0], saved,
-                rows, None, None, "nmse",
-            )  # fmt: skip
+            call = GradCall(saved, *wide, projectors[0], rows)
+            backend.backward_(call, torch.zeros_like(student), True, torch.ones(()))
     totals = {"activations": 0, "projectors": 0, "per_row": 0}
     for launch in launches:
         for moved in (launch.loaded, launch.stored):

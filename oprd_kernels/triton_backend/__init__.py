@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd_kernels.layout import new_outputs, num_rows
+from oprd_kernels.call import GradCall, LossCall, num_rows
+from oprd_kernels.layout import RowsLayout, new_layers, new_loss, new_saved
 
 try:
     import triton
@@ -103,38 +104,21 @@ def _denominator(
     return denominator
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None,
-    teacher_proj: Tensor | None,
-    teacher_mean: Tensor | None,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    denominator: Tensor | None,
-    kind: str,
-    reduction: str,
-    grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved``; ``grad``, if given, receives the gradient of the reduced loss with
-    respect to ``student``, and may be ``teacher`` itself."""
-    m = num_rows(student, rows)
-    rank = 0 if student_proj is None else student_proj.shape[0]
-    loss, saved = new_outputs(student, m, rank, reduction)
+def _forward(call: LossCall, loss: Tensor, saved: Tensor, grad: Tensor | None) -> None:
+    student, teacher, *projectors = call[:5]
+    rows, teacher_rows, weights, denominator, kind, reduction = call[5:]
+    m, rank = call.num_rows, call.rank
     denominator = _denominator(denominator, weights, reduction)
     options = {"KIND": KIND_CODES[kind], "EACH": reduction == "none"}
     with _on(student.device):
-        if m and student_proj is None:
+        if m and rank == 0:
             mean = {"MEAN": reduction == "mean"}
             arguments = (student, teacher, grad, loss, saved, rows, teacher_rows, weights)
             _launch_identity(arguments, denominator, m, options | mean)
         elif m:
-            projectors = (student_proj, teacher_proj, teacher_mean)
             tensors = (student, teacher, loss, saved, rows, teacher_rows, weights)
             _launch_projected(tensors, projectors, m, rank, options)
         _launch_reduction(loss, saved, weights, denominator, m, reduction)
-    return loss, saved
 
 
 def _launch_identity(tensors, denominator, m: int, options: dict[str, Any]) -> None:
@@ -222,21 +206,8 @@ def _launch_reduction(loss, saved, weights, denominator, m: int, reduction_name:
     )  # fmt: skip
 
 
-def backward_(
-    grad: Tensor,
-    accumulate: bool,
-    grad_loss: Tensor,
-    student: Tensor | None,
-    teacher: Tensor | None,
-    student_proj: Tensor | None,
-    saved: Tensor,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    kind: str,
-) -> None:
-    """Writes (or adds) the gradient of the loss into the supervised rows of ``grad``, whose other
-    rows are not touched; arguments as `oprd_kernels.cpu.backward_`."""
+def _backward(call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
+    saved, student, teacher, student_proj, rows, teacher_rows, weights, kind, _ = call
     m, width = num_rows(grad, rows), grad.shape[-1]
     if m == 0:
         return
@@ -264,42 +235,42 @@ def backward_(
         )  # fmt: skip
 
 
-def forward_layers(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    student_projs: Sequence[Tensor],
-    teacher_projs: Sequence[Tensor],
-    teacher_means: Sequence[Tensor],
-    *options,
-) -> tuple[Tensor, Tensor]:
-    """(L,) losses and (L, saved_size): launches queued layer by layer, nothing waited for."""
-    columns = (student_projs, teacher_projs, teacher_means)
-    results = []
-    for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        projectors: list[Any] = [c[i] if c else None for c in columns]
-        results.append(forward(student, teacher, *projectors, *options))
-    losses, saved = zip(*results, strict=True)
-    return torch.stack(losses), torch.stack(saved)
+class TritonBackend(RowsLayout):
+    """See `oprd_kernels.protocol.Backend`."""
+
+    name = "triton"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why not, on tensors of ``device``."""
+        return unavailable(device)
+
+    def unsupported(self, call: LossCall) -> str | None:
+        """Nothing is."""
+        return None
+
+    def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and ``saved``."""
+        loss, saved = new_loss(call), new_saved(call, self.saved_size(call))
+        _forward(call, loss, saved, grad)
+        return loss, saved
+
+    def backward_(self, call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
+        """Whatever the dtype of ``grad``."""
+        _backward(call, grad, accumulate, grad_loss)
+
+    def forward_layers(self, calls: Sequence[LossCall]) -> tuple[Tensor, Tensor]:
+        """Launches queued layer by layer, nothing waited for."""
+        losses, saved = new_layers(calls[0], len(calls), self.saved_size(calls[0]))
+        for call, loss, one in zip(calls, losses, saved, strict=True):
+            _forward(call, loss, one, None)
+        return losses, saved
+
+    def backward_layers_(
+        self, calls: Sequence[GradCall], grads: Sequence[Tensor], grad_losses: Tensor
+    ) -> None:
+        """Launches queued layer by layer."""
+        for call, grad, grad_loss in zip(calls, grads, grad_losses, strict=True):
+            _backward(call, grad, False, grad_loss)
 
 
-def backward_layers_(
-    grads: Sequence[Tensor],
-    grad_losses: Tensor,
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    student_projs: Sequence[Tensor],
-    saved: Tensor,
-    *options,
-) -> None:
-    """Writes the gradients of sum_l grad_losses[l] * loss[l] with respect to the students."""
-    for i, grad in enumerate(grads):
-        backward_(
-            grad,
-            False,
-            grad_losses[i],
-            students[i] if students else None,
-            teachers[i] if teachers else None,
-            student_projs[i] if student_projs else None,
-            saved[i],
-            *options,
-        )
+BACKEND = TritonBackend()

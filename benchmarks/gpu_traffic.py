@@ -3,8 +3,8 @@
 python -m benchmarks.gpu_traffic [--output benchmarks/results/gpu_traffic.md]
 
 Activations (hidden states, gradients) against the least that each mode can do with (design.md);
-reads of the projectors, which a GPU serves out of L2, apart; statistics, dz and sums of a few
-floats a row as "per row". The times are a roofline PREDICTION from data-sheet peaks: no GPU was
+reads of the projectors themselves apart; what lies in the workspace and in ``saved`` (statistics, dz,
+sums of a few floats a row; the projectors' terms, which a GPU serves out of L2) as "other". The times are a roofline PREDICTION from data-sheet peaks: no GPU was
 measured.
 """
 
@@ -21,20 +21,20 @@ import torch
 
 from benchmarks import interpreter
 from oprd_kernels import triton_backend
-from oprd_kernels.triton_backend import configs
+from oprd_kernels.call import GradCall, LossCall
 
-ACTIVATIONS = ("student", "teacher", "grad", "x")
-PROJECTORS = ("student_proj", "teacher_proj", "teacher_mean", "proj", "mean", "terms")
+ACTIVATIONS = ("student", "teacher", "grad", "students", "teachers", "grads")
+PROJECTORS = ("student_proj", "teacher_proj", "teacher_mean")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS, WIDTH, TEACHER_WIDTH = 128, 512, 640
 
-# Data-sheet peaks: GB/s of memory, TFLOP/s of dense bf16 tensor cores and of fp32 FMA. NVIDIA A100
-# 80GB SXM, H100 SXM, B200; AMD Instinct MI300X.
+# Data-sheet peaks: GB/s of memory, TFLOP/s of dense bf16 tensor cores. NVIDIA A100 80GB SXM, H100
+# SXM, B200; AMD Instinct MI300X.
 DEVICES = {
-    "A100": (2039, 312, 19.5),
-    "H100": (3350, 989, 67),
-    "B200": (8000, 2250, 75),
-    "MI300X": (5300, 1307, 163),
+    "A100": (2039, 312),
+    "H100": (3350, 989),
+    "B200": (8000, 2250),
+    "MI300X": (5300, 1307),
 }
 
 
@@ -70,7 +70,7 @@ class Traffic:
     activations: int
     floor: int
     projectors: int
-    per_row: int
+    other: int
 
 
 def count(regime: Regime, dtype: str, rows: torch.Tensor | None = None) -> Traffic:
@@ -88,21 +88,19 @@ def count(regime: Regime, dtype: str, rows: torch.Tensor | None = None) -> Traff
     if regime.rank:
         projectors = [torch.randn(regime.rank, d) for d in (WIDTH, d_t)] + [torch.randn(d_t)]
     grad = teacher if regime.name.endswith("in place") else None
-    forward = (student, teacher, *projectors, rows, None, None, None, "nmse", "mean", grad)
+    backend = triton_backend.BACKEND
     with interpreter.recorded() as launches:
-        _, saved = triton_backend.forward(*forward)
+        _, saved = backend.forward(LossCall(student, teacher, *projectors, rows), grad)
     if regime.name.endswith("backward"):
         wide = (None, None) if regime.rank else (student, teacher)
         with interpreter.recorded() as launches:
-            triton_backend.backward_(
-                torch.zeros_like(student), True, torch.ones(()), *wide, projectors[0], saved,
-                rows, None, None, "nmse",
-            )  # fmt: skip
-    totals = {"activations": 0, "projectors": 0, "per_row": 0}
+            call = GradCall(saved, *wide, projectors[0], rows)
+            backend.backward_(call, torch.zeros_like(student), True, torch.ones(()))
+    totals = {"activations": 0, "projectors": 0, "other": 0}
     for launch in launches:
         for moved in (launch.loaded, launch.stored):
             for name, size in moved.items():
-                kind = "activations" if name in ACTIVATIONS else "per_row"
+                kind = "activations" if name in ACTIVATIONS else "other"
                 totals["projectors" if name in PROJECTORS else kind] += size
     floor = (regime.student_reads + regime.writes) * ROWS * WIDTH * e
     floor += regime.teacher_reads * ROWS * d_t * e
@@ -111,30 +109,27 @@ def count(regime: Regime, dtype: str, rows: torch.Tensor | None = None) -> Traff
 
 def predicted_milliseconds(regime: Regime, dtype: str, device: str, m: int, d: int) -> float:
     """The larger of bytes over peak bandwidth and operations over peak rate; d wide both sides."""
-    bandwidth, tensor, fma = DEVICES[device]
+    bandwidth, tensor = DEVICES[device]
     e = DTYPES[dtype].itemsize
     size = (regime.student_reads + regime.teacher_reads + regime.writes) * m * d * e
     flops = 2.0 * regime.products * m * d * max(regime.rank, 16 if regime.rank else 0)
     backward = regime.name.endswith("backward")
-    if regime.rank <= configs.FMA_RANK and (dtype == "fp32" or backward):
-        seconds = flops / (fma * 1e12)
-    else:  # in bfloat16 terms, see triton_backend/projected.py
-        # bf16 forward: three for the student, six for a teacher with a mean
-        products = 6.0 if dtype == "fp32" or backward else 4.5
-        seconds = flops * products / (tensor * 1e12)
+    # In 16-bit terms, see triton_backend/operands.py.
+    products = 6 if dtype == "fp32" else 1 if backward else 2
+    seconds = flops * products / (tensor * 1e12)
     return max(size / (bandwidth * 1e9), seconds) * 1e3
 
 
 def report() -> str:
     """Both tables."""
     lines = [
-        "| regime | r | dtype | activation bytes / floor | projector bytes / floor | per-row bytes / floor |",  # noqa: E501
+        "| regime | r | dtype | activation bytes / floor | projector bytes / floor | other bytes / floor |",  # noqa: E501
         "|---|---|---|---|---|---|",
     ]
     for regime in REGIMES:
         for dtype in DTYPES:
             t = count(regime, dtype)
-            ratios = [f"{x / t.floor:.3f}" for x in (t.activations, t.projectors, t.per_row)]
+            ratios = [f"{x / t.floor:.3f}" for x in (t.activations, t.projectors, t.other)]
             cells = (regime.name, regime.rank or "-", dtype, *ratios)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [

@@ -20,6 +20,8 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_code import Code, read_amdgcn, read_cubin
 from oprd_kernels import triton_backend
+from oprd_kernels.call import GradCall, LossCall
+from oprd_kernels.triton_backend import backend
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -40,10 +42,13 @@ class Case:
     rank: int = 0
     inplace: bool = False
     few_rows: bool = False
+    trains_proj: bool = False
 
     def __str__(self) -> str:
         mode = f"r={self.rank}" if self.rank else "in place" if self.inplace else "identity"
-        return f"{mode} d={self.width} {self.dtype}" + (" few rows" if self.few_rows else "")
+        return f"{mode} d={self.width} {self.dtype}" + (" few rows" if self.few_rows else "") + (
+            " P trained" if self.trains_proj else ""
+        )
 
 
 # One of every configuration in `triton_backend.configs`, in every type that changes the code.
@@ -55,8 +60,9 @@ CASES = [
     Case("fp32", 16384),
     Case("fp32", 16384, inplace=True),
     *(Case(dtype, 2048, r) for dtype in ("fp32", "bf16") for r in (8, 32, 64, 128, 256)),
-    Case("fp16", 2048, 8),
-    Case("bf16", 2048, 8, few_rows=True),
+    *(Case("fp16", 2048, r) for r in (8, 64)),
+    *(Case("bf16", 2048, r, few_rows=True) for r in (8, 64)),
+    *(Case(dtype, 2048, 64, trains_proj=True) for dtype in DTYPES),
 ]
 
 
@@ -92,15 +98,15 @@ def compile_only(arch: str, busy: bool = True) -> Iterator[list[Any]]:
     patches = (
         mock.patch.object(driver, "_active", _Driver(arch)),
         mock.patch.object(JITFunction, "run", compile_instead),
-        mock.patch.object(triton_backend, "generation", return_value=arch),
-        mock.patch.object(triton_backend, "processors", return_value=1 if busy else 128),
+        mock.patch.object(backend, "generation", return_value=arch),
+        mock.patch.object(backend, "processors", return_value=1 if busy else 128),
     )
     with patches[0], patches[1], patches[2], patches[3]:
         yield compiled
 
 
 def launch(case: Case) -> None:
-    """Forward and backward (through a tap) of ``case``."""
+    """Forward and backward (of a loss, and through a tap) of ``case``."""
     dtype = DTYPES[case.dtype]
     student, teacher = (torch.zeros(ROWS, case.width, dtype=dtype) for _ in range(2))
     projectors: list[torch.Tensor | None] = [None, None, None]
@@ -109,15 +115,17 @@ def launch(case: Case) -> None:
         projectors.append(torch.zeros(case.width))
     weights = torch.ones(ROWS)
     grad = teacher if case.inplace else None
-    _, saved = triton_backend.forward(
-        student, teacher, *projectors, None, None, weights, None, "nmse", "mean", grad=grad
-    )
-    if not case.inplace:
-        wide = (None, None) if case.rank else (student, teacher)
-        triton_backend.backward_(
-            torch.zeros_like(student), True, torch.ones(()), *wide, projectors[0], saved, None,
-            None, weights, "nmse",
-        )  # fmt: skip
+    triton = triton_backend.BACKEND
+    call = LossCall(student, teacher, *projectors, weights=weights)
+    _, saved = triton.forward(call, grad)
+    if case.inplace:
+        return
+    wide = (student if case.trains_proj else None, None) if case.rank else (student, teacher)
+    back = GradCall(saved, *wide, projectors[0], weights=weights)
+    for accumulate in (False, True):
+        triton.backward_(back, torch.zeros_like(student), accumulate, torch.ones(()))
+    if case.trains_proj:
+        triton.grad_proj(back, torch.ones(()))
 
 
 def compiled_code(case: Case, arch: str) -> list[Code]:

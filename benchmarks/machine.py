@@ -60,9 +60,9 @@ def describe() -> dict[str, str | int]:
             if line.startswith("model name"):
                 cpu = line.split(":", 1)[1].strip()
                 break
-    from oprd_kernels import backends
+    from oprd_kernels import native
 
-    simd = "no native kernels" if backends.native_problem() else backends.native().simd_name()
+    simd = "no native kernels" if native.problem() else native.module().simd_name()
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return gpu | {
         "cpu": cpu,

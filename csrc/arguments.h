@@ -1,58 +1,170 @@
-// How Python passes a call to native code: tensors as addresses, sizes and strides, in tuples.
+// How Python passes a call to native code: the tensors themselves, in the tuples LossCall and
+// GradCall of oprd_kernels/call.py. Addresses, sizes, strides and dtypes are read here, by the
+// names that a tensor has in Python: no torch header is needed, and no work is left to Python.
+//
+// All of it needs the GIL; kernels run without (py::gil_scoped_release).
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <cstdint>
-#include <tuple>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "rep_loss.h"
 
 namespace oprd {
 
-using Address = std::uintptr_t;
-// (address, dtype, rows per outer index, outer stride, inner stride, last stride), in elements.
-using RowsTuple =
-    std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+namespace py = pybind11;
 
+// The fields of LossCall and of GradCall in order; native.py compares them with its own.
+enum LossField {
+  kStudent, kTeacher, kStudentProj, kTeacherProj, kTeacherMean, kIndex, kTeacherIndex, kWeights,
+  kDenominator, kLossKind, kLossReduction, kLossFields
+};
+enum GradField {
+  kGradSaved, kGradStudent, kGradTeacher, kGradProj, kGradIndex, kGradTeacherIndex, kGradWeights,
+  kGradKind, kGradReduction, kGradFields
+};
+constexpr const char* kLossFieldNames[kLossFields] = {
+    "student", "teacher", "student_proj", "teacher_proj", "teacher_mean", "rows", "teacher_rows",
+    "weights", "denominator", "kind", "reduction"};
+constexpr const char* kGradFieldNames[kGradFields] = {
+    "saved", "student", "teacher", "student_proj", "rows", "teacher_rows", "weights", "kind",
+    "reduction"};
+
+template <int N>
+py::tuple field_names(const char* const (&names)[N]) {
+  py::tuple found(N);
+  for (int i = 0; i < N; ++i) found[i] = py::str(names[i]);
+  return found;
+}
+
+// What is looked up of every tensor, made once.
+struct Names {
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* dtypes[3];  // torch.float32, .., in the order of DType
+
+  Names() {
+    const py::module_ torch = py::module_::import("torch");
+    const char* const names[] = {"float32", "bfloat16", "float16"};
+    for (int i = 0; i < 3; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+  }
+};
+
+inline const Names& names() {
+  static const Names* made = new Names;  // never freed: Python may be gone at exit
+  return *made;
+}
+
+inline py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+inline std::int64_t integer(PyObject* number) {
+  const std::int64_t value = PyLong_AsLongLong(number);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// A tuple of integers: a shape, strides.
+struct Integers {
+  py::object held;
+
+  explicit Integers(PyObject* tuple) : held(checked(tuple)) {
+    if (!PyTuple_Check(tuple)) throw std::invalid_argument("expected a tuple of integers");
+  }
+  int size() const { return static_cast<int>(PyTuple_GET_SIZE(held.ptr())); }
+  // Counted from the end if negative.
+  std::int64_t operator[](int i) const {
+    return integer(PyTuple_GET_ITEM(held.ptr(), i < 0 ? size() + i : i));
+  }
+};
+
+inline Integers shape(PyObject* x) { return Integers(PyObject_GetAttr(x, names().shape)); }
+inline Integers strides(PyObject* x) {
+  return Integers(PyObject_CallMethodNoArgs(x, names().stride));
+}
+
+// Where a tensor's data is; null for None.
 template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+T* data(PyObject* x) {
+  if (x == Py_None) return nullptr;
+  const py::object address = checked(PyObject_CallMethodNoArgs(x, names().data_ptr));
+  void* found = PyLong_AsVoidPtr(address.ptr());
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return static_cast<T*>(found);
 }
 
-inline Rows as_rows(const RowsTuple& t) {
+inline DType dtype(PyObject* x) {
+  const py::object found = checked(PyObject_GetAttr(x, names().dtype));
+  for (int i = 0; i < 3; ++i) {
+    if (found.ptr() == names().dtypes[i]) return static_cast<DType>(i);
+  }
+  throw std::invalid_argument("expected a float32, bfloat16 or float16 tensor");
+}
+
+// A (N, d) or (B, T, d) tensor, its N (or B T) and d.
+struct Matrix {
   Rows rows;
-  rows.data = pointer<void>(std::get<0>(t));
-  rows.dtype = static_cast<DType>(std::get<1>(t));
-  rows.inner = std::get<2>(t);
-  rows.stride_outer = std::get<3>(t);
-  rows.stride_inner = std::get<4>(t);
-  rows.stride_last = std::get<5>(t);
-  return rows;
+  std::int64_t count = 0;
+  std::int64_t width = 0;
+
+  Matrix() = default;
+  explicit Matrix(PyObject* x) {
+    const Integers sizes = shape(x), steps = strides(x);
+    const int dims = sizes.size();
+    if (dims != 2 && dims != 3) throw std::invalid_argument("expected 2 or 3 dimensions");
+    width = sizes[-1];
+    count = dims == 2 ? sizes[0] : sizes[0] * sizes[1];
+    rows.data = data<void>(x);
+    rows.dtype = oprd::dtype(x);
+    rows.inner = sizes[-2] > 1 ? sizes[-2] : 1;
+    rows.stride_inner = steps[-2];
+    rows.stride_last = steps[-1];
+    // In 2-D as if it went on: one stride says where every row is.
+    rows.stride_outer = dims == 2 ? rows.inner * rows.stride_inner : steps[0];
+  }
+};
+
+inline bool is(PyObject* text, const char* value) {
+  return PyUnicode_CompareWithASCIIString(text, value) == 0;
 }
 
-// What layers share: (M, student rows, teacher rows, weights, kind, threads).
-using Shared = std::tuple<std::int64_t, Address, Address, Address, int, int>;
-// A layer: (student, teacher, dS, dT, rank, student_proj, teacher_proj, teacher_mean, grad).
-using Layer = std::tuple<RowsTuple, RowsTuple, std::int64_t, std::int64_t, std::int64_t, Address,
-                         Address, Address, RowsTuple>;
-
-inline Problem make_problem(const Layer& layer, const Shared& shared) {
-  Problem p;
-  p.student = as_rows(std::get<0>(layer));
-  p.teacher = as_rows(std::get<1>(layer));
-  p.student_width = std::get<2>(layer);
-  p.teacher_width = std::get<3>(layer);
-  p.rank = std::get<4>(layer);
-  p.student_proj = pointer<const float>(std::get<5>(layer));
-  p.teacher_proj = pointer<const float>(std::get<6>(layer));
-  p.teacher_mean = pointer<const float>(std::get<7>(layer));
-  p.rows = std::get<0>(shared);
-  p.student_rows = pointer<const std::int64_t>(std::get<1>(shared));
-  p.teacher_rows = pointer<const std::int64_t>(std::get<2>(shared));
-  p.weights = pointer<const float>(std::get<3>(shared));
-  p.kind = static_cast<Kind>(std::get<4>(shared));
-  p.threads = std::get<5>(shared);
-  return p;
+inline Kind kind(PyObject* text) {
+  if (is(text, "mse")) return Kind::kMse;
+  return is(text, "nmse") ? Kind::kNmse : Kind::kCosine;
 }
+
+// Several calls, which share everything but the states and the projectors; or gradients.
+class Sequence {
+ public:
+  explicit Sequence(PyObject* items) : held_(checked(PySequence_Fast(items, "not a sequence"))) {}
+  int size() const { return static_cast<int>(PySequence_Fast_GET_SIZE(held_.ptr())); }
+  PyObject* operator[](int i) const { return PySequence_Fast_GET_ITEM(held_.ptr(), i); }
+
+ private:
+  py::object held_;
+};
+
+// A LossCall or GradCall.
+class Fields {
+ public:
+  Fields(PyObject* call, int count) : call_(call) {
+    if (!PyTuple_Check(call) || PyTuple_GET_SIZE(call) != count) {
+      throw std::invalid_argument("not a call as oprd_kernels/call.py has it");
+    }
+  }
+  PyObject* operator[](int field) const { return PyTuple_GET_ITEM(call_, field); }
+
+ private:
+  PyObject* call_;
+};
 
 // Where a layer's part of the buffer `saved` begins, and what is in it (see
 // oprd_kernels/layout.py).
@@ -63,43 +175,177 @@ struct Saved {
   float* dz;
 };
 
-inline Saved saved_parts(float* saved, const Problem& p, bool row_losses_inside) {
+inline Saved saved_parts(float* saved, std::int64_t rows, bool row_losses_inside) {
   Saved parts;
   parts.stats = saved;
   parts.row_stats = parts.stats + kBatchStats;
-  parts.row_loss = parts.row_stats + kRowStats * p.rows;
-  parts.dz = parts.row_loss + (row_losses_inside ? p.rows : 0);
+  parts.row_loss = parts.row_stats + kRowStats * rows;
+  parts.dz = parts.row_loss + (row_losses_inside ? rows : 0);
   return parts;
 }
 
-// What forward writes for layer number `index`. `each`: reduction "none", loss is (M); else one
-// loss a layer. A layer's grad with address 0: no gradient in forward.
-inline ForwardOut forward_out(const Layer& layer, const Problem& p, std::int64_t index, bool each,
-                              Address loss, Address saved, std::int64_t saved_per_layer) {
-  const Saved parts = saved_parts(pointer<float>(saved) + index * saved_per_layer, p, !each);
-  ForwardOut out;
-  out.row_loss = each ? pointer<float>(loss) : parts.row_loss;
-  out.row_stats = parts.row_stats;
-  out.dz = parts.dz;
-  out.grad = as_rows(std::get<8>(layer));
-  return out;
+// One LossCall. `first`: of the same call's layers, whose rows and weights it shares, or null.
+inline Problem loss_problem(const Fields& call, int threads, const Problem* first) {
+  const Matrix student(call[kStudent]), teacher(call[kTeacher]);
+  Problem p;
+  if (first) {
+    p = *first;
+  } else {
+    p.rows = call[kIndex] == Py_None ? student.count : shape(call[kIndex])[0];
+    p.student_rows = data<const std::int64_t>(call[kIndex]);
+    p.teacher_rows = data<const std::int64_t>(call[kTeacherIndex]);
+    p.weights = data<const float>(call[kWeights]);
+    p.kind = kind(call[kLossKind]);
+    p.threads = threads;
+  }
+  p.student = student.rows;
+  p.teacher = teacher.rows;
+  p.student_width = student.width;
+  p.teacher_width = teacher.width;
+  if (call[kStudentProj] != Py_None) {
+    p.rank = shape(call[kStudentProj])[0];
+    p.student_proj = data<const float>(call[kStudentProj]);
+    p.teacher_proj = data<const float>(call[kTeacherProj]);
+    p.teacher_mean = data<const float>(call[kTeacherMean]);
+  }
+  return p;
 }
 
-// grad_loss: one value a layer, `layer_stride` apart, or with `each` one a row, `row_stride` apart.
-inline BackwardIn backward_in(const Layer& layer, const Problem& p, std::int64_t index,
-                              Address grad_loss, std::int64_t row_stride,
-                              std::int64_t layer_stride, bool each, Address saved,
-                              std::int64_t saved_per_layer, bool accumulate) {
-  const Saved parts = saved_parts(pointer<float>(saved) + index * saved_per_layer, p, !each);
-  BackwardIn in;
-  in.row_stats = parts.row_stats;
-  in.dz = parts.dz;
-  in.grad_loss = pointer<const float>(grad_loss) + index * layer_stride;
-  in.grad_loss_stride = row_stride;
-  in.scale = parts.stats + kScale;
-  in.grad = as_rows(std::get<8>(layer));
-  in.accumulate = accumulate;
-  return in;
+// What a forward launch takes: LossCalls; the tensor that receives the gradient, or None; the
+// tensor of losses, one a layer, or, for reduction "none", of the rows; `saved`, which for layers
+// is a matrix.
+struct Forward {
+  std::vector<Problem> problems;
+  std::vector<ForwardOut> outs;
+  const float* denominator = nullptr;
+  bool mean = false;
+  bool each = false;  // reduction "none": the losses are the rows'
+  float* losses = nullptr;
+  float* saved = nullptr;
+  std::int64_t saved_stride = 0;  // from layer to layer
+
+  Forward(PyObject* calls, PyObject* grad, PyObject* loss, PyObject* saved_buffer, int threads) {
+    const Sequence layers(calls);
+    problems.reserve(layers.size());
+    outs.reserve(layers.size());
+    losses = data<float>(loss);
+    saved = data<float>(saved_buffer);
+    if (layers.size() > 1) saved_stride = strides(saved_buffer)[0];
+    for (int i = 0; i < layers.size(); ++i) {
+      const Fields call(layers[i], kLossFields);
+      if (i == 0) {
+        denominator = data<const float>(call[kDenominator]);
+        mean = is(call[kLossReduction], "mean");
+        each = is(call[kLossReduction], "none");
+      }
+      problems.push_back(loss_problem(call, threads, i ? &problems[0] : nullptr));
+      const Saved parts = saved_parts(saved + i * saved_stride, problems[i].rows, !each);
+      ForwardOut out;
+      out.row_loss = each ? losses : parts.row_loss;
+      out.row_stats = parts.row_stats;
+      out.dz = parts.dz;
+      if (grad != Py_None) out.grad = Matrix(grad).rows;
+      outs.push_back(out);
+    }
+  }
+  int layers() const { return static_cast<int>(problems.size()); }
+};
+
+// One GradCall and the tensor that receives its gradient. After a projection the states may be
+// gone: what is asked of them, the gradient tells.
+inline Problem grad_problem(const Fields& call, const Matrix& grad, int threads,
+                            const Problem* first) {
+  Problem p;
+  if (first) {
+    p = *first;
+  } else {
+    p.rows = call[kGradIndex] == Py_None ? grad.count : shape(call[kGradIndex])[0];
+    p.student_rows = data<const std::int64_t>(call[kGradIndex]);
+    p.teacher_rows = data<const std::int64_t>(call[kGradTeacherIndex]);
+    p.weights = data<const float>(call[kGradWeights]);
+    p.kind = kind(call[kGradKind]);
+    p.threads = threads;
+  }
+  const bool projected = call[kGradProj] != Py_None;
+  const Matrix student = projected ? grad : Matrix(call[kGradStudent]);
+  const Matrix teacher = projected ? grad : Matrix(call[kGradTeacher]);
+  p.student = student.rows;
+  p.teacher = teacher.rows;
+  p.student_width = student.width;
+  p.teacher_width = teacher.width;
+  if (projected) {
+    p.rank = shape(call[kGradProj])[0];
+    p.student_proj = data<const float>(call[kGradProj]);
+  }
+  return p;
+}
+
+// What a backward launch takes: GradCalls, the tensors that receive their gradients, whether
+// these are added, and the gradients that arrive: a value for all layers, one a layer, or, for
+// reduction "none", one a row.
+struct Backward {
+  std::vector<Problem> problems;
+  std::vector<BackwardIn> ins;
+
+  Backward(PyObject* calls, PyObject* grads, PyObject* accumulate, PyObject* grad_losses,
+           int threads) {
+    const Sequence layers(calls), into(grads);
+    if (into.size() != layers.size()) throw std::invalid_argument("expected a gradient a layer");
+    problems.reserve(layers.size());
+    ins.reserve(layers.size());
+    const float* arriving = data<const float>(grad_losses);
+    const Integers steps = strides(grad_losses);
+    const std::int64_t step = steps.size() ? steps[0] : 0;
+    bool each = false;
+    for (int i = 0; i < layers.size(); ++i) {
+      const Fields call(layers[i], kGradFields);
+      if (i == 0) each = is(call[kGradReduction], "none");
+      const Matrix grad(into[i]);
+      problems.push_back(grad_problem(call, grad, threads, i ? &problems[0] : nullptr));
+      const Saved parts = saved_parts(data<float>(call[kGradSaved]), problems[i].rows, !each);
+      BackwardIn in;
+      in.row_stats = parts.row_stats;
+      in.dz = parts.dz;
+      in.grad_loss = arriving + (each ? 0 : i * step);
+      in.grad_loss_stride = each ? step : 0;
+      in.scale = parts.stats + kScale;
+      in.grad = grad.rows;
+      in.accumulate = accumulate == Py_True;
+      ins.push_back(in);
+    }
+  }
+  int layers() const { return static_cast<int>(problems.size()); }
+};
+
+// A function of a module, called past pybind11's dispatch, which costs more than reading a call.
+template <int N, void (*Body)(PyObject* const (&)[N])>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    if (count != N) throw std::invalid_argument("expected " + std::to_string(N) + " arguments");
+    PyObject* exactly[N];
+    for (int i = 0; i < N; ++i) exactly[i] = arguments[i];
+    Body(exactly);
+    Py_RETURN_NONE;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <int N, void (*Body)(PyObject* const (&)[N])>
+PyMethodDef method(const char* name) {
+  const auto function = reinterpret_cast<void (*)()>(&entry<N, Body>);
+  return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
+}
+
+// `methods` ends with an empty one and lives as long as the module.
+inline void add_methods(py::module_& m, PyMethodDef* methods) {
+  names();  // torch has been imported
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 
 }  // namespace oprd

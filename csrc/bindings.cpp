@@ -1,11 +1,7 @@
-// Python's view of the native backends: tensors arrive as addresses, sizes and strides (see
-// oprd_kernels/validate.py, which owns all checking), the GIL is released while the kernels run.
+// Python's view of the native backends: tensors arrive as they are (arguments.h), checked by
+// oprd_kernels/validate.py; the GIL is released while the kernels run.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstdint>
-#include <vector>
 
 #include "arguments.h"
 #if defined(OPRD_CUDA_ARCHITECTURES)
@@ -18,92 +14,92 @@ namespace {
 
 using namespace oprd;
 
-void forward(const std::vector<Layer>& layers, const Shared& shared, Address denominator,
-             bool mean, bool each, Address loss, Address saved, std::int64_t saved_per_layer) {
-  std::vector<Problem> problems;
-  std::vector<ForwardOut> outs;
-  for (const Layer& layer : layers) {
-    problems.push_back(make_problem(layer, shared));
-    const Problem& p = problems.back();
-    outs.push_back(forward_out(layer, p, static_cast<std::int64_t>(outs.size()), each, loss, saved,
-                               saved_per_layer));
-    outs.back().grad_scale =
-        cpu::reduction_scale(p, pointer<const float>(denominator), mean);
+int number(PyObject* x) { return static_cast<int>(integer(x)); }
+
+// forward(calls, grad, loss, saved, threads)
+void forward(PyObject* const (&x)[5]) {
+  Forward f(x[0], x[1], x[2], x[3], number(x[4]));
+  const py::gil_scoped_release released;
+  for (int i = 0; i < f.layers(); ++i) {
+    f.outs[i].grad_scale = cpu::reduction_scale(f.problems[i], f.denominator, f.mean);
   }
-  cpu::forward(problems.data(), outs.data(), static_cast<int>(layers.size()));
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    cpu::reduce(problems[i], outs[i], outs[i].grad_scale,
-                each ? nullptr : pointer<float>(loss) + i,
-                pointer<float>(saved) + i * saved_per_layer);
+  cpu::forward(f.problems.data(), f.outs.data(), f.layers());
+  for (int i = 0; i < f.layers(); ++i) {
+    cpu::reduce(f.problems[i], f.outs[i], f.outs[i].grad_scale, f.each ? nullptr : f.losses + i,
+                f.saved + i * f.saved_stride);
   }
 }
 
-// The same for one layer in slices: z_S and z_T (r wide) of rows [first, first + count).
-void forward_slice(const Layer& layer, const Shared& shared, std::int64_t total_rows,
-                   std::int64_t first, bool each, Address loss, Address saved) {
-  const Problem slice = make_problem(layer, shared);
-  Problem whole = slice;
-  whole.rows = total_rows;
-  const Saved parts = saved_parts(pointer<float>(saved), whole, !each);
+// forward_slice(call, loss, saved, first, total_rows, threads): rows [first, first + M) of so many,
+// without what follows the rows; the call's student and teacher are z_S and z_T.
+void forward_slice(PyObject* const (&x)[6]) {
+  const Fields call(x[0], kLossFields);
+  Problem slice = loss_problem(call, number(x[5]), nullptr);
+  slice.rank = slice.student_width;
+  const bool each = is(call[kLossReduction], "none");
+  const std::int64_t first = integer(x[3]);
+  const Saved parts = saved_parts(data<float>(x[2]), integer(x[4]), !each);
   ForwardOut out;
-  out.row_loss = (each ? pointer<float>(loss) : parts.row_loss) + first;
+  out.row_loss = (each ? data<float>(x[1]) : parts.row_loss) + first;
   out.row_stats = parts.row_stats + kRowStats * first;
   out.dz = parts.dz + slice.rank * first;
+  const py::gil_scoped_release released;
   cpu::forward(&slice, &out, 1);
 }
 
-// What `forward` does after its rows: loss and batch statistics of a layer done in slices.
-void reduce(const Shared& shared, Address denominator, bool mean, bool each, Address loss,
-            Address saved) {
-  Problem p;
-  p.rows = std::get<0>(shared);
-  p.weights = pointer<const float>(std::get<3>(shared));
-  const Saved parts = saved_parts(pointer<float>(saved), p, !each);
-  ForwardOut out;
-  out.row_loss = each ? pointer<float>(loss) : parts.row_loss;
-  out.row_stats = parts.row_stats;
-  const float scale = cpu::reduction_scale(p, pointer<const float>(denominator), mean);
-  cpu::reduce(p, out, scale, each ? nullptr : pointer<float>(loss), parts.stats);
+// reduce(calls, loss, saved): what `forward` does after the rows, for one done in slices.
+void reduce(PyObject* const (&x)[3]) {
+  const Forward f(x[0], Py_None, x[1], x[2], 1);
+  const py::gil_scoped_release released;
+  const float scale = cpu::reduction_scale(f.problems[0], f.denominator, f.mean);
+  cpu::reduce(f.problems[0], f.outs[0], scale, f.each ? nullptr : f.losses, f.saved);
 }
 
-void backward(const std::vector<Layer>& layers, const Shared& shared, Address grad_loss,
-              std::int64_t row_stride, std::int64_t layer_stride, bool each, Address saved,
-              std::int64_t saved_per_layer, bool accumulate) {
-  std::vector<Problem> problems;
-  std::vector<BackwardIn> ins;
-  for (const Layer& layer : layers) {
-    problems.push_back(make_problem(layer, shared));
-    ins.push_back(backward_in(layer, problems.back(), static_cast<std::int64_t>(ins.size()),
-                              grad_loss, row_stride, layer_stride, each, saved, saved_per_layer,
-                              accumulate));
-  }
-  cpu::backward(problems.data(), ins.data(), static_cast<int>(layers.size()));
+// backward(calls, grads, accumulate, grad_losses, threads)
+void backward(PyObject* const (&x)[5]) {
+  const Backward b(x[0], x[1], x[2], x[3], number(x[4]));
+  const py::gil_scoped_release released;
+  cpu::backward(b.problems.data(), b.ins.data(), b.layers());
 }
 
-void gather(const RowsTuple& x, Address index, std::int64_t first, std::int64_t count,
-            std::int64_t width, Address mean, Address out, int threads) {
-  cpu::gather(as_rows(x), pointer<const std::int64_t>(index), first, count, width,
-                    pointer<const float>(mean), pointer<float>(out), threads);
+// gather(x, index, mean, first, out, threads): rows of x into out, which says how many.
+void gather(PyObject* const (&x)[6]) {
+  const Matrix from(x[0]);
+  const auto* index = data<const std::int64_t>(x[1]);
+  const auto* mean = data<const float>(x[2]);
+  const std::int64_t first = integer(x[3]), count = shape(x[4])[0];
+  auto* out = data<float>(x[4]);
+  const int threads = number(x[5]);
+  const py::gil_scoped_release released;
+  cpu::gather(from.rows, index, first, count, from.width, mean, out, threads);
 }
 
-void scatter(const Layer& layer, const Shared& shared, Address values, std::int64_t first,
-             std::int64_t count, bool accumulate) {
-  cpu::scatter(make_problem(layer, shared), pointer<const float>(values), first, count,
-                     as_rows(std::get<8>(layer)), accumulate);
+// scatter(call, grad, accumulate, values, first, threads): values into rows of grad.
+void scatter(PyObject* const (&x)[6]) {
+  const Matrix grad(x[1]);
+  const Problem problem =
+      grad_problem(Fields(x[0], kGradFields), grad, number(x[5]), nullptr);
+  const auto* values = data<const float>(x[3]);
+  const std::int64_t first = integer(x[4]), count = shape(x[3])[0];
+  const bool accumulate = x[2] == Py_True;
+  const py::gil_scoped_release released;
+  cpu::scatter(problem, values, first, count, grad.rows, accumulate);
 }
+
+PyMethodDef methods[] = {
+    method<5, forward>("forward"), method<6, forward_slice>("forward_slice"),
+    method<3, reduce>("reduce"),   method<5, backward>("backward"),
+    method<6, gather>("gather"),   method<6, scatter>("scatter"),
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "oprd's native kernels; use them through oprd_kernels.fused_rep_loss.";
-  using released = py::call_guard<py::gil_scoped_release>;
   m.def("simd_name", &cpu::simd_name);
-  m.def("forward", &forward, released());
-  m.def("forward_slice", &forward_slice, released());
-  m.def("reduce", &reduce, released());
-  m.def("backward", &backward, released());
-  m.def("gather", &gather, released());
-  m.def("scatter", &scatter, released());
+  m.attr("LOSS_FIELDS") = field_names(kLossFieldNames);
+  m.attr("GRAD_FIELDS") = field_names(kGradFieldNames);
+  add_methods(m, methods);
 #if defined(OPRD_CUDA_ARCHITECTURES)
   bind_cuda(m);
   m.attr("cuda_architectures") = OPRD_CUDA_ARCHITECTURES;

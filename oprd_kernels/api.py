@@ -5,13 +5,14 @@ Shapes: M supervised rows (tokens); student dS wide, teacher dT wide; r: project
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from oprd_kernels import ops, reference
-from oprd_kernels.validate import Inputs, check_call
+from oprd_kernels import backends, ops, reference
+from oprd_kernels.call import LossCall
+from oprd_kernels.validate import check_call
 
 
 class RepLossStats(NamedTuple):
@@ -92,7 +93,7 @@ def fused_rep_loss(
         ValueError, TypeError, IndexError: an argument that does not fit, saying what would.
         BackendUnavailable: a ``backend`` named that can't run here, saying why.
     """
-    inputs, chosen = check_call(
+    call = check_call(
         student,
         teacher,
         student_proj=student_proj,
@@ -104,29 +105,22 @@ def fused_rep_loss(
         kind=kind,
         reduction=reduction,
         denominator=denominator,
-        backend=backend,
     )
+    chosen = backends.choose(backend, (call,))
+    stats: Any
     if inplace:
-        _check_inplace(inputs, chosen, student, teacher)
-        loss, stats = _InPlace.apply(
-            inputs.student,
-            inputs.teacher,
-            inputs.weights,
-            inputs.denominator,
-            kind,
-            reduction,
-            chosen,
-        )
+        _check_inplace(call, chosen, student, teacher)
+        loss, stats = _InPlace.apply(call.student, call, chosen)
     elif chosen == "reference":
-        loss, stats = reference.rep_loss(*inputs)
+        loss, stats = reference.rep_loss(call)
     else:
-        loss, stats = ops.rep_loss((*inputs, chosen), return_stats)
+        loss, stats = ops.rep_loss(call, chosen, return_stats)
     if reduction == "none" and rows is None:
         loss = loss.reshape(student.shape[:-1])
     return (loss, RepLossStats.of(stats)) if return_stats else loss
 
 
-def _check_inplace(call: Inputs, chosen: str, student: Tensor, teacher: Tensor) -> None:
+def _check_inplace(call: LossCall, chosen: str, student: Tensor, teacher: Tensor) -> None:
     problem = None
     if chosen == "reference":
         problem = "backend 'reference' (chosen by name or by 'auto') has no in-place kernel"
@@ -155,9 +149,9 @@ class _InPlace(torch.autograd.Function):
     """Gradient-in-forward. `register_autograd` takes no mutating op, hence this."""
 
     @staticmethod
-    def forward(ctx, student, teacher, *options):
-        loss, saved = ops.rep_loss_in_place(student, teacher, *options)
-        ctx.grad = teacher
+    def forward(ctx, student, call, backend):
+        loss, saved = ops.rep_loss_in_place(call, backend)
+        ctx.grad = call.teacher
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
         return loss, saved
@@ -166,7 +160,7 @@ class _InPlace(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _grad_saved):
         if grad_loss is None:
-            return (None,) * 7
+            return None, None, None
         if ctx.grad is None:
             raise RuntimeError(
                 "fused_rep_loss(inplace=True) allows one backward: its buffer now belongs to the "
@@ -181,4 +175,4 @@ class _InPlace(torch.autograd.Function):
                 "put the factor into weights or denominator"
             )
         grad, ctx.grad = ctx.grad, None  # no reference kept, so that it need not be copied
-        return grad, *(None,) * 6
+        return grad, None, None

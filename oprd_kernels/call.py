@@ -29,15 +29,15 @@ class LossCall(NamedTuple):
 
     student: Tensor  # (N, dS) or (B, T, dS)
     teacher: Tensor  # (N', dT) or (B, T, dT)
-    student_proj: Tensor | None  # (r, dS) float32, contiguous
-    teacher_proj: Tensor | None  # (r, dT) float32, contiguous
-    teacher_mean: Tensor | None  # (dT,) float32, contiguous
-    rows: Tensor | None  # (M,) int64
-    teacher_rows: Tensor | None  # (M,) int64
-    weights: Tensor | None  # (M,) float32
-    denominator: Tensor | None  # () float32
-    kind: str
-    reduction: str
+    student_proj: Tensor | None = None  # (r, dS) float32, contiguous
+    teacher_proj: Tensor | None = None  # (r, dT) float32, contiguous
+    teacher_mean: Tensor | None = None  # (dT,) float32, contiguous
+    rows: Tensor | None = None  # (M,) int64
+    teacher_rows: Tensor | None = None  # (M,) int64
+    weights: Tensor | None = None  # (M,) float32
+    denominator: Tensor | None = None  # () float32
+    kind: str = "nmse"
+    reduction: str = "mean"
 
     @property
     def num_rows(self) -> int:
@@ -65,12 +65,12 @@ class GradCall(NamedTuple):
     follows from ``saved``: the teacher is None, and so is the student unless student_proj is
     trained."""
 
-    student: Tensor | None
-    teacher: Tensor | None
-    student_proj: Tensor | None
     saved: Tensor
-    rows: Tensor | None
-    teacher_rows: Tensor | None
-    weights: Tensor | None
-    kind: str
-    reduction: str
+    student: Tensor | None = None
+    teacher: Tensor | None = None
+    student_proj: Tensor | None = None
+    rows: Tensor | None = None
+    teacher_rows: Tensor | None = None
+    weights: Tensor | None = None
+    kind: str = "nmse"
+    reduction: str = "mean"

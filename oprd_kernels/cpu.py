@@ -1,16 +1,15 @@
-"""Launches the native CPU kernels on tensors that `oprd_kernels.validate` has accepted."""
+"""Launches the native CPU kernels on calls that `oprd_kernels.validate` has accepted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from oprd_kernels.backends import native
-from oprd_kernels.layout import coefficients, dz_of, new_outputs, num_rows, saved_size
-from oprd_kernels.packing import address, pack_layer, pack_rows, pack_shared
+from oprd_kernels import native
+from oprd_kernels.call import GradCall, LossCall, num_rows
+from oprd_kernels.layout import RowsLayout, coefficients, dz_of, new_layers, new_loss, new_saved
 
 BLAS_RANK = 32
 """Above this rank the products with the projectors are BLAS's, on slices of rows."""
@@ -18,49 +17,64 @@ SLICE = 1024
 """Rows in a slice: their float32 copies and products stay in the last-level cache."""
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None,
-    teacher_proj: Tensor | None,
-    teacher_mean: Tensor | None,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    denominator: Tensor | None,
-    kind: str,
-    reduction: str,
-    grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved``.
+class CpuBackend(RowsLayout):
+    """C++, with AVX2 where the processor has it; see `oprd_kernels.protocol.Backend`."""
 
-    ``grad``, if given, receives the gradient of the reduced loss with respect to ``student``;
-    it may be ``teacher`` itself.
-    """
-    m = num_rows(student, rows)
-    rank = 0 if student_proj is None else student_proj.shape[0]
-    each = reduction == "none"
-    loss, saved = new_outputs(student, m, rank, reduction)
-    shared = pack_shared(m, rows, teacher_rows, weights, kind)
-    if rank > BLAS_RANK:
-        _forward_slices(
-            loss, saved, m, each, student, teacher, student_proj, teacher_proj, teacher_mean,
-            rows, teacher_rows, weights, kind,
-        )  # fmt: skip
-        reduced = (address(denominator), reduction == "mean", each)
-        native().reduce(shared, *reduced, loss.data_ptr(), saved.data_ptr())
+    name = "cpu"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why not, on tensors of ``device``."""
+        if device.type != "cpu":
+            return f"the cpu backend takes tensors on the CPU, not on {device}"
+        return native.problem()
+
+    def unsupported(self, call: LossCall) -> str | None:
+        """Nothing is."""
+        return None
+
+    def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and ``saved``."""
+        loss, saved = new_loss(call), new_saved(call, self.saved_size(call))
+        if call.rank > BLAS_RANK:
+            _forward_slices(call, loss, saved)
+        else:
+            threads = torch.get_num_threads()
+            native.module().forward((call,), grad, loss, saved, threads)
         return loss, saved
-    native().forward(
-        [pack_layer(student, teacher, student_proj, teacher_proj, teacher_mean, grad)],
-        shared,
-        address(denominator),
-        reduction == "mean",
-        each,
-        loss.data_ptr(),
-        saved.data_ptr(),
-        saved.shape[0],
-    )
-    return loss, saved
+
+    def backward_(self, call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
+        """``grad`` may have any of the supported dtypes."""
+        proj = call.student_proj
+        if proj is not None and proj.shape[0] > BLAS_RANK:
+            _backward_slices(call, proj, grad, accumulate, grad_loss)
+        else:
+            threads = torch.get_num_threads()
+            native.module().backward((call,), (grad,), accumulate, grad_loss, threads)
+
+    def forward_layers(self, calls: Sequence[LossCall]) -> tuple[Tensor, Tensor]:
+        """In one launch, unless the products are BLAS's."""
+        losses, saved = new_layers(calls[0], len(calls), self.saved_size(calls[0]))
+        if calls[0].rank > BLAS_RANK:
+            for call, loss, one in zip(calls, losses, saved, strict=True):
+                _forward_slices(call, loss, one)
+        else:
+            native.module().forward(calls, None, losses, saved, torch.get_num_threads())
+        return losses, saved
+
+    def backward_layers_(
+        self, calls: Sequence[GradCall], grads: Sequence[Tensor], grad_losses: Tensor
+    ) -> None:
+        """In one launch, unless the products are BLAS's."""
+        proj = calls[0].student_proj
+        if proj is not None and proj.shape[0] > BLAS_RANK:
+            for call, grad, grad_loss in zip(calls, grads, grad_losses, strict=True):
+                self.backward_(call, grad, False, grad_loss)
+        else:
+            threads = torch.get_num_threads()
+            native.module().backward(calls, grads, False, grad_losses, threads)
+
+
+BACKEND = CpuBackend()
 
 
 class _Slices:
@@ -78,18 +92,9 @@ class _Slices:
     def __getitem__(self, at: slice) -> Tensor:
         if self.flat is not None:
             return self.flat[at]
-        count = at.stop - at.start
-        out = self.buffer[:count]
-        native().gather(
-            pack_rows(self.x),
-            address(self.index),
-            at.start,
-            count,
-            self.x.shape[-1],
-            address(self.mean),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        out = self.buffer[: at.stop - at.start]
+        threads = torch.get_num_threads()
+        native.module().gather(self.x, self.index, self.mean, at.start, out, threads)
         return out
 
 
@@ -98,160 +103,43 @@ def _slices(m: int) -> Iterator[slice]:
         yield slice(start, min(start + SLICE, m))
 
 
-def _forward_slices(
-    loss, saved, m, each, student, teacher, student_proj, teacher_proj, teacher_mean, rows,
-    teacher_rows, weights, kind,
-) -> None:  # fmt: skip
-    rank = student_proj.shape[0]
-    students = _Slices(student, rows, m)
-    teachers = _Slices(teacher, teacher_rows, m, teacher_mean)
-    z_s = student.new_empty(min(SLICE, m), rank, dtype=torch.float32)
+def _forward_slices(call: LossCall, loss: Tensor, saved: Tensor) -> None:
+    student, proj, teacher_proj, weights = (
+        call.student, call.student_proj, call.teacher_proj, call.weights
+    )  # fmt: skip
+    assert proj is not None
+    m = call.num_rows
+    students = _Slices(student, call.rows, m)
+    teachers = _Slices(call.teacher, call.teacher_rows, m, call.teacher_mean)
+    z_s = student.new_empty(min(SLICE, m), proj.shape[0], dtype=torch.float32)
     z_t = torch.empty_like(z_s)
+    threads = torch.get_num_threads()
     for at in _slices(m):
         count = at.stop - at.start
-        torch.mm(students[at], student_proj.T, out=z_s[:count])
+        torch.mm(students[at], proj.T, out=z_s[:count])
         targets = teachers[at]
         if teacher_proj is not None:
             targets = torch.mm(targets, teacher_proj.T, out=z_t[:count])
-        shared = pack_shared(count, None, None, None if weights is None else weights[at], kind)
-        layer = pack_layer(z_s[:count], targets, rank=rank)
-        native().forward_slice(layer, shared, m, at.start, each, loss.data_ptr(), saved.data_ptr())
-
-
-def backward_(
-    grad: Tensor,
-    accumulate: bool,
-    grad_loss: Tensor,
-    student: Tensor | None,
-    teacher: Tensor | None,
-    student_proj: Tensor | None,
-    saved: Tensor,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    kind: str,
-) -> None:
-    """Writes (or adds) the gradient of the loss into the supervised rows of ``grad``.
-
-    ``grad`` has the student's shape and any of the supported dtypes; other rows are not touched.
-    ``grad_loss`` is a float32 scalar, or (M,) for reduction "none". After a projection the
-    gradient follows from dz alone: student and teacher may be None.
-    """
-    m = num_rows(grad, rows)
-    each = grad_loss.dim() > 0
-    student = grad if student is None else student
-    teacher = student if teacher is None else teacher
-    shared = pack_shared(m, rows, teacher_rows, weights, kind)
-    layer = pack_layer(student, teacher, student_proj, grad=grad)
-    if student_proj is not None and student_proj.shape[0] > BLAS_RANK:
-        return _backward_slices(grad, accumulate, grad_loss, student_proj, saved, m, weights, layer,
-                                shared)  # fmt: skip
-    native().backward(
-        [layer],
-        shared,
-        grad_loss.data_ptr(),
-        grad_loss.stride(0) if each else 0,
-        0,
-        each,
-        saved.data_ptr(),
-        saved.shape[0],
-        accumulate,
-    )
+        projected = LossCall(
+            z_s[:count],
+            targets,
+            weights=None if weights is None else weights[at],
+            kind=call.kind,
+            reduction=call.reduction,
+        )
+        native.module().forward_slice(projected, loss, saved, at.start, m, threads)
+    native.module().reduce((call,), loss, saved)
 
 
 def _backward_slices(
-    grad, accumulate, grad_loss, student_proj, saved, m, weights, layer, shared
+    call: GradCall, proj: Tensor, grad: Tensor, accumulate: bool, grad_loss: Tensor
 ) -> None:
-    dz = dz_of(saved, m, student_proj.shape[0])
-    buffer = dz.new_empty(min(SLICE, m), student_proj.shape[1])
+    m = num_rows(grad, call.rows)
+    dz = dz_of(call.saved, m, proj.shape[0])
+    buffer = dz.new_empty(min(SLICE, m), proj.shape[1])
+    threads = torch.get_num_threads()
     for at in _slices(m):
         count = at.stop - at.start
-        scaled = dz[at] * coefficients(grad_loss, saved, weights, at).reshape(-1, 1)
-        values = torch.mm(scaled, student_proj, out=buffer[:count])
-        native().scatter(layer, shared, values.data_ptr(), at.start, count, accumulate)
-
-
-def forward_layers(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    student_projs: Sequence[Tensor],
-    teacher_projs: Sequence[Tensor],
-    teacher_means: Sequence[Tensor],
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    denominator: Tensor | None,
-    kind: str,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """(L,) losses and (L, saved_size) in one launch; empty sequences for what is not used."""
-    m = num_rows(students[0], rows)
-    rank = student_projs[0].shape[0] if student_projs else 0
-    layers = len(students)
-    losses = students[0].new_empty(layers, dtype=torch.float32)
-    saved = students[0].new_empty(layers, saved_size(m, rank, reduction), dtype=torch.float32)
-    columns = (student_projs, teacher_projs, teacher_means)
-    options: list[list[Any]] = [[c[i] if c else None for c in columns] for i in range(layers)]
-    if rank > BLAS_RANK:
-        shared = (rows, teacher_rows, weights, denominator, kind, reduction)
-        for i in range(layers):
-            proj, teacher_proj, mean = options[i]
-            losses[i], saved[i] = forward(
-                students[i], teachers[i], proj, teacher_proj, mean, *shared
-            )
-        return losses, saved
-    native().forward(
-        [pack_layer(students[i], teachers[i], *options[i]) for i in range(layers)],
-        pack_shared(m, rows, teacher_rows, weights, kind),
-        address(denominator),
-        reduction == "mean",
-        False,
-        losses.data_ptr(),
-        saved.data_ptr(),
-        saved.shape[1],
-    )
-    return losses, saved
-
-
-def backward_layers_(
-    grads: Sequence[Tensor],
-    grad_losses: Tensor,
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    student_projs: Sequence[Tensor],
-    saved: Tensor,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    kind: str,
-) -> None:
-    """Writes the gradients of sum_l grad_losses[l] * loss[l] with respect to the students, in one
-    launch. After a projection ``students`` and ``teachers`` may be empty."""
-    m = num_rows(grads[0], rows)
-    layers = range(len(grads))
-    if student_projs and student_projs[0].shape[0] > BLAS_RANK:
-        for i in layers:
-            backward_(
-                grads[i], False, grad_losses[i], None, None, student_projs[i], saved[i], rows,
-                teacher_rows, weights, kind,
-            )  # fmt: skip
-        return
-    native().backward(
-        [
-            pack_layer(
-                students[i] if students else grads[i],
-                teachers[i] if teachers else grads[i],
-                student_projs[i] if student_projs else None,
-                grad=grads[i],
-            )
-            for i in layers
-        ],
-        pack_shared(m, rows, teacher_rows, weights, kind),
-        grad_losses.data_ptr(),
-        0,
-        grad_losses.stride(0),
-        False,
-        saved.data_ptr(),
-        saved.shape[1],
-        False,
-    )
+        scaled = dz[at] * coefficients(grad_loss, call.saved, call.weights, at).reshape(-1, 1)
+        values = torch.mm(scaled, proj, out=buffer[:count])
+        native.module().scatter(call, grad, accumulate, values, at.start, threads)

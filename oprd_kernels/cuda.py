@@ -1,77 +1,48 @@
-"""Launches the CUDA C++ kernels on tensors that `oprd_kernels.validate` has accepted.
+"""Launches the CUDA C++ kernels on calls that `oprd_kernels.validate` has accepted.
 
 They run on the current stream of the tensors' device, allocate nothing and never wait for the
-device: a call may be captured in a CUDA graph. What they do not do (`unsupported`: dtypes in a mix,
-a last stride other than 1, a rank above 16) the Triton backend does.
-
-For tests the same kernels run without a GPU: with the environment variable OPRD_CUDA_EMULATION set
-to the path of the module ``_emulated`` (CMake option of the same name; see csrc/cuda/emulation),
-the launchers take tensors on the CPU and every access is checked: a data race, an access outside
-the tensors passed, a read of what nobody wrote raise RuntimeError. OPRD_CUDA_EMULATION_SEED chooses
-the order in which emulated threads run.
+device: a call may be captured in a CUDA graph. What they do not do (`CudaBackend.unsupported`:
+dtypes in a mix, a last stride other than 1, a rank above 16) the Triton backend does.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from oprd_kernels import backends
-from oprd_kernels.layout import new_outputs, num_rows, saved_size
-from oprd_kernels.packing import address, pack_layer, pack_shared
-
-if TYPE_CHECKING:
-    from oprd_kernels.validate import Inputs
+from oprd_kernels import native
+from oprd_kernels.call import GradCall, LossCall
+from oprd_kernels.layout import RowsLayout, new_layers, new_loss, new_saved
 
 MAX_RANK = 16
 """Larger products are for tensor cores, which the Triton kernels use."""
 
-Memory = tuple[str, str, Tensor | None]
-"""What a launch may touch: the kind it is counted as, "r", "w" or "rw", and the tensor."""
+
+class Machine(NamedTuple):
+    """What the kernels run on. Tests put an emulation in a GPU's place (`CudaBackend.machine`)."""
+
+    device_type: str
+    kernels: Any  # cuda_forward, cuda_backward and cuda_partial_sums of the native module
+    current_stream: Callable[[int], int]  # of a device index, as an address
 
 
 @functools.cache
-def emulation() -> ModuleType | None:
-    """The emulation that OPRD_CUDA_EMULATION names, or None: there is to be a GPU."""
-    path = os.environ.get("OPRD_CUDA_EMULATION")
-    if not path:
-        return None
-    spec = importlib.util.spec_from_file_location("_emulated", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"OPRD_CUDA_EMULATION={path} is not a Python extension module")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def unavailable(device: torch.device) -> str | None:
-    """Why no kernel of this backend can run on tensors of ``device``; None if it can."""
-    if device.type == "cpu" and emulation() is not None:
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"the cuda backend takes tensors on an NVIDIA GPU, not on {device}"
-    return installation_problem() or _capability_problem(device)
+def gpu() -> Machine:
+    """The native module's kernels on NVIDIA GPUs."""
+    # As torch's own generated code has it: torch.cuda.current_stream() makes an object.
+    return Machine("cuda", native.module(), torch._C._cuda_getCurrentRawStream)
 
 
 @functools.cache
 def installation_problem() -> str | None:
     """Why the CUDA kernels can't be used on this machine at all; None if they can."""
-    if reason := backends.native_problem():
+    if reason := native.cuda_problem():
         return reason
-    module = backends.native()
-    if not hasattr(module, "cuda_forward"):
-        return (
-            f"the CUDA kernels are not installed ({backends.cuda_build_problem()}). Install the "
-            "CUDA toolkit, so that nvcc is on PATH, and reinstall oprd with pip"
-        )
-    runtime, driver, problem = module.cuda_facts()
+    runtime, driver, problem = native.module().cuda_facts()
     if not problem:
         return None
     versions = f"built with CUDA {version_name(runtime)}, driver for {version_name(driver)}"
@@ -86,7 +57,7 @@ def version_name(number: int) -> str:
 @functools.cache
 def _capability_problem(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    oldest = int(backends.native().cuda_architectures.split(",")[0])
+    oldest = int(native.module().cuda_architectures.split(",")[0])
     if major * 10 + minor >= oldest:
         return None
     return (
@@ -95,230 +66,88 @@ def _capability_problem(device: torch.device) -> str | None:
     )
 
 
-def unsupported(inputs: Inputs) -> str | None:
-    """Why this backend can't do a call that others can; None if it can."""
-    student, teacher, proj = inputs.student, inputs.teacher, inputs.student_proj
-    if student.dtype is not teacher.dtype:
-        return f"student is {student.dtype} and teacher {teacher.dtype}: it takes one dtype a call"
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not _has_dense_rows(x):
-            return f"{name} has strides {x.stride()}: it takes rows whose last stride is 1"
-    if proj is not None and proj.shape[0] > MAX_RANK:
-        return f"the rank is {proj.shape[0]}: it projects to {MAX_RANK} dimensions at most"
-    return None
-
-
 def _has_dense_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
-def _launch(
-    name: str, arguments: tuple, device: torch.device, memory: Callable[[], list[Memory]]
-) -> None:
-    if device.type == "cpu":
-        emulated: Any = emulation()
-        emulated.allow(
-            [
-                (kind, mode, x.data_ptr(), x.element_size(), x.shape, x.stride())
-                for kind, mode, x in memory()
-                if x is not None
-            ]
-        )
-        getattr(emulated, name)(*arguments, 0, 0)
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(backends.native(), name)(*arguments, device.index, stream)
+class CudaBackend(RowsLayout):
+    """See `oprd_kernels.protocol.Backend`. A launch that fails raises a RuntimeError that names the
+    kernel, the shape and what CUDA says."""
+
+    name = "cuda"
+    machine: Machine | None = None
+    """In place of `gpu`."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why not, on tensors of ``device``."""
+        if self.machine is not None and device.type == self.machine.device_type:
+            return None
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"the cuda backend takes tensors on an NVIDIA GPU, not on {device}"
+        return installation_problem() or _capability_problem(device)
+
+    def unsupported(self, call: LossCall) -> str | None:
+        """Why this is a call for another backend."""
+        student, teacher = call.student, call.teacher
+        if student.dtype is not teacher.dtype:
+            return (
+                f"student is {student.dtype} and teacher {teacher.dtype}: it takes one dtype a call"
+            )
+        for name, x in (("student", student), ("teacher", teacher)):
+            if not _has_dense_rows(x):
+                return f"{name} has strides {x.stride()}: it takes rows whose last stride is 1"
+        if call.rank > MAX_RANK:
+            return f"the rank is {call.rank}: it projects to {MAX_RANK} dimensions at most"
+        return None
+
+    def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and ``saved``."""
+        loss, saved = new_loss(call), new_saved(call, self.saved_size(call))
+        self._forward((call,), grad, loss, saved)
+        return loss, saved
+
+    def backward_(self, call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
+        """``grad`` has the student's dtype."""
+        if not _has_dense_rows(grad):  # what flows through a tap has whatever strides it comes with
+            dense = grad.contiguous()
+            self._backward((call,), (dense,), accumulate, grad_loss)
+            grad.copy_(dense)
+        else:
+            self._backward((call,), (grad,), accumulate, grad_loss)
+
+    def forward_layers(self, calls: Sequence[LossCall]) -> tuple[Tensor, Tensor]:
+        """One call of the native code."""
+        losses, saved = new_layers(calls[0], len(calls), self.saved_size(calls[0]))
+        self._forward(calls, None, losses, saved)
+        return losses, saved
+
+    def backward_layers_(
+        self, calls: Sequence[GradCall], grads: Sequence[Tensor], grad_losses: Tensor
+    ) -> None:
+        """One call of the native code."""
+        self._backward(calls, grads, False, grad_losses)
+
+    def _forward(
+        self, calls: Sequence[LossCall], grad: Tensor | None, loss: Tensor, saved: Tensor
+    ) -> None:
+        machine = self.machine or gpu()
+        size = machine.kernels.cuda_partial_sums(calls[0].num_rows)
+        partials = saved.new_empty(size, dtype=torch.float64) if size else None
+        index = saved.get_device()
+        stream = machine.current_stream(index)
+        machine.kernels.cuda_forward(calls, grad, loss, saved, partials, index, stream)
+
+    def _backward(
+        self,
+        calls: Sequence[GradCall],
+        grads: Sequence[Tensor],
+        accumulate: bool,
+        grad_losses: Tensor,
+    ) -> None:
+        machine = self.machine or gpu()
+        index = grads[0].get_device()
+        stream = machine.current_stream(index)
+        machine.kernels.cuda_backward(calls, grads, accumulate, grad_losses, index, stream)
 
 
-def _partials(like: Tensor, m: int) -> Tensor | None:
-    """Where a reduction over many rows puts its parts' sums."""
-    module: Any = emulation() if like.is_cpu else backends.native()
-    size = module.cuda_partial_sums(m)
-    return like.new_empty(size, dtype=torch.float64) if size else None
-
-
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None,
-    teacher_proj: Tensor | None,
-    teacher_mean: Tensor | None,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    denominator: Tensor | None,
-    kind: str,
-    reduction: str,
-    grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved`` (see `layout`).
-
-    ``grad``, if given, receives the gradient of the reduced loss with respect to ``student``;
-    it may be ``teacher`` itself.
-
-    Raises:
-        RuntimeError: a launch failed; names the kernel, the shape and what CUDA says.
-    """
-    m = num_rows(student, rows)
-    rank = 0 if student_proj is None else student_proj.shape[0]
-    loss, saved = new_outputs(student, m, rank, reduction)
-    layer = pack_layer(student, teacher, student_proj, teacher_proj, teacher_mean, grad)
-    columns = [(student, teacher, student_proj, teacher_proj, teacher_mean)]
-    shared = (rows, teacher_rows, weights, denominator, kind, reduction)
-    _forward([layer], columns, m, loss, saved, saved.shape[0], *shared, grad=grad)
-    return loss, saved
-
-
-def _forward(
-    layers, columns, m, loss, saved, saved_per_layer, rows, teacher_rows, weights, denominator,
-    kind, reduction, grad=None,
-) -> None:  # fmt: skip
-    partials = _partials(saved, m)
-
-    def memory() -> list[Memory]:
-        found: list[Memory] = [("rows", "w", x) for x in (saved, loss, partials)]
-        found += [("rows", "r", x) for x in (rows, teacher_rows, weights, denominator)]
-        for student, teacher, *projectors in columns:
-            found.append(("activations", "r", student))
-            found.append(("activations", "rw" if grad is teacher else "r", teacher))
-            found += [("projectors", "r", x) for x in projectors]
-        if grad is not None and grad is not columns[0][1]:
-            found.append(("activations", "w", grad))
-        return found
-
-    arguments = (
-        layers,
-        pack_shared(m, rows, teacher_rows, weights, kind),
-        address(denominator),
-        reduction == "mean",
-        reduction == "none",
-        loss.data_ptr(),
-        saved.data_ptr(),
-        saved_per_layer,
-        address(partials),
-    )
-    _launch("cuda_forward", arguments, saved.device, memory)
-
-
-def backward_(
-    grad: Tensor,
-    accumulate: bool,
-    grad_loss: Tensor,
-    student: Tensor | None,
-    teacher: Tensor | None,
-    student_proj: Tensor | None,
-    saved: Tensor,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    kind: str,
-) -> None:
-    """Writes (or adds) the gradient of the loss into the supervised rows of ``grad``.
-
-    ``grad`` has the student's shape and dtype; other rows are not touched. ``grad_loss`` is a
-    float32 scalar, or (M,) for reduction "none". After a projection the gradient follows from dz
-    alone: student and teacher may be None.
-
-    Raises: as `forward`.
-    """
-    if not _has_dense_rows(grad):  # what flows through a tap has whatever strides it comes with
-        dense = grad.contiguous()
-        backward_(dense, accumulate, grad_loss, student, teacher, student_proj, saved, rows,
-                  teacher_rows, weights, kind)  # fmt: skip
-        grad.copy_(dense)
-        return
-    each = grad_loss.dim() > 0
-    row_stride = grad_loss.stride(0) if each else 0
-    _backward(
-        [grad], [student], [teacher], [student_proj], grad_loss, row_stride, 0, each, saved,
-        saved.shape[0], accumulate, rows, teacher_rows, weights, kind,
-    )  # fmt: skip
-
-
-def _backward(
-    grads, students, teachers, projs, grad_loss, row_stride, layer_stride, each, saved,
-    saved_per_layer, accumulate, rows, teacher_rows, weights, kind,
-) -> None:  # fmt: skip
-    m = num_rows(grads[0], rows)
-
-    def memory() -> list[Memory]:
-        found: list[Memory] = [
-            ("rows", "r", x) for x in (rows, teacher_rows, weights, grad_loss, saved)
-        ]
-        found += [("activations", "rw" if accumulate else "w", grad) for grad in grads]
-        found += [("activations", "r", x) for x in (*students, *teachers)]
-        found += [("projectors", "r", x) for x in projs]
-        return found
-
-    layers = []
-    for grad, student, teacher, proj in zip(grads, students, teachers, projs, strict=True):
-        student = grad if student is None else student
-        layers.append(pack_layer(student, student if teacher is None else teacher, proj, grad=grad))
-    arguments = (
-        layers,
-        pack_shared(m, rows, teacher_rows, weights, kind),
-        grad_loss.data_ptr(),
-        row_stride,
-        layer_stride,
-        each,
-        saved.data_ptr(),
-        saved_per_layer,
-        accumulate,
-    )
-    _launch("cuda_backward", arguments, saved.device, memory)
-
-
-def forward_layers(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    student_projs: Sequence[Tensor],
-    teacher_projs: Sequence[Tensor],
-    teacher_means: Sequence[Tensor],
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    denominator: Tensor | None,
-    kind: str,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """(L,) losses and (L, saved_size), launch after launch; empty sequences for what is not used.
-
-    Raises: as `forward`.
-    """
-    m, layers = num_rows(students[0], rows), len(students)
-    rank = student_projs[0].shape[0] if student_projs else 0
-    losses = students[0].new_empty(layers, dtype=torch.float32)
-    saved = students[0].new_empty(layers, saved_size(m, rank, reduction), dtype=torch.float32)
-    none = [None] * layers
-    lists: list[Sequence[Any]] = [students, teachers]
-    lists += [column or none for column in (student_projs, teacher_projs, teacher_means)]
-    columns = list(zip(*lists, strict=True))
-    packed = [pack_layer(*column) for column in columns]
-    shared = (rows, teacher_rows, weights, denominator, kind, reduction)
-    _forward(packed, columns, m, losses, saved, saved.shape[1], *shared)
-    return losses, saved
-
-
-def backward_layers_(
-    grads: Sequence[Tensor],
-    grad_losses: Tensor,
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    student_projs: Sequence[Tensor],
-    saved: Tensor,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    kind: str,
-) -> None:
-    """Writes the gradients of sum_l grad_losses[l] * loss[l] with respect to the students. After a
-    projection ``students`` and ``teachers`` may be empty.
-
-    Raises: as `forward`.
-    """
-    none = [None] * len(grads)
-    _backward(
-        grads, students or none, teachers or none, student_projs or none, grad_losses, 0,
-        grad_losses.stride(0), False, saved, saved.shape[1], False, rows, teacher_rows, weights,
-        kind,
-    )  # fmt: skip
+BACKEND = CudaBackend()

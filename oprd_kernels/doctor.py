@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from oprd_kernels import backends, cuda
+from oprd_kernels import backends, cuda, native
 from oprd_kernels._version import __version__
 from oprd_kernels.triton_backend import generation
 
@@ -62,17 +62,17 @@ def report() -> str:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"devices: cpu{''.join(f', cuda:{i} ({name})' for i, name in enumerate(gpus))}")
     lines.append("backends:")
-    problem = backends.native_problem()
+    problem = native.problem()
     if problem is None:
-        simd = backends.native().simd_name()
+        simd = native.module().simd_name()
         lines.append(f"  cpu        live: C++, {simd}, {torch.get_num_threads()} threads")
     else:
         lines.append(f"  cpu        missing: {problem}")
     problem = cuda.installation_problem()
     if problem is None:
-        runtime, driver, _ = backends.native().cuda_facts()
+        runtime, driver, _ = native.module().cuda_facts()
         versions = f"CUDA {cuda.version_name(runtime)}, driver for {cuda.version_name(driver)}"
-        architectures = backends.native().cuda_architectures
+        architectures = native.module().cuda_architectures
         lines.append(f"  cuda       live: C++ for sm_{architectures}, {versions}")
     else:
         lines.append(f"  cuda       missing: {problem}")

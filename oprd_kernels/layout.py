@@ -1,8 +1,9 @@
-"""The one float32 buffer, ``saved``, that carries everything from forward to backward, alike for
-all backends:
+"""The float32 buffer ``saved`` that carries everything from forward to backward.
 
-batch statistics (STATS) | row statistics (M, 3) | row losses (M), unless they are the result
-themselves | dz (M, r), if there is a projection.
+It begins with the batch statistics (STATS). The rest is its backend's own; the native backends have
+
+row statistics (M, 3) | row losses (M), unless they are the result themselves | dz (M, r), if there
+is a projection.
 
 Row statistics: 1 / |s| (0 for a row that gets no gradient), 1 / |t|, 1 - cos.
 """
@@ -14,33 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oprd_kernels.call import GradCall, LossCall, num_rows
+
 STATS = 5
 """Floats at the start of ``saved``: mean cosine, mean student norm, mean teacher norm, number of
 rows whose weight is not 0, the factor the reduction puts on every row."""
 SCALE = 4
 ROW_STATS = 3
 
-
-def num_rows(student: Tensor, rows: Tensor | None) -> int:
-    """M: how many rows of student are compared."""
-    return student.shape[:-1].numel() if rows is None else rows.shape[0]
+_PROJ_CHUNK = 1024
+"""Rows of student upcast to float32 at a time."""
 
 
-def saved_size(m: int, rank: int, reduction: str) -> int:
-    """Floats in ``saved`` for one layer."""
-    return STATS + (rank + (ROW_STATS if reduction == "none" else ROW_STATS + 1)) * m
+def new_loss(call: LossCall) -> Tensor:
+    """The loss of one call, not yet written."""
+    shape: Any = (call.num_rows,) if call.reduction == "none" else ()
+    return torch.empty(shape, dtype=torch.float32, device=call.student.device)
+
+
+def new_saved(call: LossCall, size: int) -> Tensor:
+    """``saved`` of one call, not yet written."""
+    return call.student.new_empty(size, dtype=torch.float32)
+
+
+def new_layers(call: LossCall, layers: int, size: int) -> tuple[Tensor, Tensor]:
+    """The losses of so many layers like ``call``, and their ``saved``, one a row."""
+    student = call.student
+    return (
+        student.new_empty(layers, dtype=torch.float32),
+        student.new_empty((layers, size), dtype=torch.float32),
+    )
 
 
 def dz_of(saved: Tensor, m: int, rank: int) -> Tensor:
     """The (M, r) part of one layer's ``saved``."""
     return saved[saved.shape[0] - m * rank :].view(m, rank)
-
-
-def new_outputs(student: Tensor, m: int, rank: int, reduction: str) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved`` of one layer, not yet written."""
-    options: dict[str, Any] = {} if student.dtype is torch.float32 else {"dtype": torch.float32}
-    loss = student.new_empty((m,) if reduction == "none" else (), **options)
-    return loss, student.new_empty(saved_size(m, rank, reduction), **options)
 
 
 def coefficients(
@@ -50,3 +59,32 @@ def coefficients(
     value = grad_loss[at] if grad_loss.dim() else grad_loss
     value = value * saved[SCALE]
     return value if weights is None else value * weights[at]
+
+
+class RowsLayout:
+    """The native backends' layout, and what of a `oprd_kernels.protocol.Backend` follows from it
+    alone."""
+
+    def saved_size(self, call: LossCall) -> int:
+        """Floats in ``saved``."""
+        row = ROW_STATS if call.reduction == "none" else ROW_STATS + 1
+        return STATS + (row + call.rank) * call.num_rows
+
+    def grad_proj(self, call: GradCall, grad_loss: Tensor) -> Tensor:
+        """The gradient with respect to student_proj, summed over rows in chunks by BLAS."""
+        student, proj, rows, weights = call.student, call.student_proj, call.rows, call.weights
+        assert student is not None
+        assert proj is not None
+        m = num_rows(student, rows)
+        coefficient = coefficients(grad_loss, call.saved, weights)
+        scaled = dz_of(call.saved, m, proj.shape[0]) * coefficient.reshape(-1, 1)
+        flat = student.flatten(0, -2)
+        grad = torch.zeros_like(proj)
+        for start in range(0, m, _PROJ_CHUNK):
+            chunk = slice(start, start + _PROJ_CHUNK)
+            h = flat[chunk] if rows is None else flat[rows[chunk]]
+            h = h.float()
+            if weights is not None:  # 0 * NaN of a masked row would be NaN
+                h = torch.where((weights[chunk] != 0)[:, None], h, 0.0)
+            grad.addmm_(scaled[chunk].T, h)
+        return grad

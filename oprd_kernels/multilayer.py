@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oprd_kernels import layout, reference
+from oprd_kernels import backends, ops, reference
 from oprd_kernels.api import RepLossStats
-from oprd_kernels.backends import BACKENDS, launcher
-from oprd_kernels.ops import DEVICES, LIBRARY, TAGS, refuse_double_backward
-from oprd_kernels.validate import Inputs, check_call
+from oprd_kernels.call import GradCall, LossCall
+from oprd_kernels.ops import DEVICES, LIBRARY, TAGS
+from oprd_kernels.validate import check_calls
 
+# As the ops of one layer have it, with a list for what layers do not share; an empty one for what
+# is not used.
 LIBRARY.define(
     "rep_losses(Tensor[] student, Tensor[] teacher, Tensor[] student_proj, Tensor[] teacher_proj, "
     "Tensor[] teacher_mean, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
@@ -26,39 +28,53 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
-    "rep_losses_grad_(Tensor(a!)[] grad, Tensor grad_losses, Tensor[] student, Tensor[] teacher, "
-    "Tensor[] student_proj, Tensor saved, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
-    "str kind, str backend) -> ()",
+    "rep_losses_grad_(Tensor(a!)[] grad, Tensor grad_losses, Tensor[] saved, Tensor[] student, "
+    "Tensor[] teacher, Tensor[] student_proj, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
+    "str kind, str reduction, str backend) -> ()",
     tags=TAGS,
 )
 
 
-def _f32(projs: Sequence[Tensor]) -> list[Tensor]:
-    return [p.to(torch.float32).contiguous() for p in projs]
+def _columns(calls: Sequence[tuple], count: int) -> list[list[Tensor]]:
+    """The first ``count`` fields, which layers do not share, as lists."""
+    return [
+        [x for x in column if x is not None]
+        for column in zip(*(call[:count] for call in calls), strict=True)
+    ]
 
 
-def _rep_losses(student, teacher, student_proj, *rest):
-    *options, backend = rest
-    return launcher(backend).forward_layers(student, teacher, _f32(student_proj), *options)
+def _loss_calls(arguments: Sequence) -> list[LossCall]:
+    """What the op's arguments, without the backend, were made of."""
+    columns, shared = arguments[:5], arguments[5:]
+    nothing = [None] * len(columns[0])
+    layers = zip(*(column or nothing for column in columns), strict=True)
+    return [LossCall(*layer, *shared) for layer in layers]
+
+
+def _rep_losses(*arguments):
+    *fields, backend = arguments
+    return backends.get(backend).forward_layers(_loss_calls(fields))
 
 
 @torch.library.register_fake("oprd::rep_losses", lib=LIBRARY)
-def _rep_losses_fake(student, teacher, student_proj, *options):
-    *_, rows, _, _, _, _, reduction, _ = options
-    rank = student_proj[0].shape[0] if student_proj else 0
-    size = layout.saved_size(layout.num_rows(student[0], rows), rank, reduction)
-    layers = len(student)
+def _rep_losses_fake(*arguments):
+    *fields, backend = arguments
+    calls = _loss_calls(fields)
+    student, layers = calls[0].student, len(calls)
+    size = max(backends.get(backend).saved_size(call) for call in calls)
     return (
-        student[0].new_empty(layers, dtype=torch.float32),
-        student[0].new_empty(layers, size, dtype=torch.float32),
+        student.new_empty(layers, dtype=torch.float32),
+        student.new_empty((layers, size), dtype=torch.float32),
     )
 
 
-def _rep_losses_grad(grad, grad_losses, student, teacher, student_proj, *rest):
-    *options, backend = rest
-    launcher(backend).backward_layers_(
-        grad, grad_losses, student, teacher, _f32(student_proj), *options
-    )
+def _rep_losses_grad(grads, grad_losses, *arguments):
+    *fields, backend = arguments
+    columns, shared = fields[:4], fields[4:]
+    nothing = [None] * len(grads)
+    layers = zip(*(column or nothing for column in columns), strict=True)
+    calls = [GradCall(*layer, *shared) for layer in layers]
+    backends.get(backend).backward_layers_(calls, grads, grad_losses)
 
 
 for _device in DEVICES:
@@ -67,60 +83,114 @@ for _device in DEVICES:
 
 
 @torch.library.register_fake("oprd::rep_losses_grad_", lib=LIBRARY)
-def _rep_losses_grad_fake(grad, *_args):
+def _rep_losses_grad_fake(grad, *_arguments):
     return None
 
 
+def _save_for_grad(
+    ctx, calls: Sequence[LossCall], saved: Tensor, backend: str, trains_proj: bool
+) -> None:
+    """As `ops.save_for_grad`: after a projection the wide inputs are dropped unless it is
+    trained."""
+    first = calls[0]
+    projected = first.student_proj is not None
+    kept = [call.student_proj for call in calls] if projected else []
+    if trains_proj or not projected:
+        kept += [call.student for call in calls]
+    else:
+        ctx.like = [(call.student.shape, call.student.dtype) for call in calls]
+    if not projected:
+        kept += [call.teacher for call in calls]
+    ctx.options = len(calls), projected, trains_proj, first.kind, first.reduction, backend
+    ctx.save_for_backward(saved, first.rows, first.teacher_rows, first.weights, *kept)
+
+
+def _gradients(ctx, grad_losses: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """With respect to the students and, if they are trained, their projectors."""
+    ops.refuse_double_backward()
+    layers, projected, trains_proj, kind, reduction, backend = ctx.options
+    saved, rows, teacher_rows, weights, *kept = ctx.saved_tensors
+    students = teachers = projs = [None] * layers
+    if projected:
+        projs, kept = kept[:layers], kept[layers:]
+    if trains_proj or not projected:
+        students, kept = kept[:layers], kept[layers:]
+        make = torch.empty_like if rows is None else torch.zeros_like
+        grads = [make(student) for student in students]
+    else:
+        new = torch.empty if rows is None else torch.zeros
+        grads = [new(shape, dtype=dtype, device=saved.device) for shape, dtype in ctx.like]
+    if not projected:
+        teachers = kept
+    shared = rows, teacher_rows, weights, kind, reduction
+    layer_fields = zip(saved.unbind(), students, teachers, projs, strict=True)
+    calls = [GradCall(*fields, *shared) for fields in layer_fields]
+    if ops.runs_directly():
+        backends.get(backend).backward_layers_(calls, grads, grad_losses)
+    else:
+        torch.ops.oprd.rep_losses_grad_(grads, grad_losses, *_columns(calls, 4), *shared, backend)
+    if not trains_proj:
+        return grads, []
+    if ops.runs_directly():
+        grad_proj = backends.get(backend).grad_proj
+        return grads, [grad_proj(*pair) for pair in zip(calls, grad_losses, strict=True)]
+    grad_proj = torch.ops.oprd.rep_loss_grad_proj
+    return grads, [grad_proj(g, *call, backend) for g, call in zip(grad_losses, calls, strict=True)]
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, student_proj, *_, ctx.kind, _, ctx.backend = inputs
-    rows, teacher_rows, weights = inputs[5:8]
+    *fields, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.sizes = [len(column) for column in inputs[:5]]
-    ctx.like = [(s.shape, s.dtype) for s in student]
-    # As for one layer: after a projection the wide inputs are dropped unless it is trained.
-    ctx.trains_proj = any(p.requires_grad for p in student_proj)
-    students = student if ctx.trains_proj or not student_proj else []
-    teachers = [] if student_proj else teacher
-    ctx.save_for_backward(
-        output[1], rows, teacher_rows, weights, *student_proj, *students, *teachers
-    )
+    trains_proj = any(proj.requires_grad for proj in inputs[2])
+    _save_for_grad(ctx, _loss_calls(fields), output[1], backend, trains_proj)
 
 
 def _backward(ctx, grad_losses, _grad_saved):
     grads: list = [[None] * size for size in ctx.sizes]  # lists of tensors get lists of gradients
     if grad_losses is not None:
-        refuse_double_backward()
-        saved, rows, teacher_rows, weights, *rest = ctx.saved_tensors
-        layers, projected = ctx.sizes[0], ctx.sizes[2] > 0
-        projs, rest = (rest[:layers], rest[layers:]) if projected else ([], rest)
-        students, teachers = rest[:layers], rest[layers:]
-        make = torch.empty if rows is None else torch.zeros
-        grads[0] = [make(shape, dtype=dtype, device=saved.device) for shape, dtype in ctx.like]
-        torch.ops.oprd.rep_losses_grad_(
-            grads[0],
-            grad_losses,
-            [] if projected else students,
-            teachers,
-            projs,
-            saved,
-            rows,
-            teacher_rows,
-            weights,
-            ctx.kind,
-            ctx.backend,
-        )
-        if ctx.trains_proj:
-            grads[2] = [
-                torch.ops.oprd.rep_loss_grad_proj(g, h, p, one, rows, weights)
-                for g, h, p, one in zip(grad_losses, students, projs, saved, strict=True)
-            ]
+        grads[0], grads_proj = _gradients(ctx, grad_losses)
+        grads[2] = grads_proj or grads[2]
     return *grads, *(None,) * 7
 
 
 torch.library.register_autograd(
     "oprd::rep_losses", _backward, setup_context=_setup_context, lib=LIBRARY
 )
+
+
+class RepLosses(torch.autograd.Function):
+    """``oprd::rep_losses`` with its gradient, past the dispatcher, as `ops.RepLoss`."""
+
+    @staticmethod
+    def forward(ctx, calls, backend, *trained):
+        """``trained``: the students, then the projectors if there are any."""
+        losses, saved = backends.get(backend).forward_layers(calls)
+        trains_proj = any(ctx.needs_input_grad[2 + len(calls) :])
+        _save_for_grad(ctx, calls, saved, backend, trains_proj)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved)
+        return losses, saved
+
+    @staticmethod
+    def backward(ctx, grad_losses, _grad_saved):
+        count = len(ctx.needs_input_grad)
+        if grad_losses is None:
+            return (None,) * count
+        grads, grads_proj = _gradients(ctx, grad_losses)
+        rest = count - 2 - len(grads) - len(grads_proj)
+        return None, None, *grads, *grads_proj, *(None,) * rest
+
+
+def _rep_losses_of(calls: Sequence[LossCall], backend: str) -> tuple[Tensor, Tensor]:
+    """Losses and ``saved``, differentiable."""
+    if not ops.runs_directly():
+        return torch.ops.oprd.rep_losses(*_columns(calls, 5), *calls[0][5:], backend)
+    trained: list[Tensor | None] = [call.student for call in calls]
+    if calls[0].student_proj is not None:
+        trained += [call.student_proj for call in calls]
+    return RepLosses.apply(calls, backend, *trained)
 
 
 def fused_rep_losses(
@@ -155,60 +225,25 @@ def fused_rep_losses(
 
     Raises: as `fused_rep_loss`; ValueError also for lists that do not match.
     """
-    layers = len(students)
-    lists = {
-        "teachers": teachers,
-        "student_projs": student_projs,
-        "teacher_projs": teacher_projs,
-        "teacher_means": teacher_means,
-    }
-    if layers == 0:
-        raise ValueError("students is empty: expected at least one layer")
-    for name, column in lists.items():
-        if column is not None and len(column) != layers:
-            raise ValueError(f"{name} has {len(column)} tensors for {layers} layers of students")
-    if reduction == "none":
-        raise ValueError("reduction must be 'mean' or 'sum' for several layers, got 'none'")
-    inputs, chosen = [], set()
-    for i in range(layers):
-        checked, one_chosen = check_call(
-            students[i],
-            teachers[i],
-            student_proj=student_projs[i] if student_projs is not None else None,
-            teacher_proj=teacher_projs[i] if teacher_projs is not None else None,
-            teacher_mean=teacher_means[i] if teacher_means is not None else None,
-            rows=rows,
-            teacher_rows=teacher_rows,
-            weights=weights,
-            kind=kind,
-            reduction=reduction,
-            denominator=denominator,
-            backend=backend,
-        )
-        inputs.append(checked)
-        chosen.add(one_chosen)
-        # Checked once, shared by all.
-        rows, teacher_rows = checked.rows, checked.teacher_rows
-    _check_alike(inputs)
-    # One launch, one backend: the one that can do what any layer needs (the last by preference).
-    backend = max(chosen, key=BACKENDS.index)
-    if backend == "reference":
-        pairs = [reference.rep_loss(*one) for one in inputs]
+    calls = check_calls(
+        students,
+        teachers,
+        student_projs=student_projs,
+        teacher_projs=teacher_projs,
+        teacher_means=teacher_means,
+        rows=rows,
+        teacher_rows=teacher_rows,
+        weights=weights,
+        kind=kind,
+        reduction=reduction,
+        denominator=denominator,
+    )
+    chosen = backends.choose(backend, calls)
+    if chosen == "reference":
+        pairs = [reference.rep_loss(call) for call in calls]
         losses, stats = (torch.stack(column) for column in zip(*pairs, strict=True))
     else:
-        columns = [[x for x in column if x is not None] for column in zip(*inputs, strict=True)]
-        losses, stats = torch.ops.oprd.rep_losses(*columns[:5], *inputs[0][5:], backend)
+        losses, stats = _rep_losses_of(calls, chosen)
     if not return_stats:
         return losses
     return losses, RepLossStats(*stats[:, :4].T.clone().unbind())
-
-
-def _check_alike(inputs: Sequence[Inputs]) -> None:
-    first = inputs[0]
-    for i, one in enumerate(inputs):
-        ranks = [None if x.student_proj is None else x.student_proj.shape[0] for x in (first, one)]
-        if one.student.shape[:-1] != first.student.shape[:-1] or ranks[0] != ranks[1]:
-            raise ValueError(
-                f"layer {i} has student {tuple(one.student.shape)} and rank {ranks[1]}, layer 0 "
-                f"{tuple(first.student.shape)} and {ranks[0]}: rows and rank must be the same"
-            )

@@ -1,43 +1,44 @@
 """The kernels as PyTorch operators, namespace ``oprd``: schemas, fake kernels, autograd.
 
-``oprd::rep_loss``            forward: loss, and what backward needs of it (see `layout`)
+``oprd::rep_loss``            forward: loss, and what backward needs of it (``saved``)
 ``oprd::rep_loss_grad_``      its gradient with respect to student, written or added into a buffer
 ``oprd::rep_loss_grad_proj``  its gradient with respect to student_proj
 ``oprd::rep_loss_in_place_``  forward that leaves the student's gradient in the teacher's memory
+
+Their arguments are the fields of `LossCall` or `GradCall` in order, and a backend's name. Where
+nothing listens to the dispatcher (`runs_directly`) the backend is called past it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oprd_kernels import layout
-from oprd_kernels.backends import launcher
+from oprd_kernels import backends
+from oprd_kernels.call import GradCall, LossCall
 
 LIBRARY = torch.library.Library("oprd", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 DEVICES = ("CPU", "CUDA")
 """Dispatch keys; which kernels run is the ops' last argument, a name of `backends.BACKENDS`."""
 
-LIBRARY.define(
-    "rep_loss(Tensor student, Tensor teacher, Tensor? student_proj, Tensor? teacher_proj, "
+LOSS_ARGUMENTS = (
+    "Tensor student, Tensor teacher, Tensor? student_proj, Tensor? teacher_proj, "
     "Tensor? teacher_mean, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
-    "Tensor? denominator, str kind, str reduction, str backend) -> (Tensor loss, Tensor saved)",
-    tags=TAGS,
+    "Tensor? denominator, str kind, str reduction, str backend"
 )
+GRAD_ARGUMENTS = (
+    "Tensor saved, Tensor? student, Tensor? teacher, Tensor? student_proj, Tensor? rows, "
+    "Tensor? teacher_rows, Tensor? weights, str kind, str reduction, str backend"
+)
+LIBRARY.define(f"rep_loss({LOSS_ARGUMENTS}) -> (Tensor loss, Tensor saved)", tags=TAGS)
 LIBRARY.define(
-    "rep_loss_grad_(Tensor(a!) grad, bool accumulate, Tensor grad_loss, Tensor? student, "
-    "Tensor? teacher, Tensor? student_proj, Tensor saved, Tensor? rows, Tensor? teacher_rows, "
-    "Tensor? weights, str kind, str backend) -> ()",
+    f"rep_loss_grad_(Tensor(a!) grad, bool accumulate, Tensor grad_loss, {GRAD_ARGUMENTS}) -> ()",
     tags=TAGS,
 )
-LIBRARY.define(
-    "rep_loss_grad_proj(Tensor grad_loss, Tensor student, Tensor student_proj, Tensor saved, "
-    "Tensor? rows, Tensor? weights) -> Tensor",
-    tags=TAGS,
-)
+LIBRARY.define(f"rep_loss_grad_proj(Tensor grad_loss, {GRAD_ARGUMENTS}) -> Tensor", tags=TAGS)
 LIBRARY.define(
     "rep_loss_in_place_(Tensor student, Tensor(a!) teacher, Tensor? weights, "
     "Tensor? denominator, str kind, str reduction, str backend) -> (Tensor loss, Tensor saved)",
@@ -45,101 +46,111 @@ LIBRARY.define(
 )
 
 
-def _f32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
+def _rep_loss(*arguments):
+    *fields, backend = arguments
+    return backends.get(backend).forward(LossCall(*fields))
 
 
-def _rep_loss(student, teacher, student_proj, *rest):
-    *options, backend = rest
-    return launcher(backend).forward(student, teacher, _f32(student_proj), *options)
+@torch.library.register_fake("oprd::rep_loss", lib=LIBRARY)
+def _rep_loss_fake(*arguments):
+    *fields, backend = arguments
+    call = LossCall(*fields)
+    return (
+        call.student.new_empty(
+            (call.num_rows,) if call.reduction == "none" else (), dtype=torch.float32
+        ),
+        call.student.new_empty(backends.get(backend).saved_size(call), dtype=torch.float32),
+    )
+
+
+def _rep_loss_grad(grad, accumulate, grad_loss, *arguments):
+    *fields, backend = arguments
+    backends.get(backend).backward_(GradCall(*fields), grad, accumulate, grad_loss)
+
+
+@torch.library.register_fake("oprd::rep_loss_grad_", lib=LIBRARY)
+def _rep_loss_grad_fake(grad, *_arguments):
+    return None
+
+
+def _rep_loss_grad_proj(grad_loss, *arguments):
+    *fields, backend = arguments
+    return backends.get(backend).grad_proj(GradCall(*fields), grad_loss)
+
+
+@torch.library.register_fake("oprd::rep_loss_grad_proj", lib=LIBRARY)
+def _rep_loss_grad_proj_fake(grad_loss, *arguments):
+    *fields, _backend = arguments
+    proj: Any = GradCall(*fields).student_proj
+    return torch.empty_like(proj)
+
+
+def _identity_call(student, teacher, weights, denominator, kind, reduction) -> LossCall:
+    return LossCall(
+        student, teacher, weights=weights, denominator=denominator, kind=kind, reduction=reduction
+    )
+
+
+def _rep_loss_in_place(student, teacher, *arguments):
+    *options, backend = arguments
+    call = _identity_call(student, teacher, *options)
+    return backends.get(backend).forward(call, grad=teacher)
+
+
+@torch.library.register_fake("oprd::rep_loss_in_place_", lib=LIBRARY)
+def _rep_loss_in_place_fake(student, teacher, *arguments):
+    *options, backend = arguments
+    return _rep_loss_fake(*_identity_call(student, teacher, *options), backend)
 
 
 for _device in DEVICES:
     LIBRARY.impl("rep_loss", _rep_loss, _device)
-
-
-@torch.library.register_fake("oprd::rep_loss", lib=LIBRARY)
-def _rep_loss_fake(student, teacher, student_proj, *options):
-    *_, rows, _, _, _, _, reduction, _ = options
-    m = layout.num_rows(student, rows)
-    rank = 0 if student_proj is None else student_proj.shape[0]
-    return (
-        student.new_empty((m,) if reduction == "none" else (), dtype=torch.float32),
-        student.new_empty(layout.saved_size(m, rank, reduction), dtype=torch.float32),
-    )
-
-
-def _rep_loss_grad(grad, accumulate, grad_loss, student, teacher, student_proj, *rest):
-    *options, backend = rest
-    launcher(backend).backward_(
-        grad, accumulate, grad_loss, student, teacher, _f32(student_proj), *options
-    )
-
-
-for _device in DEVICES:
     LIBRARY.impl("rep_loss_grad_", _rep_loss_grad, _device)
-
-
-@torch.library.register_fake("oprd::rep_loss_grad_", lib=LIBRARY)
-def _rep_loss_grad_fake(grad, *_args):
-    return None
-
-
-_PROJ_CHUNK = 1024
-"""Rows of student upcast to float32 at a time."""
-
-
-@torch.library.impl(LIBRARY, "rep_loss_grad_proj", "CompositeExplicitAutograd")
-def _rep_loss_grad_proj(grad_loss, student, student_proj, saved, rows, weights):
-    m, rank = layout.num_rows(student, rows), student_proj.shape[0]
-    coefficient = layout.coefficients(grad_loss, saved, weights)
-    scaled = layout.dz_of(saved, m, rank) * coefficient.reshape(-1, 1)
-    flat = student.flatten(0, -2)
-    grad = student_proj.new_zeros(student_proj.shape, dtype=torch.float32)
-    for start in range(0, m, _PROJ_CHUNK):
-        chunk = slice(start, start + _PROJ_CHUNK)
-        h = flat[chunk] if rows is None else flat[rows[chunk]]
-        h = h.float()
-        if weights is not None:  # 0 * NaN of a masked row would be NaN
-            h = torch.where((weights[chunk] != 0)[:, None], h, 0.0)
-        grad.addmm_(scaled[chunk].T, h)
-    return grad.to(student_proj.dtype)
-
-
-@torch.library.register_fake("oprd::rep_loss_grad_proj", lib=LIBRARY)
-def _rep_loss_grad_proj_fake(grad_loss, student, student_proj, saved, rows, weights):
-    return torch.empty_like(student_proj, memory_format=torch.contiguous_format)
-
-
-def _rep_loss_in_place(student, teacher, weights, denominator, kind, reduction, backend):
-    options = (None,) * 5 + (weights, denominator, kind, reduction)
-    return launcher(backend).forward(student, teacher, *options, grad=teacher)
-
-
-for _device in DEVICES:
+    LIBRARY.impl("rep_loss_grad_proj", _rep_loss_grad_proj, _device)
     LIBRARY.impl("rep_loss_in_place_", _rep_loss_in_place, _device)
 
 
-@torch.library.register_fake("oprd::rep_loss_in_place_", lib=LIBRARY)
-def _rep_loss_in_place_fake(student, teacher, weights, denominator, kind, reduction, backend):
-    saved = layout.saved_size(layout.num_rows(student, None), 0, reduction)
-    return (
-        student.new_empty((), dtype=torch.float32),
-        student.new_empty(saved, dtype=torch.float32),
-    )
+def runs_directly() -> bool:
+    """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The kernels
+    may then be called past it, which halves the overhead of a call."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
-def save_for_grad(ctx, inputs: Sequence, saved: Tensor, trains_proj: bool) -> None:
-    """Keep what `grad_student` and `grad_proj` need of an op's inputs and no more: after a
-    projection the wide inputs are dropped, unless the projector itself is trained."""
-    student, teacher, student_proj, _, _, rows, teacher_rows, weights, _, kind, _, backend = inputs
-    ctx.kind, ctx.backend = kind, backend
-    if student_proj is not None:
-        ctx.like = (student.shape, student.dtype)
+def forward(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Loss and ``saved`` from inside an autograd.Function."""
+    if runs_directly():
+        return backends.get(backend).forward(call)
+    return torch.ops.oprd.rep_loss(*call, backend)
+
+
+def rep_loss_in_place(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Loss and ``saved`` of a call without projectors and row indices, leaving the gradient in the
+    teacher's memory."""
+    if runs_directly():
+        return backends.get(backend).forward(call, grad=call.teacher)
+    return torch.ops.oprd.rep_loss_in_place_(*call[:2], *call[7:], backend)
+
+
+def save_for_grad(ctx, call: LossCall, saved: Tensor, backend: str, trains_proj: bool) -> None:
+    """Keep what `grad_student` and `grad_proj` need and no more: after a projection the wide inputs
+    are dropped, unless the projector itself is trained."""
+    student: Tensor | None = call.student
+    teacher: Tensor | None = call.teacher
+    if call.student_proj is not None:
+        ctx.like = call.student.shape, call.student.dtype
         teacher = None
         if not trains_proj:
             student = None
-    ctx.save_for_backward(student, teacher, student_proj, saved, rows, teacher_rows, weights)
+    ctx.options = call.kind, call.reduction, backend
+    ctx.save_for_backward(
+        saved, student, teacher, call.student_proj, call.rows, call.teacher_rows, call.weights
+    )
+
+
+def _grad_call(ctx) -> tuple[GradCall, str]:
+    """The tensors as `save_for_grad` kept them, or what hooks made of them; and the backend."""
+    kind, reduction, backend = ctx.options
+    return GradCall._make((*ctx.saved_tensors, kind, reduction)), backend
 
 
 def refuse_double_backward() -> None:
@@ -153,40 +164,40 @@ def refuse_double_backward() -> None:
 
 def grad_student(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
     """The gradient with respect to student: added into ``into``, or in a new tensor."""
-    student, teacher, student_proj, saved, rows, teacher_rows, weights = ctx.saved_tensors
+    call, backend = _grad_call(ctx)
     accumulate = into is not None
     if into is None:
-        if student is not None:
-            into = torch.empty_like(student) if rows is None else torch.zeros_like(student)
+        if call.student is not None:
+            make = torch.empty_like if call.rows is None else torch.zeros_like
+            into = make(call.student)
         else:
             shape, dtype = ctx.like
-            make = torch.empty if rows is None else torch.zeros
-            into = make(shape, dtype=dtype, device=grad_loss.device)
-    if student_proj is not None:
-        student = None
-    arguments = (into, accumulate, grad_loss, student, teacher, student_proj, saved, rows,
-                 teacher_rows, weights, ctx.kind, ctx.backend)  # fmt: skip
+            new = torch.empty if call.rows is None else torch.zeros
+            into = new(shape, dtype=dtype, device=grad_loss.device)
     if runs_directly():
-        _rep_loss_grad(*arguments)
+        backends.get(backend).backward_(call, into, accumulate, grad_loss)
     else:
-        torch.ops.oprd.rep_loss_grad_(*arguments)
+        torch.ops.oprd.rep_loss_grad_(into, accumulate, grad_loss, *call, backend)
     return into
 
 
 def grad_proj(ctx, grad_loss: Tensor) -> Tensor:
-    """The gradient with respect to student_proj, summed over rows in chunks by BLAS."""
-    student, _, student_proj, saved, rows, _, weights = ctx.saved_tensors
-    return torch.ops.oprd.rep_loss_grad_proj(grad_loss, student, student_proj, saved, rows, weights)
+    """The gradient with respect to student_proj."""
+    call, backend = _grad_call(ctx)
+    if runs_directly():
+        return backends.get(backend).grad_proj(call, grad_loss)
+    return torch.ops.oprd.rep_loss_grad_proj(grad_loss, *call, backend)
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    *fields, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    save_for_grad(ctx, inputs, output[1], ctx.needs_input_grad[2])
+    save_for_grad(ctx, LossCall(*fields), output[1], backend, ctx.needs_input_grad[2])
 
 
 def _backward(ctx, grad_loss, _grad_saved):
-    grads: list[Tensor | None] = [None] * 12
+    grads: list[Tensor | None] = [None] * (len(LossCall._fields) + 1)
     if grad_loss is not None:
         refuse_double_backward()
         if ctx.needs_input_grad[0]:
@@ -201,36 +212,15 @@ torch.library.register_autograd(
 )
 
 
-def runs_directly() -> bool:
-    """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The kernels
-    may then be called past it, which halves the overhead of a call."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-
-
-def forward(inputs: Sequence) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved`` from inside an autograd.Function; ``inputs`` as the op's."""
-    if runs_directly():
-        return _rep_loss(*inputs)
-    return torch.ops.oprd.rep_loss(*inputs)
-
-
-def rep_loss_in_place(*inputs) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved``, leaving the gradient in the teacher's memory."""
-    if runs_directly():
-        return _rep_loss_in_place(*inputs)
-    return torch.ops.oprd.rep_loss_in_place_(*inputs)
-
-
 class RepLoss(torch.autograd.Function):
     """``oprd::rep_loss`` with its gradient: what `register_autograd` makes of the op, at a third of
     the overhead."""
 
     @staticmethod
-    def forward(ctx, student, student_proj, others, want_saved):
-        """``others``: the rest of the op's inputs, none of which gets a gradient."""
-        inputs = (student, others[0], student_proj, *others[1:])
-        loss, saved = forward(inputs)
-        save_for_grad(ctx, inputs, saved, ctx.needs_input_grad[1])
+    def forward(ctx, student, student_proj, call, backend, want_saved):
+        """``call``: holds the two tensors before it, which are given for their gradients."""
+        loss, saved = backends.get(backend).forward(call)
+        save_for_grad(ctx, call, saved, backend, ctx.needs_input_grad[1])
         ctx.set_materialize_grads(False)
         if not want_saved:  # each output costs a few microseconds
             return loss
@@ -240,20 +230,21 @@ class RepLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _grad_saved=None):
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None, None, None
         refuse_double_backward()
-        needs_student, needs_proj, _, _ = ctx.needs_input_grad
+        needs_student, needs_proj, *_ = ctx.needs_input_grad
         return (
             grad_student(ctx, grad_loss) if needs_student else None,
             grad_proj(ctx, grad_loss) if needs_proj else None,
             None,
             None,
+            None,
         )
 
 
-def rep_loss(inputs: Sequence, want_saved: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss and, if wanted, ``saved``, differentiable; ``inputs`` as the op's."""
+def rep_loss(call: LossCall, backend: str, want_saved: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss and, if wanted, ``saved``, differentiable."""
     if not runs_directly():
-        return torch.ops.oprd.rep_loss(*inputs)
-    found = RepLoss.apply(inputs[0], inputs[2], (inputs[1], *inputs[3:]), want_saved)
+        return torch.ops.oprd.rep_loss(*call, backend)
+    found = RepLoss.apply(call.student, call.student_proj, call, backend, want_saved)
     return found if want_saved else (found, None)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oprd_kernels.call import LossCall
+
 EPS = 1e-12
 """Norms are clamped from below to this, as `torch.nn.functional.normalize` does."""
 
@@ -30,30 +32,19 @@ def row_losses(s_MD: Tensor, t_MD: Tensor, kind: str) -> Tensor:
     return distance / (width if kind == "nmse" else 2)
 
 
-def rep_loss(
-    student: Tensor,
-    teacher: Tensor,
-    student_proj: Tensor | None,
-    teacher_proj: Tensor | None,
-    teacher_mean: Tensor | None,
-    rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    weights: Tensor | None,
-    denominator: Tensor | None,
-    kind: str,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
+def rep_loss(call: LossCall) -> tuple[Tensor, Tensor]:
     """The loss and its batch statistics.
 
-    Args: as `oprd_kernels.fused_rep_loss`, checked and normalised by `oprd_kernels.validate`.
+    Args:
+        call: as `oprd_kernels.validate` makes it; float64 too.
 
     Returns:
         The loss: () or, for reduction "none", (M,). And (5,), detached: mean cosine, mean student
         norm, mean teacher norm, number of rows whose weight is not 0, the reduction's factor.
     """
-    inputs = (student, teacher, student_proj, teacher_proj, teacher_mean)
-    double = any(x is not None and x.dtype == torch.float64 for x in inputs)
-    dtype = torch.float64 if double else torch.float32
+    student, teacher, student_proj, teacher_proj, teacher_mean = call[:5]
+    rows, teacher_rows, weights, denominator, kind, reduction = call[5:]
+    dtype = torch.float64 if call.is_double else torch.float32
     s = student.flatten(0, -2) if rows is None else student.flatten(0, -2)[rows]
     t = teacher.detach().flatten(0, -2)
     t = t if teacher_rows is None else t[teacher_rows]
@@ -65,10 +56,10 @@ def rep_loss(
     with torch.autocast(student.device.type, enabled=False):
         if student_proj is not None:
             if teacher_mean is not None:
-                t = t - teacher_mean.detach().to(dtype)
+                t = t - teacher_mean
             if teacher_proj is not None:
-                t = t @ teacher_proj.detach().to(dtype).T
-            s = s @ student_proj.to(dtype).T
+                t = t @ teacher_proj.T
+            s = s @ student_proj.T
         losses = row_losses(s, t, kind)
         if weights is not None:
             losses = torch.where(weights != 0, losses * weights, torch.zeros_like(losses))

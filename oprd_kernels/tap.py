@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd_kernels import ops, reference
+from oprd_kernels import backends, ops, reference
 from oprd_kernels.api import RepLossStats
 from oprd_kernels.ownership import may_add_into
 from oprd_kernels.validate import check_call
@@ -48,7 +48,7 @@ def rep_tap(
 
     Raises: as `fused_rep_loss`.
     """
-    inputs, chosen = check_call(
+    call = check_call(
         h,
         teacher,
         student_proj=student_proj,
@@ -60,14 +60,15 @@ def rep_tap(
         kind=kind,
         reduction=reduction,
         denominator=denominator,
-        backend=backend,
     )
+    chosen = backends.choose(backend, (call,))
     if chosen == "reference":
         tapped = h
-        loss, *stats = reference.rep_loss(*inputs)
+        loss, *stats = reference.rep_loss(call)
     else:
-        others = (inputs[1], *inputs[3:], chosen)
-        tapped, loss, *stats = _RepTap.apply(inputs[0], inputs[2], others, return_stats)
+        tapped, loss, *stats = _RepTap.apply(
+            call.student, call.student_proj, call, chosen, return_stats
+        )
         if tapped.shape != h.shape:
             tapped = tapped.reshape(h.shape)
     return (tapped, loss, RepLossStats.of(stats[0])) if return_stats else (tapped, loss)
@@ -75,10 +76,9 @@ def rep_tap(
 
 class _RepTap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, student_proj, others, want_saved):
-        inputs = (h, others[0], student_proj, *others[1:])
-        loss, saved = ops.forward(inputs)
-        ops.save_for_grad(ctx, inputs, saved, ctx.needs_input_grad[1])
+    def forward(ctx, h, student_proj, call, backend, want_saved):
+        loss, saved = ops.forward(call, backend)
+        ops.save_for_grad(ctx, call, saved, backend, ctx.needs_input_grad[1])
         ctx.set_materialize_grads(False)
         if not want_saved:
             return h, loss
@@ -88,9 +88,9 @@ class _RepTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_h, grad_loss, _grad_saved=None):
         if grad_loss is None:
-            return grad_h, None, None, None
+            return grad_h, None, None, None, None
         ops.refuse_double_backward()
-        needs_student, needs_proj, _, _ = ctx.needs_input_grad
+        needs_student, needs_proj, *_ = ctx.needs_input_grad
         d_student = None
         if needs_student:
             # Compiled, the graph is functional, and the compiler knows who else reads grad_h.
@@ -99,4 +99,4 @@ class _RepTap(torch.autograd.Function):
                 grad_h = grad_h.clone(memory_format=torch.contiguous_format)
             d_student = ops.grad_student(ctx, grad_loss, into=grad_h)
         d_proj = ops.grad_proj(ctx, grad_loss) if needs_proj else None
-        return d_student, d_proj, None, None
+        return d_student, d_proj, None, None, None

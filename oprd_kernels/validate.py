@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from oprd_kernels.backends import choose
+from oprd_kernels.call import LossCall
 
 KINDS = ("mse", "nmse", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 PROJECTOR_DIMS = {"student_proj": 2, "teacher_proj": 2, "teacher_mean": 1}
-
-
-class Inputs(NamedTuple):
-    """A call's tensors as the kernels take them, and its options: the arguments, in order, of
-    `oprd_kernels.reference.rep_loss` and of the op ``oprd::rep_loss``."""
-
-    student: Tensor  # (N, dS) or (B, T, dS)
-    teacher: Tensor  # (N', dT) or (B, T, dT)
-    student_proj: Tensor | None  # (r, dS)
-    teacher_proj: Tensor | None  # (r, dT)
-    teacher_mean: Tensor | None  # (dT,)
-    rows: Tensor | None  # (M,) int64
-    teacher_rows: Tensor | None  # (M,) int64
-    weights: Tensor | None  # (M,) float32
-    denominator: Tensor | None  # () float32
-    kind: str
-    reduction: str
 
 
 def check_call(
@@ -48,13 +31,91 @@ def check_call(
     kind: str,
     reduction: str,
     denominator: float | Tensor | None,
-    backend: str,
-) -> tuple[Inputs, str]:
-    """Check the arguments of `fused_rep_loss`, bring them to one form and choose the backend.
+) -> LossCall:
+    """Check the arguments of `fused_rep_loss` and bring them to one form.
 
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what was given and what is expected.
     """
+    _check_options(kind, reduction, denominator)
+    states = _states(student, teacher, student_proj, teacher_proj, teacher_mean)
+    return LossCall(
+        *states,
+        *_shared(student, teacher, rows, teacher_rows, weights, denominator),
+        kind,
+        reduction,
+    )
+
+
+def check_calls(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    student_projs: Sequence[Tensor] | None,
+    teacher_projs: Sequence[Tensor] | None,
+    teacher_means: Sequence[Tensor] | None,
+    rows: Tensor | None,
+    teacher_rows: Tensor | None,
+    weights: Tensor | None,
+    kind: str,
+    reduction: str,
+    denominator: float | Tensor | None,
+) -> list[LossCall]:
+    """Check the arguments of `fused_rep_losses`: what the layers share once, and of each layer what
+    is its own.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `check_call`; ValueError also for lists that do not
+            match and for layers that are not alike.
+    """
+    layers = len(students)
+    if layers == 0:
+        raise ValueError("students is empty: expected at least one layer")
+    lists = {
+        "teachers": teachers,
+        "student_projs": student_projs,
+        "teacher_projs": teacher_projs,
+        "teacher_means": teacher_means,
+    }
+    for name, column in lists.items():
+        if column is not None and len(column) != layers:
+            raise ValueError(f"{name} has {len(column)} tensors for {layers} layers of students")
+    if reduction == "none":
+        raise ValueError("reduction must be 'mean' or 'sum' for several layers, got 'none'")
+    _check_options(kind, reduction, denominator)
+    nothing = (None,) * layers
+    columns = (
+        students,
+        teachers,
+        nothing if student_projs is None else student_projs,
+        nothing if teacher_projs is None else teacher_projs,
+        nothing if teacher_means is None else teacher_means,
+    )
+    calls: list[LossCall] = []
+    for states in zip(*columns, strict=True):
+        student, teacher = states[:2]
+        checked = _states(*states)
+        if not calls:
+            shared = _shared(student, teacher, rows, teacher_rows, weights, denominator)
+            rows, teacher_rows, *_ = shared
+            shape, teacher_shape = student.shape[:-1], teacher.shape[:-1]
+        elif student.shape[:-1] != shape or _rank(checked[2]) != _rank(calls[0].student_proj):
+            raise ValueError(
+                f"layer {len(calls)} has student {tuple(student.shape)} and rank "
+                f"{_rank(checked[2])}, layer 0 {tuple(students[0].shape)} and "
+                f"{_rank(calls[0].student_proj)}: rows and rank must be the same"
+            )
+        elif teacher.shape[:-1] != teacher_shape or student.device != students[0].device:
+            _shared(student, teacher, rows, teacher_rows, weights, denominator)
+        calls.append(LossCall(*checked, *shared, kind, reduction))
+    return calls
+
+
+def _rank(student_proj: Tensor | None) -> int | None:
+    return None if student_proj is None else student_proj.shape[0]
+
+
+def _check_options(kind: str, reduction: str, denominator: float | Tensor | None) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if reduction not in REDUCTIONS:
@@ -63,15 +124,25 @@ def check_call(
         raise ValueError(
             f"denominator only means something for reduction='mean', got reduction={reduction!r}"
         )
+
+
+def _states(
+    student: Tensor,
+    teacher: Tensor,
+    student_proj: Tensor | None,
+    teacher_proj: Tensor | None,
+    teacher_mean: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The states and projectors of one layer, as `LossCall` has them."""
     device = student.device if isinstance(student, Tensor) else None
-    _check_tensor("student", student, device)
-    _check_tensor("teacher", teacher, device)
-    student_shape, teacher_shape = student.shape, teacher.shape
+    student_shape = _shape("student", student, device)
+    teacher_shape = _shape("teacher", teacher, device)
     d_student, d_teacher = student_shape[-1], teacher_shape[-1]
-    double = student.dtype is torch.float64 or teacher.dtype is torch.float64
     if student_proj is None:
-        _check_identity(d_student, d_teacher, teacher_proj, teacher_mean)
+        if teacher_proj is not None or teacher_mean is not None or d_student != d_teacher:
+            _refuse_identity(d_student, d_teacher, teacher_proj, teacher_mean)
     else:
+        double = student.dtype is torch.float64 or teacher.dtype is torch.float64
         projectors = {
             "student_proj": student_proj,
             "teacher_proj": teacher_proj,
@@ -79,11 +150,12 @@ def check_call(
         }
         for name, x in projectors.items():
             if x is not None:
-                _check_tensor(name, x, device)
+                _shape(name, x, device, PROJECTOR_DIMS[name])
                 double = double or x.dtype is torch.float64
         _check_projection(d_student, d_teacher, student_proj, teacher_proj, teacher_mean)
         # Projectors are small; the kernels take them as contiguous float32.
         exact = torch.float64 if double else torch.float32
+        student_proj = student_proj.to(exact).contiguous()  # its gradient comes back the same way
         if teacher_proj is not None:
             teacher_proj = teacher_proj.detach().to(exact).contiguous()
         if teacher_mean is not None:
@@ -92,8 +164,27 @@ def check_call(
         raise ValueError(
             "student and teacher are the same tensor: the loss is 0 and would teach nothing"
         )
+    if teacher.requires_grad:  # saved for backward, it would keep its whole graph alive
+        teacher = teacher.detach()
+    if len(student_shape) not in (2, 3):
+        student = _as_rows(student)
+    if len(teacher_shape) not in (2, 3):
+        teacher = _as_rows(teacher)
+    return student, teacher, student_proj, teacher_proj, teacher_mean
 
-    m, m_teacher = student.numel() // d_student, teacher.numel() // d_teacher
+
+def _shared(
+    student: Tensor,
+    teacher: Tensor,
+    rows: Tensor | None,
+    teacher_rows: Tensor | None,
+    weights: Tensor | None,
+    denominator: float | Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What layers have in common: which rows, their weights, the denominator."""
+    device = student.device
+    m = student.numel() // student.shape[-1]
+    m_teacher = teacher.numel() // teacher.shape[-1]
     if rows is not None:
         rows = _row_index("rows", rows, m, device)
         m = rows.shape[0]
@@ -105,55 +196,33 @@ def check_call(
             f"student gives {m} rows and teacher {m_teacher}: they are paired in order. Pass rows "
             "to pick the student's, and teacher_rows to pick the teacher's"
         )
-    if teacher.requires_grad:  # saved for backward, it would keep its whole graph alive
-        teacher = teacher.detach()
-    if len(student_shape) not in (2, 3):
-        student = _as_rows(student)
-    if len(teacher_shape) not in (2, 3):
-        teacher = _as_rows(teacher)
     if weights is not None:
         weights = _weights(weights, m, device)
     if denominator is not None:
         denominator = _denominator(denominator, device)
-    inputs = Inputs(
-        student,
-        teacher,
-        student_proj,
-        teacher_proj,
-        teacher_mean,
-        rows,
-        teacher_rows,
-        weights,
-        denominator,
-        kind,
-        reduction,
-    )
-    chosen = choose(backend, inputs, double)
-    if chosen != "reference" and not torch.compiler.is_compiling():
-        _refuse_functorch()
-    return inputs, chosen
+    return rows, teacher_rows, weights, denominator
 
 
-def _check_tensor(name: str, x: Tensor, device: torch.device | None) -> None:
+def _shape(
+    name: str, x: Tensor, device: torch.device | None, dims: int | None = None
+) -> Sequence[int]:
+    """The shape of ``x``, which is checked."""
     # First what is true of all but wrong calls, at the least cost.
-    if type(x) in PLAIN_TENSORS and x.dtype in DTYPES and x.layout is torch.strided:
-        wanted = PROJECTOR_DIMS.get(name)
-        dims = x.dim()
-        fits = dims > 0 and (wanted is None or dims == wanted)
-        if fits and x.device == device and not x.is_meta and x.shape[-1] > 0:
-            return
-    _explain(name, x, device)
+    if (
+        type(x) in PLAIN_TENSORS
+        and x.dtype in DTYPES
+        and x.layout is torch.strided
+        and x.device == device
+        and not x.is_meta
+    ):
+        shape = x.shape
+        if len(shape) > 0 and shape[-1] > 0 and (dims is None or len(shape) == dims):
+            return shape
+    _explain(name, x, device, dims)
+    return x.shape
 
 
-def _refuse_functorch() -> None:
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "the kernels do not support torch.func transforms (grad, vmap, jvp, ..): use "
-            "loss.backward() or torch.autograd.grad, or backend='reference'"
-        )
-
-
-def _explain(name: str, x: Tensor, device: torch.device | None) -> None:
+def _explain(name: str, x: Tensor, device: torch.device | None, dims: int | None) -> None:
     """Raise for what is wrong with ``x``; return if it is a tensor subclass that will do."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -170,9 +239,8 @@ def _explain(name: str, x: Tensor, device: torch.device | None) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, student on {device}: move them together")
-    wanted = PROJECTOR_DIMS.get(name)
-    if wanted is not None and x.dim() != wanted:
-        raise ValueError(f"{name} must have {wanted} dimension(s), got shape {tuple(x.shape)}")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(x.shape)}")
     if x.dim() == 0 or x.shape[-1] == 0:
         hint = (
             " (a parameter that FSDP holds sharded is empty outside its module's forward: gather "
@@ -183,20 +251,20 @@ def _explain(name: str, x: Tensor, device: torch.device | None) -> None:
         raise ValueError(f"{name} needs a hidden dimension, got shape {tuple(x.shape)}{hint}")
 
 
-def _check_identity(
+def _refuse_identity(
     d_student: int, d_teacher: int, teacher_proj: Tensor | None, teacher_mean: Tensor | None
 ) -> None:
+    """Raise for what is wrong with a call without student_proj."""
     if teacher_proj is not None or teacher_mean is not None:
         raise ValueError(
             "teacher_proj and teacher_mean need student_proj: without it student and teacher are "
             "compared as they are. To compare with a teacher projected to the student's width, "
             "project it yourself and pass the result as teacher"
         )
-    if d_student != d_teacher:
-        raise ValueError(
-            f"student is {d_student} wide and teacher {d_teacher}: pass student_proj (r, "
-            f"{d_student}) and teacher_proj (r, {d_teacher}) to compare them in r dimensions"
-        )
+    raise ValueError(
+        f"student is {d_student} wide and teacher {d_teacher}: pass student_proj (r, "
+        f"{d_student}) and teacher_proj (r, {d_teacher}) to compare them in r dimensions"
+    )
 
 
 def _check_projection(

@@ -1,9 +1,5 @@
 #include "bindings.h"
 
-#include <pybind11/stl.h>
-
-#include <vector>
-
 #include "../arguments.h"
 #include "kernels.h"
 
@@ -12,46 +8,40 @@ namespace py = pybind11;
 namespace oprd {
 namespace {
 
-cuda::Stream as_stream(int device, Address handle) { return {device, pointer<void>(handle)}; }
+cuda::Stream as_stream(PyObject* device, PyObject* handle) {
+  void* stream = PyLong_AsVoidPtr(handle);
+  if (!stream && PyErr_Occurred()) throw py::error_already_set();
+  return {static_cast<int>(integer(device)), stream};
+}
 
-// As _native's forward; partials: room for cuda_partial_sums(M) doubles.
-void forward(const std::vector<Layer>& layers, const Shared& shared, Address denominator,
-             bool mean, bool each, Address loss, Address saved, std::int64_t saved_per_layer,
-             Address partials, int device, Address stream) {
-  std::vector<Problem> problems;
-  std::vector<ForwardOut> outs;
-  for (const Layer& layer : layers) {
-    problems.push_back(make_problem(layer, shared));
-    outs.push_back(forward_out(layer, problems.back(), static_cast<std::int64_t>(outs.size()), each,
-                               loss, saved, saved_per_layer));
-  }
+// cuda_forward(calls, grad, loss, saved, partials, device, stream): as _native's forward;
+// partials: room for cuda_partial_sums(M) doubles, or None.
+void forward(PyObject* const (&x)[7]) {
+  const Forward f(x[0], x[1], x[2], x[3], 1);
   cuda::Reduction reduction;
-  reduction.denominator = pointer<const float>(denominator);
-  reduction.mean = mean;
-  reduction.each = each;
-  reduction.losses = pointer<float>(loss);
-  reduction.stats = pointer<float>(saved);
-  reduction.stats_stride = saved_per_layer;
-  reduction.partials = pointer<double>(partials);
-  cuda::forward(problems.data(), outs.data(), static_cast<int>(layers.size()), reduction,
-                as_stream(device, stream));
+  reduction.denominator = f.denominator;
+  reduction.mean = f.mean;
+  reduction.each = f.each;
+  reduction.losses = f.losses;
+  reduction.stats = f.saved;
+  reduction.stats_stride = f.saved_stride;
+  reduction.partials = data<double>(x[4]);
+  const cuda::Stream stream = as_stream(x[5], x[6]);
+  const py::gil_scoped_release released;
+  cuda::forward(f.problems.data(), f.outs.data(), f.layers(), reduction, stream);
 }
 
-// As _native's backward.
-void backward(const std::vector<Layer>& layers, const Shared& shared, Address grad_loss,
-              std::int64_t row_stride, std::int64_t layer_stride, bool each, Address saved,
-              std::int64_t saved_per_layer, bool accumulate, int device, Address stream) {
-  std::vector<Problem> problems;
-  std::vector<BackwardIn> ins;
-  for (const Layer& layer : layers) {
-    problems.push_back(make_problem(layer, shared));
-    ins.push_back(backward_in(layer, problems.back(), static_cast<std::int64_t>(ins.size()),
-                              grad_loss, row_stride, layer_stride, each, saved, saved_per_layer,
-                              accumulate));
-  }
-  cuda::backward(problems.data(), ins.data(), static_cast<int>(layers.size()),
-                 as_stream(device, stream));
+// cuda_backward(calls, grads, accumulate, grad_losses, device, stream): as _native's backward.
+void backward(PyObject* const (&x)[6]) {
+  const Backward b(x[0], x[1], x[2], x[3], 1);
+  const cuda::Stream stream = as_stream(x[4], x[5]);
+  const py::gil_scoped_release released;
+  cuda::backward(b.problems.data(), b.ins.data(), b.layers(), stream);
 }
+
+PyMethodDef methods[] = {method<7, forward>("cuda_forward"),
+                         method<6, backward>("cuda_backward"),
+                         {nullptr, nullptr, 0, nullptr}};
 
 // (runtime version, driver version or 0, why no kernel can be launched here or "").
 py::tuple facts() {
@@ -62,12 +52,10 @@ py::tuple facts() {
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  using released = py::call_guard<py::gil_scoped_release>;
   m.attr("cuda_max_rank") = cuda::kMaxRank;
   m.def("cuda_facts", &facts);
   m.def("cuda_partial_sums", &cuda::partial_sums);
-  m.def("cuda_forward", &forward, released());
-  m.def("cuda_backward", &backward, released());
+  add_methods(m, methods);
 }
 
 }  // namespace oprd

@@ -112,7 +112,7 @@ class TritonBackend:
         m = call.num_rows
         if call.student_proj is None:
             return HEAD.value + 4 * aligned(m) + MAX_CHUNKS * SUMS.value
-        return _plan_of(call.student, call.student_proj).saved_size(m)
+        return _saved_plan(call.student, call.student_proj).saved_size(m)
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `Backend.forward`."""
@@ -288,12 +288,10 @@ def _identity_backward(
     )  # fmt: skip
 
 
-def _plan_of(student: Tensor, proj: Tensor, teacher: Tensor | None = None) -> Plan:
-    """The plan of a call; of ``saved`` alone without ``teacher``, which is not needed for that."""
-    rank, width = proj.shape
-    if teacher is None:
-        return plan(rank, width, 0, student.dtype, student.dtype)
-    return plan(rank, width, teacher.shape[-1], student.dtype, teacher.dtype)
+def _saved_plan(student: Tensor, proj: Tensor) -> Plan:
+    """The plan of ``saved``, which does not depend on the teacher."""
+    rank, width = proj.shape  # plain numbers, also while a compiler traces shapes
+    return plan(int(rank), int(width), 0, student.dtype, student.dtype)
 
 
 def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
@@ -401,7 +399,7 @@ def _projected_backward(
     """The gradient of the student after a projection."""
     assert call.student_proj is not None
     device, arch = grad.device, generation(grad.device)
-    layout = _plan_of(grad, call.student_proj)
+    layout = _saved_plan(grad, call.student_proj)
     width, k = grad.shape[-1], layout.k
     where = geometry(grad)
     row_stride = grad_loss.stride(0) if grad_loss.dim() else 0
@@ -448,7 +446,7 @@ def _projector_gradient(call: GradCall, grad_loss: Tensor) -> Tensor:
     m, device = num_rows(student, call.rows), student.device
     if not m:
         return torch.zeros_like(proj, memory_format=torch.contiguous_format)
-    layout = _plan_of(student, proj)
+    layout = _saved_plan(student, proj)
     (rank, width), k = proj.shape, layout.k
     config = configs.projector_gradient(generation(device), k)
     tiles = cdiv(width, config.columns), k // config.ranks

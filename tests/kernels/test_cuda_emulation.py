@@ -4,7 +4,8 @@ the common suite: bytes moved, any schedule, vectors of 16 bytes, the variants f
 import pytest
 import torch
 
-from oprd_kernels import cuda
+from oprd_kernels.call import GradCall, LossCall
+from oprd_kernels.cuda import BACKEND as CUDA
 from tests.kernels.oracle import Case, assert_no_worse_than_torch, run
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -106,23 +107,22 @@ def traffic(emulated):
 def test_identity_reads_and_writes_once(traffic, dtype, d, kind):
     student, teacher = tensors(d, dtype)
     row_bytes = M * d * student.element_size()
-    none = (None,) * 7
     (_, saved), loaded, stored, _ = traffic(
-        lambda: cuda.forward(student, teacher, *none, kind, "mean")
+        lambda: CUDA.forward(LossCall(student, teacher, kind=kind))
     )
     assert loaded <= SLACK * 2 * row_bytes
     assert stored == 0
     for accumulate in (True, False):
-        grad, rest = torch.ones_like(student), (None, saved, None, None, None, kind)
+        grad, call = torch.ones_like(student), GradCall(saved, student, teacher, kind=kind)
         _, loaded, stored, _ = traffic(
-            lambda grad=grad, accumulate=accumulate, rest=rest: cuda.backward_(
-                grad, accumulate, torch.ones(()), student, teacher, *rest
+            lambda grad=grad, accumulate=accumulate, call=call: CUDA.backward_(
+                call, grad, accumulate, torch.ones(())
             )
         )
         assert loaded <= SLACK * (3 if accumulate else 2) * row_bytes
         assert stored <= SLACK * row_bytes
     _, loaded, stored, _ = traffic(
-        lambda: cuda.forward(student, teacher, *none, kind, "mean", grad=teacher)
+        lambda: CUDA.forward(LossCall(student, teacher, kind=kind), grad=teacher)
     )
     assert loaded <= SLACK * 2 * row_bytes
     assert stored <= SLACK * row_bytes
@@ -131,7 +131,7 @@ def test_identity_reads_and_writes_once(traffic, dtype, d, kind):
 @pytest.mark.parametrize("wide", ["wide, vectors", "wide, elements"])
 def test_rows_too_wide_to_hold_are_read_once_a_use(traffic, wide):
     student, teacher = tensors(WIDTHS[wide], torch.float32)
-    _, loaded, _, _ = traffic(lambda: cuda.forward(student, teacher, *(None,) * 7, "nmse", "mean"))
+    _, loaded, _, _ = traffic(lambda: CUDA.forward(LossCall(student, teacher)))
     assert loaded == 2 * 2 * student.numel() * 4
 
 
@@ -143,9 +143,7 @@ def test_projection_reads_wide_rows_once(traffic, dtype, widths, rank):
     student, teacher = tensors(d_s, dtype, d_t)
     proj, teacher_proj, mean = torch.randn(rank, d_s), torch.randn(rank, d_t), torch.randn(d_t)
     (_, saved), loaded, stored, of_proj = traffic(
-        lambda: cuda.forward(
-            student, teacher, proj, teacher_proj, mean, *(None,) * 4, "nmse", "mean"
-        )
+        lambda: CUDA.forward(LossCall(student, teacher, proj, teacher_proj, mean))
     )
     assert loaded <= SLACK * M * (d_s + d_t) * size
     assert stored == 0
@@ -153,9 +151,7 @@ def test_projection_reads_wide_rows_once(traffic, dtype, widths, rank):
     assert of_proj <= tiles * (rank * (d_s + d_t) + d_t) * 4
     grad = torch.ones_like(student)
     _, loaded, stored, of_proj = traffic(
-        lambda: cuda.backward_(
-            grad, True, torch.ones(()), None, None, proj, saved, None, None, None, "nmse"
-        )
+        lambda: CUDA.backward_(GradCall(saved, student_proj=proj), grad, True, torch.ones(()))
     )
     assert loaded <= SLACK * M * d_s * size
     assert stored <= SLACK * M * d_s * size
@@ -167,8 +163,8 @@ def test_masked_rows_are_not_read(traffic, rank):
     student, teacher = tensors(96, torch.float32)
     weights = (torch.arange(M) % 2).float()
     proj = torch.randn(rank, 96) if rank else None
-    options = (proj, proj, None, None, None, weights, None, "nmse", "mean")
-    _, loaded, _, _ = traffic(lambda: cuda.forward(student, teacher, *options))
+    call = LossCall(student, teacher, proj, proj, weights=weights)
+    _, loaded, _, _ = traffic(lambda: CUDA.forward(call))
     assert loaded == 2 * (M // 2) * 96 * 4
 
 
@@ -230,10 +226,10 @@ def test_squares_that_overflow_are_summed_again_scaled(width, scales, kind):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_denominator_zero_leaves_statistics(inplace):
     student, teacher = tensors(1536, torch.float32)
-    options = (*(None,) * 6, torch.zeros(()), "nmse", "mean")
-    _, expected = cuda.forward(student, teacher, *(None,) * 7, "nmse", "mean")
+    call = LossCall(student, teacher, denominator=torch.zeros(()))
+    _, expected = CUDA.forward(LossCall(student, teacher))
     grad = teacher if inplace else None
-    loss, saved = cuda.forward(student, teacher, *options, grad=grad)
+    loss, saved = CUDA.forward(call, grad=grad)
     assert loss == 0
     assert torch.equal(saved[:4], expected[:4])
     assert not inplace or (teacher == 0).all()
@@ -266,12 +262,13 @@ def test_many_rows_are_projected_in_large_blocks(emulated, traffic, rank):
     student, teacher = torch.randn(m, d), torch.randn(m, d)
     case = Case(student, teacher, proj, proj.clone(), torch.randn(d))
     assert_no_worse_than_torch(case, "cuda")
-    options = (proj, case.teacher_proj, case.teacher_mean, *(None,) * 4, "nmse", "mean")
-    (_, saved), _, _, of_proj = traffic(lambda: cuda.forward(student, teacher, *options))
+    call = LossCall(student, teacher, proj, case.teacher_proj, case.teacher_mean)
+    (_, saved), _, _, of_proj = traffic(lambda: CUDA.forward(call))
     rows_per_block = 32 if rank == 8 else 24
     assert of_proj == -(-m // rows_per_block) * (2 * rank + 1) * d * 4
     # The size of a block changes no result.
-    few = cuda.forward(student[:9], teacher[:9], *options[:-1], "none")[1]
+    few = call._replace(student=student[:9], teacher=teacher[:9], reduction="none")
+    few = CUDA.forward(few)[1]
     assert torch.equal(few[5 : 5 + 27], saved[5 : 5 + 27])
     assert torch.equal(few[-9 * rank :], saved[-m * rank :][: 9 * rank])
 
@@ -280,7 +277,7 @@ def test_many_rows_are_projected_in_large_blocks(emulated, traffic, rank):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_many_rows_are_reduced_in_parts(reduction, weighted):
     m = 9001
-    assert cuda.emulation().cuda_partial_sums(m) > 0
+    assert CUDA.machine.kernels.cuda_partial_sums(m) > 0
     torch.manual_seed(0)
     weights = torch.rand(m) if weighted else None
     case = Case(torch.randn(m, 4), torch.randn(m, 4), weights=weights, reduction=reduction)
@@ -305,14 +302,13 @@ def test_vectors_at_offsets_past_2_31_elements(dims, dtype, rank):
     teacher_proj = torch.randn(rank, d) if rank else None
 
     def forward(student, teacher, rows, teacher_rows):
-        options = (proj, teacher_proj, None, rows, teacher_rows, None, None, "nmse", "mean")
-        return cuda.forward(student, teacher, *options)
+        projectors = (proj, teacher_proj, None)
+        return CUDA.forward(LossCall(student, teacher, *projectors, rows, teacher_rows))
 
     def backward(student, rows, saved):
         grad = torch.empty_strided(student.shape, student.stride(), dtype=dtype)
         wide = (None, None) if rank else (student, teacher)
-        shared = (proj, saved, rows, None, None, "nmse")
-        cuda.backward_(grad, False, torch.ones(()), *wide, *shared)
+        CUDA.backward_(GradCall(saved, *wide, proj, rows), grad, False, torch.ones(()))
         return grad
 
     loss, saved = forward(big, teacher, rows, None)
@@ -325,10 +321,10 @@ def test_vectors_at_offsets_past_2_31_elements(dims, dtype, rank):
 
 def test_a_gradient_with_a_strided_last_dimension_is_served_by_a_copy():
     student, teacher = tensors(24, torch.float32)
-    _, saved = cuda.forward(student, teacher, *(None,) * 7, "nmse", "mean")
-    rest = (None, saved, None, None, None, "nmse")
+    _, saved = CUDA.forward(LossCall(student, teacher))
+    call = GradCall(saved, student, teacher)
     strided = torch.ones(24, M).T
     dense = torch.ones(M, 24)
     for grad in (strided, dense):
-        cuda.backward_(grad, True, torch.ones(()), student, teacher, *rest)
+        CUDA.backward_(call, grad, True, torch.ones(()))
     assert torch.equal(strided, dense)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_code, gpu_cuda
-from oprd_kernels import backends, cuda, doctor
+from oprd_kernels import backends, cuda, doctor, native
+from oprd_kernels.call import LossCall
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +49,25 @@ def test_two_blocks_of_the_projection_fit_an_sm(reports):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_the_backend_says_so(monkeypatch):
-    monkeypatch.setattr(cuda, "emulation", lambda: None)
+    monkeypatch.setattr(cuda.BACKEND, "machine", None)
     cuda.installation_problem.cache_clear()
-    assert "NVIDIA GPU, not on cpu" in cuda.unavailable(torch.device("cpu"))
-    if backends.native_problem() or not hasattr(backends.native(), "cuda_forward"):
+    assert "NVIDIA GPU, not on cpu" in backends.unavailable("cuda", torch.device("cpu"))
+    if native.cuda_problem():
         pytest.skip("the native module here has no CUDA kernels")
-    assert "driver" in cuda.unavailable(torch.device("cuda"))
+    assert "driver" in backends.unavailable("cuda", torch.device("cuda"))
     assert "cuda       missing: " in doctor.report()
-    layer = ((0, 0, 1, 0, 0, 1),) * 2 + (4, 4, 0, 0, 0, 0, (0, 0, 1, 0, 0, 1))
+    call, out = LossCall(torch.zeros(1, 4), torch.zeros(1, 4)), torch.zeros(16)
     with pytest.raises(RuntimeError, match="oprd CUDA: cudaGetDevice: "):
-        backends.native().cuda_forward(
-            [layer], (1, 0, 0, 0, 0, 1), 0, False, False, 0, 0, 0, 0, 0, 0
-        )
+        native.module().cuda_forward((call,), None, out, out, None, 0, 0)
 
 
 def test_a_build_without_cuda_is_explained(monkeypatch):
     class Native:
         """As it is built without nvcc."""
 
-    monkeypatch.setattr(backends, "_native", Native())
-    monkeypatch.setattr(backends, "_build_report", lambda: {"native": None, "cuda": "no nvcc"})
-    monkeypatch.setattr(cuda, "emulation", lambda: None)
+    monkeypatch.setattr(native, "_module", Native())
+    monkeypatch.setattr(native, "build_report", lambda: {"native": None, "cuda": "no nvcc"})
     cuda.installation_problem.cache_clear()
-    problem = cuda.unavailable(torch.device("cuda"))
+    problem = backends.unavailable("cuda", torch.device("cuda"))
     cuda.installation_problem.cache_clear()
     assert "the CUDA kernels are not installed (no nvcc). Install the CUDA toolkit" in problem

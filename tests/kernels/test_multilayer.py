@@ -103,11 +103,11 @@ def test_opcheck_and_compile(backend, rank):
     with torch.no_grad():
         _, saved = torch.ops.oprd.rep_losses(*arguments)
     states = ([], []) if rank else (plain, teachers)
-    shared = (options["rows"], None, options["weights"], "nmse", backend)
+    shared = (options["rows"], None, options["weights"], "nmse", "mean", backend)
     grads = [torch.zeros_like(s) for s in plain]
     torch.library.opcheck(
         torch.ops.oprd.rep_losses_grad_.default,
-        (grads, torch.ones(LAYERS), *states, projs, saved, *shared),
+        (grads, torch.ones(LAYERS), list(saved), *states, projs, *shared),
     )
 
     plural = {name + "s": column for name, column in lists.items()}

@@ -20,7 +20,7 @@ OPTIONS = {
 
 
 def op_args(student, teacher, backend, **options):
-    return (*check_call(student, teacher, backend=backend, **(OPTIONS | options))[0], backend)
+    return (*check_call(student, teacher, **(OPTIONS | options)), backend)
 
 
 def options_for(rank, rows):
@@ -52,10 +52,10 @@ def test_opcheck_backward_ops(backend, rank):
     _, saved = torch.ops.oprd.rep_loss(*args)
     proj = args[2]
     wide = (None, None) if rank else (student, teacher)
-    options = (None, None, None, "nmse", backend)
+    options = (None, None, None, "nmse", "mean", backend)
     torch.library.opcheck(
         torch.ops.oprd.rep_loss_grad_.default,
-        (torch.randn(6, 12), True, torch.ones(()), *wide, proj, saved, *options),
+        (torch.randn(6, 12), True, torch.ones(()), saved, *wide, proj, *options),
     )
     torch.library.opcheck(
         torch.ops.oprd.rep_loss_in_place_.default,
@@ -64,7 +64,7 @@ def test_opcheck_backward_ops(backend, rank):
     if rank:
         torch.library.opcheck(
             torch.ops.oprd.rep_loss_grad_proj.default,
-            (torch.ones(()), student, proj, saved, None, None),
+            (torch.ones(()), saved, student, None, proj, *options),
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oprd_kernels import fused_rep_loss
-from oprd_kernels.validate import check_call
+from oprd_kernels.call import GradCall, LossCall
 from tests.kernels.oracle import Case, assert_no_worse_than_torch, run
 
 KINDS = ("mse", "nmse", "cosine")
@@ -266,15 +266,11 @@ def test_offsets_past_2_31_elements(backend):
     small, teacher = big[rows].requires_grad_(), torch.randn(2, d)
     expected = fused_rep_loss(small, teacher, backend=backend)
     expected.backward()
-    inputs, _ = check_call(
-        big, teacher, student_proj=None, teacher_proj=None, teacher_mean=None, rows=rows,
-        teacher_rows=None, weights=None, kind="nmse", reduction="mean", denominator=None,
-        backend=backend,
-    )  # fmt: skip
-    loss, saved = torch.ops.oprd.rep_loss(*inputs, backend)
+    call = LossCall(big, teacher, rows=rows)
+    loss, saved = torch.ops.oprd.rep_loss(*call, backend)
     grad = torch.empty_like(big)
     torch.ops.oprd.rep_loss_grad_(
-        grad, False, torch.ones(()), big, teacher, None, saved, rows, None, None, "nmse", backend
+        grad, False, torch.ones(()), *GradCall(saved, big, teacher, rows=rows), backend
     )
     assert torch.equal(loss, expected)
     assert torch.equal(grad[rows], small.grad)

@@ -11,7 +11,7 @@ if not triton_backend.INTERPRETED:
     pytest.skip("TRITON_INTERPRET is not set: these count accesses", allow_module_level=True)
 
 from benchmarks import gpu_traffic, interpreter
-from oprd_kernels.triton_backend import configs, identity
+from oprd_kernels.triton_backend import backend, configs, identity
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -33,11 +33,9 @@ def test_traffic_follows_the_rows_picked(regime):
 @pytest.fixture
 def narrow_registers(monkeypatch):
     """Rows of 53 take the kernel for rows wider than registers, in blocks of 16."""
-    monkeypatch.setattr(configs, "MAX_ROW_BLOCK", 32)
+    monkeypatch.setattr(configs, "row", lambda generation, width, itemsize: None)
     monkeypatch.setattr(configs, "WIDE_BLOCK", 16)
-    configs.identity_forward.cache_clear()
-    yield
-    configs.identity_forward.cache_clear()
+    monkeypatch.setattr(configs, "piece", lambda generation, itemsize, warps: 16)
 
 
 @pytest.mark.parametrize("kind", ["mse", "nmse", "cosine"])
@@ -68,22 +66,22 @@ def test_wide_rows_in_place(narrow_registers):
 @pytest.mark.parametrize("rank", [3, 40, 200, 300])
 def test_few_rows_split_the_width(monkeypatch, rank, dtype):
     """As on a chip of 64 multiprocessors: several programs a row, summed in order."""
-    monkeypatch.setattr(triton_backend, "processors", lambda _: 64)
+    monkeypatch.setattr(backend, "processors", lambda _: 64)
     case = make_case(rank, dtype, m=5, d_s=531, d_t=600)
     with interpreter.recorded() as launches:
         assert_no_worse_than_torch(case, "triton")
-    assert "compare_parts" in [launch.kernel for launch in launches]
+    assert "compare" in [launch.kernel for launch in launches]
     assert "projected_forward" not in [launch.kernel for launch in launches]
 
 
 def test_few_rows_of_a_projected_teacher(monkeypatch):
-    monkeypatch.setattr(triton_backend, "processors", lambda _: 64)
+    monkeypatch.setattr(backend, "processors", lambda _: 64)
     case = make_case(6, m=5, d_s=531, d_t=6, teacher_proj=None, teacher_mean=None)
     assert_no_worse_than_torch(case, "triton")
 
 
 def test_many_rows_are_summed_in_chunks(monkeypatch):
-    monkeypatch.setattr(triton_backend, "_REDUCED_ROWS", 16)
+    monkeypatch.setattr(backend, "CHUNK", 16)
     case = make_case(m=150, d_s=8, weights=torch.rand(150).round())
     assert_no_worse_than_torch(case, "triton")
 
@@ -91,10 +89,11 @@ def test_many_rows_are_summed_in_chunks(monkeypatch):
 def test_an_access_outside_the_tensors_is_caught():
     """The check that the other tests rely on: launch a kernel that believes in one row more."""
     x = torch.randn(4, 32)
-    saved = torch.empty(100)
-    arguments = [x, x.clone(), None, torch.empty(()), saved, None, None, None, None, 5, 32]
+    saved = torch.empty(1000)
+    pointers = [(x,), (x.clone(),), None, torch.empty(()), saved, None, None, None, None]
     rows = (5, 0, 32, 1)
     with pytest.raises(Exception, match="outside"):
-        identity.identity_forward[(1,)](
-            *arguments, *rows, *rows, *rows, KIND=1, MEAN=True, EACH=False, R=8, D=32
-        )
+        identity.identity_forward[(5,)](
+            *pointers, 0, 5, *rows, *rows, *rows, KIND=1, MEAN=True, EACH=False, WIDTH=32, D=32,
+            N=1, UNIT=1, FLAT=True, DENSE=True,
+        )  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from oprd_kernels import BackendUnavailable, backends, doctor, fused_rep_loss, rep_tap
+from oprd_kernels import BackendUnavailable, doctor, fused_rep_loss, native, rep_tap
 
 S, T = torch.randn(6, 8), torch.randn(6, 8)
 P = torch.randn(2, 8)
@@ -85,8 +85,8 @@ def test_dtensor_is_refused_with_the_fix():
 
 
 def test_missing_native_code_is_explained(monkeypatch):
-    monkeypatch.setattr(backends, "_native", None)
-    monkeypatch.setattr(backends, "_reason", "no C++ compiler was found")
+    monkeypatch.setattr(native, "_module", None)
+    monkeypatch.setattr(native, "_reason", "no C++ compiler was found")
     with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler was found.*C\+\+17 compiler"):
         fused_rep_loss(S, T, backend="cpu")
     assert fused_rep_loss(S, T).isfinite()  # "auto" falls back to the reference

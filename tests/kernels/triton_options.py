@@ -10,7 +10,8 @@ import itertools
 import torch
 
 from benchmarks.gpu_triton import compile_only
-from oprd_kernels import triton_backend
+from oprd_kernels.call import GradCall, LossCall
+from oprd_kernels.triton_backend import BACKEND as TRITON
 
 M, D = 64, 96
 NONE = (None, None, None)
@@ -19,17 +20,15 @@ NONE = (None, None, None)
 def call(student, teacher, projectors=NONE, indices=(None, None), weights=None,
          denominator=None, kind="nmse", reduction="mean", inplace=False) -> None:  # fmt: skip
     """Forward, and backward into a new gradient and into one that flows."""
-    loss, saved = triton_backend.forward(
-        student, teacher, *projectors, *indices, weights, denominator, kind, reduction,
-        grad=teacher if inplace else None,
-    )  # fmt: skip
+    forward = LossCall(
+        student, teacher, *projectors, *indices, weights, denominator, kind, reduction
+    )
+    loss, saved = TRITON.forward(forward, grad=teacher if inplace else None)
     wide = (student, teacher) if projectors[0] is None else (None, None)
     for accumulate in () if inplace else (False, True):
         grad = torch.zeros_like(student)
-        triton_backend.backward_(
-            grad, accumulate, torch.ones_like(loss), *wide, projectors[0], saved, *indices, weights,
-            kind,
-        )  # fmt: skip
+        backward = GradCall(saved, *wide, projectors[0], *indices, weights, kind, reduction)
+        TRITON.backward_(backward, grad, accumulate, torch.ones_like(loss))
 
 
 def main() -> None:

@@ -46,8 +46,10 @@ class Case:
 
     def __str__(self) -> str:
         mode = f"r={self.rank}" if self.rank else "in place" if self.inplace else "identity"
-        return f"{mode} d={self.width} {self.dtype}" + (" few rows" if self.few_rows else "") + (
-            " P trained" if self.trains_proj else ""
+        return (
+            f"{mode} d={self.width} {self.dtype}"
+            + (" few rows" if self.few_rows else "")
+            + (" P trained" if self.trains_proj else "")
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -32,7 +31,7 @@ from oprd_kernels.triton_backend.projected_gradients import (
     tiled_backward,
 )
 from oprd_kernels.triton_backend.reduction import reduce_rows
-from oprd_kernels.triton_backend.saved import ALIGN, HEAD, SUMS, aligned
+from oprd_kernels.triton_backend.saved import ALIGN, HEAD, SUMS, TICKET, aligned
 
 KIND_CODES = {"mse": 0, "nmse": 1, "cosine": 2}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -73,6 +72,11 @@ def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def new_floats(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """float32 memory, not yet written. What lies between the parts of ``saved`` never is."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -119,9 +123,9 @@ class TritonBackend:
         m = call.num_rows
         student = call.student
         shape = (m,) if call.reduction == "none" else ()
-        loss = torch.empty(shape, dtype=torch.float32, device=student.device)
+        loss = new_floats(shape, student.device)
         size = self.saved_size(call)
-        saved = torch.empty(size, dtype=torch.float32, device=student.device)
+        saved = new_floats((size,), student.device)
         if call.student_proj is not None and m:
             _project(call, m, loss, saved)
         else:
@@ -135,7 +139,7 @@ class TritonBackend:
             return
         if call.student_proj is None:
             row_stride = grad_loss.stride(0) if grad_loss.dim() else 0
-            _identity_backward((call,), m, (grad,), accumulate, grad_loss, 0, row_stride, 0)
+            _identity_backward((call,), m, (grad,), accumulate, grad_loss, row_stride, 0)
         else:
             _projected_backward(call, m, grad, accumulate, grad_loss)
 
@@ -147,11 +151,10 @@ class TritonBackend:
         """As `Backend.forward_layers`: in one launch where rows are compared as they are."""
         first = calls[0]
         m = first.num_rows
-        options: dict[str, Any] = {"dtype": torch.float32, "device": first.student.device}
-        losses = torch.empty(len(calls), **options)
-        sizes = [self.saved_size(call) for call in calls]
-        size = aligned(max(sizes))
-        saved = torch.empty((len(calls), size), **options)
+        device = first.student.device
+        losses = new_floats((len(calls),), device)
+        size = aligned(max([self.saved_size(call) for call in calls]))
+        saved = new_floats((len(calls), size), device)
         if first.student_proj is not None and m:
             for n, call in enumerate(calls):
                 _project(call, m, losses[n], saved[n])
@@ -172,12 +175,9 @@ class TritonBackend:
                 _projected_backward(call, m, grads[n], False, grad_losses[n])
             return
         for begin, end in _alike(calls):
-            some = calls[begin:end]
-            size = cdiv(some[0].saved.shape[0], 32) * 32
-            _identity_backward(
-                some, m, tuple(grads[begin:end]), False, grad_losses[begin:end], size, 0,
-                grad_losses.stride(0),
-            )  # fmt: skip
+            some, places = calls[begin:end], grad_losses[begin:end]
+            stride = grad_losses.stride(0)
+            _identity_backward(some, m, tuple(grads[begin:end]), False, places, 0, stride)
 
 
 def _alike(calls: Sequence[LossCall] | Sequence[GradCall]) -> list[tuple[int, int]]:
@@ -213,14 +213,26 @@ def _identity(
 ) -> None:
     """Forward of rows compared as they are. ``size``: floats from layer to layer in ``saved``."""
     call = calls[0]
-    student, teacher, weights, denominator = (
-        call.student, call.teacher, call.weights, call.denominator,
-    )  # fmt: skip
+    student, teacher, weights, denominator = call.student, call.teacher, *call[7:9]
     device, width = student.device, student.shape[-1]
     mean, each = call.reduction == "mean", call.reduction == "none"
+
+    def reduce(scale_only: bool) -> None:
+        chunks = min(cdiv(m, CHUNK), MAX_CHUNKS) or 1
+        chunk = cdiv(cdiv(m, chunks), CHUNK) * CHUNK
+        REDUCE_ROWS(
+            device,
+            (cdiv(m, chunk) if m else 1, len(calls), 1),
+            (loss, saved, weights, denominator),
+            (size, m, chunk),
+            (mean, each, CHUNK, MAX_CHUNKS, scale_only),
+            4,
+        )
+
     if m:
         if grad is not None and mean and denominator is None and weights is not None:
-            denominator = weights.sum()  # needed before the rows have been read
+            saved[TICKET.value].zero_()
+            reduce(scale_only=True)  # the gradient is formed before all rows have been summed
         where = geometry(student, teacher, grad)
         config = _row_config(device, width, student, teacher, grad)
         kernel = IDENTITY_FORWARD
@@ -240,21 +252,12 @@ def _identity(
             ),
             config.warps,
         )  # fmt: skip
-    chunks = min(cdiv(m, CHUNK), MAX_CHUNKS) or 1
-    chunk = cdiv(cdiv(m, chunks), CHUNK) * CHUNK
-    REDUCE_ROWS(
-        device,
-        (cdiv(m, chunk) if m else 1, len(calls), 1),
-        (loss, saved, weights, denominator),
-        (size, m, chunk),
-        (mean, each, CHUNK, MAX_CHUNKS),
-        4,
-    )
+    reduce(scale_only=False)
 
 
 def _identity_backward(
     calls: Sequence[GradCall], m: int, grads: tuple[Tensor, ...], accumulate: bool,
-    grad_loss: Tensor, size: int, row_stride: int, layer_stride: int,
+    grad_loss: Tensor, row_stride: int, layer_stride: int,
 ) -> None:  # fmt: skip
     """Backward of rows compared as they are."""
     call, grad = calls[0], grads[0]
@@ -277,9 +280,10 @@ def _identity_backward(
         (m, len(calls), parts),
         (
             grads, tuple([one.student for one in calls]), tuple([one.teacher for one in calls]),
-            call.saved, grad_loss, call.rows, call.teacher_rows, call.weights,
+            tuple([one.saved for one in calls]), grad_loss, call.rows, call.teacher_rows,
+            call.weights,
         ),
-        (size, row_stride, layer_stride, m, *where.strides),
+        (row_stride, layer_stride, m, *where.strides),
         (
             KIND_CODES[call.kind], accumulate, width, config.columns, config.pieces, where.unit,
             where.flat, where.dense,
@@ -326,7 +330,7 @@ def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
         work_size = z_at + (1 + projects_teacher) * parts * z_rows * layout.forward_k
     else:
         work_size = layout.rest + blocks * SUMS.value
-    work = torch.empty(work_size, dtype=torch.float32, device=device)
+    work = new_floats((work_size,), device)
     types = TYPES[student.dtype], TYPES[teacher.dtype]
     sizes = (width, layout.student_columns, teacher_width, layout.teacher_columns)
     terms = (layout.student_terms, layout.teacher_terms)
@@ -430,8 +434,8 @@ def _projected_backward(
         pointers,
         (row_stride, m, *where.strides),
         (
-            accumulate, config.rows, config.columns, config.ranks, k, products, layout.half_dz,
-            *places, *flags,
+            accumulate, config.rows, config.columns, config.ranks, k, layout.dz_k, products,
+            layout.half_dz, *places, *flags,
         ),
         config.warps,
         config.stages,
@@ -453,8 +457,7 @@ def _projector_gradient(call: GradCall, grad_loss: Tensor) -> Tensor:
     parts = max(min(2 * processors(device) // (tiles[0] * tiles[1]), cdiv(m, 4 * config.rows)), 1)
     chunk = cdiv(cdiv(m, parts), config.rows) * config.rows
     parts = cdiv(m, chunk)
-    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    partial = torch.empty((parts, k, layout.student_columns), **options)
+    partial = new_floats((parts, k, layout.student_columns), device)
     where = geometry(student)
     PROJECTOR_GRADIENT(
         device,
@@ -470,4 +473,4 @@ def _projector_gradient(call: GradCall, grad_loss: Tensor) -> Tensor:
         config.warps,
         config.stages,
     )  # fmt: skip
-    return partial.sum(0)[:rank, :width].to(proj.dtype, memory_format=torch.contiguous_format)
+    return partial.sum(0)[:rank, :width].to(proj.dtype).contiguous()

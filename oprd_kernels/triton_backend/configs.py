@@ -79,16 +79,23 @@ _HALF = {
         128: (128, 64, 256, 3),
     },
     "sm80": {
-        8: (128, 64, 128, 3),
-        16: (128, 64, 128, 3),
-        32: (128, 64, 128, 3),
+        8: (64, 64, 128, 3),
+        16: (64, 64, 128, 3),
+        32: (64, 64, 128, 3),
+        64: (128, 64, 256, 3),
+        128: (64, 64, 256, 3),
+    },
+    "sm100": {
+        8: (128, 64, 128, 4),
+        16: (128, 64, 128, 4),
+        32: (128, 64, 256, 3),
         64: (128, 64, 256, 3),
         128: (64, 64, 256, 3),
     },
     "gfx942": {
-        8: (128, 64, 256, 2),
-        16: (128, 64, 256, 2),
-        32: (128, 64, 256, 2),
+        8: (64, 64, 256, 2),
+        16: (64, 64, 256, 2),
+        32: (64, 64, 256, 2),
         64: (128, 32, 256, 2),
         128: (64, 32, 256, 2),
     },
@@ -102,15 +109,20 @@ _FLOAT = {
         128: (128, 64, 256, 2),
     },
     "sm80": {
-        16: (64, 32, 128, 3),
-        32: (64, 32, 128, 3),
-        64: (64, 32, 128, 2),
+        16: (64, 32, 256, 3),
+        32: (64, 32, 256, 3),
+        64: (64, 32, 256, 2),
         128: (64, 32, 256, 2),
     },
     "gfx942": dict.fromkeys((16, 32, 64, 128), (64, 32, 256, 2)),
 }
 """`projected_forward`, and `project`, where a side has float32 states."""
-_PROJECT = {"sm90": (256, 64, 256, 3), "sm80": (128, 64, 256, 3), "gfx942": (128, 32, 256, 2)}
+_PROJECT = {
+    "sm90": (256, 64, 256, 3),
+    "sm80": (128, 64, 256, 3),
+    "sm100": (128, 64, 256, 3),
+    "gfx942": (128, 32, 256, 2),
+}
 """`project` of RANK_BLOCK ranks of 16-bit states."""
 _FEW = {"sm90": (64, 64, 128, 3), "sm80": (64, 64, 128, 3), "gfx942": (64, 32, 256, 2)}
 """`project` of few rows of 16-bit states."""
@@ -177,14 +189,12 @@ def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
 @functools.cache
 def tiled_backward(generation: str, ranks: int) -> Config:
     """Backward of all other states."""
-    values = (
-        (128, 128, 256, 2) if generation == "sm100" or generation == "sm90" else (64, 64, 128, 2)
-    )
-    return _config(values, min(ranks, 64), generation)
+    tile = 128 if generation in ("sm90", "sm100") else 64
+    return _config((tile, tile, 256, 2), min(ranks, 64), generation)
 
 
 @functools.cache
 def projector_gradient(generation: str, ranks: int) -> Config:
     """The gradient of the projector: rows at a time, columns and ranks of a program."""
-    values = (64, 128, 256, 2) if generation != "gfx942" else (32, 64, 256, 2)
+    values = (32, 64, 256, 2) if generation == "gfx942" else (64, 128, 256, 2)
     return _config(values, min(ranks, 64), generation)

@@ -129,14 +129,17 @@ def put_row(loss, saved, i, m, weight, row_loss, inv_s, inv_t, one_minus_cos, EA
 
 
 @triton.jit
-def reduction_factor(denominator, m, MEAN: tl.constexpr):
-    """What the reduction multiplies every row by, where it is known before the rows are."""
+def reduction_factor(saved, denominator, weights, m, MEAN: tl.constexpr):
+    """What the reduction multiplies every row by. What follows from the sum of the weights has been
+    put into ``saved`` by a launch before this one."""
     if not MEAN:
         return tl.full((), 1.0, tl.float32)
-    elif denominator is None:
-        return inverse(m.to(tl.float32))
-    else:
+    elif denominator is not None:
         return inverse(tl.load(denominator))
+    elif weights is not None:
+        return tl.load(saved + SCALE)
+    else:
+        return inverse(m.to(tl.float32))
 
 
 @launched
@@ -164,7 +167,7 @@ def identity_forward(
     row_loss, inv_s, inv_t, one_minus_cos = row_stats(s, t, WIDTH, D, N, KIND)
     put_row(loss, saved, i, m, weight, row_loss, inv_s, inv_t, one_minus_cos, EACH)
     if grad is not None:
-        coefficient = reduction_factor(denominator, m, MEAN) * weight
+        coefficient = reduction_factor(saved, denominator, weights, m, MEAN) * weight
         factor = gradient_factor(inv_s, coefficient, WIDTH, KIND)
         g_row = grad + row_starts(None, i, True, g_inner, g_outer, g_stride, UNIT, FLAT)
         for n in tl.static_range(N):
@@ -175,8 +178,8 @@ def identity_forward(
 
 @launched
 def identity_backward(
-    grads, students, teachers, saved, grad_loss, rows, teacher_rows, weights, saved_size,
-    grad_loss_row, grad_loss_layer, m,
+    grads, students, teachers, saved, grad_loss, rows, teacher_rows, weights, grad_loss_row,
+    grad_loss_layer, m,
     s_inner, s_outer, s_stride, s_last, t_inner, t_outer, t_stride, t_last,
     g_inner, g_outer, g_stride, g_last,
     KIND: tl.constexpr, ACCUMULATE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
@@ -185,7 +188,7 @@ def identity_backward(
     """Write, or ACCUMULATE, the gradient in the supervised rows of ``grads``; program_id(2) takes N
     pieces of a row."""
     i = tl.program_id(0)
-    saved = layer_saved(saved, saved_size)
+    saved = of_layer(saved)
     weight = tl.full((), 1.0, tl.float32)
     if weights is not None:
         weight = tl.load(weights + i)

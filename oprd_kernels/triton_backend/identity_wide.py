@@ -84,7 +84,7 @@ def identity_forward_wide(
     inv_s = tl.where(zero, 0.0, inv_s)
     put_row(loss, saved, i, m, weight, row_loss, inv_s, inv_t, one_minus_cos, EACH)
     if grad is not None:
-        coefficient = reduction_factor(denominator, m, MEAN) * weight
+        coefficient = reduction_factor(saved, denominator, weights, m, MEAN) * weight
         factor = gradient_factor(inv_s, coefficient, WIDTH, KIND)
         g_row = grad + row_starts(None, i, True, g_inner, g_outer, g_stride, UNIT, FLAT)
         for begin in range(0, WIDTH, D):

@@ -62,14 +62,14 @@ class Plan:
 
     Attributes:
         k: ranks of the operands.
+        dz_k: ranks of dz.
         forward_k: ranks that forward multiplies by: 8 will do for 16-bit states, whose two terms
             make 16 rows.
-        dz_k: ranks of dz.
     """
 
     k: int
-    forward_k: int
     dz_k: int
+    forward_k: int
     student_columns: int
     teacher_columns: int
     half_dz: bool
@@ -96,11 +96,11 @@ def plan(
 ) -> Plan:
     """The plan of a call. ``teacher_width`` 0: the teacher is r wide already."""
     k = padded_rank(rank)
-    has_float = torch.float32 in ((student, teacher) if teacher_width else (student,))
     columns = [-(-width // COLUMNS) * COLUMNS for width in (student_width, teacher_width)]
     half_dz = student is torch.bfloat16
-    forward_k = k if has_float else padded_rank(rank, 8)
-    dz_k = padded_rank(rank, 8) if half_dz else k
+    dz_k = padded_rank(rank, 8)
+    has_float = torch.float32 in ((student, teacher) if teacher_width else (student,))
+    forward_k = k if has_float else dz_k
     planes = 1 if half_dz else 3
     operand = HEAD.value + aligned(k)
     scales = operand + aligned(planes * k * columns[0] // 2)
@@ -109,7 +109,7 @@ def plan(
     teacher_terms = student_terms + aligned(terms[0] * k * columns[0] // 2)
     rest = teacher_terms + aligned(terms[1] * k * columns[1] // 2)
     return Plan(
-        k, forward_k, dz_k, *columns, half_dz, operand, scales, student_terms, teacher_terms, rest
+        k, dz_k, forward_k, *columns, half_dz, operand, scales, student_terms, teacher_terms, rest
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def half_backward(
 def tiled_backward(
     grad, saved, grad_loss, rows, weights, grad_loss_row, m, g_inner, g_outer, g_stride, g_last,
     ACCUMULATE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
-    PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr,
+    DZ_K: tl.constexpr, PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr, SCALES: tl.constexpr,
     UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
@@ -97,8 +97,11 @@ def tiled_backward(
         operand = (saved + OPERAND).to(tl.pointer_type(tl.float16))
     for first in range(0, K, BK):
         k_K = first + tl.arange(0, BK)
-        at_RK = i_R.to(tl.int64)[:, None] * K + k_K[None, :]
-        dz_RK = tl.load(dz + at_RK, mask=in_range_R[:, None], other=0.0)
+        at_RK = i_R.to(tl.int64)[:, None] * DZ_K + k_K[None, :]
+        mask_RK = in_range_R[:, None]
+        if DZ_K < K:
+            mask_RK = mask_RK & (k_K < DZ_K)[None, :]
+        dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0)
         at_KD = operand + k_K[:, None] * COLUMNS + d_D[None, :]
         p_KD = tl.load(at_KD)
         if HALF_DZ:

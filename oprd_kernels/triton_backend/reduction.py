@@ -38,9 +38,10 @@ def leave_sums(partial, program, weight_R, loss_R, inv_s_R, inv_t_R, one_minus_c
 def finish(
     loss, saved, partial, denominator, m, program, programs,
     HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr,
+    SCALE_ONLY: tl.constexpr = False,
 ):  # fmt: skip
     """Call after `leave_sums`: the last program writes the loss, unless EACH row's is the result,
-    and the batch statistics. Reads N programs' sums at a time."""
+    and the batch statistics; or the reduction's factor alone. Reads N programs' sums at a time."""
     last = programs == 1
     if programs > 1:
         tl.debug_barrier()
@@ -72,15 +73,16 @@ def finish(
                 scale = inverse(tl.sum(weight_N, axis=0))
             else:
                 scale = inverse(m.to(tl.float32))
-        if not EACH:
+        if not (EACH or SCALE_ONLY):
             # A denominator of 0 stands for "nothing to learn from": 0, whatever the rows hold.
             tl.store(loss, tl.where(scale == 0, 0.0, tl.sum(loss_N, axis=0) * scale))
-        count = tl.sum(count_N, axis=0)
-        per_row = inverse(count)
-        tl.store(saved, tl.sum(cos_N, axis=0) * per_row)
-        tl.store(saved + 1, tl.sum(s_norm_N, axis=0) * per_row)
-        tl.store(saved + 2, tl.sum(t_norm_N, axis=0) * per_row)
-        tl.store(saved + 3, count)
+        if not SCALE_ONLY:
+            count = tl.sum(count_N, axis=0)
+            per_row = inverse(count)
+            tl.store(saved, tl.sum(cos_N, axis=0) * per_row)
+            tl.store(saved + 1, tl.sum(s_norm_N, axis=0) * per_row)
+            tl.store(saved + 2, tl.sum(t_norm_N, axis=0) * per_row)
+            tl.store(saved + 3, count)
         tl.store(saved + SCALE, scale)
         tl.store(ticket_of(saved), 0)
 
@@ -89,9 +91,11 @@ def finish(
 def reduce_rows(
     loss, saved, weights, denominator, saved_size, m, chunk,
     MEAN: tl.constexpr, EACH: tl.constexpr, B: tl.constexpr, N: tl.constexpr,
+    SCALE_ONLY: tl.constexpr,
 ):  # fmt: skip
     """The reduction of rows compared as they are: program_id(0) sums ``chunk`` of them, B at a
-    time; program_id(1) is the layer. The sums of programs follow the arrays over rows."""
+    time; program_id(1) is the layer. The sums of programs follow the arrays over rows. SCALE_ONLY:
+    the reduction's factor from the weights, before there is anything else to sum."""
     saved = layer_saved(saved, saved_size)
     size = aligned_rows(m)
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -105,7 +109,8 @@ def reduce_rows(
     for first in range(program * chunk, end, B):
         i_B = first + tl.arange(0, B)
         w_B = row_weights(weights, i_B, i_B < end)
-        valid_B = w_B != 0
+        weight_B += w_B
+        valid_B = (w_B != 0) & (not SCALE_ONLY)
         row = saved + HEAD + i_B
         inv_s_B = tl.load(row, mask=valid_B, other=0.0)
         inv_t_B = tl.load(row + size, mask=valid_B, other=1.0)
@@ -113,7 +118,6 @@ def reduce_rows(
         zero_B = inv_s_B == 0
         if not EACH:
             loss_B += w_B * tl.load(row + 3 * size, mask=valid_B, other=0.0)
-        weight_B += w_B
         cos_B += 1.0 - omc_B
         s_norm_B += tl.where(zero_B, 0.0, tl.div_rn(1.0, tl.where(zero_B, 1.0, inv_s_B)))
         t_norm_B += tl.where(valid_B, tl.div_rn(1.0, inv_t_B), 0.0)
@@ -128,5 +132,5 @@ def reduce_rows(
     tl.store(row + 5, tl.sum(weight_B, axis=0))
     finish(
         loss + tl.program_id(1), saved, partial, denominator, m, program, programs,
-        weights is not None, MEAN, EACH, N,
+        weights is not None, MEAN, EACH, N, SCALE_ONLY,
     )  # fmt: skip

@@ -2,10 +2,10 @@
 
 Its error against the float64 reference may be at most twice that of PyTorch, which upcasts the
 same inputs to float32, computes there and rounds its outputs to their dtype. For 16-bit states it
-may also be an eighth of what rounding them to their dtype has changed already (`Case.unrounded`):
-finer work than that nobody sees. Where PyTorch is exact by luck (a single row, a width of 1), what is allowed is what float32 cannot do without: two
-roundings of the largest value, what the exact result itself changes by if every input is rounded
-once, and what rounding the unit vectors leaves.
+may also be an eighth of what rounding them to their dtype has changed already (`Case.unrounded`).
+Where PyTorch is exact by luck (a single row, a width of 1), what is allowed is what float32 cannot
+do without: two roundings of the largest value, what the exact result itself changes by if every
+input is rounded once, and what rounding the unit vectors leaves.
 """
 
 from __future__ import annotations

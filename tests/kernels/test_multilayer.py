@@ -91,7 +91,7 @@ def test_same_bits_on_any_number_of_threads(compiled_backend):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_opcheck_and_compile(backend, rank):
+def test_opcheck_and_compile(backend, rank, zeroed_memory):
     torch.compiler.reset()
     students, teachers, options, lists = make(rank)
     columns = [lists.get(n, []) for n in ("student_proj", "teacher_proj", "teacher_mean")]

@@ -37,7 +37,7 @@ def options_for(rank, rows):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_opcheck_forward_and_autograd(backend, rank, rows, reduction):
+def test_opcheck_forward_and_autograd(backend, rank, rows, reduction, zeroed_memory):
     student = torch.randn(2, 3, 12, requires_grad=True)
     teacher = torch.randn(3, 12) if rows else torch.randn(2, 3, 12)
     args = op_args(student, teacher, backend, reduction=reduction, **options_for(rank, rows))
@@ -45,7 +45,7 @@ def test_opcheck_forward_and_autograd(backend, rank, rows, reduction):
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_opcheck_backward_ops(backend, rank):
+def test_opcheck_backward_ops(backend, rank, zeroed_memory):
     student, teacher = torch.randn(6, 12), torch.randn(6, 12)
     args = op_args(student, teacher, backend, **options_for(rank, False))
     args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 from oprd_kernels import backends
 from oprd_kernels.call import GradCall, LossCall
@@ -113,7 +115,7 @@ for _device in DEVICES:
 def runs_directly() -> bool:
     """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The kernels
     may then be called past it, which halves the overhead of a call."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return not is_compiling() and _len_torch_dispatch_stack() == 0
 
 
 def forward(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
@@ -134,17 +136,14 @@ def rep_loss_in_place(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
 def save_for_grad(ctx, call: LossCall, saved: Tensor, backend: str, trains_proj: bool) -> None:
     """Keep what `grad_student` and `grad_proj` need and no more: after a projection the wide inputs
     are dropped, unless the projector itself is trained."""
-    student: Tensor | None = call.student
-    teacher: Tensor | None = call.teacher
-    if call.student_proj is not None:
-        ctx.like = call.student.shape, call.student.dtype
-        teacher = None
-        if not trains_proj:
-            student = None
-    ctx.options = call.kind, call.reduction, backend
-    ctx.save_for_backward(
-        saved, student, teacher, call.student_proj, call.rows, call.teacher_rows, call.weights
-    )
+    student, teacher, proj, _, _, rows, teacher_rows, weights, _, kind, reduction = call
+    ctx.options = kind, reduction, backend
+    if proj is None:
+        ctx.save_for_backward(saved, student, teacher, None, rows, teacher_rows, weights)
+        return
+    ctx.like = student.shape, student.dtype
+    kept = student if trains_proj else None
+    ctx.save_for_backward(saved, kept, None, proj, rows, teacher_rows, weights)
 
 
 def _grad_call(ctx) -> tuple[GradCall, str]:
@@ -155,7 +154,7 @@ def _grad_call(ctx) -> tuple[GradCall, str]:
 
 def refuse_double_backward() -> None:
     """The kernels have no second derivative; say so instead of returning a wrong graph."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             "fused_rep_loss has no second derivative (create_graph=True): use "
             "backend='reference', which is plain PyTorch"

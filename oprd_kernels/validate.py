@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -91,24 +91,57 @@ def check_calls(
         nothing if teacher_projs is None else teacher_projs,
         nothing if teacher_means is None else teacher_means,
     )
-    calls: list[LossCall] = []
-    for states in zip(*columns, strict=True):
-        student, teacher = states[:2]
+    first, *others = zip(*columns, strict=True)
+    checked = _states(*first)
+    shared = _shared(*checked[:2], rows, teacher_rows, weights, denominator)
+    calls = [LossCall(*checked, *shared, kind, reduction)]
+    alike = _alike_without_projectors(*first[:2]) if student_projs is None else None
+    rest = calls[0][2:]
+    for states in others:
+        if alike is not None and alike(states[0], states[1]):
+            calls.append(LossCall(states[0], states[1], *rest))
+            continue
         checked = _states(*states)
-        if not calls:
-            shared = _shared(student, teacher, rows, teacher_rows, weights, denominator)
-            rows, teacher_rows, *_ = shared
-            shape, teacher_shape = student.shape[:-1], teacher.shape[:-1]
-        elif student.shape[:-1] != shape or _rank(checked[2]) != _rank(calls[0].student_proj):
+        student, teacher = states[:2]
+        if student.shape[:-1] != first[0].shape[:-1] or _rank(checked[2]) != _rank(rest[0]):
             raise ValueError(
                 f"layer {len(calls)} has student {tuple(student.shape)} and rank "
-                f"{_rank(checked[2])}, layer 0 {tuple(students[0].shape)} and "
-                f"{_rank(calls[0].student_proj)}: rows and rank must be the same"
+                f"{_rank(checked[2])}, layer 0 {tuple(first[0].shape)} and {_rank(rest[0])}: rows "
+                "and rank must be the same"
             )
-        elif teacher.shape[:-1] != teacher_shape or student.device != students[0].device:
-            _shared(student, teacher, rows, teacher_rows, weights, denominator)
+        if teacher.shape[:-1] != first[1].shape[:-1] or student.device != first[0].device:
+            _shared(*checked[:2], *shared)
         calls.append(LossCall(*checked, *shared, kind, reduction))
     return calls
+
+
+def _alike_without_projectors(
+    student: Tensor, teacher: Tensor
+) -> Callable[[Tensor, Tensor], bool] | None:
+    """A test whether another layer's states need no check but that they are like these, which have
+    been checked; None if these are not taken as they are."""
+    shape, teacher_shape = student.shape, teacher.shape
+    if len(shape) not in (2, 3) or len(teacher_shape) not in (2, 3):
+        return None
+    dtype, teacher_dtype, device = student.dtype, teacher.dtype, student.device
+
+    def alike(s: Tensor, t: Tensor) -> bool:
+        return (
+            type(s) in PLAIN_TENSORS
+            and type(t) in PLAIN_TENSORS
+            and s.shape == shape
+            and t.shape == teacher_shape
+            and s.dtype is dtype
+            and t.dtype is teacher_dtype
+            and s.layout is torch.strided
+            and t.layout is torch.strided
+            and s.device == device
+            and t.device == device
+            and not t.requires_grad
+            and s is not t
+        )
+
+    return alike
 
 
 def _rank(student_proj: Tensor | None) -> int | None:

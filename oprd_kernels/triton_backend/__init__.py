@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from oprd_kernels.call import GradCall, LossCall, num_rows
-from oprd_kernels.layout import RowsLayout, new_layers, new_loss, new_saved
+from oprd_kernels.layout import RowsLayout, new_layers, new_outputs
 
 try:
     import triton
@@ -250,7 +250,7 @@ class TritonBackend(RowsLayout):
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss and ``saved``."""
-        loss, saved = new_loss(call), new_saved(call, self.saved_size(call))
+        loss, saved = new_outputs(call, self.saved_size(call))
         _forward(call, loss, saved, grad)
         return loss, saved
 

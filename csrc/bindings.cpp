@@ -96,9 +96,9 @@ int need_no_check(PyObject* const (&x)[2]) {
   if (!student.device.equal(teacher.device)) return 0;
   if (!Look::has(students[0], names().is_meta, Py_False)) return 0;
   for (int i = 0; i < students.size(); ++i) {
-    if (students[i] == teachers[i]) return 0;
-    if (!Look::has(teachers[i], names().requires_grad, Py_False)) return 0;
     if (i && !(Look(students[i]).like(student) && Look(teachers[i]).like(teacher))) return 0;
+    if (!Look::has(teachers[i], names().requires_grad, Py_False)) return 0;
+    if (students[i] == teachers[i]) return 0;
   }
   return student.count() == teacher.count() ? 2 : 1;
 }

@@ -84,10 +84,9 @@ def _named(name: str, calls: Sequence[LossCall]) -> str:
 def _first_that_can(calls: Sequence[LossCall]) -> str:
     if _is_double(calls):
         return "reference"
-    student = calls[0].student
-    if student.is_cpu:
+    if calls[0].student.is_cpu:
         return "reference" if native_problem() else "cpu"
-    device, reasons = student.device, []
+    device, reasons = calls[0].student.device, []
     for name in ("cuda", "triton"):
         reason = unavailable(name, device)
         if reason is None:

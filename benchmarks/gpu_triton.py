@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_code import Code, read_amdgcn, read_cubin
 from oprd_kernels import triton_backend
+from oprd_kernels.call import GradCall, LossCall
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -109,15 +110,12 @@ def launch(case: Case) -> None:
         projectors.append(torch.zeros(case.width))
     weights = torch.ones(ROWS)
     grad = teacher if case.inplace else None
-    _, saved = triton_backend.forward(
-        student, teacher, *projectors, None, None, weights, None, "nmse", "mean", grad=grad
-    )
+    backend = triton_backend.BACKEND
+    _, saved = backend.forward(LossCall(student, teacher, *projectors, weights=weights), grad)
     if not case.inplace:
         wide = (None, None) if case.rank else (student, teacher)
-        triton_backend.backward_(
-            torch.zeros_like(student), True, torch.ones(()), *wide, projectors[0], saved, None,
-            None, weights, "nmse",
-        )  # fmt: skip
+        call = GradCall(saved, *wide, projectors[0], weights=weights)
+        backend.backward_(call, torch.zeros_like(student), True, torch.ones(()))
 
 
 def compiled_code(case: Case, arch: str) -> list[Code]:

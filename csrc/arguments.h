@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "rep_loss.h"
@@ -47,12 +48,22 @@ struct Names {
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");
   PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* device = PyUnicode_InternFromString("device");
+  PyObject* layout = PyUnicode_InternFromString("layout");
+  PyObject* is_meta = PyUnicode_InternFromString("is_meta");
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* dtypes[3];  // torch.float32, .., in the order of DType
+  PyObject* strided;
+  PyObject* plain_types[2];  // no other subclass is taken for a tensor unasked
 
   Names() {
     const py::module_ torch = py::module_::import("torch");
+    const auto kept = [](py::object x) { return x.release().ptr(); };
     const char* const names[] = {"float32", "bfloat16", "float16"};
-    for (int i = 0; i < 3; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+    for (int i = 0; i < 3; ++i) dtypes[i] = kept(torch.attr(names[i]));
+    strided = kept(torch.attr("strided"));
+    plain_types[0] = kept(torch.attr("Tensor"));
+    plain_types[1] = kept(torch.attr("nn").attr("Parameter"));
   }
 };
 
@@ -140,6 +151,41 @@ inline Kind kind(PyObject* text) {
   if (is(text, "mse")) return Kind::kMse;
   return is(text, "nmse") ? Kind::kNmse : Kind::kCosine;
 }
+
+// What decides whether a tensor may be taken as it is.
+struct Look {
+  bool plain = false;  // of a type, dtype, layout and shape that kernels take
+  py::object dtype, device, shape;
+
+  explicit Look(PyObject* x) {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+    if (type != names().plain_types[0] && type != names().plain_types[1]) return;
+    dtype = checked(PyObject_GetAttr(x, names().dtype));
+    bool known = false;
+    for (PyObject* one : names().dtypes) known = known || dtype.ptr() == one;
+    if (!known || !has(x, names().layout, names().strided)) return;
+    shape = checked(PyObject_GetAttr(x, names().shape));
+    device = checked(PyObject_GetAttr(x, names().device));
+    const auto dims = PyTuple_GET_SIZE(shape.ptr());
+    plain = (dims == 2 || dims == 3) && width() > 0;
+  }
+  std::int64_t width() const { return size(-1); }
+  std::int64_t count() const {
+    return PyTuple_GET_SIZE(shape.ptr()) == 2 ? size(0) : size(0) * size(1);
+  }
+  bool like(const Look& other) const {
+    return plain && dtype.is(other.dtype) && shape.equal(other.shape) &&
+           device.equal(other.device);
+  }
+  static bool has(PyObject* x, PyObject* name, PyObject* value) {
+    return checked(PyObject_GetAttr(x, name)).ptr() == value;
+  }
+
+ private:
+  std::int64_t size(Py_ssize_t i) const {
+    return integer(PyTuple_GET_ITEM(shape.ptr(), i < 0 ? PyTuple_GET_SIZE(shape.ptr()) + i : i));
+  }
+};
 
 // Several calls, which share everything but the states and the projectors; or gradients.
 class Sequence {
@@ -318,14 +364,19 @@ struct Backward {
 };
 
 // A function of a module, called past pybind11's dispatch, which costs more than reading a call.
-template <int N, void (*Body)(PyObject* const (&)[N])>
+// What it returns, if anything, is an int.
+template <int N, auto Body>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   try {
     if (count != N) throw std::invalid_argument("expected " + std::to_string(N) + " arguments");
     PyObject* exactly[N];
     for (int i = 0; i < N; ++i) exactly[i] = arguments[i];
-    Body(exactly);
-    Py_RETURN_NONE;
+    if constexpr (std::is_void_v<decltype(Body(exactly))>) {
+      Body(exactly);
+      Py_RETURN_NONE;
+    } else {
+      return PyLong_FromLong(Body(exactly));
+    }
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const std::invalid_argument& error) {
@@ -336,7 +387,7 @@ PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return nullptr;
 }
 
-template <int N, void (*Body)(PyObject* const (&)[N])>
+template <int N, auto Body>
 PyMethodDef method(const char* name) {
   const auto function = reinterpret_cast<void (*)()>(&entry<N, Body>);
   return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};

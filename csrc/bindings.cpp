@@ -86,10 +86,28 @@ void scatter(PyObject* const (&x)[6]) {
   cpu::scatter(problem, values, first, count, grad.rows, accumulate);
 }
 
+// need_no_check(students, teachers): for layers without projectors, what validate.py would find: 0:
+// it has to look itself; 1: all can be taken as they are, and are like the first; 2: and each pair
+// has as many rows.
+int need_no_check(PyObject* const (&x)[2]) {
+  const Sequence students(x[0]), teachers(x[1]);
+  const Look student(students[0]), teacher(teachers[0]);
+  if (!student.plain || !teacher.plain || student.width() != teacher.width()) return 0;
+  if (!student.device.equal(teacher.device)) return 0;
+  if (!Look::has(students[0], names().is_meta, Py_False)) return 0;
+  for (int i = 0; i < students.size(); ++i) {
+    if (i && !(Look(students[i]).like(student) && Look(teachers[i]).like(teacher))) return 0;
+    if (!Look::has(teachers[i], names().requires_grad, Py_False)) return 0;
+    if (students[i] == teachers[i]) return 0;
+  }
+  return student.count() == teacher.count() ? 2 : 1;
+}
+
 PyMethodDef methods[] = {
     method<5, forward>("forward"), method<6, forward_slice>("forward_slice"),
     method<3, reduce>("reduce"),   method<5, backward>("backward"),
     method<6, gather>("gather"),   method<6, scatter>("scatter"),
+    method<2, need_no_check>("need_no_check"),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

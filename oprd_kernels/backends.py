@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch._C._functorch import maybe_current_level
+from torch.compiler import is_compiling
 
 from oprd_kernels import cpu, cuda
 from oprd_kernels.call import LossCall
@@ -59,8 +61,11 @@ def choose(name: str, calls: Sequence[LossCall]) -> str:
         RuntimeError: under a torch.func transform, which kernels can't do.
     """
     chosen = _first_that_can(calls) if name == "auto" else _named(name, calls)
-    if chosen != "reference" and not torch.compiler.is_compiling():
-        _refuse_functorch()
+    if chosen != "reference" and not is_compiling() and maybe_current_level() is not None:
+        raise RuntimeError(
+            "the kernels do not support torch.func transforms (grad, vmap, jvp, ..): use "
+            "loss.backward() or torch.autograd.grad, or backend='reference'"
+        )
     return chosen
 
 
@@ -79,10 +84,9 @@ def _named(name: str, calls: Sequence[LossCall]) -> str:
 def _first_that_can(calls: Sequence[LossCall]) -> str:
     if _is_double(calls):
         return "reference"
-    student = calls[0].student
-    if student.is_cpu:
+    if calls[0].student.is_cpu:
         return "reference" if native_problem() else "cpu"
-    device, reasons = student.device, []
+    device, reasons = calls[0].student.device, []
     for name in ("cuda", "triton"):
         reason = unavailable(name, device)
         if reason is None:
@@ -95,7 +99,7 @@ def _first_that_can(calls: Sequence[LossCall]) -> str:
 
 
 def _is_double(calls: Sequence[LossCall]) -> bool:
-    for call in calls:  # noqa: SIM110: a generator takes longer than a call's comparisons
+    for call in calls:  # noqa: SIM110 (a generator takes longer than the comparisons)
         if call.is_double:
             return True
     return False
@@ -106,11 +110,3 @@ def _unsupported(backend: Backend, calls: Sequence[LossCall]) -> str | None:
         if reason := backend.unsupported(call):
             return reason
     return None
-
-
-def _refuse_functorch() -> None:
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "the kernels do not support torch.func transforms (grad, vmap, jvp, ..): use "
-            "loss.backward() or torch.autograd.grad, or backend='reference'"
-        )

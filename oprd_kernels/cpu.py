@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oprd_kernels import native
 from oprd_kernels.call import GradCall, LossCall, num_rows
-from oprd_kernels.layout import RowsLayout, coefficients, dz_of, new_layers, new_loss, new_saved
+from oprd_kernels.layout import RowsLayout, coefficients, dz_of, new_layers, new_outputs
 
 BLAS_RANK = 32
 """Above this rank the products with the projectors are BLAS's, on slices of rows."""
@@ -34,7 +34,7 @@ class CpuBackend(RowsLayout):
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss and ``saved``."""
-        loss, saved = new_loss(call), new_saved(call, self.saved_size(call))
+        loss, saved = new_outputs(call, self.saved_size(call))
         if call.rank > BLAS_RANK:
             _forward_slices(call, loss, saved)
         else:

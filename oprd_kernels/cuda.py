@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oprd_kernels import native
 from oprd_kernels.call import GradCall, LossCall
-from oprd_kernels.layout import RowsLayout, new_layers, new_loss, new_saved
+from oprd_kernels.layout import RowsLayout, new_layers, new_outputs
 
 MAX_RANK = 16
 """Larger products are for tensor cores, which the Triton kernels use."""
@@ -102,7 +102,7 @@ class CudaBackend(RowsLayout):
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss and ``saved``."""
-        loss, saved = new_loss(call), new_saved(call, self.saved_size(call))
+        loss, saved = new_outputs(call, self.saved_size(call))
         self._forward((call,), grad, loss, saved)
         return loss, saved
 

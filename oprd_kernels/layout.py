@@ -10,8 +10,6 @@ Row statistics: 1 / |s| (0 for a row that gets no gradient), 1 / |t|, 1 - cos.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,24 +25,23 @@ _PROJ_CHUNK = 1024
 """Rows of student upcast to float32 at a time."""
 
 
-def new_loss(call: LossCall) -> Tensor:
-    """The loss of one call, not yet written."""
-    shape: Any = (call.num_rows,) if call.reduction == "none" else ()
-    return torch.empty(shape, dtype=torch.float32, device=call.student.device)
-
-
-def new_saved(call: LossCall, size: int) -> Tensor:
-    """``saved`` of one call, not yet written."""
-    return call.student.new_empty(size, dtype=torch.float32)
+def new_outputs(call: LossCall, size: int) -> tuple[Tensor, Tensor]:
+    """Loss and ``saved``, not yet written. Of the ways to say it the quickest: allocations are most
+    of what a call costs."""
+    student = call.student
+    if student.dtype is torch.float32:
+        saved = student.new_empty(size)
+    else:
+        saved = student.new_empty(size, dtype=torch.float32)
+    if call.reduction == "none":
+        return saved.new_empty(call.num_rows), saved
+    return saved.new_empty_strided((), ()), saved
 
 
 def new_layers(call: LossCall, layers: int, size: int) -> tuple[Tensor, Tensor]:
     """The losses of so many layers like ``call``, and their ``saved``, one a row."""
-    student = call.student
-    return (
-        student.new_empty(layers, dtype=torch.float32),
-        student.new_empty((layers, size), dtype=torch.float32),
-    )
+    saved = call.student.new_empty((layers, size), dtype=torch.float32)
+    return saved.new_empty(layers), saved
 
 
 def dz_of(saved: Tensor, m: int, rank: int) -> Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack, is_grad_enabled
+from torch.compiler import is_compiling
 
 from oprd_kernels import backends
 from oprd_kernels.call import GradCall, LossCall
@@ -113,7 +115,7 @@ for _device in DEVICES:
 def runs_directly() -> bool:
     """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The kernels
     may then be called past it, which halves the overhead of a call."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return not is_compiling() and _len_torch_dispatch_stack() == 0
 
 
 def forward(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
@@ -134,28 +136,30 @@ def rep_loss_in_place(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
 def save_for_grad(ctx, call: LossCall, saved: Tensor, backend: str, trains_proj: bool) -> None:
     """Keep what `grad_student` and `grad_proj` need and no more: after a projection the wide inputs
     are dropped, unless the projector itself is trained."""
-    student: Tensor | None = call.student
-    teacher: Tensor | None = call.teacher
-    if call.student_proj is not None:
-        ctx.like = call.student.shape, call.student.dtype
-        teacher = None
-        if not trains_proj:
-            student = None
-    ctx.options = call.kind, call.reduction, backend
-    ctx.save_for_backward(
-        saved, student, teacher, call.student_proj, call.rows, call.teacher_rows, call.weights
-    )
+    student, teacher, proj, _, _, rows, teacher_rows, weights, _, kind, reduction = call
+    ctx.options = kind, reduction, backend
+    if proj is not None:
+        ctx.like = student.shape, student.dtype
+        kept = student if trains_proj else None
+        ctx.save_for_backward(saved, kept, None, proj, rows, teacher_rows, weights)
+    elif rows is None and teacher_rows is None and weights is None:
+        ctx.save_for_backward(saved, student, teacher)  # each one more takes time, None too
+    else:
+        ctx.save_for_backward(saved, student, teacher, None, rows, teacher_rows, weights)
 
 
 def _grad_call(ctx) -> tuple[GradCall, str]:
     """The tensors as `save_for_grad` kept them, or what hooks made of them; and the backend."""
     kind, reduction, backend = ctx.options
-    return GradCall._make((*ctx.saved_tensors, kind, reduction)), backend
+    tensors = ctx.saved_tensors
+    if len(tensors) == 3:
+        tensors = (*tensors, None, None, None, None)
+    return GradCall._make((*tensors, kind, reduction)), backend
 
 
 def refuse_double_backward() -> None:
     """The kernels have no second derivative; say so instead of returning a wrong graph."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             "fused_rep_loss has no second derivative (create_graph=True): use "
             "backend='reference', which is plain PyTorch"
@@ -167,12 +171,12 @@ def grad_student(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
     call, backend = _grad_call(ctx)
     accumulate = into is not None
     if into is None:
-        if call.student is not None:
-            make = torch.empty_like if call.rows is None else torch.zeros_like
-            into = make(call.student)
+        student, rows = call.student, call.rows
+        if student is not None:
+            into = torch.empty_like(student) if rows is None else torch.zeros_like(student)
         else:
             shape, dtype = ctx.like
-            new = torch.empty if call.rows is None else torch.zeros
+            new = torch.empty if rows is None else torch.zeros
             into = new(shape, dtype=dtype, device=grad_loss.device)
     if runs_directly():
         backends.get(backend).backward_(call, into, accumulate, grad_loss)
@@ -220,7 +224,8 @@ class RepLoss(torch.autograd.Function):
     def forward(ctx, student, student_proj, call, backend, want_saved):
         """``call``: holds the two tensors before it, which are given for their gradients."""
         loss, saved = backends.get(backend).forward(call)
-        save_for_grad(ctx, call, saved, backend, ctx.needs_input_grad[1])
+        trains_proj = student_proj is not None and ctx.needs_input_grad[1]
+        save_for_grad(ctx, call, saved, backend, trains_proj)
         ctx.set_materialize_grads(False)
         if not want_saved:  # each output costs a few microseconds
             return loss
@@ -232,14 +237,10 @@ class RepLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None, None
         refuse_double_backward()
-        needs_student, needs_proj, *_ = ctx.needs_input_grad
-        return (
-            grad_student(ctx, grad_loss) if needs_student else None,
-            grad_proj(ctx, grad_loss) if needs_proj else None,
-            None,
-            None,
-            None,
-        )
+        needs = ctx.needs_input_grad
+        d_student = grad_student(ctx, grad_loss) if needs[0] else None
+        d_proj = grad_proj(ctx, grad_loss) if needs[1] else None
+        return d_student, d_proj, None, None, None
 
 
 def rep_loss(call: LossCall, backend: str, want_saved: bool) -> tuple[Tensor, Tensor | None]:

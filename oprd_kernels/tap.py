@@ -78,7 +78,8 @@ class _RepTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, student_proj, call, backend, want_saved):
         loss, saved = ops.forward(call, backend)
-        ops.save_for_grad(ctx, call, saved, backend, ctx.needs_input_grad[1])
+        trains_proj = student_proj is not None and ctx.needs_input_grad[1]
+        ops.save_for_grad(ctx, call, saved, backend, trains_proj)
         ctx.set_materialize_grads(False)
         if not want_saved:
             return h, loss
@@ -90,7 +91,7 @@ class _RepTap(torch.autograd.Function):
         if grad_loss is None:
             return grad_h, None, None, None, None
         ops.refuse_double_backward()
-        needs_student, needs_proj, *_ = ctx.needs_input_grad
+        needs_student, needs_proj, _, _, _ = ctx.needs_input_grad
         d_student = None
         if needs_student:
             # Compiled, the graph is functional, and the compiler knows who else reads grad_h.

@@ -9,7 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from oprd_kernels.call import LossCall
+from oprd_kernels.call import LossCall, num_rows
+from oprd_kernels.native import need_no_check
 
 KINDS = ("mse", "nmse", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
@@ -37,11 +38,36 @@ def check_call(
     Raises:
         ValueError, TypeError, IndexError: naming the argument, what was given and what is expected.
     """
-    _check_options(kind, reduction, denominator)
-    states = _states(student, teacher, student_proj, teacher_proj, teacher_mean)
+    if denominator is not None or kind not in KINDS or reduction not in REDUCTIONS:
+        _check_options(kind, reduction, denominator)
+    if student_proj is not None or teacher_proj is not None or teacher_mean is not None:
+        are_fine = 0
+    else:
+        are_fine = need_no_check((student,), (teacher,))
+    if not are_fine:
+        student, teacher, student_proj, teacher_proj, teacher_mean = _states(
+            student, teacher, student_proj, teacher_proj, teacher_mean
+        )
+    if (
+        are_fine < 2
+        or rows is not None
+        or teacher_rows is not None
+        or weights is not None
+        or denominator is not None
+    ):
+        rows, teacher_rows, weights, denominator = _shared(
+            student, teacher, rows, teacher_rows, weights, denominator
+        )
     return LossCall(
-        *states,
-        *_shared(student, teacher, rows, teacher_rows, weights, denominator),
+        student,
+        teacher,
+        student_proj,
+        teacher_proj,
+        teacher_mean,
+        rows,
+        teacher_rows,
+        weights,
+        denominator,
         kind,
         reduction,
     )
@@ -91,22 +117,27 @@ def check_calls(
         nothing if teacher_projs is None else teacher_projs,
         nothing if teacher_means is None else teacher_means,
     )
-    calls: list[LossCall] = []
-    for states in zip(*columns, strict=True):
-        student, teacher = states[:2]
+    are_plain = student_projs is None and teacher_projs is None and teacher_means is None
+    if are_plain and need_no_check(students, teachers):
+        shared = _shared(students[0], teachers[0], rows, teacher_rows, weights, denominator)
+        options = (None, None, None, *shared, kind, reduction)
+        pairs = zip(students, teachers, strict=True)
+        return [LossCall(student, teacher, *options) for student, teacher in pairs]
+    first, *others = zip(*columns, strict=True)
+    checked = _states(*first)
+    shared = _shared(*checked[:2], rows, teacher_rows, weights, denominator)
+    calls = [LossCall(*checked, *shared, kind, reduction)]
+    for states in others:
         checked = _states(*states)
-        if not calls:
-            shared = _shared(student, teacher, rows, teacher_rows, weights, denominator)
-            rows, teacher_rows, *_ = shared
-            shape, teacher_shape = student.shape[:-1], teacher.shape[:-1]
-        elif student.shape[:-1] != shape or _rank(checked[2]) != _rank(calls[0].student_proj):
+        student, teacher = states[:2]
+        if student.shape[:-1] != first[0].shape[:-1] or _rank(checked[2]) != _rank(first[2]):
             raise ValueError(
                 f"layer {len(calls)} has student {tuple(student.shape)} and rank "
-                f"{_rank(checked[2])}, layer 0 {tuple(students[0].shape)} and "
-                f"{_rank(calls[0].student_proj)}: rows and rank must be the same"
+                f"{_rank(checked[2])}, layer 0 {tuple(first[0].shape)} and {_rank(first[2])}: rows "
+                "and rank must be the same"
             )
-        elif teacher.shape[:-1] != teacher_shape or student.device != students[0].device:
-            _shared(student, teacher, rows, teacher_rows, weights, denominator)
+        if teacher.shape[:-1] != first[1].shape[:-1] or student.device != first[0].device:
+            _shared(*checked[:2], *shared)
         calls.append(LossCall(*checked, *shared, kind, reduction))
     return calls
 
@@ -182,14 +213,12 @@ def _shared(
     denominator: float | Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """What layers have in common: which rows, their weights, the denominator."""
-    device = student.device
-    m = student.numel() // student.shape[-1]
-    m_teacher = teacher.numel() // teacher.shape[-1]
+    m, m_teacher = num_rows(student, None), num_rows(teacher, None)
     if rows is not None:
-        rows = _row_index("rows", rows, m, device)
+        rows = _row_index("rows", rows, m, student.device)
         m = rows.shape[0]
     if teacher_rows is not None:
-        teacher_rows = _row_index("teacher_rows", teacher_rows, m_teacher, device)
+        teacher_rows = _row_index("teacher_rows", teacher_rows, m_teacher, student.device)
         m_teacher = teacher_rows.shape[0]
     if m != m_teacher:
         raise ValueError(
@@ -197,9 +226,9 @@ def _shared(
             "to pick the student's, and teacher_rows to pick the teacher's"
         )
     if weights is not None:
-        weights = _weights(weights, m, device)
+        weights = _weights(weights, m, student.device)
     if denominator is not None:
-        denominator = _denominator(denominator, device)
+        denominator = _denominator(denominator, student.device)
     return rows, teacher_rows, weights, denominator
 
 
@@ -208,15 +237,15 @@ def _shape(
 ) -> Sequence[int]:
     """The shape of ``x``, which is checked."""
     # First what is true of all but wrong calls, at the least cost.
-    if (
-        type(x) in PLAIN_TENSORS
-        and x.dtype in DTYPES
-        and x.layout is torch.strided
-        and x.device == device
-        and not x.is_meta
-    ):
+    if type(x) in PLAIN_TENSORS and x.dtype in DTYPES and x.layout is torch.strided:
         shape = x.shape
-        if len(shape) > 0 and shape[-1] > 0 and (dims is None or len(shape) == dims):
+        if (
+            shape
+            and shape[-1]
+            and (dims is None or len(shape) == dims)
+            and x.device == device
+            and not x.is_meta
+        ):
             return shape
     _explain(name, x, device, dims)
     return x.shape

@@ -94,9 +94,10 @@ def test_gpu_settings_build(monkeypatch):
         assert set(wanted) <= {*BUILDERS[regime][1], "liger"}
 
 
-def test_overhead_is_measured_for_all_three():
+def test_overhead_is_measured_for_all():
     seconds = test_overhead.measure(rounds=2, per_round=2)
-    assert set(seconds) == {"empty", "fused_rep_loss", "rep_tap"}
+    assert set(seconds) == {*test_overhead.EMPTY, *test_overhead.EMPTY.values()}
+    assert {"empty", "fused_rep_loss", "rep_tap"} < set(seconds)
     assert all(len(values) == 2 for values in seconds.values())
 
 

@@ -47,7 +47,8 @@ void forward_slice(const Layer& layer, const Shared& shared, std::int64_t total_
   const Saved parts = saved_parts(pointer<float>(saved), whole, !each);
   ForwardOut out;
   out.row_loss = (each ? pointer<float>(loss) : parts.row_loss) + first;
-  out.row_stats = parts.row_stats + kRowStats * first;
+  out.row_stats = parts.row_stats + first;
+  out.stats_rows = total_rows;
   out.dz = parts.dz + slice.rank * first;
   cpu::forward(&slice, &out, 1);
 }

@@ -1,7 +1,7 @@
 """The one float32 buffer, ``saved``, that carries everything from forward to backward, alike for
 all backends:
 
-batch statistics (STATS) | row statistics (M, 3) | row losses (M), unless they are the result
+batch statistics (STATS) | row statistics (3, M) | row losses (M), unless they are the result
 themselves | dz (M, r), if there is a projection.
 
 Row statistics: 1 / |s| (0 for a row that gets no gradient), 1 / |t|, 1 - cos.

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Group::kMaxThreads)
   const float w = weight(p, i);
   type* grad = out.grad.data ? row_of<type>(out.grad, i) : nullptr;
   if (w == 0.f) {
-    if (group.is_first()) put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
+    if (group.is_first()) put_stats(p, out, i, PairStats{0.f, 0.f, 0.f, 0.f});
     if (grad) put_zeros<U>(grad, p.student_width, group);
     return;
   }
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Group::kMaxThreads)
                               row_of<const type>(p.teacher, teacher_row(p, i)), p.student_width,
                               group.thread(), group.threads()});
   const PairStats stats = pair_stats(pair, group, p.kind);
-  if (group.is_first()) put_stats(out, i, stats);
+  if (group.is_first()) put_stats(p, out, i, stats);
   if (!grad) return;
   const float coefficient = value_of(scale) * w;
   if (coefficient == 0.f) return put_zeros<U>(grad, p.student_width, group);
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
     old[k] = inside && in.accumulate ? U::load(grad, u) : typename U::Raw{};
   }
   const PairGradient gradient =
-      pair_gradient(p.student_width, get_stats(in, i), p.kind, coefficient);
+      pair_gradient(p.student_width, get_stats(p, in, i), p.kind, coefficient);
 #pragma unroll
   for (int k = 0; k < U::kHeld; ++k) {
     const i64 u = first + k * kWarp;

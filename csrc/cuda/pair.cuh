@@ -161,17 +161,17 @@ __device__ __forceinline__ PairGradient pair_gradient(i64 width, const PairStats
   return g;
 }
 
-__device__ __forceinline__ void put_stats(const ForwardOut& out, i64 i, const PairStats& stats) {
+__device__ __forceinline__ void put_stats(const Problem& p, const ForwardOut& out, i64 i,
+                                          const PairStats& stats) {
   store(out.row_loss + i, stats.loss);
-  float* row = out.row_stats + i * kRowStats;
-  store(row + kInvStudentNorm, stats.inv_s);
-  store(row + kInvTeacherNorm, stats.inv_t);
-  store(row + kOneMinusCos, stats.one_minus_cos);
+  store(out.row_stats + kInvStudentNorm * p.rows + i, stats.inv_s);
+  store(out.row_stats + kInvTeacherNorm * p.rows + i, stats.inv_t);
+  store(out.row_stats + kOneMinusCos * p.rows + i, stats.one_minus_cos);
 }
 
-__device__ __forceinline__ PairStats get_stats(const BackwardIn& in, i64 i) {
-  const float* row = in.row_stats + i * kRowStats;
-  return {0.f, load(row + kInvStudentNorm), load(row + kInvTeacherNorm), load(row + kOneMinusCos)};
+__device__ __forceinline__ PairStats get_stats(const Problem& p, const BackwardIn& in, i64 i) {
+  auto stat = [&](i64 which) { return load(in.row_stats + which * p.rows + i); };
+  return {0.f, stat(kInvStudentNorm), stat(kInvTeacherNorm), stat(kOneMinusCos)};
 }
 
 // What the chain rule multiplies row i's gradient by; false: the row gets gradient 0 whatever it

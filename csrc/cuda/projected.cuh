@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
   if (thread >= Tile::block_rows() || i >= p.rows) return;
   const int rank = p.rank;
   if (weight(p, i) == 0.f) {
-    put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
+    put_stats(p, out, i, PairStats{0.f, 0.f, 0.f, 0.f});
     for (int k = 0; k < rank; ++k) store(out.dz + i * rank + k, 0.f);
     return;
   }
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
   const ProjectedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
                            Tile::Memory::template at<float>(kTeacherZ), begin, rank};
   const PairStats stats = pair_stats(pair, ThreadGroup{}, p.kind);
-  put_stats(out, i, stats);
+  put_stats(p, out, i, stats);
   const PairGradient gradient = pair_gradient(rank, stats, p.kind, 1.f);
   for (int k = 0; k < rank; ++k) {
     store(out.dz + i * rank + k, gradient.of(pair.s.load(begin + k), pair.t.load(begin + k)));

@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(kThreads)
     const float w = weight(p, i), row_loss = load(out.row_loss + i);
     if (!loss) store(out.row_loss + i, row_loss * w);
     if (w == 0.f) continue;
-    const float* row = out.row_stats + i * kRowStats;
-    const float inv_s = load(row + kInvStudentNorm), inv_t = load(row + kInvTeacherNorm);
+    auto stat = [&](i64 which) { return load(out.row_stats + which * p.rows + i); };
+    const float inv_s = stat(kInvStudentNorm), inv_t = stat(kInvTeacherNorm);
     sum.v[kLoss] += static_cast<double>(w) * row_loss;
-    sum.v[kCos] += 1.0 - load(row + kOneMinusCos);
+    sum.v[kCos] += 1.0 - stat(kOneMinusCos);
     sum.v[kStudentNorm] += inv_s == 0.f ? 0.f : 1.f / inv_s;
     sum.v[kTeacherNorm] += 1.f / inv_t;
     sum.v[kRows] += 1.0;

@@ -127,11 +127,12 @@ struct Reduction {
   float* losses = nullptr;  // one a layer, unless `each`
   float* stats = nullptr;   // kBatchStats a layer
   std::int64_t stats_stride = 0;  // from layer to layer, in floats
-  double* partials = nullptr;     // room for partial_sums(rows)
+  double* partials = nullptr;     // room for partial_sums(rows, layers)
 };
 
-// Doubles that the reduction of so many rows puts its partial sums in.
-std::int64_t partial_sums(std::int64_t rows);
+// Doubles that the reduction of so many rows counts and sums its parts in: what is there before does
+// not matter. 0: needs none.
+std::int64_t partial_sums(std::int64_t rows, std::int64_t layers);
 
 // ForwardOut::grad_scale is not used: the reduction's scale is formed on the device.
 void forward(const Problem* problems, const ForwardOut* outs, int layers,

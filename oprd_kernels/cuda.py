@@ -130,10 +130,10 @@ def _launch(
         getattr(backends.native(), name)(*arguments, device.index, stream)
 
 
-def _partials(like: Tensor, m: int) -> Tensor | None:
+def _partials(like: Tensor, m: int, layers: int) -> Tensor | None:
     """Where a reduction over many rows puts its parts' sums."""
     module: Any = emulation() if like.is_cpu else backends.native()
-    size = module.cuda_partial_sums(m)
+    size = module.cuda_partial_sums(m, layers)
     return like.new_empty(size, dtype=torch.float64) if size else None
 
 
@@ -173,7 +173,7 @@ def _forward(
     layers, columns, m, loss, saved, saved_per_layer, rows, teacher_rows, weights, denominator,
     kind, reduction, grad=None,
 ) -> None:  # fmt: skip
-    partials = _partials(saved, m)
+    partials = _partials(saved, m, len(layers))
 
     def memory() -> list[Memory]:
         found: list[Memory] = [("rows", "w", x) for x in (saved, loss, partials)]

@@ -14,7 +14,7 @@ namespace {
 
 cuda::Stream as_stream(int device, Address handle) { return {device, pointer<void>(handle)}; }
 
-// As _native's forward; partials: room for cuda_partial_sums(M) doubles.
+// As _native's forward; partials: room for cuda_partial_sums(M, layers) doubles.
 void forward(const std::vector<Layer>& layers, const Shared& shared, Address denominator,
              bool mean, bool each, Address loss, Address saved, std::int64_t saved_per_layer,
              Address partials, int device, Address stream) {
@@ -65,7 +65,7 @@ void bind_cuda(py::module_& m) {
   using released = py::call_guard<py::gil_scoped_release>;
   m.attr("cuda_max_rank") = cuda::kMaxRank;
   m.def("cuda_facts", &facts);
-  m.def("cuda_partial_sums", &cuda::partial_sums);
+  m.def("cuda_partial_sums", &cuda::partial_sums, py::arg("rows"), py::arg("layers") = 1);
   m.def("cuda_forward", &forward, released());
   m.def("cuda_backward", &backward, released());
 }

@@ -55,7 +55,7 @@ __device__ __forceinline__ Four four(const float4& x) { return {{x.x, x.y, x.z, 
 
 // One side of the projection: z = P (h - mean).
 struct Side {
-  Rows x;
+  Strided x;
   const i64* index;
   const float* proj;
   const float* mean;
@@ -167,16 +167,17 @@ struct ForwardTile {
   }
 
   // z of the block's rows into shared memory. Rows that are masked, or not there, stay 0.
-  __device__ static void project(const Problem& p, const Side& side, i64 first_row, int z_begin) {
+  __device__ static void project(const Batch& batch, const Side& side, int rank, i64 first_row,
+                                 int z_begin) {
     using type = typename U::type;
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rank = p.rank;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     // Kept there, because registers are scarce here.
     const Shared<const type*> rows = Memory::template at<const type*>(kRowsBegin);
     block_barrier();  // rows and buffers may still be read for the other side
     const int thread = threadIdx.x;
     if (thread < block_rows()) {
       const i64 n = first_row + thread;
-      const bool wanted = n < p.rows && weight(p, n) != 0.f;
+      const bool wanted = n < batch.rows && weight(batch, n) != 0.f;
       rows.store(thread, wanted ? row_of<const type>(side.x, side.index ? load(side.index + n) : n)
                                 : nullptr);
     }
@@ -211,16 +212,16 @@ struct ForwardTile {
   }
 
   // The block's rows of a teacher that is r wide already.
-  __device__ static void copy(const Problem& p, i64 first_row, int z_begin) {
+  __device__ static void copy(const Batch& batch, const Strided& teacher, int rank, i64 first_row,
+                              int z_begin) {
     using type = typename U::type;
     const Shared<float> z = Memory::template at<float>(z_begin);
-    const int rank = p.rank;
     for (int at = threadIdx.x; at < block_rows() * rank; at += threads()) {
       const i64 n = first_row + at / rank;
       float value = 0.f;
-      if (n < p.rows && weight(p, n) != 0.f) {
+      if (n < batch.rows && weight(batch, n) != 0.f) {
         value = Storage<D>::get(
-            load(row_of<const type>(p.teacher, teacher_row(p, n)) + at % rank));
+            load(row_of<const type>(teacher, teacher_row(batch, n)) + at % rank));
       }
       z.store(at / rank * kZStride + at % rank, value);
     }
@@ -232,50 +233,54 @@ struct ProjectedPair {
   Shared<float> s, t;
   int begin, rank;
 
-  __device__ i64 width() const { return rank; }
   template <class F>
   __device__ void each(F f) const {
-    for (int k = 0; k < rank; ++k) f(s.load(begin + k), t.load(begin + k));
+    for (int k = 0; k < rank; ++k) f(0, s.load(begin + k), t.load(begin + k));
   }
 };
 
 template <DType D, bool Vector, int Ranks>
 __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
-    projected_forward(Problem p, ForwardOut out) {
+    projected_forward(const __grid_constant__ Parameter<ProjectedForward> call) {
   using Tile = ForwardTile<D, Vector, Ranks>;
   constexpr int kTeacherZ =
       Tile::kZBegin + Tile::kMaxBlockRows * Tile::kZStride * static_cast<int>(sizeof(float));
   const i64 first_row = static_cast<i64>(blockIdx.x) * Tile::block_rows();
-  Tile::clear_unused(p.rank);
-  Tile::project(p, {p.student, p.student_rows, p.student_proj, nullptr,
-                   static_cast<int>(p.student_width)},
-                first_row, Tile::kZBegin);
-  if (p.teacher_proj) {
+  const auto& layer = call.layers[blockIdx.y];
+  const Batch& batch = call.batch;
+  const int rank = call.rank;
+  reset_ticket(call.tickets);
+  Tile::clear_unused(rank);
+  Tile::project(batch, {layer.student, batch.student_rows, layer.student_proj, nullptr,
+                        layer.student_width},
+                rank, first_row, Tile::kZBegin);
+  if (layer.teacher_proj) {
     // The mean goes before the product: after it, z_T would be a difference of large sums.
-    Tile::project(p, {p.teacher, p.teacher_rows, p.teacher_proj, p.teacher_mean,
-                     static_cast<int>(p.teacher_width)},
-                  first_row, kTeacherZ);
+    Tile::project(batch, {layer.teacher, batch.teacher_rows, layer.teacher_proj,
+                          layer.teacher_mean, layer.teacher_width},
+                  rank, first_row, kTeacherZ);
   } else {
-    Tile::copy(p, first_row, kTeacherZ);
+    Tile::copy(batch, layer.teacher, rank, first_row, kTeacherZ);
   }
   block_barrier();
   const int thread = threadIdx.x;
   const i64 i = first_row + thread;
-  if (thread >= Tile::block_rows() || i >= p.rows) return;
-  const int rank = p.rank;
-  if (weight(p, i) == 0.f) {
-    put_stats(p, out, i, PairStats{0.f, 0.f, 0.f, 0.f});
-    for (int k = 0; k < rank; ++k) store(out.dz + i * rank + k, 0.f);
+  if (thread >= Tile::block_rows() || i >= batch.rows) return;
+  float* dz = layer.dz + i * rank;
+  if (weight(batch, i) == 0.f) {
+    put_stats(layer.row_loss, layer.row_stats, batch.rows, i, PairStats{0.f, 0.f, 0.f, 0.f});
+    for (int k = 0; k < rank; ++k) store(dz + k, 0.f);
     return;
   }
   const int begin = thread * Tile::kZStride;
-  const ProjectedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
+  ProjectedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
                            Tile::Memory::template at<float>(kTeacherZ), begin, rank};
-  const PairStats stats = pair_stats(pair, ThreadGroup{}, p.kind);
-  put_stats(p, out, i, stats);
-  const PairGradient gradient = pair_gradient(rank, stats, p.kind, 1.f);
+  const float inv_rank = 1.f / static_cast<float>(rank);
+  const PairStats stats = pair_stats(pair, ThreadGroup{}, batch.kind, inv_rank);
+  put_stats(layer.row_loss, layer.row_stats, batch.rows, i, stats);
+  const PairGradient gradient(stats, batch.kind, inv_rank, 1.f);
   for (int k = 0; k < rank; ++k) {
-    store(out.dz + i * rank + k, gradient.of(pair.s.load(begin + k), pair.t.load(begin + k)));
+    store(dz + k, gradient.of(pair.s.load(begin + k), pair.t.load(begin + k)));
   }
 }
 
@@ -288,13 +293,24 @@ constexpr int kBackwardThreads = kBackwardWarps * kWarp;
 // dH = (coefficient dz) P. A block has the slice of P of `job % slices` and a tile of rows.
 template <DType D, bool Vector>
 __global__ void __launch_bounds__(kBackwardThreads)
-    projected_backward(Problem p, BackwardIn in, int slices) {
+    projected_backward(const __grid_constant__ Parameter<ProjectedBackward> call, int slices) {
   using S = Slice<D, Vector>;
   using U = Unit<D, Vector>;
   using type = typename U::type;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rank = p.rank;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const auto& layer = call.layers[blockIdx.y];
+  const Batch& batch = call.batch;
+  const int rank = call.rank;
+  const float scale = load(call.scale);
+  // False: the row gets gradient 0, whatever is known of it.
+  const auto coefficient_of = [&](i64 i, float* coefficient) {
+    const float w = weight(batch, i);
+    if (w == 0.f || scale == 0.f) return false;
+    *coefficient = load(layer.grad_loss + i * call.grad_loss_stride) * scale * w;
+    return true;
+  };
   const int begin = static_cast<int>(blockIdx.x) % slices * S::kColumns;
-  const int width = static_cast<int>(p.student_width), units = width / U::kElements;
+  const int width = layer.width, units = width / U::kElements;
   const i64 first_row = static_cast<i64>(blockIdx.x / slices) * kBackwardRows;
   constexpr int kMaxSlice = kMaxRank * S::kVectors * static_cast<int>(sizeof(float4));
   constexpr int kScaledBytes = kMaxRank * kBackwardRows * sizeof(float);
@@ -302,15 +318,15 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const Shared<float4> slice = Memory::template at<float4>(0);
   for (int n = threadIdx.x; n < rank * S::kVectors; n += kBackwardThreads) {
     const int j = n / S::kVectors;
-    S::bring(slice, p.student_proj + i64{j} * width, begin, width, j, n % S::kVectors);
+    S::bring(slice, layer.proj + i64{j} * width, begin, width, j, n % S::kVectors);
   }
   // dz of the tile, scaled, rank by rank: four rows are one vector.
   const Shared<float> scaled = Memory::template at<float>(kMaxSlice);
   for (int n = threadIdx.x; n < kBackwardRows * rank; n += kBackwardThreads) {
     const i64 i = first_row + n / rank;
     float value = 0.f, coefficient;
-    if (i < p.rows && coefficient_of(p, in, i, &coefficient)) {
-      value = coefficient * load(in.dz + i * rank + n % rank);
+    if (i < batch.rows && coefficient_of(i, &coefficient)) {
+      value = coefficient * load(layer.dz + i * rank + n % rank);
     }
     scaled.store(n % rank * kBackwardRows + n / rank, value);
   }
@@ -326,13 +342,13 @@ __global__ void __launch_bounds__(kBackwardThreads)
     for (int i = 0; i < kBackwardAtATime; ++i) {
       const i64 n = first_row + tile_row + i;
       float coefficient;
-      zero[i] = n < p.rows && !coefficient_of(p, in, n, &coefficient);
-      const bool left_alone = n >= p.rows || (zero[i] && in.accumulate);
-      rows[i] = left_alone ? nullptr : row_of<type>(in.grad, student_row(p, n));
+      zero[i] = n < batch.rows && !coefficient_of(n, &coefficient);
+      const bool left_alone = n >= batch.rows || (zero[i] && call.accumulate);
+      rows[i] = left_alone ? nullptr : row_of<type>(layer.grad, student_row(batch, n));
 #pragma unroll
       for (int k = 0; k < S::kUnits; ++k) {
         const int u = begin / U::kElements + k * kWarp + lane;
-        const bool adds = rows[i] && in.accumulate && u < units;
+        const bool adds = rows[i] && call.accumulate && u < units;
         old[i][k] = adds ? U::load(rows[i], u) : typename U::Raw{};
       }
     }
@@ -361,7 +377,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
 #pragma unroll
         for (int e = 0; e < U::kElements; ++e) {
           const float sum = sums[i].v[k * U::kElements + e];
-          value.v[e] = in.accumulate ? value.v[e] + sum : zero[i] ? 0.f : sum;
+          value.v[e] = call.accumulate ? value.v[e] + sum : zero[i] ? 0.f : sum;
         }
         U::store(rows[i], u, value);
       }
@@ -372,50 +388,98 @@ __global__ void __launch_bounds__(kBackwardThreads)
 constexpr i64 kEnoughBlocks = 2 * 148;  // two for each SM of a B200
 
 template <DType D, bool Vector, int Ranks>
-void launch_projected_tiles(const Problem& p, const ForwardOut& out, const Stream& stream) {
+void launch_projected_tiles(const ProjectedForward& call, Launch as) {
   using Tile = ForwardTile<D, Vector, Ranks>;
+  const i64 rows = call.batch.rows;
   int warps = Tile::kMaxWarps;
-  auto blocks = [&] { return (p.rows + warps * Tile::kRows - 1) / (warps * Tile::kRows); };
+  auto blocks = [&] { return (rows + warps * Tile::kRows - 1) / (warps * Tile::kRows); };
   // Few rows: rather bring P more often than leave SMs idle. No result depends on it.
-  while (warps > 2 && blocks() < kEnoughBlocks) warps = (warps + 1) / 2;
-  launch({"projected_forward", p, stream, blocks(), warps * kWarp},
-         projected_forward<D, Vector, Ranks>, p, out);
+  while (warps > 2 && blocks() * as.layers < kEnoughBlocks) warps = (warps + 1) / 2;
+  as.blocks = blocks();
+  as.threads = warps * kWarp;
+  launch(as, projected_forward<D, Vector, Ranks>, call);
 }
 
 inline bool is_aligned(const float* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 // Without vectors (odd widths) one variant serves all ranks.
 template <DType D>
-void launch_projected_forward(const Problem& p, const ForwardOut& out, const Stream& stream) {
-  const bool vectors = takes_vectors(p.student, p.student_width) && is_aligned(p.student_proj) &&
-                       (!p.teacher_proj || (takes_vectors(p.teacher, p.teacher_width) &&
-                                            is_aligned(p.teacher_proj) &&
-                                            is_aligned(p.teacher_mean)));
-  if (!vectors) {
-    launch_projected_tiles<D, false, 16>(p, out, stream);
-  } else if (p.rank <= 8) {
-    launch_projected_tiles<D, true, 8>(p, out, stream);
-  } else {
-    launch_projected_tiles<D, true, 16>(p, out, stream);
-  }
+void launch_projected_forward(const Problem* problems, const ForwardOut* outs, int layers,
+                              double* tickets, const Stream& stream) {
+  auto vectors = [&](int layer) {
+    const Problem& p = problems[layer];
+    return takes_vectors(p.student, p.student_width) && is_aligned(p.student_proj) &&
+           (!p.teacher_proj || (takes_vectors(p.teacher, p.teacher_width) &&
+                                is_aligned(p.teacher_proj) && is_aligned(p.teacher_mean)));
+  };
+  auto same = [&](int a, int b) {
+    return problems[a].rank == problems[b].rank && vectors(a) == vectors(b);
+  };
+  for_runs(layers, same, [&](int first, int count) {
+    ProjectedForward call;
+    call.batch = batch(problems[first]);
+    call.tickets = tickets ? tickets + first : nullptr;
+    call.rank = static_cast<std::int32_t>(problems[first].rank);
+    for (int n = 0; n < count; ++n) {
+      const Problem& p = problems[first + n];
+      const ForwardOut& out = outs[first + n];
+      call.layers[n] = {strided(p.student), strided(p.teacher), p.student_proj, p.teacher_proj,
+                        p.teacher_mean, out.row_loss, out.row_stats, out.dz,
+                        static_cast<std::int32_t>(p.student_width),
+                        static_cast<std::int32_t>(p.teacher_width)};
+    }
+    const Launch as{"projected_forward", problems[first], stream, 0, 0, count};
+    if (!vectors(first)) {
+      launch_projected_tiles<D, false, 16>(call, as);
+    } else if (call.rank <= 8) {
+      launch_projected_tiles<D, true, 8>(call, as);
+    } else {
+      launch_projected_tiles<D, true, 16>(call, as);
+    }
+  });
 }
 
 template <DType D, bool Vector>
-void launch_projected_slices(const Problem& p, const BackwardIn& in, const Stream& stream) {
+void launch_projected_slices(const ProjectedBackward& call, int width, Launch as) {
   using S = Slice<D, Vector>;
-  const i64 slices = (p.student_width + S::kColumns - 1) / S::kColumns;
-  const i64 blocks = (p.rows + kBackwardRows - 1) / kBackwardRows * slices;
-  launch({"projected_backward", p, stream, blocks, kBackwardThreads},
-         projected_backward<D, Vector>, p, in, static_cast<int>(slices));
+  const int slices = (width + S::kColumns - 1) / S::kColumns;
+  as.blocks = (call.batch.rows + kBackwardRows - 1) / kBackwardRows * slices;
+  as.threads = kBackwardThreads;
+  launch(as, projected_backward<D, Vector>, call, slices);
 }
 
 template <DType D>
-void launch_projected_backward(const Problem& p, const BackwardIn& in, const Stream& stream) {
-  if (takes_vectors(in.grad, p.student_width) && is_aligned(p.student_proj)) {
-    launch_projected_slices<D, true>(p, in, stream);
-  } else {
-    launch_projected_slices<D, false>(p, in, stream);
-  }
+void launch_projected_backward(const Problem* problems, const BackwardIn* ins, int layers,
+                               const Stream& stream) {
+  auto vectors = [&](int layer) {
+    const Problem& p = problems[layer];
+    return takes_vectors(ins[layer].grad, p.student_width) && is_aligned(p.student_proj);
+  };
+  auto same = [&](int a, int b) {
+    return problems[a].rank == problems[b].rank && vectors(a) == vectors(b) &&
+           problems[a].student_width == problems[b].student_width;
+  };
+  for_runs(layers, same, [&](int first, int count) {
+    ProjectedBackward call;
+    call.batch = batch(problems[first]);
+    call.scale = ins[first].scale;
+    call.grad_loss_stride = ins[first].grad_loss_stride;
+    call.accumulate = ins[first].accumulate;
+    call.rank = static_cast<std::int32_t>(problems[first].rank);
+    for (int n = 0; n < count; ++n) {
+      const BackwardIn& in = ins[first + n];
+      const Problem& p = problems[first + n];
+      call.layers[n] = {strided(in.grad), p.student_proj, in.dz, in.grad_loss,
+                        static_cast<std::int32_t>(p.student_width)};
+    }
+    const int width = static_cast<int>(problems[first].student_width);
+    const Launch as{"projected_backward", problems[first], stream, 0, 0, count};
+    if (vectors(first)) {
+      launch_projected_slices<D, true>(call, width, as);
+    } else {
+      launch_projected_slices<D, false>(call, width, as);
+    }
+  });
 }
 
 }  // namespace cuda

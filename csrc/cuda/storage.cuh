@@ -59,10 +59,9 @@ struct Unit<D, true> {
   using type = typename S::type;
   using Raw = uint4;
   static constexpr int kElements = 4 * S::kPerWord;
-  static constexpr int kHeld = 4;  // how many of a row a thread keeps in registers
 
   __device__ static Raw load(const type* row, i64 u) {
-    return cuda::load(reinterpret_cast<const uint4*>(row) + u);
+    return load_once(reinterpret_cast<const uint4*>(row) + u);
   }
   __device__ static void store(type* row, i64 u, const Floats<kElements>& x) {
     uint4 raw;
@@ -70,7 +69,7 @@ struct Unit<D, true> {
     raw.y = word(x, 1);
     raw.z = word(x, 2);
     raw.w = word(x, 3);
-    cuda::store(reinterpret_cast<uint4*>(row) + u, raw);
+    store_once(reinterpret_cast<uint4*>(row) + u, raw);
   }
   __device__ static Floats<kElements> floats(const Raw& raw) {
     Floats<kElements> x;
@@ -101,7 +100,6 @@ struct Unit<D, false> {
   using type = typename S::type;
   using Raw = type;
   static constexpr int kElements = 1;
-  static constexpr int kHeld = 16;
 
   __device__ static Raw load(const type* row, i64 u) { return cuda::load(row + u); }
   __device__ static void store(type* row, i64 u, const Floats<1>& x) {
@@ -115,25 +113,32 @@ inline bool takes_vectors(const Rows& rows, i64 width) {
   const i64 element = rows.dtype == DType::kFloat32 ? 4 : 2;
   auto whole = [&](i64 elements) { return elements * element % 16 == 0; };
   return reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 && whole(width) &&
-         whole(rows.stride_inner) && (rows.inner == 0 || whole(rows.stride_outer));
+         whole(rows.stride_inner) &&
+         (rows.stride_outer == rows.inner * rows.stride_inner || whole(rows.stride_outer));
 }
 
-// Row n of canonical rows (dispatch.cpp): inner is 0 where stride_inner says it all.
 template <class T>
-__device__ __forceinline__ T* row_of(const Rows& rows, i64 n) {
+__device__ __forceinline__ T* row_of(const Strided& rows, i64 n) {
   T* data = static_cast<T*>(rows.data);
   if (rows.inner == 0) return data + n * rows.stride_inner;
   return data + n / rows.inner * rows.stride_outer + n % rows.inner * rows.stride_inner;
 }
 
-__device__ __forceinline__ i64 student_row(const Problem& p, i64 i) {
-  return p.student_rows ? load(p.student_rows + i) : i;
+__device__ __forceinline__ i64 student_row(const Batch& b, i64 i) {
+  return b.student_rows ? load(b.student_rows + i) : i;
 }
-__device__ __forceinline__ i64 teacher_row(const Problem& p, i64 i) {
-  return p.teacher_rows ? load(p.teacher_rows + i) : i;
+__device__ __forceinline__ i64 teacher_row(const Batch& b, i64 i) {
+  return b.teacher_rows ? load(b.teacher_rows + i) : i;
 }
-__device__ __forceinline__ float weight(const Problem& p, i64 i) {
-  return p.weights ? load(p.weights + i) : 1.f;
+__device__ __forceinline__ float weight(const Batch& b, i64 i) {
+  return b.weights ? load(b.weights + i) : 1.f;
+}
+
+// The reduction of a call counts its blocks with these, from 0 on.
+__device__ __forceinline__ void reset_ticket(double* tickets) {
+  if (tickets && blockIdx.x == 0 && threadIdx.x == 0) {
+    store(reinterpret_cast<std::uint32_t*>(tickets + blockIdx.y), std::uint32_t{0});
+  }
 }
 
 __device__ __forceinline__ float value_of(const Scale& scale) {

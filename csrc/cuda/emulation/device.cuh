@@ -14,6 +14,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // What CUDA has as built-in variables of a thread and types.
 #define threadIdx (::oprd::emulation::current().thread)
@@ -34,6 +35,9 @@ namespace cuda {
 constexpr int kWarp = emulation::kWarp;
 
 template <class T>
+using Parameter = const T&;
+
+template <class T>
 T load(const T* p) {
   emulation::global_access(p, sizeof(T), false);
   T value;
@@ -45,6 +49,18 @@ template <class T>
 void store(T* p, T value) {
   emulation::global_access(p, sizeof(T), true);
   std::memcpy(p, &value, sizeof value);
+}
+
+inline uint4 load_once(const uint4* p) { return load(p); }
+inline void store_once(uint4* p, const uint4& value) { store(p, value); }
+
+inline std::uint32_t count_ordered(std::uint32_t* counter) {
+  emulation::ordered_access(counter, sizeof *counter);
+  return (*counter)++;
+}
+template <class T>
+T load_published(const T* p) {
+  return load(p);
 }
 
 template <class T>
@@ -104,8 +120,13 @@ T shuffle_xor(const T& value, int mask, const char* file = __builtin_FILE(),
   return result;
 }
 
+template <class T>
+void forget(T&) {}
+
 // oprd::fma is the one of csrc/cpu/simd.h, which may round twice.
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline float rsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
 
 inline std::uint32_t bf16_pair(float low, float high) {
   return bf16_of(low) | std::uint32_t{bf16_of(high)} << 16;
@@ -118,7 +139,7 @@ template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
   try {
-    emulation::run(how.blocks, how.threads, [&] { kernel(arguments...); });
+    emulation::run(how.blocks, how.layers, how.threads, [&] { kernel(arguments...); });
   } catch (const emulation::Fault& fault) {
     fail(how, fault.what());
   }

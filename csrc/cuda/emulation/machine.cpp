@@ -73,19 +73,21 @@ bool same(const Site& a, const Site& b) {
 
 class Machine {
  public:
-  void run(std::int64_t blocks, int threads, const std::function<void()>& body) {
+  void run(std::int64_t blocks, int layers, int threads, const std::function<void()>& body) {
     if (threads % kWarp != 0) throw Fault("blocks must be whole warps");
     body_ = &body;
     now_.blocks.x = static_cast<unsigned>(blocks);
+    now_.blocks.y = static_cast<unsigned>(layers);
     now_.threads.x = static_cast<unsigned>(threads);
     count_ = threads;
     while (static_cast<int>(threads_.size()) < threads) threads_.emplace_back();
     memory().begin_launch();
-    std::vector<std::int64_t> order(blocks);
-    for (std::int64_t i = 0; i < blocks; ++i) order[i] = i;
+    std::vector<std::int64_t> order(blocks * layers);
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int64_t>(i);
     std::shuffle(order.begin(), order.end(), random_);
     for (const std::int64_t block : order) {
-      now_.block.x = static_cast<unsigned>(block);
+      now_.block.x = static_cast<unsigned>(block % blocks);
+      now_.block.y = static_cast<unsigned>(block / blocks);
       memory().begin_block(block);
       run_block();
     }
@@ -281,13 +283,16 @@ void shuffle_xor(Site site, int mask, const void* value, void* result, std::size
 void global_access(const void* p, std::size_t bytes, bool write) {
   memory().global_access(reinterpret_cast<std::uintptr_t>(p), bytes, write);
 }
+void ordered_access(const void* p, std::size_t bytes) {
+  memory().ordered_access(reinterpret_cast<std::uintptr_t>(p), bytes);
+}
 void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write) {
   return memory().shared_access(offset, bytes, limit, write);
 }
 
-void run(std::int64_t blocks, int threads, const std::function<void()>& thread) {
+void run(std::int64_t blocks, int layers, int threads, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(machine().busy());
-  machine().run(blocks, threads, thread);
+  machine().run(blocks, layers, threads, thread);
 }
 
 void seed(std::uint64_t value) { machine().seed(value); }

@@ -17,6 +17,11 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 
+// A kernel's parameter, given by value and read where it is; the emulation spares itself a copy for
+// each of its threads.
+template <class T>
+using Parameter = T;
+
 // Global memory. T is an element or a 16-byte vector (uint4, float4).
 template <class T>
 __device__ __forceinline__ T load(const T* p) {
@@ -25,6 +30,49 @@ __device__ __forceinline__ T load(const T* p) {
 template <class T>
 __device__ __forceinline__ void store(T* p, T value) {
   *p = value;
+}
+
+// Vectors of what a kernel reads or writes once: they need no place in the first-level cache.
+// OPRD_HINTS says which instructions do it: 0 plain ones, 1 loads that leave L1 alone, 2 also in L2
+// the first to be evicted.
+#if !defined(OPRD_HINTS)
+#define OPRD_HINTS 1
+#endif
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+#if OPRD_HINTS == 0
+  return *p;
+#elif OPRD_HINTS == 1
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p));
+  return x;
+#else
+  return __ldcs(p);
+#endif
+}
+__device__ __forceinline__ void store_once(uint4* p, const uint4& value) {
+#if OPRD_HINTS == 2
+  __stcs(p, value);
+#else
+  *p = value;
+#endif
+}
+
+// Adds 1 and returns what was there. What this thread has written, or has seen written, before is
+// there for whoever counts after it, and for those that a barrier puts after that.
+__device__ __forceinline__ std::uint32_t count_ordered(std::uint32_t* counter) {
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+// What other blocks wrote before they counted, from where their writes arrive.
+template <class T>
+__device__ __forceinline__ T load_published(const T* p) {
+  return __ldcg(p);
 }
 
 // Elements of T in the block's shared memory.
@@ -87,8 +135,22 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
   return result;
 }
 
+// Makes a value one that the compiler knows nothing of: what it has computed from it before it will
+// compute again, which costs less than the registers to keep that.
+__device__ __forceinline__ void forget(std::uint32_t& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void forget(uint4& x) {
+  forget(x.x);
+  forget(x.y);
+  forget(x.z);
+  forget(x.w);
+}
+__device__ __forceinline__ void forget(std::uint16_t& x) { asm volatile("" : "+h"(x)); }
+__device__ __forceinline__ void forget(float& x) { asm volatile("" : "+f"(x)); }
+
 // a * b + c with one rounding. Nothing else is contracted (-fmad=false).
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+__device__ __forceinline__ float rsqrt_rn(float x) { return __frsqrt_rn(x); }
 
 __device__ __forceinline__ std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(std::uint32_t u) { return __uint_as_float(u); }
@@ -113,8 +175,8 @@ __device__ __forceinline__ std::uint32_t half_pair(float low, float high) {
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
-  kernel<<<static_cast<unsigned>(how.blocks), how.threads, 0,
-           static_cast<cudaStream_t>(how.stream.handle)>>>(arguments...);
+  const dim3 grid(static_cast<unsigned>(how.blocks), static_cast<unsigned>(how.layers));
+  kernel<<<grid, how.threads, 0, static_cast<cudaStream_t>(how.stream.handle)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail(how, cudaGetErrorString(error));
 }

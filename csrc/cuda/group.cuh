@@ -41,6 +41,9 @@ constexpr int kWarpRows = 4;  // rows, and warps, of a block whose rows have a w
 
 struct WarpGroup {
   static constexpr int kMaxThreads = kWarpRows * kWarp;
+  // Their registers hold rows, and what is on its way to them keeps memory busy: that takes about 64
+  // KB an SM.
+  static constexpr int kMinBlocks = 5;
 
   __device__ i64 row() const {
     return static_cast<i64>(blockIdx.x) * kWarpRows + threadIdx.x / kWarp;
@@ -56,7 +59,7 @@ struct WarpGroup {
 };
 
 struct BlockGroup {
-  static constexpr int kMaxThreads = 512;
+  static constexpr int kMaxThreads = 512, kMinBlocks = 1;
   static constexpr int kMaxSums = 4, kSlots = 3;
   static constexpr int kSlotFloats = kMaxThreads / kWarp * kMaxSums;
   using Memory = BlockMemory<kSlots * kSlotFloats * static_cast<int>(sizeof(float))>;

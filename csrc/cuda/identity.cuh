@@ -9,22 +9,22 @@
 namespace oprd {
 namespace cuda {
 
-// Where thread `lane` of warp `warp` finds its units of a pair: a warp has Held * kWarp neighbouring
-// ones, a lane every kWarp-th of these.
+// The units of a pair that lane `lane` of warp `warp` takes: every step-th, so that warps and lanes
+// have neighbouring ones and equally many.
 template <DType D, bool Vector>
 struct PairAt {
   using U = Unit<D, Vector>;
   using type = typename U::type;
 
   const type *s, *t;
-  int elements;
+  int units;
   int lane, warp, warps;
 
-  __device__ int units() const { return elements / U::kElements; }
+  __device__ int first() const { return warp * kWarp + lane; }
+  __device__ int step() const { return warps * kWarp; }
 };
 
-// Whole: the row is Held * kWarp units for each warp. Else the last ones are missing.
-template <DType D, bool Vector, int Held, bool Whole>
+template <DType D, bool Vector, int Held>
 struct HeldPair : PairAt<D, Vector> {
   using typename PairAt<D, Vector>::U;
   using Raw = typename U::Raw;
@@ -33,32 +33,26 @@ struct HeldPair : PairAt<D, Vector> {
 
   __device__ __forceinline__ explicit HeldPair(const PairAt<D, Vector>& at)
       : PairAt<D, Vector>(at) {
-    this->s += first() * U::kElements;
-    this->t += first() * U::kElements;
 #pragma unroll
-    for (int n = 0; n < Held; ++n) s_raw[n] = has(n) ? U::load(this->s, n * kWarp) : Raw{};
+    for (int n = 0; n < Held; ++n) s_raw[n] = has(n) ? U::load(this->s, unit(n)) : Raw{};
 #pragma unroll
-    for (int n = 0; n < Held; ++n) t_raw[n] = has(n) ? U::load(this->t, n * kWarp) : Raw{};
+    for (int n = 0; n < Held; ++n) t_raw[n] = has(n) ? U::load(this->t, unit(n)) : Raw{};
   }
 
-  __device__ __forceinline__ int first() const {
-    return this->warp * (Held * kWarp) + this->lane;
-  }
-  __device__ __forceinline__ bool has(int n) const {
-    return Whole || first() + n * kWarp < this->units();
-  }
-  // Whether any lane of the warp has; what is missing in one that has adds 0 to every sum.
+  __device__ __forceinline__ int unit(int n) const { return this->first() + n * this->step(); }
+  __device__ __forceinline__ bool has(int n) const { return unit(n) < this->units; }
+  // Whether any lane of the warp has; what is missing in one that has adds 0 to every sum. This
+  // branch also keeps the compiler from keeping the elements of one pass for the next, in twice the
+  // registers.
   __device__ __forceinline__ bool warp_has(int n) const {
-    return Whole || (this->warp * Held + n) * kWarp < this->units();
+    return this->warp * kWarp + n * this->step() < this->units;
   }
 
   template <class F>
-  __device__ __forceinline__ void each(F f) {
+  __device__ __forceinline__ void each(F f) const {
 #pragma unroll
     for (int n = 0; n < Held; ++n) {
       if (!warp_has(n)) continue;
-      forget(s_raw[n]);
-      forget(t_raw[n]);
       const auto s = U::floats(s_raw[n]), t = U::floats(t_raw[n]);
 #pragma unroll
       for (int e = 0; e < U::kElements; ++e) f(U::kElements == 1 ? n : e, s.v[e], t.v[e]);
@@ -67,18 +61,15 @@ struct HeldPair : PairAt<D, Vector> {
 
   // f(u, s, t) on the units there are.
   template <class F>
-  __device__ __forceinline__ void each_unit(F f) {
+  __device__ __forceinline__ void each_unit(F f) const {
 #pragma unroll
     for (int n = 0; n < Held; ++n) {
-      if (!has(n)) continue;
-      forget(s_raw[n]);
-      forget(t_raw[n]);
-      f(first() + n * kWarp, U::floats(s_raw[n]), U::floats(t_raw[n]));
+      if (has(n)) f(unit(n), U::floats(s_raw[n]), U::floats(t_raw[n]));
     }
   }
 };
 
-template <DType D, bool Vector, int, bool>
+template <DType D, bool Vector, int>
 struct StreamedPair : PairAt<D, Vector> {
   using typename PairAt<D, Vector>::U;
 
@@ -96,7 +87,7 @@ struct StreamedPair : PairAt<D, Vector> {
   template <class F>
   __device__ __forceinline__ void each_unit(F f) const {
 #pragma unroll 2
-    for (int u = this->warp * kWarp + this->lane; u < this->units(); u += this->warps * kWarp) {
+    for (int u = this->first(); u < this->units; u += this->step()) {
       f(u, U::floats(U::load(this->s, u)), U::floats(U::load(this->t, u)));
     }
   }
@@ -110,9 +101,9 @@ __device__ __forceinline__ void put_zeros(typename U::type* row, int units, cons
   }
 }
 
-template <DType D, bool Vector, int Held, bool Whole, class Group,
-          template <DType, bool, int, bool> class Pair>
-__global__ void __launch_bounds__(Group::kMaxThreads)
+template <DType D, bool Vector, int Held, class Group, template <DType, bool, int> class Pair>
+__global__ void
+__launch_bounds__(Group::kMaxThreads, Group::kMinBlocks)
     identity_forward(const __grid_constant__ Parameter<IdentityForward> call) {
   using U = Unit<D, Vector>;
   using type = typename U::type;
@@ -132,10 +123,10 @@ __global__ void __launch_bounds__(Group::kMaxThreads)
     if (grad) put_zeros<U>(grad, width / U::kElements, group);
     return;
   }
-  Pair<D, Vector, Held, Whole> pair(
+  const Pair<D, Vector, Held> pair(
       {row_of<const type>(layer.student, student_row(batch, i)),
-       row_of<const type>(layer.teacher, teacher_row(batch, i)), width, group.lane(), group.warp(),
-       group.warps()});
+       row_of<const type>(layer.teacher, teacher_row(batch, i)), width / U::kElements, group.lane(),
+       group.warp(), group.warps()});
   const float coefficient = grad ? value_of(call.scale) * w : 0.f;
   const float inv_width = 1.f / static_cast<float>(width);
   const PairStats stats = pair_stats(pair, group, batch.kind, inv_width);
@@ -222,64 +213,49 @@ __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
   }
 }
 
-// How rows of a width are shared: by how many warps, each lane holding how many units.
-struct HeldShape {
-  bool vector;
-  int held;
-  bool whole;
-  int warps;  // 0: too wide to be held
-
-  bool operator==(const HeldShape& o) const {
-    return vector == o.vector && held == o.held && whole == o.whole && warps == o.warps;
-  }
-};
-
-inline HeldShape held_shape(bool vector, i64 units) {
-  constexpr int kMaxWarps = BlockGroup::kMaxThreads / kWarp;
-  if (vector) {
-    for (int warps = 1; warps <= kMaxWarps; warps *= 2) {
-      for (const int held : {8, 6, 10}) {
-        if (units == held * warps * kWarp) return {true, held, true, warps};
-      }
-    }
-  }
-  const int held = vector ? 8 : 16;
-  const i64 warps = (units + held * kWarp - 1) / (held * kWarp);
-  return {vector, held, false, warps > kMaxWarps ? 0 : warps < 1 ? 1 : static_cast<int>(warps)};
-}
-
-template <DType D, bool Vector, int Held, bool Whole>
-void launch_held_forward(const IdentityForward& call, const HeldShape& shape, Launch launch_as) {
-  if (shape.warps == 1) {
-    launch_as.kernel = "identity_forward (a warp a row)";
-    launch_as.blocks = (call.batch.rows + kWarpRows - 1) / kWarpRows;
-    launch_as.threads = WarpGroup::kMaxThreads;
-    launch(launch_as, identity_forward<D, Vector, Held, Whole, WarpGroup, HeldPair>, call);
-  } else {
-    launch_as.kernel = "identity_forward (a block a row)";
-    launch_as.threads = shape.warps * kWarp;
-    launch(launch_as, identity_forward<D, Vector, Held, Whole, BlockGroup, HeldPair>, call);
-  }
+// By how many warps a row of so many units is held; 0: it is too wide for that.
+template <bool Vector>
+constexpr int kHeld = Vector ? 8 : 16;  // units a lane
+inline int warps_for(bool vector, i64 units) {
+  const i64 of_warp = (vector ? kHeld<true> : kHeld<false>) * kWarp;
+  const i64 warps = units > of_warp ? (units + of_warp - 1) / of_warp : 1;
+  return warps > BlockGroup::kMaxThreads / kWarp ? 0 : static_cast<int>(warps);
 }
 
 template <DType D, bool Vector>
-void launch_streamed_forward(const IdentityForward& call, Launch launch_as) {
-  launch_as.kernel = "identity_forward (wide rows)";
-  launch_as.threads = BlockGroup::kMaxThreads;
-  launch(launch_as, identity_forward<D, Vector, 1, false, BlockGroup, StreamedPair>, call);
+void launch_forward_as(const IdentityForward& call, int warps, Launch as) {
+  constexpr int kUnits = kHeld<Vector>;
+  if (warps == 0) {
+    as.kernel = "identity_forward (wide rows)";
+    as.threads = BlockGroup::kMaxThreads;
+    launch(as, identity_forward<D, Vector, 1, BlockGroup, StreamedPair>, call);
+  } else if (warps == 1) {
+    as.kernel = "identity_forward (a warp a row)";
+    as.blocks = (call.batch.rows + kWarpRows - 1) / kWarpRows;
+    as.threads = WarpGroup::kMaxThreads;
+    launch(as, identity_forward<D, Vector, kUnits, WarpGroup, HeldPair>, call);
+  } else {
+    as.kernel = "identity_forward (a block a row)";
+    as.threads = warps * kWarp;
+    launch(as, identity_forward<D, Vector, kUnits, BlockGroup, HeldPair>, call);
+  }
 }
 
 template <DType D>
 void launch_identity_forward(const Problem* problems, const ForwardOut* outs, int layers,
                              const Scale& scale, double* tickets, const Stream& stream) {
-  auto shape_of = [&](int layer) {
+  auto vectors = [&](int layer) {
     const Problem& p = problems[layer];
     const i64 width = p.student_width;
-    const bool vector = takes_vectors(p.student, width) && takes_vectors(p.teacher, width) &&
-                        (!outs[layer].grad.data || takes_vectors(outs[layer].grad, width));
-    return held_shape(vector, vector ? width / Unit<D, true>::kElements : width);
+    return takes_vectors(p.student, width) && takes_vectors(p.teacher, width) &&
+           (!outs[layer].grad.data || takes_vectors(outs[layer].grad, width));
   };
-  auto same = [&](int a, int b) { return shape_of(a) == shape_of(b); };
+  auto warps = [&](int layer) {
+    const i64 width = problems[layer].student_width;
+    return vectors(layer) ? warps_for(true, width / Unit<D, true>::kElements)
+                          : warps_for(false, width);
+  };
+  auto same = [&](int a, int b) { return vectors(a) == vectors(b) && warps(a) == warps(b); };
   for_runs(layers, same, [&](int first, int count) {
     IdentityForward call;
     call.batch = batch(problems[first]);
@@ -291,18 +267,11 @@ void launch_identity_forward(const Problem* problems, const ForwardOut* outs, in
       call.layers[n] = {strided(p.student), strided(p.teacher), strided(out.grad), out.row_loss,
                         out.row_stats, static_cast<std::int32_t>(p.student_width)};
     }
-    const HeldShape shape = shape_of(first);
     const Launch as{"", problems[first], stream, call.batch.rows, 0, count};
-    if (!shape.vector) {
-      if (shape.warps == 0) return launch_streamed_forward<D, false>(call, as);
-      return launch_held_forward<D, false, 16, false>(call, shape, as);
-    }
-    if (shape.warps == 0) return launch_streamed_forward<D, true>(call, as);
-    if (!shape.whole) return launch_held_forward<D, true, 8, false>(call, shape, as);
-    switch (shape.held) {
-      case 6: return launch_held_forward<D, true, 6, true>(call, shape, as);
-      case 8: return launch_held_forward<D, true, 8, true>(call, shape, as);
-      default: return launch_held_forward<D, true, 10, true>(call, shape, as);
+    if (vectors(first)) {
+      launch_forward_as<D, true>(call, warps(first), as);
+    } else {
+      launch_forward_as<D, false>(call, warps(first), as);
     }
   });
 }

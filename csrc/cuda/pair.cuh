@@ -50,7 +50,7 @@ struct Chains {
 };
 
 template <class Pair>
-__device__ __forceinline__ Floats<2> squares(Pair& pair) {
+__device__ __forceinline__ Floats<2> squares(const Pair& pair) {
   Chains<2> sum;
   pair.each([&](int e, float s, float t) {
     sum.add(e, kSS, s, s);
@@ -60,7 +60,7 @@ __device__ __forceinline__ Floats<2> squares(Pair& pair) {
 }
 
 template <class Pair>
-__device__ __forceinline__ Floats<4> scaled_squares(Pair& pair, const Factors& by) {
+__device__ __forceinline__ Floats<4> scaled_squares(const Pair& pair, const Factors& by) {
   Chains<4> sum;
   pair.each([&](int e, float s, float t) {
     const float a = s * by.s, b = t * by.t, diff = s * by.diff - t * by.diff;
@@ -74,7 +74,7 @@ __device__ __forceinline__ Floats<4> scaled_squares(Pair& pair, const Factors& b
 
 // {|s^ - t^|^2, s^ . (s^ - t^)}: the second is 1 - cos without cancellation.
 template <class Pair>
-__device__ __forceinline__ Floats<2> directions(Pair& pair, float inv_s, float inv_t) {
+__device__ __forceinline__ Floats<2> directions(const Pair& pair, float inv_s, float inv_t) {
   Chains<2> sum;
   pair.each([&](int e, float s, float t) {
     const float unit = s * inv_s;
@@ -98,7 +98,7 @@ __device__ __forceinline__ float factor_for(float square) {
 
 // All threads of the group call, and all get the result. inv_width: 1 / width.
 template <class Pair, class Group>
-__device__ __forceinline__ PairStats pair_stats(Pair& pair, const Group& group, Kind kind,
+__device__ __forceinline__ PairStats pair_stats(const Pair& pair, const Group& group, Kind kind,
                                                 float inv_width) {
   const bool mse = kind == Kind::kMse;
   Floats<4> sum{};

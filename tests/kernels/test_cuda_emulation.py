@@ -39,6 +39,10 @@ def region(x, mode="rw"):
         ("divergent_barrier", "divergent synchronisation: .* wait for the block .* have ended"),
         ("two_barriers_for_one", r"divergent synchronisation: .*faulty\.cpp:\d+, 32 on wait"),
         ("divergent_shuffle", "divergent synchronisation: .* wait for the warp"),
+        ("reads_before_barrier", r"data race on global memory \(data\)"),
+        ("writes_after_counting", r"data race on global memory \(data\)"),
+        ("does_not_count", r"data race on global memory \(data\)"),
+        ("reads_the_counter", r"data race on global memory \(data\): .* counter"),
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
@@ -58,6 +62,15 @@ def test_finds_nothing_wrong_with_a_correct_kernel(emulated):
     emulated.run_faulty("correct", data.data_ptr(), 128)
     expected = torch.arange(128.0).reshape(2, 64).roll(-1, 1).flatten()
     assert torch.equal(data, expected)
+
+
+def test_finds_nothing_wrong_with_blocks_that_count_themselves(emulated):
+    for seed in range(5):
+        emulated.seed(seed)
+        data = torch.zeros(1024)
+        emulated.allow([region(data)])
+        emulated.run_faulty("gathers", data.data_ptr(), 1024)
+        assert (data[2:18] == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -286,6 +299,58 @@ def test_many_rows_are_reduced_in_parts(reduction, weighted):
     weights = torch.rand(m) if weighted else None
     case = Case(torch.randn(m, 4), torch.randn(m, 4), weights=weights, reduction=reduction)
     assert_no_worse_than_torch(case, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("layers", "m", "launches"), [(3, 40, 2), (3, 1100, 2), (28, 3, 2), (35, 3, 4)]
+)
+@pytest.mark.parametrize("rank", [0, 8])
+def test_layers_share_launches(emulated, rank, layers, m, launches):
+    """Losses, statistics and gradients bit for bit those of layer after layer."""
+    torch.manual_seed(0)
+    d, kind = 24, "nmse"
+    students = [torch.randn(m, d) for _ in range(layers)]
+    teachers = [torch.randn(m, d) for _ in range(layers)]
+    projs = [torch.randn(rank, d) for _ in range(layers)] if rank else []
+    weights, upstream = torch.rand(m), torch.rand(layers)
+    before = emulated.launches()
+    losses, saved = cuda.forward_layers(
+        students, teachers, projs, projs, [], None, None, weights, None, kind, "mean"
+    )
+    grads = [torch.empty(m, d) for _ in range(layers)]
+    wide = ([], []) if rank else (students, teachers)
+    between = emulated.launches()
+    shared = (saved, None, None, weights, kind)
+    cuda.backward_layers_(grads, upstream, *wide, projs, *shared)
+    assert between - before == launches
+    assert emulated.launches() - between == -(-layers // 32)
+    for i in range(layers):
+        proj = projs[i] if rank else None
+        options = (proj, proj, None, None, None, weights, None, kind, "mean")
+        loss, own = cuda.forward(students[i], teachers[i], *options)
+        assert torch.equal(losses[i], loss)
+        assert torch.equal(saved[i], own)
+        grad = torch.empty(m, d)
+        wide_i = (None, None) if rank else (students[i], teachers[i])
+        cuda.backward_(grad, False, upstream[i], *wide_i, proj, own, None, None, weights, kind)
+        assert torch.equal(grads[i], grad)
+
+
+def test_layers_that_need_different_kernels(emulated):
+    torch.manual_seed(0)
+    widths = (24, 25, 25, 1032, 24)
+    students = [torch.randn(5, d) for d in widths]
+    teachers = [torch.randn(5, d) for d in widths]
+    options = (None, None, None, None, "nmse", "mean")
+    losses, saved = cuda.forward_layers(students, teachers, [], [], [], *options)
+    grads = [torch.empty_like(x) for x in students]
+    cuda.backward_layers_(
+        grads, torch.ones(5), students, teachers, [], saved, None, None, None, "nmse"
+    )
+    for student, teacher, loss, grad in zip(students, teachers, losses, grads, strict=True):
+        alone = run(Case(student, teacher), "cuda")
+        assert torch.equal(loss * 0.5, alone.loss * 0.5)
+        assert torch.equal(grad * 0.5, alone.grad_student)
 
 
 @pytest.mark.parametrize("rank", [0, 8])

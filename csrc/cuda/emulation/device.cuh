@@ -120,9 +120,6 @@ T shuffle_xor(const T& value, int mask, const char* file = __builtin_FILE(),
   return result;
 }
 
-template <class T>
-void forget(T&) {}
-
 // oprd::fma is the one of csrc/cpu/simd.h, which may round twice.
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 

@@ -74,6 +74,8 @@ class Memory {
   }
 
   void global_access(std::uintptr_t p, std::size_t bytes, bool write);
+  std::uint32_t launches() const { return now_.launch; }
+
   void ordered_access(std::uintptr_t p, std::size_t bytes);
   void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write);
 

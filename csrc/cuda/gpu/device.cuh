@@ -135,18 +135,6 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
   return result;
 }
 
-// Makes a value one that the compiler knows nothing of: what it has computed from it before it will
-// compute again, which costs less than the registers to keep that.
-__device__ __forceinline__ void forget(std::uint32_t& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void forget(uint4& x) {
-  forget(x.x);
-  forget(x.y);
-  forget(x.z);
-  forget(x.w);
-}
-__device__ __forceinline__ void forget(std::uint16_t& x) { asm volatile("" : "+h"(x)); }
-__device__ __forceinline__ void forget(float& x) { asm volatile("" : "+f"(x)); }
-
 // a * b + c with one rounding. Nothing else is contracted (-fmad=false).
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 

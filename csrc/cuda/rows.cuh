@@ -2,7 +2,8 @@
 #pragma once
 
 #include "identity.cuh"
-#include "projected.cuh"
+#include "projected_backward.cuh"
+#include "projected_forward.cuh"
 
 namespace oprd {
 namespace cuda {

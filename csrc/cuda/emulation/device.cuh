@@ -22,6 +22,9 @@
 #define blockDim (::oprd::emulation::current().threads)
 #define gridDim (::oprd::emulation::current().blocks)
 
+struct alignas(8) uint2 {
+  std::uint32_t x, y;
+};
 struct alignas(16) uint4 {
   std::uint32_t x, y, z, w;
 };

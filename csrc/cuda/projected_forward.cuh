@@ -2,11 +2,12 @@
 // mostly multiply padding. H is read once, from global memory to registers; P is read once a block
 // of rows, from L2 to shared memory, slice of columns by slice.
 //
-// Forward: a warp has kRows rows; a lane sums its columns of all r products of these in registers,
-// then the warp adds up its lanes. Backward: a block has a slice of P and a tile of rows.
+// A warp has kRows rows; a lane sums its columns of all r products of these in registers, then the
+// warp adds up its lanes.
 #pragma once
 
 #include "pair.cuh"
+#include "projected_backward.cuh"
 
 namespace oprd {
 namespace cuda {
@@ -284,109 +285,6 @@ __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
   }
 }
 
-// Rows of a block of the backward pass, and how many of them a warp takes at a time.
-constexpr int kBackwardRows = 64;
-constexpr int kBackwardAtATime = 4;
-constexpr int kBackwardWarps = 8;
-constexpr int kBackwardThreads = kBackwardWarps * kWarp;
-
-// dH = (coefficient dz) P. A block has the slice of P of `job % slices` and a tile of rows.
-template <DType D, bool Vector>
-__global__ void __launch_bounds__(kBackwardThreads)
-    projected_backward(const __grid_constant__ Parameter<ProjectedBackward> call, int slices) {
-  using S = Slice<D, Vector>;
-  using U = Unit<D, Vector>;
-  using type = typename U::type;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const auto& layer = call.layers[blockIdx.y];
-  const Batch& batch = call.batch;
-  const int rank = call.rank;
-  const float scale = load(call.scale);
-  // False: the row gets gradient 0, whatever is known of it.
-  const auto coefficient_of = [&](i64 i, float* coefficient) {
-    const float w = weight(batch, i);
-    if (w == 0.f || scale == 0.f) return false;
-    *coefficient = load(layer.grad_loss + i * call.grad_loss_stride) * scale * w;
-    return true;
-  };
-  const int begin = static_cast<int>(blockIdx.x) % slices * S::kColumns;
-  const int width = layer.width, units = width / U::kElements;
-  const i64 first_row = static_cast<i64>(blockIdx.x / slices) * kBackwardRows;
-  constexpr int kMaxSlice = kMaxRank * S::kVectors * static_cast<int>(sizeof(float4));
-  constexpr int kScaledBytes = kMaxRank * kBackwardRows * sizeof(float);
-  using Memory = BlockMemory<kMaxSlice + kScaledBytes>;
-  const Shared<float4> slice = Memory::template at<float4>(0);
-  for (int n = threadIdx.x; n < rank * S::kVectors; n += kBackwardThreads) {
-    const int j = n / S::kVectors;
-    S::bring(slice, layer.proj + i64{j} * width, begin, width, j, n % S::kVectors);
-  }
-  // dz of the tile, scaled, rank by rank: four rows are one vector.
-  const Shared<float> scaled = Memory::template at<float>(kMaxSlice);
-  for (int n = threadIdx.x; n < kBackwardRows * rank; n += kBackwardThreads) {
-    const i64 i = first_row + n / rank;
-    float value = 0.f, coefficient;
-    if (i < batch.rows && coefficient_of(i, &coefficient)) {
-      value = coefficient * load(layer.dz + i * rank + n % rank);
-    }
-    scaled.store(n % rank * kBackwardRows + n / rank, value);
-  }
-  wait_for_copies();
-  block_barrier();
-  const Shared<float4> four_rows = scaled.template as<float4>();
-  for (int tile_row = warp * kBackwardAtATime; tile_row < kBackwardRows;
-       tile_row += kBackwardWarps * kBackwardAtATime) {
-    type* rows[kBackwardAtATime];
-    bool zero[kBackwardAtATime];
-    typename U::Raw old[kBackwardAtATime][S::kUnits];
-#pragma unroll
-    for (int i = 0; i < kBackwardAtATime; ++i) {
-      const i64 n = first_row + tile_row + i;
-      float coefficient;
-      zero[i] = n < batch.rows && !coefficient_of(n, &coefficient);
-      const bool left_alone = n >= batch.rows || (zero[i] && call.accumulate);
-      rows[i] = left_alone ? nullptr : row_of<type>(layer.grad, student_row(batch, n));
-#pragma unroll
-      for (int k = 0; k < S::kUnits; ++k) {
-        const int u = begin / U::kElements + k * kWarp + lane;
-        const bool adds = rows[i] && call.accumulate && u < units;
-        old[i][k] = adds ? U::load(rows[i], u) : typename U::Raw{};
-      }
-    }
-    Floats<S::kPerLane> sums[kBackwardAtATime] = {};
-    for (int j = 0; j < rank; ++j) {
-      const Four dz = four(four_rows.load((j * kBackwardRows + tile_row) / 4));
-#pragma unroll
-      for (int quarter = 0; quarter < S::kPerLane / 4; ++quarter) {
-        const Four proj = four(slice.load(j * S::kVectors + quarter * kWarp + lane));
-#pragma unroll
-        for (int i = 0; i < kBackwardAtATime; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            sums[i].v[quarter * 4 + e] = fma(dz.v[i], proj.v[e], sums[i].v[quarter * 4 + e]);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBackwardAtATime; ++i) {
-#pragma unroll
-      for (int k = 0; k < S::kUnits; ++k) {
-        const int u = begin / U::kElements + k * kWarp + lane;
-        if (!rows[i] || u >= units) continue;
-        auto value = U::floats(old[i][k]);
-#pragma unroll
-        for (int e = 0; e < U::kElements; ++e) {
-          const float sum = sums[i].v[k * U::kElements + e];
-          value.v[e] = call.accumulate ? value.v[e] + sum : zero[i] ? 0.f : sum;
-        }
-        U::store(rows[i], u, value);
-      }
-    }
-  }
-}
-
-constexpr i64 kEnoughBlocks = 2 * 148;  // two for each SM of a B200
-
 template <DType D, bool Vector, int Ranks>
 void launch_projected_tiles(const ProjectedForward& call, Launch as) {
   using Tile = ForwardTile<D, Vector, Ranks>;
@@ -399,8 +297,6 @@ void launch_projected_tiles(const ProjectedForward& call, Launch as) {
   as.threads = warps * kWarp;
   launch(as, projected_forward<D, Vector, Ranks>, call);
 }
-
-inline bool is_aligned(const float* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
 // Without vectors (odd widths) one variant serves all ranks.
 template <DType D>
@@ -435,49 +331,6 @@ void launch_projected_forward(const Problem* problems, const ForwardOut* outs, i
       launch_projected_tiles<D, true, 8>(call, as);
     } else {
       launch_projected_tiles<D, true, 16>(call, as);
-    }
-  });
-}
-
-template <DType D, bool Vector>
-void launch_projected_slices(const ProjectedBackward& call, int width, Launch as) {
-  using S = Slice<D, Vector>;
-  const int slices = (width + S::kColumns - 1) / S::kColumns;
-  as.blocks = (call.batch.rows + kBackwardRows - 1) / kBackwardRows * slices;
-  as.threads = kBackwardThreads;
-  launch(as, projected_backward<D, Vector>, call, slices);
-}
-
-template <DType D>
-void launch_projected_backward(const Problem* problems, const BackwardIn* ins, int layers,
-                               const Stream& stream) {
-  auto vectors = [&](int layer) {
-    const Problem& p = problems[layer];
-    return takes_vectors(ins[layer].grad, p.student_width) && is_aligned(p.student_proj);
-  };
-  auto same = [&](int a, int b) {
-    return problems[a].rank == problems[b].rank && vectors(a) == vectors(b) &&
-           problems[a].student_width == problems[b].student_width;
-  };
-  for_runs(layers, same, [&](int first, int count) {
-    ProjectedBackward call;
-    call.batch = batch(problems[first]);
-    call.scale = ins[first].scale;
-    call.grad_loss_stride = ins[first].grad_loss_stride;
-    call.accumulate = ins[first].accumulate;
-    call.rank = static_cast<std::int32_t>(problems[first].rank);
-    for (int n = 0; n < count; ++n) {
-      const BackwardIn& in = ins[first + n];
-      const Problem& p = problems[first + n];
-      call.layers[n] = {strided(in.grad), p.student_proj, in.dz, in.grad_loss,
-                        static_cast<std::int32_t>(p.student_width)};
-    }
-    const int width = static_cast<int>(problems[first].student_width);
-    const Launch as{"projected_backward", problems[first], stream, 0, 0, count};
-    if (vectors(first)) {
-      launch_projected_slices<D, true>(call, width, as);
-    } else {
-      launch_projected_slices<D, false>(call, width, as);
     }
   });
 }

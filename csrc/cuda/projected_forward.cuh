@@ -89,10 +89,11 @@ struct ForwardTile {
   using S = Slice<D, Vector>;
   using U = Unit<D, Vector>;
   static constexpr int kRows = 4;
-  static constexpr int kMaxWarps = Ranks == 16 ? 6 : 8;  // two blocks fill an SM's registers
+  static constexpr int kMaxWarps = Ranks == 16 ? 4 : 6;  // two blocks fill an SM's registers
   static constexpr int kMaxThreads = kMaxWarps * kWarp;
   static constexpr int kMaxBlockRows = kMaxWarps * kRows;
   static constexpr int kSums = kRows * Ranks;
+  static constexpr int kAhead = 2;  // slices of H in registers
 
   // Shared memory: two buffers for slices of P and, as its row number Ranks, of the mean; then z of
   // both sides, rows padded to spare bank conflicts; then where the rows of H are.
@@ -186,22 +187,35 @@ struct ForwardTile {
     block_barrier();
     bring(side, rank, 0, 0);
     const int units = side.width / U::kElements;
-    int now = 0;
-    for (int begin = 0; begin < side.width; begin += S::kColumns, now = 1 - now) {
-      typename U::Raw raw[kRows][S::kUnits];
+    const type* row[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) row[i] = rows.load(warp * kRows + i);
+    const auto ask = [&](int begin, typename U::Raw(&raw)[kRows][S::kUnits]) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const type* row = rows.load(warp * kRows + i);
 #pragma unroll
         for (int n = 0; n < S::kUnits; ++n) {
           const int u = begin / U::kElements + n * kWarp + lane;
-          raw[i][n] = row && u < units ? U::load(row, u) : typename U::Raw{};
+          raw[i][n] = row[i] && u < units ? U::load(row[i], u) : typename U::Raw{};
         }
       }
-      wait_for_copies();
-      block_barrier();  // all of this slice is there, and the one before has been used
-      if (begin + S::kColumns < side.width) bring(side, rank, begin + S::kColumns, 1 - now);
-      multiply(raw, side.mean != nullptr, buffer(now), sums);
+    };
+    // While one slice is multiplied, kAhead of the next are on their way.
+    typename U::Raw raw[kAhead][kRows][S::kUnits];
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) ask(n * S::kColumns, raw[n]);
+    int now = 0;
+    for (int first = 0; first < side.width; first += kAhead * S::kColumns) {
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n, now = 1 - now) {
+        const int begin = first + n * S::kColumns;
+        if (begin >= side.width) break;
+        wait_for_copies();
+        block_barrier();  // all of this slice is there, and the one before has been used
+        if (begin + S::kColumns < side.width) bring(side, rank, begin + S::kColumns, 1 - now);
+        multiply(raw[n], side.mean != nullptr, buffer(now), sums);
+        ask(begin + kAhead * S::kColumns, raw[n]);
+      }
     }
     sum_and_deal<kWarp / 2, kSums>(sums);
     const Shared<float> z = Memory::template at<float>(z_begin);

@@ -127,12 +127,13 @@ struct Reduction {
   float* losses = nullptr;  // one a layer, unless `each`
   float* stats = nullptr;   // kBatchStats a layer
   std::int64_t stats_stride = 0;  // from layer to layer, in floats
-  double* partials = nullptr;     // room for partial_sums(rows, layers)
+  double* scratch = nullptr;      // as many as scratch() says, 16-byte aligned
 };
 
-// Doubles that the reduction of so many rows counts and sums its parts in: what is there before does
-// not matter. 0: needs none.
-std::int64_t partial_sums(std::int64_t rows, std::int64_t layers);
+// Doubles that forward works in: what is there before does not matter. 0: it needs none. Widths are
+// those of the widest layers; of the teacher, 0 if it has no projector.
+std::int64_t scratch(std::int64_t rows, std::int64_t layers, std::int64_t rank,
+                     std::int64_t student_width, std::int64_t teacher_width, DType dtype);
 
 // ForwardOut::grad_scale is not used: the reduction's scale is formed on the device.
 void forward(const Problem* problems, const ForwardOut* outs, int layers,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from oprd_kernels import backends
 from oprd_kernels.layout import new_outputs, num_rows, saved_size
-from oprd_kernels.packing import address, pack_layer, pack_shared
+from oprd_kernels.packing import DTYPE_CODES, address, pack_layer, pack_shared
 
 if TYPE_CHECKING:
     from oprd_kernels.validate import Inputs
@@ -130,10 +130,16 @@ def _launch(
         getattr(backends.native(), name)(*arguments, device.index, stream)
 
 
-def _partials(like: Tensor, m: int, layers: int) -> Tensor | None:
-    """Where a reduction over many rows puts its parts' sums."""
+def _scratch(like: Tensor, m: int, columns: Sequence[tuple]) -> Tensor | None:
+    """Where a reduction over many rows puts its parts' sums, and projectors their terms."""
     module: Any = emulation() if like.is_cpu else backends.native()
-    size = module.cuda_partial_sums(m, layers)
+    student, _, proj, *_ = columns[0]
+    rank = 0 if proj is None else proj.shape[0]
+    widths = [max(x[i].shape[-1] for x in columns) for i in (0, 1)]
+    if columns[0][3] is None:
+        widths[1] = 0
+    code = DTYPE_CODES[student.dtype]
+    size = module.cuda_scratch(m, len(columns), rank, *widths, code)
     return like.new_empty(size, dtype=torch.float64) if size else None
 
 
@@ -173,10 +179,11 @@ def _forward(
     layers, columns, m, loss, saved, saved_per_layer, rows, teacher_rows, weights, denominator,
     kind, reduction, grad=None,
 ) -> None:  # fmt: skip
-    partials = _partials(saved, m, len(layers))
+    scratch = _scratch(saved, m, columns)
 
     def memory() -> list[Memory]:
-        found: list[Memory] = [("rows", "w", x) for x in (saved, loss, partials)]
+        bits = None if scratch is None else scratch.view(torch.int16)
+        found: list[Memory] = [("rows", "w", x) for x in (saved, loss, bits)]
         found += [("rows", "r", x) for x in (rows, teacher_rows, weights, denominator)]
         for student, teacher, *projectors in columns:
             found.append(("activations", "r", student))
@@ -195,7 +202,7 @@ def _forward(
         loss.data_ptr(),
         saved.data_ptr(),
         saved_per_layer,
-        address(partials),
+        address(scratch),
     )
     _launch("cuda_forward", arguments, saved.device, memory)
 

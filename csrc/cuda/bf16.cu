@@ -4,6 +4,7 @@ namespace oprd {
 namespace cuda {
 
 template void forward_rows<DType::kBFloat16>(const Problem*, const ForwardOut*, int, const Scale&, double*,
+                                      const Room&,
                                       const Stream&);
 template void backward_rows<DType::kBFloat16>(const Problem*, const BackwardIn*, int, const Stream&);
 

@@ -14,10 +14,10 @@ namespace {
 
 cuda::Stream as_stream(int device, Address handle) { return {device, pointer<void>(handle)}; }
 
-// As _native's forward; partials: room for cuda_partial_sums(M, layers) doubles.
+// As _native's forward; scratch: room for cuda_scratch(..) doubles.
 void forward(const std::vector<Layer>& layers, const Shared& shared, Address denominator,
              bool mean, bool each, Address loss, Address saved, std::int64_t saved_per_layer,
-             Address partials, int device, Address stream) {
+             Address scratch, int device, Address stream) {
   std::vector<Problem> problems;
   std::vector<ForwardOut> outs;
   for (const Layer& layer : layers) {
@@ -32,7 +32,7 @@ void forward(const std::vector<Layer>& layers, const Shared& shared, Address den
   reduction.losses = pointer<float>(loss);
   reduction.stats = pointer<float>(saved);
   reduction.stats_stride = saved_per_layer;
-  reduction.partials = pointer<double>(partials);
+  reduction.scratch = pointer<double>(scratch);
   cuda::forward(problems.data(), outs.data(), static_cast<int>(layers.size()), reduction,
                 as_stream(device, stream));
 }
@@ -65,7 +65,11 @@ void bind_cuda(py::module_& m) {
   using released = py::call_guard<py::gil_scoped_release>;
   m.attr("cuda_max_rank") = cuda::kMaxRank;
   m.def("cuda_facts", &facts);
-  m.def("cuda_partial_sums", &cuda::partial_sums, py::arg("rows"), py::arg("layers") = 1);
+  m.def("cuda_scratch", [](std::int64_t rows, std::int64_t layers, std::int64_t rank,
+                           std::int64_t student_width, std::int64_t teacher_width, int dtype) {
+    return cuda::scratch(rows, layers, rank, student_width, teacher_width,
+                         static_cast<DType>(dtype));
+  });
   m.def("cuda_forward", &forward, released());
   m.def("cuda_backward", &backward, released());
 }

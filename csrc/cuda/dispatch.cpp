@@ -67,12 +67,21 @@ void forward(const Problem* problems, const ForwardOut* outs, int layers,
   }
   for (int layer = 0; layer < layers; ++layer) check(problems[layer], outs[layer].grad);
   double* const counters = tickets(reduction, rows);
+  Room terms{reduction.scratch ? reduction.scratch + partial_sums(rows, layers) : nullptr, 0};
+  i64 student_width = 0, teacher_width = 0;
+  for (int layer = 0; layer < layers; ++layer) {
+    const Problem& p = problems[layer];
+    student_width = std::max(student_width, p.student_width);
+    if (p.teacher_proj) teacher_width = std::max(teacher_width, p.teacher_width);
+  }
+  terms.size = terms_size(problems->rank, student_width, teacher_width);
   auto same = [&](int a, int b) { return problems[a].student.dtype == problems[b].student.dtype; };
   if (rows > 0) {
     for_runs(layers, same, [&](int first, int count) {
       const auto run = [&](auto forward_rows) {
         forward_rows(problems + first, outs + first, count, scale,
-                     counters ? counters + first : nullptr, stream);
+                     counters ? counters + first : nullptr,
+                     {terms.at + first * terms.size, terms.size}, stream);
       };
       switch (problems[first].student.dtype) {
         case DType::kFloat32: return run(forward_rows<DType::kFloat32>);

@@ -47,7 +47,7 @@ inline Batch batch(const Problem& p) {
 // What a kernel is given, by value: layer blockIdx.y is one of them. kMaxLayers of any kind stay
 // within the 4 KB of parameters that every CUDA and every GPU takes. Nothing here has initial
 // values: the host would write 4 KB for a call of one layer.
-constexpr int kMaxLayers = 32;
+constexpr int kMaxLayers = 30;
 
 struct IdentityForwardLayer {
   Strided student, teacher, grad;
@@ -79,6 +79,7 @@ struct ProjectedForwardLayer {
   Strided student, teacher;
   const float *student_proj, *teacher_proj, *teacher_mean;
   float *row_loss, *row_stats, *dz;
+  double* terms;
   std::int32_t student_width, teacher_width;
 };
 struct ProjectedForward {
@@ -86,6 +87,16 @@ struct ProjectedForward {
   double* tickets;
   std::int32_t rank;
   ProjectedForwardLayer layers[kMaxLayers];
+};
+
+struct PrepareLayer {
+  const float *student_proj, *teacher_proj, *teacher_mean;
+  double* terms;
+  std::int32_t student_width, teacher_width;
+};
+struct PrepareTerms {
+  std::int32_t rank;
+  PrepareLayer layers[kMaxLayers];
 };
 
 struct ProjectedBackwardLayer {
@@ -119,8 +130,26 @@ struct Reduce {
 
 static_assert(sizeof(IdentityForward) <= 4096 && sizeof(IdentityBackward) <= 4096 &&
                   sizeof(ProjectedForward) <= 4096 && sizeof(ProjectedBackward) <= 4096 &&
-                  sizeof(Reduce) <= 4096,
+                  sizeof(Reduce) <= 4096 && sizeof(PrepareTerms) <= 4096,
               "parameters of a launch");
+
+// P for tensor cores is two terms of the states' type, the rounded value and what rounding took, for
+// 8 or 16 ranks and whole pairs of kTermColumns columns.
+constexpr int kTerms = 2, kTermColumns = 32;
+constexpr i64 padded_ranks(i64 rank) { return rank <= 8 ? 8 : 16; }
+constexpr i64 padded_columns(i64 width) {
+  return (width + 2 * kTermColumns - 1) / (2 * kTermColumns) * (2 * kTermColumns);
+}
+// Doubles that a layer's projectors take so.
+constexpr i64 terms_size(i64 rank, i64 student_width, i64 teacher_width) {
+  const i64 columns = padded_columns(student_width) + padded_columns(teacher_width);
+  return 2 * padded_ranks(rank) + columns * padded_ranks(rank) * kTerms / 4;
+}
+// Where these are for the first of some layers, and so many doubles on for each next one.
+struct Room {
+  double* at;
+  i64 size;
+};
 
 // A launch, for the launcher and for the message if it fails.
 struct Launch {
@@ -150,10 +179,11 @@ void for_runs(int layers, Same same, Run run) {
   }
 }
 
-// Layers that have one storage type. tickets: one a layer, or null.
+// Layers that have one storage type. tickets: one a layer, or null. terms: for the projectors of
+// these layers.
 template <DType>
 void forward_rows(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
-                  double* tickets, const Stream& stream);
+                  double* tickets, const Room& terms, const Stream& stream);
 template <DType>
 void backward_rows(const Problem* problems, const BackwardIn* ins, int layers,
                    const Stream& stream);
@@ -166,6 +196,8 @@ void reduce(const Problem* problems, const ForwardOut* outs, int layers, const S
             const Stream& stream);
 // Where the tickets of a call are: at the start of its scratch; null if its reductions need none.
 double* tickets(const Reduction& reduction, i64 rows);
+// Doubles that the reductions of a call take of its scratch, before what projectors take.
+i64 partial_sums(i64 rows, i64 layers);
 
 // Makes a device current, and on destruction the one that was.
 class DeviceGuard {

@@ -1,5 +1,5 @@
-// Rows compared after projection to r <= 16 dimensions, on FMA: at that rank tensor cores would
-// mostly multiply padding. H is read once, from global memory to registers; P is read once a block
+// Rows compared after projection to r <= 16 dimensions, on FMA: float32 states, and rows that cannot
+// be read in vectors; tensor_forward.cuh has the others. H is read once, from global memory to registers; P is read once a block
 // of rows, from L2 to shared memory, slice of columns by slice.
 //
 // A warp has kRows rows; a lane sums its columns of all r products of these in registers, then the
@@ -8,6 +8,7 @@
 
 #include "pair.cuh"
 #include "projected_backward.cuh"
+#include "tensor_forward.cuh"
 
 namespace oprd {
 namespace cuda {
@@ -243,17 +244,6 @@ struct ForwardTile {
   }
 };
 
-// z_S and z_T of a row in shared memory, for one thread.
-struct ProjectedPair {
-  Shared<float> s, t;
-  int begin, rank;
-
-  template <class F>
-  __device__ void each(F f) const {
-    for (int k = 0; k < rank; ++k) f(0, s.load(begin + k), t.load(begin + k));
-  }
-};
-
 template <DType D, bool Vector, int Ranks>
 __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
     projected_forward(const __grid_constant__ Parameter<ProjectedForward> call) {
@@ -288,7 +278,7 @@ __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
     return;
   }
   const int begin = thread * Tile::kZStride;
-  ProjectedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
+  SharedPair pair{Tile::Memory::template at<float>(Tile::kZBegin),
                            Tile::Memory::template at<float>(kTeacherZ), begin, rank};
   const float inv_rank = 1.f / static_cast<float>(rank);
   const PairStats stats = pair_stats(pair, ThreadGroup{}, batch.kind, inv_rank);
@@ -315,7 +305,7 @@ void launch_projected_tiles(const ProjectedForward& call, Launch as) {
 // Without vectors (odd widths) one variant serves all ranks.
 template <DType D>
 void launch_projected_forward(const Problem* problems, const ForwardOut* outs, int layers,
-                              double* tickets, const Stream& stream) {
+                              double* tickets, const Room& terms, const Stream& stream) {
   auto vectors = [&](int layer) {
     const Problem& p = problems[layer];
     return takes_vectors(p.student, p.student_width) && is_aligned(p.student_proj) &&
@@ -335,16 +325,23 @@ void launch_projected_forward(const Problem* problems, const ForwardOut* outs, i
       const ForwardOut& out = outs[first + n];
       call.layers[n] = {strided(p.student), strided(p.teacher), p.student_proj, p.teacher_proj,
                         p.teacher_mean, out.row_loss, out.row_stats, out.dz,
+                        terms.at + (first + n) * terms.size,
                         static_cast<std::int32_t>(p.student_width),
                         static_cast<std::int32_t>(p.teacher_width)};
     }
     const Launch as{"projected_forward", problems[first], stream, 0, 0, count};
     if (!vectors(first)) {
       launch_projected_tiles<D, false, 16>(call, as);
+    } else if constexpr (D == DType::kFloat32) {
+      if (call.rank <= 8) {
+        launch_projected_tiles<D, true, 8>(call, as);
+      } else {
+        launch_projected_tiles<D, true, 16>(call, as);
+      }
     } else if (call.rank <= 8) {
-      launch_projected_tiles<D, true, 8>(call, as);
+      launch_tensor_forward<D, 8>(call, as);
     } else {
-      launch_projected_tiles<D, true, 16>(call, as);
+      launch_tensor_forward<D, 16>(call, as);
     }
   });
 }

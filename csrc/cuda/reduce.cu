@@ -128,13 +128,20 @@ __global__ void __launch_bounds__(kWeightThreads)
 }  // namespace
 
 // A ticket a layer; then the parts' sums.
-std::int64_t partial_sums(std::int64_t rows, std::int64_t layers) {
+i64 partial_sums(i64 rows, i64 layers) {
   const i64 count = parts(rows);
-  return count == 1 ? 0 : layers * (1 + count * kSums);
+  return count == 1 ? 0 : (layers * (1 + count * kSums) + 1) / 2 * 2;  // 16 bytes for what follows
+}
+
+std::int64_t scratch(std::int64_t rows, std::int64_t layers, std::int64_t rank,
+                     std::int64_t student_width, std::int64_t teacher_width, DType dtype) {
+  const bool terms = rank > 0 && dtype != DType::kFloat32;
+  return partial_sums(rows, layers) +
+         (terms ? layers * terms_size(rank, student_width, teacher_width) : 0);
 }
 
 double* tickets(const Reduction& reduction, i64 rows) {
-  return parts(rows) == 1 ? nullptr : reduction.partials;
+  return parts(rows) == 1 ? nullptr : reduction.scratch;
 }
 
 void scale_by_weights(const Problem& problem, float* scale, i64 stride, int layers,
@@ -154,8 +161,8 @@ void reduce(const Problem* problems, const ForwardOut* outs, int layers, const S
     call.scale_of_weights = scale_of_weights;
     call.scale_in_stats = scale_in_stats;
     call.rows_per_block = (rows + blocks - 1) / blocks;
-    call.tickets = reduction.partials + first;
-    call.partials = reduction.partials + layers + first * blocks * kSums;
+    call.tickets = reduction.scratch + first;
+    call.partials = reduction.scratch + layers + first * blocks * kSums;
     for (int n = 0; n < count; ++n) {
       const ForwardOut& out = outs[first + n];
       call.layers[n] = {out.row_loss, out.row_stats,

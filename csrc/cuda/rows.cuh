@@ -10,9 +10,9 @@ namespace cuda {
 
 template <DType D>
 void forward_rows(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
-                  double* tickets, const Stream& stream) {
+                  double* tickets, const Room& terms, const Stream& stream) {
   if (problems->rank > 0) {
-    launch_projected_forward<D>(problems, outs, layers, tickets, stream);
+    launch_projected_forward<D>(problems, outs, layers, tickets, terms, stream);
   } else {
     launch_identity_forward<D>(problems, outs, layers, scale, tickets, stream);
   }

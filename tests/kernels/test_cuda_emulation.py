@@ -294,7 +294,7 @@ def test_many_rows_are_projected_in_large_blocks(emulated, traffic, rank):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_many_rows_are_reduced_in_parts(reduction, weighted):
     m = 9001
-    assert cuda.emulation().cuda_partial_sums(m) > 0
+    assert cuda.emulation().cuda_scratch(m, 1, 0, 4, 0, 0) > 0
     torch.manual_seed(0)
     weights = torch.rand(m) if weighted else None
     case = Case(torch.randn(m, 4), torch.randn(m, 4), weights=weights, reduction=reduction)

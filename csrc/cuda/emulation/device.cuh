@@ -126,6 +126,39 @@ T shuffle_xor(const T& value, int mask, const char* file = __builtin_FILE(),
 // oprd::fma is the one of csrc/cpu/simd.h, which may round twice.
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
+struct TensorRows {
+  std::uint32_t v[4];
+};
+struct TensorColumns {
+  std::uint32_t v[2];
+};
+// Products of 16-bit elements are exact in float32; added in the order of the columns, each addition
+// rounded, where the hardware aligns several and cuts.
+template <DType D>
+void tensor_product(float (&c)[4], const TensorRows& a, const TensorColumns& b,
+                    const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  struct Given {
+    TensorRows a;
+    TensorColumns b;
+  };
+  const Given own{a, b};
+  Given all[kWarp];
+  emulation::warp_gather({file, line}, &own, all, sizeof own);
+  auto element = [](std::uint32_t word, int k) {
+    const auto half = static_cast<std::uint16_t>(k % 2 ? word >> 16 : word);
+    return D == DType::kBFloat16 ? float_of(std::uint32_t{half} << 16) : float_of_half(half);
+  };
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      const int from = k % 8 / 2;  // which lane of four has column k
+      const float x = element(all[4 * g + from].a.v[2 * (k / 8) + i / 2], k);
+      const float y = element(all[4 * (2 * t + i % 2) + from].b.v[k / 8], k);
+      c[i] += x * y;
+    }
+  }
+}
+
 inline float rsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
 
 inline std::uint32_t bf16_pair(float low, float high) {

@@ -106,15 +106,27 @@ class Machine {
   }
 
   void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes) {
+    give(site, value, bytes);
+    take(running_ ^ mask, result, bytes);
+  }
+
+  void warp_gather(Site site, const void* value, void* all, std::size_t bytes) {
+    give(site, value, bytes);
+    const int first = running_ / kWarp * kWarp;
+    for (int i = 0; i < kWarp; ++i) take(first + i, static_cast<char*>(all) + i * bytes, bytes);
+  }
+
+  void give(Site site, const void* value, std::size_t bytes) {
     Thread& own = threads_[running_];
     own.given[0].swap(own.given[1]);
     own.given[0].assign(static_cast<const char*>(value), static_cast<const char*>(value) + bytes);
-    const int me = running_;
-    shuffles_[me] += 1;
+    shuffles_[running_] += 1;
     wait(Waits::kWarp, site);
-    const int partner = me ^ mask;
+  }
+
+  void take(int partner, void* result, std::size_t bytes) {
     // The partner may have given to the next shuffle already.
-    const int ahead = static_cast<int>(shuffles_[partner] - shuffles_[me]);
+    const int ahead = static_cast<int>(shuffles_[partner] - shuffles_[running_]);
     std::memcpy(result, threads_[partner].given[ahead].data(), bytes);
   }
 
@@ -279,6 +291,9 @@ void block_barrier(Site site) { machine().block_barrier(site); }
 void warp_barrier(Site site) { machine().warp_barrier(site); }
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes) {
   machine().shuffle_xor(site, mask, value, result, bytes);
+}
+void warp_gather(Site site, const void* value, void* all, std::size_t bytes) {
+  machine().warp_gather(site, value, all, bytes);
 }
 void global_access(const void* p, std::size_t bytes, bool write) {
   memory().global_access(reinterpret_cast<std::uintptr_t>(p), bytes, write);

@@ -48,6 +48,9 @@ void block_barrier(Site site);
 void warp_barrier(Site site);
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes);
 
+// What every lane of the warp gives, in their order.
+void warp_gather(Site site, const void* value, void* all, std::size_t bytes);
+
 // Runs a launch of blocks x layers blocks to its end, or to the first Fault of a thread.
 void run(std::int64_t blocks, int layers, int threads, const std::function<void()>& thread);
 

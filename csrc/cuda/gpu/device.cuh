@@ -140,6 +140,33 @@ __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_
 
 __device__ __forceinline__ float rsqrt_rn(float x) { return __frsqrt_rn(x); }
 
+// What a warp's lanes give to a product of 16 x 16 by 16 x 8 elements, summed in float32 into c, whose
+// lane 4 g + t has rows g and g + 8 and columns 2 t and 2 t + 1.
+struct TensorRows {
+  std::uint32_t v[4];
+};
+struct TensorColumns {
+  std::uint32_t v[2];
+};
+template <DType D>
+__device__ __forceinline__ void tensor_product(float (&c)[4], const TensorRows& a,
+                                               const TensorColumns& b) {
+  static_assert(D != DType::kFloat32, "16-bit elements");
+  if constexpr (D == DType::kBFloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+  }
+}
+
 __device__ __forceinline__ std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(std::uint32_t u) { return __uint_as_float(u); }
 __device__ __forceinline__ float float_of_half(std::uint16_t h) {

@@ -258,14 +258,20 @@ def test_denominator_zero_leaves_statistics(inplace):
 def test_projection_in_vectors_matches_the_oracle(dtype, rank, widths):
     torch.manual_seed(0)
     d_s, d_t = widths
+    weights = (torch.arange(70) % 3).float()
+    student, teacher = torch.randn(70, d_s).to(dtype), torch.randn(80, d_t).to(dtype)
+    teacher_rows = torch.randint(0, 79, (70,))
+    student[weights == 0] = torch.nan  # neighbours in the products of tensor cores
+    teacher[79] = torch.inf
+    teacher_rows[weights == 0] = 79
     case = Case(
-        torch.randn(70, d_s).to(dtype),
-        torch.randn(80, d_t).to(dtype),
+        student,
+        teacher,
         torch.randn(rank, d_s) / d_s**0.5,
         torch.randn(rank, d_t) / d_t**0.5,
         torch.randn(d_t),
-        teacher_rows=torch.randint(0, 80, (70,)),
-        weights=(torch.arange(70) % 3).float(),
+        teacher_rows=teacher_rows,
+        weights=weights,
     )
     assert_no_worse_than_torch(case, "cuda")
     assert_no_worse_than_torch(case, "cuda", through_tap=True)

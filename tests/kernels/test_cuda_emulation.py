@@ -185,6 +185,23 @@ def test_masked_rows_are_not_read(traffic, rank):
     assert loaded == 2 * (M // 2) * 96 * 4
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_masked_rows_take_no_upstream_gradient(emulated, rank, accumulate):
+    student, teacher = tensors(96, torch.bfloat16)
+    weights = (torch.arange(M) % 2).float()
+    proj = torch.randn(rank, 96) if rank else None
+    options = (proj, proj, None, None, None, weights, None, "nmse", "none")
+    _, saved = cuda.forward(student, teacher, *options)
+    upstream = torch.where(weights == 0, torch.nan, 1.0)
+    grad = torch.ones_like(student)
+    wide = (None, None) if rank else (student, teacher)
+    shared = (proj, saved, None, None, weights, "nmse")
+    cuda.backward_(grad, accumulate, upstream, *wide, *shared)
+    assert grad.isfinite().all()
+    assert (grad[weights == 0] == accumulate).all()
+
+
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("d", [64, 1536])
 def test_any_schedule_gives_the_same_bits(emulated, d, rank):

@@ -135,6 +135,7 @@ struct TensorTile {
                                  int width, int side) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int g = lane / 4, t = lane % 4;
+    const uint4* mine = reinterpret_cast<const uint4*>(terms) + lane;
     const type* row[kTiles][2];
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -158,8 +159,8 @@ struct TensorTile {
         for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
           for (int n = 0; n < kRankTiles; ++n) {
-            const int at = (block * kTerms + term) * Ranks + 8 * n + g;
-            const uint4 p = load(reinterpret_cast<const uint4*>(terms + i64{at} * kTermColumns) + t);
+            constexpr int kVectors = Ranks * kTermColumns / 8;  // of a term
+            const uint4 p = load(mine + i64{block} * (kTerms * kVectors) + (term * kVectors + 32 * n));
             f.p[half][term][n] = {{p.x, p.y, p.z, p.w}};
           }
         }

@@ -34,7 +34,7 @@ def find_nvcc() -> str:
 
 def is_vectorised(code: Code) -> bool:
     """Whether this is a variant for rows that can be read in vectors of 16 bytes."""
-    return re.search(r"\btrue\b|Lb1E", code.kernel) is not None
+    return re.search(r"\btrue\b|Lb1E|tensor_forward", code.kernel) is not None
 
 
 def codes(

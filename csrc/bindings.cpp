@@ -41,7 +41,8 @@ void forward_slice(PyObject* const (&x)[6]) {
   const Saved parts = saved_parts(data<float>(x[2]), integer(x[4]), !each);
   ForwardOut out;
   out.row_loss = (each ? data<float>(x[1]) : parts.row_loss) + first;
-  out.row_stats = parts.row_stats + kRowStats * first;
+  out.row_stats = parts.row_stats + first;
+  out.stats_rows = integer(x[4]);
   out.dz = parts.dz + slice.rank * first;
   const py::gil_scoped_release released;
   cpu::forward(&slice, &out, 1);

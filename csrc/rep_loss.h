@@ -16,7 +16,8 @@ enum class Kind : std::int32_t { kMse = 0, kNmse = 1, kCosine = 2 };
 
 constexpr double kEps = 1e-12;
 
-// A row statistic per row of the batch, in this order; the backward pass needs no more than these.
+// Statistics of the rows, in this order, each an array of its own, so that neighbouring rows are
+// neighbours in memory; the backward pass needs no more than these.
 constexpr int kRowStats = 3;
 enum RowStat { kInvStudentNorm = 0, kInvTeacherNorm = 1, kOneMinusCos = 2 };
 
@@ -56,7 +57,8 @@ struct Problem {
 
 struct ForwardOut {
   float* row_loss = nullptr;   // (M)
-  float* row_stats = nullptr;  // (M, kRowStats)
+  float* row_stats = nullptr;  // (kRowStats, M)
+  std::int64_t stats_rows = 0;  // rows from one statistic to the next, if not M: a slice of a batch
   float* dz = nullptr;         // (M, r): d row_loss / d z_S; only if rank > 0
   // If grad.data is set (rank == 0), row i of it receives grad_scale * weight_i * d row_loss_i /
   // d student_i; it may be the teacher's own memory.
@@ -66,7 +68,7 @@ struct ForwardOut {
 
 // The gradient of sum_i g_i * scale * weight_i * row_loss_i with respect to the student's rows.
 struct BackwardIn {
-  const float* row_stats = nullptr;  // from forward
+  const float* row_stats = nullptr;  // from forward: (kRowStats, M)
   const float* dz = nullptr;         // from forward, if rank > 0
   const float* grad_loss = nullptr;  // g: (M), or one value if grad_loss_stride is 0
   std::int64_t grad_loss_stride = 0;
@@ -125,11 +127,13 @@ struct Reduction {
   float* losses = nullptr;  // one a layer, unless `each`
   float* stats = nullptr;   // kBatchStats a layer
   std::int64_t stats_stride = 0;  // from layer to layer, in floats
-  double* partials = nullptr;     // room for partial_sums(rows)
+  double* scratch = nullptr;      // as many as scratch() says, 16-byte aligned
 };
 
-// Doubles that the reduction of so many rows puts its partial sums in.
-std::int64_t partial_sums(std::int64_t rows);
+// Doubles that forward works in: what is there before does not matter. 0: it needs none. Widths are
+// those of the widest layers; of the teacher, 0 if it has no projector.
+std::int64_t scratch(std::int64_t rows, std::int64_t layers, std::int64_t rank,
+                     std::int64_t student_width, std::int64_t teacher_width, DType dtype);
 
 // ForwardOut::grad_scale is not used: the reduction's scale is formed on the device.
 void forward(const Problem* problems, const ForwardOut* outs, int layers,

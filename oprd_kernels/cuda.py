@@ -18,6 +18,8 @@ from oprd_kernels import native
 from oprd_kernels.call import GradCall, LossCall
 from oprd_kernels.layout import RowsLayout, new_layers, new_outputs
 
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""As csrc/rep_loss.h has them."""
 MAX_RANK = 16
 """Larger products are for tensor cores, which the Triton kernels use."""
 
@@ -26,7 +28,7 @@ class Machine(NamedTuple):
     """What the kernels run on. Tests put an emulation in a GPU's place (`CudaBackend.machine`)."""
 
     device_type: str
-    kernels: Any  # cuda_forward, cuda_backward and cuda_partial_sums of the native module
+    kernels: Any  # cuda_forward, cuda_backward and cuda_scratch of the native module
     current_stream: Callable[[int], int]  # of a device index, as an address
 
 
@@ -131,11 +133,11 @@ class CudaBackend(RowsLayout):
         self, calls: Sequence[LossCall], grad: Tensor | None, loss: Tensor, saved: Tensor
     ) -> None:
         machine = self.machine or gpu()
-        size = machine.kernels.cuda_partial_sums(calls[0].num_rows)
-        partials = saved.new_empty(size, dtype=torch.float64) if size else None
+        size = _scratch_size(machine.kernels.cuda_scratch, calls)
+        scratch = saved.new_empty(size, dtype=torch.float64) if size else None
         index = saved.get_device()
         stream = machine.current_stream(index)
-        machine.kernels.cuda_forward(calls, grad, loss, saved, partials, index, stream)
+        machine.kernels.cuda_forward(calls, grad, loss, saved, scratch, index, stream)
 
     def _backward(
         self,
@@ -148,6 +150,19 @@ class CudaBackend(RowsLayout):
         index = grads[0].get_device()
         stream = machine.current_stream(index)
         machine.kernels.cuda_backward(calls, grads, accumulate, grad_losses, index, stream)
+
+
+def _scratch_size(cuda_scratch: Any, calls: Sequence[LossCall]) -> int:
+    """Doubles that forward works in: the sums of parts of the rows, and projectors' terms."""
+    first = calls[0]
+    student, rank = first.student, first.rank
+    if not rank:
+        return cuda_scratch(first.num_rows, len(calls), 0, 0, 0, DTYPE_CODES[student.dtype])
+    widths = [max([x.shape[-1] for x in column]) for column in list(zip(*calls, strict=True))[:2]]
+    if first.teacher_proj is None:
+        widths[1] = 0
+    code = DTYPE_CODES[student.dtype]
+    return cuda_scratch(first.num_rows, len(calls), rank, *widths, code)
 
 
 BACKEND = CudaBackend()

@@ -2,7 +2,7 @@
 
 It begins with the batch statistics (STATS). The rest is its backend's own; the native backends have
 
-row statistics (M, 3) | row losses (M), unless they are the result themselves | dz (M, r), if there
+row statistics (3, M) | row losses (M), unless they are the result themselves | dz (M, r), if there
 is a projection.
 
 Row statistics: 1 / |s| (0 for a row that gets no gradient), 1 / |t|, 1 - cos.

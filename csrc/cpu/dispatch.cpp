@@ -152,12 +152,12 @@ void reduce(const Problem& problem, const ForwardOut& out, float scale, float* l
     const float weight = problem.weights ? problem.weights[i] : 1.f;
     if (!loss) out.row_loss[i] *= weight;
     if (weight == 0.f) continue;
-    const float* row = out.row_stats + i * kRowStats;
+    auto stat = [&](std::int64_t which) { return out.row_stats[which * problem.rows + i]; };
     ++count;
     sum += static_cast<double>(weight) * out.row_loss[i];
-    cos += 1.0 - row[kOneMinusCos];
-    student_norm += row[kInvStudentNorm] == 0.f ? 0.0 : 1.0 / row[kInvStudentNorm];
-    teacher_norm += 1.0 / row[kInvTeacherNorm];
+    cos += 1.0 - stat(kOneMinusCos);
+    student_norm += stat(kInvStudentNorm) == 0.f ? 0.0 : 1.0 / stat(kInvStudentNorm);
+    teacher_norm += 1.0 / stat(kInvTeacherNorm);
   }
   const double per_row = count ? 1.0 / static_cast<double>(count) : 0.0;
   // A denominator of 0 stands for "nothing to learn from": exactly 0, whatever the rows hold.

@@ -13,17 +13,17 @@ float weight(const Problem& p, i64 i) { return p.weights ? p.weights[i] : 1.f; }
 
 i64 padded(i64 floats) { return (floats + 15) / 16 * 16; }
 
-void put_stats(const ForwardOut& out, i64 i, const PairStats& stats) {
+void put_stats(const Problem& p, const ForwardOut& out, i64 i, const PairStats& stats) {
+  const i64 rows = out.stats_rows ? out.stats_rows : p.rows;
   out.row_loss[i] = stats.loss;
-  float* row = out.row_stats + i * kRowStats;
-  row[kInvStudentNorm] = stats.inv_s;
-  row[kInvTeacherNorm] = stats.inv_t;
-  row[kOneMinusCos] = stats.one_minus_cos;
+  out.row_stats[kInvStudentNorm * rows + i] = stats.inv_s;
+  out.row_stats[kInvTeacherNorm * rows + i] = stats.inv_t;
+  out.row_stats[kOneMinusCos * rows + i] = stats.one_minus_cos;
 }
 
-PairStats get_stats(const BackwardIn& in, i64 i) {
-  const float* row = in.row_stats + i * kRowStats;
-  return {0.f, row[kInvStudentNorm], row[kInvTeacherNorm], row[kOneMinusCos]};
+PairStats get_stats(const Problem& p, const BackwardIn& in, i64 i) {
+  auto stat = [&](i64 which) { return in.row_stats[which * p.rows + i]; };
+  return {0.f, stat(kInvStudentNorm), stat(kInvTeacherNorm), stat(kOneMinusCos)};
 }
 
 // Rows that get gradient 0 whatever they hold: masked ones, and all of them where the denominator
@@ -116,13 +116,13 @@ void identity_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 en
   with_pairs(p, scratch, [&](auto get) {
     for (i64 i = begin; i < end; ++i) {
       if (weight(p, i) == 0.f) {
-        put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
+        put_stats(p, out, i, PairStats{0.f, 0.f, 0.f, 0.f});
         if (out.grad.data) put_zeros(out.grad, i, width);
         continue;
       }
       const auto pair = get(i, i + 1 < end ? i + 1 : i);
       const PairStats stats = pair_stats(pair, width, p.kind);
-      put_stats(out, i, stats);
+      put_stats(p, out, i, stats);
       if (out.grad.data) {
         const PairGradient gradient(width, stats, p.kind, out.grad_scale * weight(p, i));
         put_gradient(out.grad, i, width, false, pair, gradient);
@@ -142,7 +142,7 @@ void identity_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 en
         continue;
       }
       const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
-      const PairGradient gradient(width, get_stats(in, i), p.kind, coefficient);
+      const PairGradient gradient(width, get_stats(p, in, i), p.kind, coefficient);
       put_gradient(in.grad, n, width, in.accumulate, get(i, i), gradient);
     }
   });
@@ -258,7 +258,7 @@ void projected_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 e
                      p.rank, teacher_scratch);
   auto masked = [&](i64 i) {
     if (weight(p, i) != 0.f) return false;
-    put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
+    put_stats(p, out, i, PairStats{0.f, 0.f, 0.f, 0.f});
     std::memset(out.dz + i * p.rank, 0, p.rank * sizeof(float));
     return true;
   };
@@ -271,7 +271,7 @@ void projected_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 e
       const char* here = reinterpret_cast<const char*>(s);
       const Source<Float> pair{s, t, here, here};
       const PairStats stats = pair_stats(pair, p.rank, p.kind);
-      put_stats(out, tile.rows[i], stats);
+      put_stats(p, out, tile.rows[i], stats);
       const Rows dz{out.dz + tile.rows[i] * p.rank, DType::kFloat32, 1, 0, 0, 1};
       put_gradient(dz, 0, p.rank, false, pair, PairGradient(p.rank, stats, p.kind, 1.f));
     }

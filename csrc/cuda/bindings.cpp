@@ -14,8 +14,8 @@ cuda::Stream as_stream(PyObject* device, PyObject* handle) {
   return {static_cast<int>(integer(device)), stream};
 }
 
-// cuda_forward(calls, grad, loss, saved, partials, device, stream): as _native's forward;
-// partials: room for cuda_partial_sums(M) doubles, or None.
+// cuda_forward(calls, grad, loss, saved, scratch, device, stream): as _native's forward;
+// scratch: cuda_scratch(..) doubles, or None.
 void forward(PyObject* const (&x)[7]) {
   const Forward f(x[0], x[1], x[2], x[3], 1);
   cuda::Reduction reduction;
@@ -25,7 +25,7 @@ void forward(PyObject* const (&x)[7]) {
   reduction.losses = f.losses;
   reduction.stats = f.saved;
   reduction.stats_stride = f.saved_stride;
-  reduction.partials = data<double>(x[4]);
+  reduction.scratch = data<double>(x[4]);
   const cuda::Stream stream = as_stream(x[5], x[6]);
   const py::gil_scoped_release released;
   cuda::forward(f.problems.data(), f.outs.data(), f.layers(), reduction, stream);
@@ -54,7 +54,11 @@ py::tuple facts() {
 void bind_cuda(py::module_& m) {
   m.attr("cuda_max_rank") = cuda::kMaxRank;
   m.def("cuda_facts", &facts);
-  m.def("cuda_partial_sums", &cuda::partial_sums);
+  m.def("cuda_scratch", [](std::int64_t rows, std::int64_t layers, std::int64_t rank,
+                           std::int64_t student_width, std::int64_t teacher_width, int dtype) {
+    return cuda::scratch(rows, layers, rank, student_width, teacher_width,
+                         static_cast<DType>(dtype));
+  });
   add_methods(m, methods);
 }
 

@@ -1,6 +1,7 @@
-// From the contract to launches: brings rows to the form the kernels take, picks the storage type,
-// and strings the launches of several layers together on the caller's stream.
+// From the contract to launches on the caller's stream: checks, finds where the reduction's factor
+// comes from, and hands over the layers of one storage type together.
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -16,19 +17,6 @@ const char* name_of(DType dtype) {
     case DType::kFloat16: return "float16";
   }
   return "unknown dtype";
-}
-
-// Rows as the kernels take them: inner is 0 where one stride says it all, which spares them a
-// division a row.
-Rows canonical(Rows rows) {
-  if (rows.stride_outer == rows.inner * rows.stride_inner) rows.inner = 0;
-  return rows;
-}
-
-Problem canonical(Problem problem) {
-  problem.student = canonical(problem.student);
-  problem.teacher = canonical(problem.teacher);
-  return problem;
 }
 
 constexpr i64 kMaxWidth = i64{1} << 30;  // columns are counted in int
@@ -60,48 +48,66 @@ void forward(const Problem* problems, const ForwardOut* outs, int layers,
              const Reduction& reduction, const Stream& stream) {
   const DeviceGuard guard(stream.device);
   const i64 rows = problems->rows;
-  Scale scale;
+  const bool needs_scale = std::any_of(outs, outs + layers, [](const ForwardOut& out) {
+    return out.grad.data != nullptr;
+  });
+  Scale scale{1.f, nullptr, false};
+  bool of_weights = false, in_stats = false;
   if (reduction.mean && reduction.denominator) {
-    scale.device = reduction.denominator;
-    scale.inverse = true;
+    scale = {1.f, reduction.denominator, true};
   } else if (reduction.mean && problems->weights) {
-    scale.device = reduction.stats + kScale;
-    scale_by_weights(*problems, reduction.stats + kScale, reduction.stats_stride, layers, stream);
+    of_weights = !needs_scale;  // else a gradient in forward has to know it before the reduction
+    in_stats = needs_scale;
+    if (needs_scale) {
+      scale = {1.f, reduction.stats + kScale, false};
+      scale_by_weights(*problems, reduction.stats + kScale, reduction.stats_stride, layers, stream);
+    }
   } else if (reduction.mean) {
     scale.value = rows == 0 ? 0.f : static_cast<float>(1.0 / static_cast<double>(rows));
   }
+  for (int layer = 0; layer < layers; ++layer) check(problems[layer], outs[layer].grad);
+  double* const counters = tickets(reduction, rows);
+  Room terms{reduction.scratch ? reduction.scratch + partial_sums(rows, layers) : nullptr, 0};
+  i64 student_width = 0, teacher_width = 0;
   for (int layer = 0; layer < layers; ++layer) {
-    const Problem p = canonical(problems[layer]);
-    ForwardOut out = outs[layer];
-    check(p, out.grad);
-    out.grad = canonical(out.grad);
-    if (rows > 0) {
-      switch (p.student.dtype) {
-        case DType::kFloat32: forward_rows<DType::kFloat32>(p, out, scale, stream); break;
-        case DType::kBFloat16: forward_rows<DType::kBFloat16>(p, out, scale, stream); break;
-        case DType::kFloat16: forward_rows<DType::kFloat16>(p, out, scale, stream); break;
-      }
-    }
-    float* loss = reduction.each ? nullptr : reduction.losses + layer;
-    reduce(p, out, scale, loss, reduction.stats + layer * reduction.stats_stride,
-           reduction.partials, stream);
+    const Problem& p = problems[layer];
+    student_width = std::max(student_width, p.student_width);
+    if (p.teacher_proj) teacher_width = std::max(teacher_width, p.teacher_width);
   }
+  terms.size = terms_size(problems->rank, student_width, teacher_width);
+  auto same = [&](int a, int b) { return problems[a].student.dtype == problems[b].student.dtype; };
+  if (rows > 0) {
+    for_runs(layers, same, [&](int first, int count) {
+      const auto run = [&](auto forward_rows) {
+        forward_rows(problems + first, outs + first, count, scale,
+                     counters ? counters + first : nullptr,
+                     {terms.at + first * terms.size, terms.size}, stream);
+      };
+      switch (problems[first].student.dtype) {
+        case DType::kFloat32: return run(forward_rows<DType::kFloat32>);
+        case DType::kBFloat16: return run(forward_rows<DType::kBFloat16>);
+        case DType::kFloat16: return run(forward_rows<DType::kFloat16>);
+      }
+    });
+  }
+  reduce(problems, outs, layers, scale, of_weights, in_stats, reduction, stream);
 }
 
 void backward(const Problem* problems, const BackwardIn* ins, int layers, const Stream& stream) {
   if (problems->rows == 0) return;
   const DeviceGuard guard(stream.device);
-  for (int layer = 0; layer < layers; ++layer) {
-    const Problem p = canonical(problems[layer]);
-    BackwardIn in = ins[layer];
-    check(p, in.grad);
-    in.grad = canonical(in.grad);
-    switch (in.grad.dtype) {
-      case DType::kFloat32: backward_rows<DType::kFloat32>(p, in, stream); break;
-      case DType::kBFloat16: backward_rows<DType::kBFloat16>(p, in, stream); break;
-      case DType::kFloat16: backward_rows<DType::kFloat16>(p, in, stream); break;
+  for (int layer = 0; layer < layers; ++layer) check(problems[layer], ins[layer].grad);
+  auto same = [&](int a, int b) { return ins[a].grad.dtype == ins[b].grad.dtype; };
+  for_runs(layers, same, [&](int first, int count) {
+    const auto run = [&](auto backward_rows) {
+      backward_rows(problems + first, ins + first, count, stream);
+    };
+    switch (ins[first].grad.dtype) {
+      case DType::kFloat32: return run(backward_rows<DType::kFloat32>);
+      case DType::kBFloat16: return run(backward_rows<DType::kBFloat16>);
+      case DType::kFloat16: return run(backward_rows<DType::kFloat16>);
     }
-  }
+  });
 }
 
 }  // namespace cuda

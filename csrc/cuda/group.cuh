@@ -1,6 +1,5 @@
 // The threads that share a row: one thread, a warp, or a block. Sums are formed in one fixed order,
-// whatever the schedule. In a group some threads lead: they get the sums and do what is done once a
-// row, in double, which a GPU has few units for; then they share the result.
+// whatever the schedule, and all threads get them, to the same bits.
 #pragma once
 
 #include "device.cuh"
@@ -30,22 +29,10 @@ __device__ __forceinline__ Array<T, N> warp_sum(Array<T, N> sum) {
   return sum;
 }
 
-template <int N>
-__device__ __forceinline__ Doubles<N> in_double(const Floats<N>& x) {
-  Doubles<N> result;
-#pragma unroll
-  for (int n = 0; n < N; ++n) result.v[n] = x.v[n];
-  return result;
-}
-
+// `Slot` tells one use of sum in a kernel from another.
 struct ThreadGroup {
-  __device__ bool leads() const { return true; }
-  template <int N>
-  __device__ Doubles<N> sum(const Floats<N>& x) const {
-    return in_double(x);
-  }
   template <int Slot, int N>
-  __device__ Floats<N> share(const Floats<N>& x) const {
+  __device__ Floats<N> sum(const Floats<N>& x) const {
     return x;
   }
 };
@@ -54,75 +41,53 @@ constexpr int kWarpRows = 4;  // rows, and warps, of a block whose rows have a w
 
 struct WarpGroup {
   static constexpr int kMaxThreads = kWarpRows * kWarp;
+  // Their registers hold rows, and what is on its way to them keeps memory busy: that takes about 64
+  // KB an SM.
+  static constexpr int kMinBlocks = 5;
 
   __device__ i64 row() const {
     return static_cast<i64>(blockIdx.x) * kWarpRows + threadIdx.x / kWarp;
   }
-  __device__ int thread() const { return threadIdx.x % kWarp; }
-  __device__ int threads() const { return kWarp; }
-  __device__ bool leads() const { return true; }
-  __device__ bool is_first() const { return thread() == 0; }
-  template <int N>
-  __device__ Doubles<N> sum(const Floats<N>& x) const {
-    return in_double(warp_sum(x));
-  }
+  __device__ int warp() const { return 0; }
+  __device__ int warps() const { return 1; }
+  __device__ int lane() const { return threadIdx.x % kWarp; }
+  __device__ bool is_first() const { return lane() == 0; }
   template <int Slot, int N>
-  __device__ Floats<N> share(const Floats<N>& x) const {
-    return x;
+  __device__ Floats<N> sum(const Floats<N>& x) const {
+    return warp_sum(x);
   }
 };
 
-// The first warp leads.
 struct BlockGroup {
-  static constexpr int kMaxThreads = 512;
-  static constexpr int kMaxSums = 4;
-  static constexpr int kSlots = 3, kSlotFloats = 8;
-  static constexpr int kPartials = kMaxThreads / kWarp * kMaxSums;
-  using Memory = BlockMemory<(kPartials + kSlots * kSlotFloats) * sizeof(float)>;
+  static constexpr int kMaxThreads = 512, kMinBlocks = 1;
+  static constexpr int kMaxSums = 4, kSlots = 3;
+  static constexpr int kSlotFloats = kMaxThreads / kWarp * kMaxSums;
+  using Memory = BlockMemory<kSlots * kSlotFloats * static_cast<int>(sizeof(float))>;
 
   __device__ i64 row() const { return blockIdx.x; }
-  __device__ int thread() const { return threadIdx.x; }
-  __device__ int threads() const { return blockDim.x; }
-  __device__ bool leads() const { return threadIdx.x < kWarp; }
+  __device__ int warp() const { return threadIdx.x / kWarp; }
+  __device__ int warps() const { return blockDim.x / kWarp; }
+  __device__ int lane() const { return threadIdx.x % kWarp; }
   __device__ bool is_first() const { return threadIdx.x == 0; }
 
-  // For the threads that lead. Between two sums there must be a share, whose barrier keeps the
-  // second from overwriting what the first still reads.
-  template <int N>
-  __device__ Doubles<N> sum(const Floats<N>& x) const {
-    static_assert(N <= kMaxSums, "room for partial sums");
-    const Shared<float> partials = Memory::at<float>(0);
+  // Every thread adds up the warps' sums: one barrier, where sharing a result would be a second. No
+  // slot is written while another thread still reads it, as each is used once.
+  template <int Slot, int N>
+  __device__ Floats<N> sum(const Floats<N>& x) const {
+    static_assert(Slot < kSlots && N <= kMaxSums, "room for the warps' sums");
+    const Shared<float> slot = Memory::at<float>(Slot * kSlotFloats * static_cast<int>(sizeof(float)));
     const Floats<N> own = warp_sum(x);
-    if (threadIdx.x % kWarp == 0) {
+    if (lane() == 0) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) partials.store(threadIdx.x / kWarp * N + n, own.v[n]);
+      for (int n = 0; n < N; ++n) slot.store(warp() * N + n, own.v[n]);
     }
     block_barrier();
-    Doubles<N> sum{};
-    if (leads()) {
-      for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+    Floats<N> sum{};
+    for (int warp = 0; warp < warps(); ++warp) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum.v[n] += partials.load(warp * N + n);
-      }
+      for (int n = 0; n < N; ++n) sum.v[n] += slot.load(warp * N + n);
     }
     return sum;
-  }
-
-  // What the first thread has. Each use in a kernel has a slot of its own: none is written while
-  // another is still being read.
-  template <int Slot, int N>
-  __device__ Floats<N> share(const Floats<N>& x) const {
-    static_assert(Slot < kSlots && N <= kSlotFloats, "room for what is shared");
-    const Shared<float> slot = Memory::at<float>((kPartials + Slot * kSlotFloats) * sizeof(float));
-    if (is_first()) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) slot.store(n, x.v[n]);
-    }
-    block_barrier();
-    Floats<N> shared;
-#pragma unroll
-    for (int n = 0; n < N; ++n) shared.v[n] = slot.load(n);
-    return shared;
   }
 };
 

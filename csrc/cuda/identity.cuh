@@ -1,6 +1,7 @@
-// Rows compared as they are. Forward: a warp or a block holds a pair of rows in registers between
-// its uses, so that global memory is read once; rows too wide for that are read once a use.
-// Backward needs no sums over a row: warps take pieces of rows.
+// Rows compared as they are. Forward: a warp, or a block where that is too few, holds a pair of rows
+// in registers between its uses, so that global memory is read once and all of it is asked for
+// before the first use; rows too wide for that are read once a use. Backward needs no sums over a
+// row: warps take chunks of rows.
 #pragma once
 
 #include "pair.cuh"
@@ -8,45 +9,53 @@
 namespace oprd {
 namespace cuda {
 
-// The units of a pair that thread `thread` of `threads` takes: thread, thread + threads, ..
+// The units of a pair that lane `lane` of warp `warp` takes: every step-th, so that warps and lanes
+// have neighbouring ones and equally many.
 template <DType D, bool Vector>
 struct PairAt {
   using U = Unit<D, Vector>;
   using type = typename U::type;
 
-  const type* s;
-  const type* t;
-  i64 elements;
-  int thread, threads;
+  const type *s, *t;
+  int units;
+  int lane, warp, warps;
 
-  __device__ i64 width() const { return elements; }
-  __device__ i64 units() const { return elements / U::kElements; }
+  __device__ int first() const { return warp * kWarp + lane; }
+  __device__ int step() const { return warps * kWarp; }
 };
 
-template <DType D, bool Vector>
+template <DType D, bool Vector, int Held>
 struct HeldPair : PairAt<D, Vector> {
   using typename PairAt<D, Vector>::U;
+  using Raw = typename U::Raw;
 
-  typename U::Raw s_raw[U::kHeld], t_raw[U::kHeld];
+  Raw s_raw[Held], t_raw[Held];
 
   __device__ __forceinline__ explicit HeldPair(const PairAt<D, Vector>& at)
       : PairAt<D, Vector>(at) {
 #pragma unroll
-    for (int n = 0; n < U::kHeld; ++n) {
-      const int u = this->thread + n * this->threads;
-      const bool inside = u < this->units();
-      s_raw[n] = inside ? U::load(this->s, u) : typename U::Raw{};  // adds 0 to every sum
-      t_raw[n] = inside ? U::load(this->t, u) : typename U::Raw{};
-    }
+    for (int n = 0; n < Held; ++n) s_raw[n] = has(n) ? U::load(this->s, unit(n)) : Raw{};
+#pragma unroll
+    for (int n = 0; n < Held; ++n) t_raw[n] = has(n) ? U::load(this->t, unit(n)) : Raw{};
+  }
+
+  __device__ __forceinline__ int unit(int n) const { return this->first() + n * this->step(); }
+  __device__ __forceinline__ bool has(int n) const { return unit(n) < this->units; }
+  // Whether any lane of the warp has; what is missing in one that has adds 0 to every sum. This
+  // branch also keeps the compiler from keeping the elements of one pass for the next, in twice the
+  // registers.
+  __device__ __forceinline__ bool warp_has(int n) const {
+    return this->warp * kWarp + n * this->step() < this->units;
   }
 
   template <class F>
   __device__ __forceinline__ void each(F f) const {
 #pragma unroll
-    for (int n = 0; n < U::kHeld; ++n) {
+    for (int n = 0; n < Held; ++n) {
+      if (!warp_has(n)) continue;
       const auto s = U::floats(s_raw[n]), t = U::floats(t_raw[n]);
 #pragma unroll
-      for (int e = 0; e < U::kElements; ++e) f(s.v[e], t.v[e]);
+      for (int e = 0; e < U::kElements; ++e) f(U::kElements == 1 ? n : e, s.v[e], t.v[e]);
     }
   }
 
@@ -54,14 +63,13 @@ struct HeldPair : PairAt<D, Vector> {
   template <class F>
   __device__ __forceinline__ void each_unit(F f) const {
 #pragma unroll
-    for (int n = 0; n < U::kHeld; ++n) {
-      const int u = this->thread + n * this->threads;
-      if (u < this->units()) f(u, U::floats(s_raw[n]), U::floats(t_raw[n]));
+    for (int n = 0; n < Held; ++n) {
+      if (has(n)) f(unit(n), U::floats(s_raw[n]), U::floats(t_raw[n]));
     }
   }
 };
 
-template <DType D, bool Vector>
+template <DType D, bool Vector, int>
 struct StreamedPair : PairAt<D, Vector> {
   using typename PairAt<D, Vector>::U;
 
@@ -70,58 +78,63 @@ struct StreamedPair : PairAt<D, Vector> {
 
   template <class F>
   __device__ __forceinline__ void each(F f) const {
-    each_unit([&](i64, const auto& s, const auto& t) {
+    each_unit([&](int, const auto& s, const auto& t) {
 #pragma unroll
-      for (int e = 0; e < U::kElements; ++e) f(s.v[e], t.v[e]);
+      for (int e = 0; e < U::kElements; ++e) f(e, s.v[e], t.v[e]);
     });
   }
 
   template <class F>
   __device__ __forceinline__ void each_unit(F f) const {
 #pragma unroll 2
-    for (i64 u = this->thread; u < this->units(); u += this->threads) {
+    for (int u = this->first(); u < this->units; u += this->step()) {
       f(u, U::floats(U::load(this->s, u)), U::floats(U::load(this->t, u)));
     }
   }
 };
 
 template <class U, class Group>
-__device__ __forceinline__ void put_zeros(typename U::type* row, i64 width, const Group& group) {
+__device__ __forceinline__ void put_zeros(typename U::type* row, int units, const Group& group) {
 #pragma unroll 1
-  for (i64 u = group.thread(); u < width / U::kElements; u += group.threads()) {
+  for (int u = group.warp() * kWarp + group.lane(); u < units; u += group.warps() * kWarp) {
     U::store(row, u, Floats<U::kElements>{});
   }
 }
 
-template <DType D, bool Vector, class Group, template <DType, bool> class Pair>
-__global__ void __launch_bounds__(Group::kMaxThreads)
-    identity_forward(Problem p, ForwardOut out, Scale scale) {
+template <DType D, bool Vector, int Held, class Group, template <DType, bool, int> class Pair>
+__global__ void
+__launch_bounds__(Group::kMaxThreads, Group::kMinBlocks)
+    identity_forward(const __grid_constant__ Parameter<IdentityForward> call) {
   using U = Unit<D, Vector>;
   using type = typename U::type;
   const Group group;
+  const auto& layer = call.layers[blockIdx.y];
+  const Batch& batch = call.batch;
+  reset_ticket(call.tickets);
   const i64 i = group.row();
-  if (i >= p.rows) return;  // a whole warp that shares nothing
-  const float w = weight(p, i);
-  type* grad = out.grad.data ? row_of<type>(out.grad, i) : nullptr;
+  if (i >= batch.rows) return;  // a whole warp that shares nothing
+  const float w = weight(batch, i);
+  const int width = layer.width;
+  type* grad = layer.grad.data ? row_of<type>(layer.grad, i) : nullptr;
   if (w == 0.f) {
-    if (group.is_first()) put_stats(out, i, PairStats{0.f, 0.f, 0.f, 0.f});
-    if (grad) put_zeros<U>(grad, p.student_width, group);
+    if (group.is_first()) {
+      put_stats(layer.row_loss, layer.row_stats, batch.rows, i, PairStats{0.f, 0.f, 0.f, 0.f});
+    }
+    if (grad) put_zeros<U>(grad, width / U::kElements, group);
     return;
   }
-  const Pair<D, Vector> pair({row_of<const type>(p.student, student_row(p, i)),
-                              row_of<const type>(p.teacher, teacher_row(p, i)), p.student_width,
-                              group.thread(), group.threads()});
-  const PairStats stats = pair_stats(pair, group, p.kind);
-  if (group.is_first()) put_stats(out, i, stats);
+  const Pair<D, Vector, Held> pair(
+      {row_of<const type>(layer.student, student_row(batch, i)),
+       row_of<const type>(layer.teacher, teacher_row(batch, i)), width / U::kElements, group.lane(),
+       group.warp(), group.warps()});
+  const float coefficient = grad ? value_of(call.scale) * w : 0.f;
+  const float inv_width = 1.f / static_cast<float>(width);
+  const PairStats stats = pair_stats(pair, group, batch.kind, inv_width);
+  if (group.is_first()) put_stats(layer.row_loss, layer.row_stats, batch.rows, i, stats);
   if (!grad) return;
-  const float coefficient = value_of(scale) * w;
-  if (coefficient == 0.f) return put_zeros<U>(grad, p.student_width, group);
-  PairGradient gradient{};
-  if (group.leads()) gradient = pair_gradient(p.student_width, stats, p.kind, coefficient);
-  const Floats<3> factors = group.template share<2>(
-      Floats<3>{{gradient.to_s, gradient.to_s_rest, gradient.to_t}});
-  gradient = {p.kind == Kind::kMse, factors.v[0], factors.v[1], factors.v[2]};
-  pair.each_unit([&](i64 u, const auto& s, const auto& t) {
+  if (coefficient == 0.f) return put_zeros<U>(grad, width / U::kElements, group);
+  const PairGradient gradient(stats, batch.kind, inv_width, coefficient);
+  pair.each_unit([&](int u, const auto& s, const auto& t) {
     Floats<U::kElements> value;
 #pragma unroll
     for (int e = 0; e < U::kElements; ++e) value.v[e] = gradient.of(s.v[e], t.v[e]);
@@ -129,89 +142,188 @@ __global__ void __launch_bounds__(Group::kMaxThreads)
   });
 }
 
-// Warp `job` of the launch takes kHeld units a lane of one row.
-template <DType D, bool Vector>
+
+// 1 << log_split warps share a row, chunk by chunk. Whole: rows are whole chunks.
+template <DType D, bool Vector, int Chunk, bool Whole>
 __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
-    identity_backward(Problem p, BackwardIn in, unsigned jobs_per_row) {
+    identity_backward(const __grid_constant__ Parameter<IdentityBackward> call) {
   using U = Unit<D, Vector>;
   using type = typename U::type;
-  const WarpGroup warp;
-  const unsigned job = static_cast<unsigned>(warp.row());
-  const i64 i = job / jobs_per_row;
-  if (i >= p.rows) return;
-  const i64 units = p.student_width / U::kElements;
-  const i64 first = i64{job % jobs_per_row} * (kWarp * U::kHeld) + warp.thread();
-  const i64 n = student_row(p, i);
-  type* grad = row_of<type>(in.grad, n);
-  float coefficient;
-  if (!coefficient_of(p, in, i, &coefficient)) {
-    if (in.accumulate) return;
+  using Raw = typename U::Raw;
+  const auto& layer = call.layers[blockIdx.y];
+  const Batch& batch = call.batch;
+  const i64 warp = WarpGroup{}.row();
+  const i64 i = warp >> call.log_split;
+  if (i >= batch.rows) return;
+  const float w = weight(batch, i);
+  const i64 n = student_row(batch, i);
+  type* grad = row_of<type>(layer.grad, n);
+  const float scale = load(call.scale);
+  const int units = layer.width / U::kElements;
+  const int first = (static_cast<int>(warp) & ((1 << call.log_split) - 1)) * (kWarp * Chunk);
+  const int step = (kWarp * Chunk) << call.log_split;
+  const int lane = threadIdx.x % kWarp;
+  if (w == 0.f || scale == 0.f) {  // gradient 0, whatever the row holds
+    if (call.accumulate) return;
+#pragma unroll 1
+    for (int begin = first; begin < units; begin += step) {
 #pragma unroll
-    for (int k = 0; k < U::kHeld; ++k) {
-      if (first + k * kWarp < units) {
-        U::store(grad, first + k * kWarp, Floats<U::kElements>{});
+      for (int k = 0; k < Chunk; ++k) {
+        const int u = begin + k * kWarp + lane;
+        if (u < units) U::store(grad, u, Floats<U::kElements>{});
       }
     }
     return;
   }
-  const type* student = row_of<const type>(p.student, n);
-  const type* teacher = row_of<const type>(p.teacher, teacher_row(p, i));
-  typename U::Raw s[U::kHeld], t[U::kHeld], old[U::kHeld];
+  const type* student = row_of<const type>(layer.student, n);
+  const type* teacher = row_of<const type>(layer.teacher, teacher_row(batch, i));
+  const float g = load(layer.grad_loss + i * call.grad_loss_stride);
+  const PairGradient gradient(get_stats(layer.row_stats, batch.rows, i), batch.kind,
+                              1.f / static_cast<float>(layer.width), g * scale * w);
+#pragma unroll 1
+  for (int begin = first; begin < units; begin += step) {
+    const auto has = [&](int k) { return Whole || begin + k * kWarp + lane < units; };
+    const int at = begin + lane;
+    Raw s[Chunk], t[Chunk], old[Chunk];
 #pragma unroll
-  for (int k = 0; k < U::kHeld; ++k) {
-    const i64 u = first + k * kWarp;
-    const bool inside = u < units;
-    s[k] = inside ? U::load(student, u) : typename U::Raw{};
-    t[k] = inside ? U::load(teacher, u) : typename U::Raw{};
-    old[k] = inside && in.accumulate ? U::load(grad, u) : typename U::Raw{};
-  }
-  const PairGradient gradient =
-      pair_gradient(p.student_width, get_stats(in, i), p.kind, coefficient);
-#pragma unroll
-  for (int k = 0; k < U::kHeld; ++k) {
-    const i64 u = first + k * kWarp;
-    if (u >= units) continue;
-    const auto a = U::floats(s[k]), b = U::floats(t[k]);
-    auto value = U::floats(old[k]);
-#pragma unroll
-    for (int e = 0; e < U::kElements; ++e) {
-      const float g = gradient.of(a.v[e], b.v[e]);
-      value.v[e] = in.accumulate ? value.v[e] + g : g;
+    for (int k = 0; k < Chunk; ++k) {
+      s[k] = has(k) ? U::load(student, at + k * kWarp) : Raw{};
+      t[k] = has(k) ? U::load(teacher, at + k * kWarp) : Raw{};
     }
-    U::store(grad, u, value);
+    if (call.accumulate) {
+#pragma unroll
+      for (int k = 0; k < Chunk; ++k) {
+        old[k] = has(k) ? U::load(grad, at + k * kWarp) : Raw{};
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < Chunk; ++k) {
+      if (!has(k)) continue;
+      const auto a = U::floats(s[k]), b = U::floats(t[k]);
+      Floats<U::kElements> value;
+#pragma unroll
+      for (int e = 0; e < U::kElements; ++e) value.v[e] = gradient.of(a.v[e], b.v[e]);
+      if (call.accumulate) {
+        const auto c = U::floats(old[k]);
+#pragma unroll
+        for (int e = 0; e < U::kElements; ++e) value.v[e] = c.v[e] + value.v[e];
+      }
+      U::store(grad, at + k * kWarp, value);
+    }
   }
 }
 
+// By how many warps a row of so many units is held; 0: it is too wide for that.
+template <bool Vector>
+constexpr int kHeld = Vector ? 8 : 16;  // units a lane
+inline int warps_for(bool vector, i64 units) {
+  const i64 of_warp = (vector ? kHeld<true> : kHeld<false>) * kWarp;
+  const i64 warps = units > of_warp ? (units + of_warp - 1) / of_warp : 1;
+  return warps > BlockGroup::kMaxThreads / kWarp ? 0 : static_cast<int>(warps);
+}
+
 template <DType D, bool Vector>
-void launch_identity_forward(const Problem& p, const ForwardOut& out, const Scale& scale,
-                             const Stream& stream) {
-  using U = Unit<D, Vector>;
-  const i64 units = p.student_width / U::kElements;
-  if (units <= kWarp * U::kHeld) {
-    const i64 blocks = (p.rows + kWarpRows - 1) / kWarpRows;
-    launch({"identity_forward (a warp a row)", p, stream, blocks, WarpGroup::kMaxThreads},
-           identity_forward<D, Vector, WarpGroup, HeldPair>, p, out, scale);
-    return;
-  }
-  const i64 held = (units + U::kHeld - 1) / U::kHeld;
-  const i64 threads = (held + kWarp - 1) / kWarp * kWarp;
-  if (threads <= BlockGroup::kMaxThreads) {
-    launch({"identity_forward (a block a row)", p, stream, p.rows, static_cast<int>(threads)},
-           identity_forward<D, Vector, BlockGroup, HeldPair>, p, out, scale);
+void launch_forward_as(const IdentityForward& call, int warps, Launch as) {
+  constexpr int kUnits = kHeld<Vector>;
+  if (warps == 0) {
+    as.kernel = "identity_forward (wide rows)";
+    as.threads = BlockGroup::kMaxThreads;
+    launch(as, identity_forward<D, Vector, 1, BlockGroup, StreamedPair>, call);
+  } else if (warps == 1) {
+    as.kernel = "identity_forward (a warp a row)";
+    as.blocks = (call.batch.rows + kWarpRows - 1) / kWarpRows;
+    as.threads = WarpGroup::kMaxThreads;
+    launch(as, identity_forward<D, Vector, kUnits, WarpGroup, HeldPair>, call);
   } else {
-    launch({"identity_forward (wide rows)", p, stream, p.rows, BlockGroup::kMaxThreads},
-           identity_forward<D, Vector, BlockGroup, StreamedPair>, p, out, scale);
+    as.kernel = "identity_forward (a block a row)";
+    as.threads = warps * kWarp;
+    launch(as, identity_forward<D, Vector, kUnits, BlockGroup, HeldPair>, call);
   }
 }
 
-template <DType D, bool Vector>
-void launch_identity_backward(const Problem& p, const BackwardIn& in, const Stream& stream) {
-  using U = Unit<D, Vector>;
-  constexpr i64 kElementsPerJob = kWarp * U::kHeld * U::kElements;
-  const i64 jobs_per_row = (p.student_width + kElementsPerJob - 1) / kElementsPerJob;
-  const i64 blocks = (p.rows * jobs_per_row + kWarpRows - 1) / kWarpRows;
-  launch({"identity_backward", p, stream, blocks, WarpGroup::kMaxThreads},
-         identity_backward<D, Vector>, p, in, static_cast<unsigned>(jobs_per_row));
+template <DType D>
+void launch_identity_forward(const Problem* problems, const ForwardOut* outs, int layers,
+                             const Scale& scale, double* tickets, const Stream& stream) {
+  auto vectors = [&](int layer) {
+    const Problem& p = problems[layer];
+    const i64 width = p.student_width;
+    return takes_vectors(p.student, width) && takes_vectors(p.teacher, width) &&
+           (!outs[layer].grad.data || takes_vectors(outs[layer].grad, width));
+  };
+  auto warps = [&](int layer) {
+    const i64 width = problems[layer].student_width;
+    return vectors(layer) ? warps_for(true, width / Unit<D, true>::kElements)
+                          : warps_for(false, width);
+  };
+  auto same = [&](int a, int b) { return vectors(a) == vectors(b) && warps(a) == warps(b); };
+  for_runs(layers, same, [&](int first, int count) {
+    IdentityForward call;
+    call.batch = batch(problems[first]);
+    call.scale = scale;
+    call.tickets = tickets ? tickets + first : nullptr;
+    for (int n = 0; n < count; ++n) {
+      const Problem& p = problems[first + n];
+      const ForwardOut& out = outs[first + n];
+      call.layers[n] = {strided(p.student), strided(p.teacher), strided(out.grad), out.row_loss,
+                        out.row_stats, static_cast<std::int32_t>(p.student_width)};
+    }
+    const Launch as{"", problems[first], stream, call.batch.rows, 0, count};
+    if (vectors(first)) {
+      launch_forward_as<D, true>(call, warps(first), as);
+    } else {
+      launch_forward_as<D, false>(call, warps(first), as);
+    }
+  });
+}
+
+constexpr i64 kEnoughWarps = 8 * 4 * 148;  // eight for each scheduler of a B200
+
+template <DType D, bool Vector, int Chunk, bool Whole>
+void launch_chunks_backward(IdentityBackward& call, int units, Launch launch_as) {
+  const i64 rows = call.batch.rows;
+  call.log_split = 0;
+  while ((kWarp * Chunk) << call.log_split < units &&
+         (rows << call.log_split) * launch_as.layers < kEnoughWarps) {
+    ++call.log_split;
+  }
+  launch_as.kernel = "identity_backward";
+  launch_as.blocks = ((rows << call.log_split) + kWarpRows - 1) / kWarpRows;
+  launch_as.threads = WarpGroup::kMaxThreads;
+  launch(launch_as, identity_backward<D, Vector, Chunk, Whole>, call);
+}
+
+template <DType D>
+void launch_identity_backward(const Problem* problems, const BackwardIn* ins, int layers,
+                              const Stream& stream) {
+  auto vectors = [&](int layer) {
+    const Problem& p = problems[layer];
+    const i64 width = p.student_width;
+    return takes_vectors(p.student, width) && takes_vectors(p.teacher, width) &&
+           takes_vectors(ins[layer].grad, width);
+  };
+  auto same = [&](int a, int b) {
+    return problems[a].student_width == problems[b].student_width && vectors(a) == vectors(b);
+  };
+  for_runs(layers, same, [&](int first, int count) {
+    IdentityBackward call;
+    call.batch = batch(problems[first]);
+    call.scale = ins[first].scale;
+    call.grad_loss_stride = ins[first].grad_loss_stride;
+    call.accumulate = ins[first].accumulate;
+    for (int n = 0; n < count; ++n) {
+      const Problem& p = problems[first + n];
+      const BackwardIn& in = ins[first + n];
+      call.layers[n] = {strided(p.student), strided(p.teacher), strided(in.grad), in.row_stats,
+                        in.grad_loss, static_cast<std::int32_t>(p.student_width)};
+    }
+    const int width = static_cast<int>(problems[first].student_width);
+    const int units = width / Unit<D, true>::kElements;
+    const Launch as{"", problems[first], stream, 0, 0, count};
+    if (!vectors(first)) return launch_chunks_backward<D, false, 16, false>(call, width, as);
+    if (units % (4 * kWarp) == 0) return launch_chunks_backward<D, true, 4, true>(call, units, as);
+    if (units % (3 * kWarp) == 0) return launch_chunks_backward<D, true, 3, true>(call, units, as);
+    return launch_chunks_backward<D, true, 4, false>(call, units, as);
+  });
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// What the host side of the CUDA backend shares: one entry per storage type, and how a launch
-// describes itself. No CUDA header here, so that plain C++ can include it.
+// What the host side of the CUDA backend shares: one entry per storage type, what a launch is given,
+// and how it describes itself. No CUDA header here, so that plain C++ can include it.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,140 @@ using i64 = std::int64_t;
 // Where kernels find the factor of a reduction: a value the host knows, or one value on the
 // device, of which it may be the inverse.
 struct Scale {
-  float value = 1.f;
-  const float* device = nullptr;
-  bool inverse = false;
+  float value;
+  const float* device;
+  bool inverse;
+};
+
+// Rows as the kernels take them: their last stride is 1, and inner is 0 where stride_inner says it
+// all, which spares a division a row.
+struct Strided {
+  void* data;
+  i64 inner, stride_outer, stride_inner;
+};
+
+inline Strided strided(const Rows& rows) {
+  const bool plain = rows.stride_outer == rows.inner * rows.stride_inner;
+  return {rows.data, plain ? 0 : rows.inner, rows.stride_outer, rows.stride_inner};
+}
+
+// What the layers of a call share.
+struct Batch {
+  i64 rows;
+  const i64 *student_rows, *teacher_rows;
+  const float* weights;
+  Kind kind;
+};
+
+inline Batch batch(const Problem& p) {
+  return {p.rows, p.student_rows, p.teacher_rows, p.weights, p.kind};
+}
+
+// What a kernel is given, by value: layer blockIdx.y is one of them. kMaxLayers of any kind stay
+// within the 4 KB of parameters that every CUDA and every GPU takes. Nothing here has initial
+// values: the host would write 4 KB for a call of one layer.
+constexpr int kMaxLayers = 30;
+
+struct IdentityForwardLayer {
+  Strided student, teacher, grad;
+  float *row_loss, *row_stats;
+  std::int32_t width;
+};
+struct IdentityForward {
+  Batch batch;
+  Scale scale;
+  double* tickets;  // one a layer, made 0; or null
+  IdentityForwardLayer layers[kMaxLayers];
+};
+
+struct IdentityBackwardLayer {
+  Strided student, teacher, grad;
+  const float *row_stats, *grad_loss;
+  std::int32_t width;
+};
+struct IdentityBackward {
+  Batch batch;
+  const float* scale;
+  i64 grad_loss_stride;
+  bool accumulate;
+  int log_split;  // 1 << log_split warps share a row
+  IdentityBackwardLayer layers[kMaxLayers];
+};
+
+struct ProjectedForwardLayer {
+  Strided student, teacher;
+  const float *student_proj, *teacher_proj, *teacher_mean;
+  float *row_loss, *row_stats, *dz;
+  double* terms;
+  std::int32_t student_width, teacher_width;
+};
+struct ProjectedForward {
+  Batch batch;
+  double* tickets;
+  std::int32_t rank;
+  ProjectedForwardLayer layers[kMaxLayers];
+};
+
+struct PrepareLayer {
+  const float *student_proj, *teacher_proj, *teacher_mean;
+  double* terms;
+  std::int32_t student_width, teacher_width;
+};
+struct PrepareTerms {
+  std::int32_t rank;
+  PrepareLayer layers[kMaxLayers];
+};
+
+struct ProjectedBackwardLayer {
+  Strided grad;
+  const float *proj, *dz, *grad_loss;
+  std::int32_t width;
+};
+struct ProjectedBackward {
+  Batch batch;
+  const float* scale;
+  i64 grad_loss_stride;
+  bool accumulate;
+  std::int32_t rank;
+  ProjectedBackwardLayer layers[kMaxLayers];
+};
+
+struct ReduceLayer {
+  float* row_loss;
+  const float* row_stats;
+  float *loss, *stats;
+};
+struct Reduce {
+  Batch batch;
+  Scale scale;
+  bool scale_of_weights;  // the factor is 1 / their sum
+  bool scale_in_stats;    // .. which scale_by_weights has put there
+  i64 rows_per_block;
+  double *tickets, *partials;
+  ReduceLayer layers[kMaxLayers];
+};
+
+static_assert(sizeof(IdentityForward) <= 4096 && sizeof(IdentityBackward) <= 4096 &&
+                  sizeof(ProjectedForward) <= 4096 && sizeof(ProjectedBackward) <= 4096 &&
+                  sizeof(Reduce) <= 4096 && sizeof(PrepareTerms) <= 4096,
+              "parameters of a launch");
+
+// P for tensor cores is two terms of the states' type, the rounded value and what rounding took, for
+// 8 or 16 ranks and whole pairs of kTermColumns columns.
+constexpr int kTerms = 2, kTermColumns = 32;
+constexpr i64 padded_ranks(i64 rank) { return rank <= 8 ? 8 : 16; }
+constexpr i64 padded_columns(i64 width) {
+  return (width + 2 * kTermColumns - 1) / (2 * kTermColumns) * (2 * kTermColumns);
+}
+// Doubles that a layer's projectors take so.
+constexpr i64 terms_size(i64 rank, i64 student_width, i64 teacher_width) {
+  const i64 columns = padded_columns(student_width) + padded_columns(teacher_width);
+  return 2 * padded_ranks(rank) + columns * padded_ranks(rank) * kTerms / 4;
+}
+// Where these are for the first of some layers, and so many doubles on for each next one.
+struct Room {
+  double* at;
+  i64 size;
 };
 
 // A launch, for the launcher and for the message if it fails.
@@ -27,6 +158,7 @@ struct Launch {
   const Stream& stream;
   i64 blocks;
   int threads;
+  int layers = 1;
 };
 
 [[noreturn]] void fail(const Launch& launch, const std::string& reason);
@@ -34,17 +166,38 @@ struct Launch {
 // More is refused: the warps of a launch are counted in 32 bits.
 constexpr i64 kMaxBlocks = (1 << 30) - 1;
 
+// Calls run(first, count) on the longest runs of layers for which same(first, other) holds, at most
+// kMaxLayers long, and about alike where that is the limit.
+template <class Same, class Run>
+void for_runs(int layers, Same same, Run run) {
+  const int launches = (layers + kMaxLayers - 1) / kMaxLayers;
+  const int most = launches ? (layers + launches - 1) / launches : 1;
+  for (int first = 0, end; first < layers; first = end) {
+    end = first + 1;
+    while (end < layers && end - first < most && same(first, end)) ++end;
+    run(first, end - first);
+  }
+}
+
+// Layers that have one storage type. tickets: one a layer, or null. terms: for the projectors of
+// these layers.
 template <DType>
-void forward_rows(const Problem& problem, const ForwardOut& out, const Scale& scale,
-                  const Stream& stream);
+void forward_rows(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
+                  double* tickets, const Room& terms, const Stream& stream);
 template <DType>
-void backward_rows(const Problem& problem, const BackwardIn& in, const Stream& stream);
+void backward_rows(const Problem* problems, const BackwardIn* ins, int layers,
+                   const Stream& stream);
 
 // reduce.cu: the sum of the weights as a scale into `layers` places; the ordered reduction.
 void scale_by_weights(const Problem& problem, float* scale, i64 stride, int layers,
                       const Stream& stream);
-void reduce(const Problem& problem, const ForwardOut& out, const Scale& scale, float* loss,
-            float* stats, double* partials, const Stream& stream);
+void reduce(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
+            bool scale_of_weights, bool scale_in_stats, const Reduction& reduction,
+            const Stream& stream);
+// Where the tickets of a call are: at the start of its scratch; null if its reductions need none.
+double* tickets(const Reduction& reduction, i64 rows);
+// Doubles that the reductions of a call take of its scratch, before what projectors take.
+i64 partial_sums(i64 rows, i64 layers);
 
 // Makes a device current, and on destruction the one that was.
 class DeviceGuard {

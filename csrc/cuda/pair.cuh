@@ -1,9 +1,10 @@
 // One pair of rows: its loss, its statistics, and the gradient of the loss with respect to the
 // first. The formulas, and the reasons for them, are those of csrc/cpu/pair.h; the arithmetic
-// differs where a GPU's does: a group of threads sums in float, over few elements each, and rows
-// whose squares overflow are summed again scaled by a power of two, not in double.
+// differs where a GPU's does: all of it is in float32, which a GPU has units for, over few elements a
+// thread; rows whose squares overflow are summed again scaled by a power of two.
 //
-// A Pair has width() and each(f), which calls f(s, t) on the elements of this thread.
+// A Pair has width() and each(f), which calls f(e, s, t) on the elements of this thread, e being an
+// element's place in what was read with it.
 #pragma once
 
 #include <cfloat>
@@ -20,168 +21,150 @@ struct PairStats {
   float one_minus_cos;
 };
 
-// s.s and t.t; for mse also s.t and |s - t|^2. Each factor is applied before squaring.
+// s.s and t.t; for mse also s.t and |s - t|^2.
 enum Square { kSS = 0, kTT = 1, kST = 2, kDiff = 3 };
 
+// What each is multiplied by before squaring.
 struct Factors {
   float s, t, diff;
 };
 
 constexpr float kShrink = 0x1p-96f;  // brings any float's square, summed over any row, into range
+constexpr float kGrow = 0x1p96f;
+
+// N sums, each in two chains: half the rounding, and an addition need not wait for the one before.
+template <int N>
+struct Chains {
+  Floats<N> even{}, odd{};
+
+  __device__ __forceinline__ void add(int e, int n, float a, float b) {
+    float& sum = e % 2 == 0 ? even.v[n] : odd.v[n];
+    sum = fma(a, b, sum);
+  }
+  __device__ __forceinline__ Floats<N> sum() const {
+    Floats<N> result;
+#pragma unroll
+    for (int n = 0; n < N; ++n) result.v[n] = even.v[n] + odd.v[n];
+    return result;
+  }
+};
 
 template <class Pair>
-__device__ __forceinline__ Floats<4> squares(const Pair& pair, bool mse) {
-  Floats<4> sum{};
-  if (mse) {
-    pair.each([&](float s, float t) {
-      const float e = s - t;
-      sum.v[kSS] = fma(s, s, sum.v[kSS]);
-      sum.v[kTT] = fma(t, t, sum.v[kTT]);
-      sum.v[kST] = fma(s, t, sum.v[kST]);
-      sum.v[kDiff] = fma(e, e, sum.v[kDiff]);
-    });
-  } else {
-    pair.each([&](float s, float t) {
-      sum.v[kSS] = fma(s, s, sum.v[kSS]);
-      sum.v[kTT] = fma(t, t, sum.v[kTT]);
-    });
-  }
-  return sum;
+__device__ __forceinline__ Floats<2> squares(const Pair& pair) {
+  Chains<2> sum;
+  pair.each([&](int e, float s, float t) {
+    sum.add(e, kSS, s, s);
+    sum.add(e, kTT, t, t);
+  });
+  return sum.sum();
 }
 
 template <class Pair>
 __device__ __forceinline__ Floats<4> scaled_squares(const Pair& pair, const Factors& by) {
-  Floats<4> sum{};
-  pair.each([&](float s, float t) {
-    const float a = s * by.s, b = t * by.t, e = s * by.diff - t * by.diff;
-    sum.v[kSS] = fma(a, a, sum.v[kSS]);
-    sum.v[kTT] = fma(b, b, sum.v[kTT]);
-    sum.v[kST] = fma(a, b, sum.v[kST]);
-    sum.v[kDiff] = fma(e, e, sum.v[kDiff]);
+  Chains<4> sum;
+  pair.each([&](int e, float s, float t) {
+    const float a = s * by.s, b = t * by.t, diff = s * by.diff - t * by.diff;
+    sum.add(e, kSS, a, a);
+    sum.add(e, kTT, b, b);
+    sum.add(e, kST, a, b);
+    sum.add(e, kDiff, diff, diff);
   });
-  return sum;
-}
-
-// Written so that NaN is neither clamped nor taken for a zero row.
-__device__ __forceinline__ bool is_zero_row(double square) { return square <= kEps * kEps; }
-
-__device__ __forceinline__ float inverse_norm(double square) {
-  return static_cast<float>(1.0 / (is_zero_row(square) ? kEps : sqrt(square)));
+  return sum.sum();
 }
 
 // {|s^ - t^|^2, s^ . (s^ - t^)}: the second is 1 - cos without cancellation.
 template <class Pair>
 __device__ __forceinline__ Floats<2> directions(const Pair& pair, float inv_s, float inv_t) {
-  Floats<2> sum{};
-  pair.each([&](float s, float t) {
+  Chains<2> sum;
+  pair.each([&](int e, float s, float t) {
     const float unit = s * inv_s;
-    const float e = unit - t * inv_t;
-    sum.v[0] = fma(e, e, sum.v[0]);
-    sum.v[1] = fma(unit, e, sum.v[1]);
+    const float diff = unit - t * inv_t;
+    sum.add(e, 0, diff, diff);
+    sum.add(e, 1, unit, diff);
   });
-  return sum;
+  return sum.sum();
 }
 
-// For the threads that lead the group; all of it must call.
+// Written so that NaN is neither clamped nor taken for a zero row.
+__device__ __forceinline__ bool is_zero_row(float square) {
+  return square <= static_cast<float>(kEps * kEps);
+}
+__device__ __forceinline__ float inverse_norm(float square) {
+  return is_zero_row(square) ? static_cast<float>(1.0 / kEps) : rsqrt_rn(square);
+}
+__device__ __forceinline__ float factor_for(float square) {
+  return square <= FLT_MAX ? 1.f : kShrink;
+}
+
+// All threads of the group call, and all get the result. inv_width: 1 / width.
 template <class Pair, class Group>
-__device__ __forceinline__ PairStats pair_stats(const Pair& pair, const Group& group, Kind kind) {
+__device__ __forceinline__ PairStats pair_stats(const Pair& pair, const Group& group, Kind kind,
+                                                float inv_width) {
   const bool mse = kind == Kind::kMse;
-  Doubles<4> sum = group.sum(squares(pair, mse));
-  Floats<5> known{};  // 1 / |s|, 1 / |t|, and what to scale by where squares overflowed
-  if (group.leads()) {
-    auto factor = [](double square) { return square <= FLT_MAX ? 1.f : kShrink; };
-    known = {{inverse_norm(sum.v[kSS]), inverse_norm(sum.v[kTT]), factor(sum.v[kSS]),
-              factor(sum.v[kTT]), factor(sum.v[kDiff])}};
-  }
-  known = group.template share<0>(known);
-  const Factors by{known.v[2], known.v[3], known.v[4]};
-  if (by.s != 1.f || by.t != 1.f || by.diff != 1.f) {
-    sum = group.sum(scaled_squares(pair, by));
-    Floats<2> inverse{};
-    if (group.leads()) {
-      const double s = by.s, t = by.t, diff = by.diff;
-      sum.v[kSS] /= s * s;
-      sum.v[kTT] /= t * t;
-      sum.v[kST] /= s * t;
-      sum.v[kDiff] /= diff * diff;
-      inverse = {{inverse_norm(sum.v[kSS]), inverse_norm(sum.v[kTT])}};
-    }
-    inverse = group.template share<1>(inverse);
-    known.v[0] = inverse.v[0];
-    known.v[1] = inverse.v[1];
-  }
-  PairStats stats{0.f, known.v[0], known.v[1], 0.f};
-  const double width = static_cast<double>(pair.width());
+  Floats<4> sum{};
   if (mse) {
-    stats.loss = static_cast<float>(sum.v[kDiff] / width);
-    stats.one_minus_cos = static_cast<float>(1.0 - sum.v[kST] * stats.inv_s * stats.inv_t);
+    sum = group.template sum<0>(scaled_squares(pair, {1.f, 1.f, 1.f}));
   } else {
-    const Doubles<2> unit = group.sum(directions(pair, stats.inv_s, stats.inv_t));
-    stats.loss = static_cast<float>(unit.v[0] / (kind == Kind::kNmse ? width : 2.0));
-    stats.one_minus_cos = static_cast<float>(unit.v[1]);
+    const Floats<2> both = group.template sum<0>(squares(pair));
+    sum.v[kSS] = both.v[kSS];
+    sum.v[kTT] = both.v[kTT];
   }
-  if (is_zero_row(sum.v[kSS])) {  // no direction: cosine 0, gradient 0
+  const Factors by{factor_for(sum.v[kSS]), factor_for(sum.v[kTT]), factor_for(sum.v[kDiff])};
+  if (by.s != 1.f || by.t != 1.f || by.diff != 1.f) {
+    sum = group.template sum<1>(scaled_squares(pair, by));
+  }
+  const float inv_s = inverse_norm(sum.v[kSS]), inv_t = inverse_norm(sum.v[kTT]);
+  PairStats stats{0.f, inv_s * by.s, inv_t * by.t, 0.f};
+  if (mse) {
+    const float back = by.diff == 1.f ? 1.f : kGrow;
+    stats.loss = sum.v[kDiff] * inv_width * back * back;
+    stats.one_minus_cos = 1.f - sum.v[kST] * inv_s * inv_t;  // all three scaled alike
+  } else {
+    const Floats<2> unit = group.template sum<2>(directions(pair, stats.inv_s, stats.inv_t));
+    stats.loss = unit.v[0] * (kind == Kind::kNmse ? inv_width : 0.5f);
+    stats.one_minus_cos = unit.v[1];
+  }
+  if (by.s == 1.f && is_zero_row(sum.v[kSS])) {  // no direction: cosine 0, gradient 0
     stats.inv_s = 0.f;
     stats.one_minus_cos = 1.f;
   }
   return stats;
 }
 
-// coefficient * d loss / d s, element by element, from factors formed in double once a row; see
-// PairGradient in csrc/cpu/pair.h.
+// coefficient * d loss / d s, element by element. The unit vectors are formed as `directions` formed
+// them: what rounding did to the norms then cancels in the difference as it did in 1 - cos, and
+// equal rows give exactly 0.
 struct PairGradient {
   bool mse;
-  float to_s, to_s_rest, to_t;
+  float inv_s, inv_t, minus_omc, outer;
+
+  __device__ __forceinline__ PairGradient(const PairStats& stats, Kind kind, float inv_width,
+                                          float coefficient)
+      : mse(kind == Kind::kMse),
+        inv_s(stats.inv_s),
+        inv_t(stats.inv_t),
+        minus_omc(-stats.one_minus_cos),
+        outer(coefficient * (kind == Kind::kCosine ? 1.f : 2.f * inv_width) *
+              (kind == Kind::kMse ? 1.f : stats.inv_s)) {}
 
   __device__ __forceinline__ float of(float s, float t) const {
-    if (mse) return (s - t) * to_s;
-    return fma(s, to_s_rest, s * to_s - t * to_t);  // equal rows: equal products, exactly 0
+    if (mse) return (s - t) * outer;
+    const float unit = s * inv_s;
+    return fma(minus_omc, unit, unit - t * inv_t) * outer;
   }
 };
 
-__device__ __forceinline__ PairGradient pair_gradient(i64 width, const PairStats& stats, Kind kind,
-                                                      float coefficient) {
-  const double per_width = 2.0 / static_cast<double>(width);
-  PairGradient g{kind == Kind::kMse, 0.f, 0.f, 0.f};
-  if (g.mse) {
-    g.to_s = static_cast<float>(coefficient * per_width);
-    return g;
-  }
-  const double outer =
-      static_cast<double>(coefficient) * (kind == Kind::kNmse ? per_width : 1.0) * stats.inv_s;
-  const double cos = 1.0 - static_cast<double>(stats.one_minus_cos);
-  const double exact_t = outer * stats.inv_t;
-  const double exact_s = outer * stats.inv_s * cos;
-  g.to_t = static_cast<float>(exact_t);
-  g.to_s = static_cast<float>(exact_s);
-  // What rounding took from to_t counts as a multiple of s too: along s^, t is |t| / |s| of it.
-  const double t_per_s = stats.inv_t > 0.f ? stats.inv_s / static_cast<double>(stats.inv_t) : 0.0;
-  g.to_s_rest = static_cast<float>((exact_s - g.to_s) - (exact_t - g.to_t) * t_per_s * cos);
-  if (!(g.to_s_rest == g.to_s_rest)) g.to_s_rest = 0.f;
-  return g;
+__device__ __forceinline__ void put_stats(float* row_loss, float* row_stats, i64 rows, i64 i,
+                                          const PairStats& stats) {
+  store(row_loss + i, stats.loss);
+  store(row_stats + kInvStudentNorm * rows + i, stats.inv_s);
+  store(row_stats + kInvTeacherNorm * rows + i, stats.inv_t);
+  store(row_stats + kOneMinusCos * rows + i, stats.one_minus_cos);
 }
 
-__device__ __forceinline__ void put_stats(const ForwardOut& out, i64 i, const PairStats& stats) {
-  store(out.row_loss + i, stats.loss);
-  float* row = out.row_stats + i * kRowStats;
-  store(row + kInvStudentNorm, stats.inv_s);
-  store(row + kInvTeacherNorm, stats.inv_t);
-  store(row + kOneMinusCos, stats.one_minus_cos);
-}
-
-__device__ __forceinline__ PairStats get_stats(const BackwardIn& in, i64 i) {
-  const float* row = in.row_stats + i * kRowStats;
-  return {0.f, load(row + kInvStudentNorm), load(row + kInvTeacherNorm), load(row + kOneMinusCos)};
-}
-
-// What the chain rule multiplies row i's gradient by; false: the row gets gradient 0 whatever it
-// holds, because it is masked or the denominator was 0.
-__device__ __forceinline__ bool coefficient_of(const Problem& p, const BackwardIn& in, i64 i,
-                                               float* coefficient) {
-  const float w = weight(p, i), scale = load(in.scale);
-  if (w == 0.f || scale == 0.f) return false;
-  *coefficient = load(in.grad_loss + i * in.grad_loss_stride) * scale * w;
-  return true;
+__device__ __forceinline__ PairStats get_stats(const float* row_stats, i64 rows, i64 i) {
+  return {0.f, load(row_stats + kInvStudentNorm * rows + i),
+          load(row_stats + kInvTeacherNorm * rows + i), load(row_stats + kOneMinusCos * rows + i)};
 }
 
 }  // namespace cuda

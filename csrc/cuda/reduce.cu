@@ -1,5 +1,7 @@
 // From row losses to the loss and the batch statistics, in double and in one fixed order: each
-// block sums a fixed range of rows; if there are several, one more block sums what they found.
+// block sums a fixed range of rows. Of several blocks of a layer, each stores its sums and then draws
+// a ticket; the one that draws the last adds them all up, in the order of the rows, whichever it is.
+// The tickets were made 0 by the launch before, of the same call.
 
 #include "storage.cuh"
 
@@ -9,22 +11,28 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr i64 kRowsPerBlock = 4096;
+constexpr int kWeightThreads = 1024;
+constexpr i64 kRowsOfOneBlock = 1024;
+constexpr i64 kRowsPerBlock = 512;
 constexpr i64 kMaxParts = 256;
 
 // What is summed over rows.
-enum Sum { kLoss = 0, kCos = 1, kStudentNorm = 2, kTeacherNorm = 3, kRows = 4, kSums = 5 };
+enum Sum { kLoss, kCos, kStudentNorm, kTeacherNorm, kRows, kWeights, kSums };
 
 i64 parts(i64 rows) {
+  if (rows <= kRowsOfOneBlock) return 1;
   const i64 wanted = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  return wanted < 1 ? 1 : wanted > kMaxParts ? kMaxParts : wanted;
+  return wanted > kMaxParts ? kMaxParts : wanted;
 }
 
-// The sums over a block, for its first thread.
-template <int N>
+template <int Threads, int N>
+constexpr int kSumBytes = Threads / kWarp * N * static_cast<int>(sizeof(double));
+
+// The sums over a block of at most Threads, for its first thread.
+template <int Threads, int Bytes, int N>
 __device__ Doubles<N> block_sum(const Doubles<N>& x) {
-  using Memory = BlockMemory<kThreads / kWarp * N * static_cast<int>(sizeof(double))>;
-  const Shared<double> partials = Memory::template at<double>(0);
+  static_assert(kSumBytes<Threads, N> <= Bytes, "room for the warps' sums");
+  const Shared<double> partials = BlockMemory<Bytes>::template at<double>(0);
   const Doubles<N> own = warp_sum(x);
   if (threadIdx.x % kWarp == 0) {
     for (int n = 0; n < N; ++n) partials.store(threadIdx.x / kWarp * N + n, own.v[n]);
@@ -39,61 +47,79 @@ __device__ Doubles<N> block_sum(const Doubles<N>& x) {
   return sum;
 }
 
-__device__ void put_result(const Doubles<kSums>& sum, float scale, float* loss, float* stats) {
+__device__ void put_result(const Doubles<kSums>& sum, const Reduce& call,
+                           const ReduceLayer& layer) {
   const double count = sum.v[kRows];
   const double per_row = count > 0 ? 1.0 / count : 0.0;
+  float scale;
+  if (call.scale_in_stats) {
+    scale = load(layer.stats + kScale);
+  } else if (call.scale_of_weights) {
+    scale = sum.v[kWeights] == 0.0 ? 0.f : static_cast<float>(1.0 / sum.v[kWeights]);
+  } else {
+    scale = value_of(call.scale);
+  }
   // A denominator of 0 stands for "nothing to learn from": exactly 0, whatever the rows hold.
-  if (loss) store(loss, scale == 0.f ? 0.f : static_cast<float>(sum.v[kLoss] * scale));
-  store(stats + kMeanCos, static_cast<float>(sum.v[kCos] * per_row));
-  store(stats + kMeanStudentNorm, static_cast<float>(sum.v[kStudentNorm] * per_row));
-  store(stats + kMeanTeacherNorm, static_cast<float>(sum.v[kTeacherNorm] * per_row));
-  store(stats + oprd::kCount, static_cast<float>(count));
-  store(stats + kScale, scale);
+  if (layer.loss) store(layer.loss, scale == 0.f ? 0.f : static_cast<float>(sum.v[kLoss] * scale));
+  store(layer.stats + kMeanCos, static_cast<float>(sum.v[kCos] * per_row));
+  store(layer.stats + kMeanStudentNorm, static_cast<float>(sum.v[kStudentNorm] * per_row));
+  store(layer.stats + kMeanTeacherNorm, static_cast<float>(sum.v[kTeacherNorm] * per_row));
+  store(layer.stats + oprd::kCount, static_cast<float>(count));
+  store(layer.stats + kScale, scale);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    sum_rows(Problem p, ForwardOut out, Scale scale, i64 rows_per_block, float* loss, float* stats,
-             double* partials) {
-  const i64 begin = blockIdx.x * rows_per_block;
-  const i64 end = begin + rows_per_block < p.rows ? begin + rows_per_block : p.rows;
+__global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Parameter<Reduce> call) {
+  constexpr int kLast = kSumBytes<kThreads, kSums>;
+  constexpr int kBytes = kLast + 16;
+  const Shared<std::uint32_t> last = BlockMemory<kBytes>::template at<std::uint32_t>(kLast);
+  const ReduceLayer& layer = call.layers[blockIdx.y];
+  const i64 rows = call.batch.rows, begin = blockIdx.x * call.rows_per_block;
+  const i64 end = begin + call.rows_per_block < rows ? begin + call.rows_per_block : rows;
   Doubles<kSums> sum{};
+#pragma unroll 2
   for (i64 i = begin + threadIdx.x; i < end; i += kThreads) {
-    const float w = weight(p, i), row_loss = load(out.row_loss + i);
-    if (!loss) store(out.row_loss + i, row_loss * w);
+    const float w = weight(call.batch, i), row_loss = load(layer.row_loss + i);
+    const float inv_s = load(layer.row_stats + kInvStudentNorm * rows + i);
+    const float inv_t = load(layer.row_stats + kInvTeacherNorm * rows + i);
+    const float one_minus_cos = load(layer.row_stats + kOneMinusCos * rows + i);
+    if (!layer.loss) store(layer.row_loss + i, row_loss * w);
     if (w == 0.f) continue;
-    const float* row = out.row_stats + i * kRowStats;
-    const float inv_s = load(row + kInvStudentNorm), inv_t = load(row + kInvTeacherNorm);
     sum.v[kLoss] += static_cast<double>(w) * row_loss;
-    sum.v[kCos] += 1.0 - load(row + kOneMinusCos);
+    sum.v[kCos] += 1.0 - one_minus_cos;
     sum.v[kStudentNorm] += inv_s == 0.f ? 0.f : 1.f / inv_s;
     sum.v[kTeacherNorm] += 1.f / inv_t;
     sum.v[kRows] += 1.0;
+    sum.v[kWeights] += w;
   }
-  sum = block_sum(sum);
-  if (threadIdx.x != 0) return;
+  sum = block_sum<kThreads, kBytes>(sum);
   if (gridDim.x == 1) {
-    put_result(sum, value_of(scale), loss, stats);
-  } else {
+    if (threadIdx.x == 0) put_result(sum, call, layer);
+    return;
+  }
+  double* partials = call.partials + blockIdx.y * gridDim.x * kSums;
+  if (threadIdx.x == 0) {
+#pragma unroll
     for (int n = 0; n < kSums; ++n) store(partials + blockIdx.x * kSums + n, sum.v[n]);
+    last.store(0, count_ordered(reinterpret_cast<std::uint32_t*>(call.tickets + blockIdx.y)));
   }
-}
-
-__global__ void __launch_bounds__(kThreads)
-    sum_parts(const double* partials, int parts, Scale scale, float* loss, float* stats) {
-  Doubles<kSums> sum{};
-  for (int part = threadIdx.x; part < parts; part += kThreads) {
-    for (int n = 0; n < kSums; ++n) sum.v[n] += load(partials + part * kSums + n);
+  block_barrier();
+  if (last.load(0) != gridDim.x - 1) return;
+  sum = {};
+  for (unsigned part = threadIdx.x; part < gridDim.x; part += kThreads) {
+#pragma unroll
+    for (int n = 0; n < kSums; ++n) sum.v[n] += load_published(partials + part * kSums + n);
   }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) put_result(sum, value_of(scale), loss, stats);
+  sum = block_sum<kThreads, kBytes>(sum);
+  if (threadIdx.x == 0) put_result(sum, call, layer);
 }
 
 // 1 / sum of the weights (0 if that is 0), into `layers` places.
-__global__ void __launch_bounds__(kThreads)
-    sum_weights(Problem p, float* scale, i64 stride, int layers) {
+__global__ void __launch_bounds__(kWeightThreads)
+    sum_weights(const float* weights, i64 rows, float* scale, i64 stride, int layers) {
   Doubles<1> sum{};
-  for (i64 i = threadIdx.x; i < p.rows; i += kThreads) sum.v[0] += weight(p, i);
-  sum = block_sum(sum);
+#pragma unroll 8
+  for (i64 i = threadIdx.x; i < rows; i += kWeightThreads) sum.v[0] += load(weights + i);
+  sum = block_sum<kWeightThreads, kSumBytes<kWeightThreads, 1>>(sum);
   if (threadIdx.x != 0) return;
   const float value = sum.v[0] == 0.0 ? 0.f : static_cast<float>(1.0 / sum.v[0]);
   for (int layer = 0; layer < layers; ++layer) store(scale + layer * stride, value);
@@ -101,26 +127,50 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-std::int64_t partial_sums(std::int64_t rows) {
+// A ticket a layer; then the parts' sums.
+i64 partial_sums(i64 rows, i64 layers) {
   const i64 count = parts(rows);
-  return count == 1 ? 0 : count * kSums;
+  return count == 1 ? 0 : (layers * (1 + count * kSums) + 1) / 2 * 2;  // 16 bytes for what follows
+}
+
+std::int64_t scratch(std::int64_t rows, std::int64_t layers, std::int64_t rank,
+                     std::int64_t student_width, std::int64_t teacher_width, DType dtype) {
+  const bool terms = rank > 0 && dtype != DType::kFloat32;
+  return partial_sums(rows, layers) +
+         (terms ? layers * terms_size(rank, student_width, teacher_width) : 0);
+}
+
+double* tickets(const Reduction& reduction, i64 rows) {
+  return parts(rows) == 1 ? nullptr : reduction.scratch;
 }
 
 void scale_by_weights(const Problem& problem, float* scale, i64 stride, int layers,
                       const Stream& stream) {
-  launch({"sum_weights", problem, stream, 1, kThreads}, sum_weights, problem,
-         scale, stride, layers);
+  launch({"sum_weights", problem, stream, 1, kWeightThreads}, sum_weights, problem.weights,
+         problem.rows, scale, stride, layers);
 }
 
-void reduce(const Problem& problem, const ForwardOut& out, const Scale& scale, float* loss,
-            float* stats, double* partials, const Stream& stream) {
-  const i64 blocks = parts(problem.rows);
-  const i64 rows_per_block = (problem.rows + blocks - 1) / blocks;
-  launch({"sum_rows", problem, stream, blocks, kThreads}, sum_rows,
-         problem, out, scale, rows_per_block, loss, stats, partials);
-  if (blocks == 1) return;
-  launch({"sum_parts", problem, stream, 1, kThreads}, sum_parts,
-         static_cast<const double*>(partials), static_cast<int>(blocks), scale, loss, stats);
+void reduce(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
+            bool scale_of_weights, bool scale_in_stats, const Reduction& reduction,
+            const Stream& stream) {
+  const i64 rows = problems->rows, blocks = parts(rows);
+  for_runs(layers, [](int, int) { return true; }, [&](int first, int count) {
+    Reduce call;
+    call.batch = batch(problems[first]);
+    call.scale = scale;
+    call.scale_of_weights = scale_of_weights;
+    call.scale_in_stats = scale_in_stats;
+    call.rows_per_block = (rows + blocks - 1) / blocks;
+    call.tickets = reduction.scratch + first;
+    call.partials = reduction.scratch + layers + first * blocks * kSums;
+    for (int n = 0; n < count; ++n) {
+      const ForwardOut& out = outs[first + n];
+      call.layers[n] = {out.row_loss, out.row_stats,
+                        reduction.each ? nullptr : reduction.losses + first + n,
+                        reduction.stats + (first + n) * reduction.stats_stride};
+    }
+    launch({"sum_rows", problems[first], stream, blocks, kThreads, count}, sum_rows, call);
+  });
 }
 
 }  // namespace cuda

@@ -2,35 +2,29 @@
 #pragma once
 
 #include "identity.cuh"
-#include "projected.cuh"
+#include "projected_backward.cuh"
+#include "projected_forward.cuh"
 
 namespace oprd {
 namespace cuda {
 
 template <DType D>
-void forward_rows(const Problem& p, const ForwardOut& out, const Scale& scale,
-                  const Stream& stream) {
-  if (p.rank > 0) {
-    launch_projected_forward<D>(p, out, stream);
-  } else if (takes_vectors(p.student, p.student_width) &&
-             takes_vectors(p.teacher, p.teacher_width) &&
-             (!out.grad.data || takes_vectors(out.grad, p.student_width))) {
-    launch_identity_forward<D, true>(p, out, scale, stream);
+void forward_rows(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
+                  double* tickets, const Room& terms, const Stream& stream) {
+  if (problems->rank > 0) {
+    launch_projected_forward<D>(problems, outs, layers, tickets, terms, stream);
   } else {
-    launch_identity_forward<D, false>(p, out, scale, stream);
+    launch_identity_forward<D>(problems, outs, layers, scale, tickets, stream);
   }
 }
 
 template <DType D>
-void backward_rows(const Problem& p, const BackwardIn& in, const Stream& stream) {
-  if (p.rank > 0) {
-    launch_projected_backward<D>(p, in, stream);
-  } else if (takes_vectors(p.student, p.student_width) &&
-             takes_vectors(p.teacher, p.teacher_width) &&
-             takes_vectors(in.grad, p.student_width)) {
-    launch_identity_backward<D, true>(p, in, stream);
+void backward_rows(const Problem* problems, const BackwardIn* ins, int layers,
+                   const Stream& stream) {
+  if (problems->rank > 0) {
+    launch_projected_backward<D>(problems, ins, layers, stream);
   } else {
-    launch_identity_backward<D, false>(p, in, stream);
+    launch_identity_backward<D>(problems, ins, layers, stream);
   }
 }
 

@@ -48,6 +48,67 @@ struct Storage<DType::kFloat16> {
   __device__ static std::uint32_t pack(const Floats<2>& x) { return half_pair(x.v[0], x.v[1]); }
 };
 
+// Elements side by side, as they lie in memory.
+template <int N>
+using Words = Array<std::uint32_t, N>;
+
+template <int N, class T>
+__device__ __forceinline__ Words<N> load_words(const T* p) {
+  static_assert(N == 2 || N == 4, "8 or 16 bytes");
+  if constexpr (N == 4) {
+    const uint4 raw = load_once(reinterpret_cast<const uint4*>(p));
+    return {{raw.x, raw.y, raw.z, raw.w}};
+  } else {
+    const uint2 raw = load(reinterpret_cast<const uint2*>(p));
+    return {{raw.x, raw.y}};
+  }
+}
+template <int N, class T>
+__device__ __forceinline__ void store_words(T* p, const Words<N>& x) {
+  static_assert(N == 2 || N == 4, "8 or 16 bytes");
+  if constexpr (N == 4) {
+    store_once(reinterpret_cast<uint4*>(p), uint4{x.v[0], x.v[1], x.v[2], x.v[3]});
+  } else {
+    store(reinterpret_cast<uint2*>(p), uint2{x.v[0], x.v[1]});
+  }
+}
+
+template <DType D, int N>
+__device__ __forceinline__ Words<N / Storage<D>::kPerWord> packed(const Floats<N>& x) {
+  constexpr int kPer = Storage<D>::kPerWord;
+  Words<N / kPer> words;
+#pragma unroll
+  for (int w = 0; w < N / kPer; ++w) {
+    Floats<kPer> part;
+#pragma unroll
+    for (int n = 0; n < kPer; ++n) part.v[n] = x.v[w * kPer + n];
+    words.v[w] = Storage<D>::pack(part);
+  }
+  return words;
+}
+template <DType D, int N>
+__device__ __forceinline__ Floats<N * Storage<D>::kPerWord> unpacked(const Words<N>& words) {
+  constexpr int kPer = Storage<D>::kPerWord;
+  Floats<N * kPer> x;
+#pragma unroll
+  for (int w = 0; w < N; ++w) {
+    const Floats<kPer> part = Storage<D>::unpack(words.v[w]);
+#pragma unroll
+    for (int n = 0; n < kPer; ++n) x.v[w * kPer + n] = part.v[n];
+  }
+  return x;
+}
+// Into words that are 0 there.
+template <DType D, int N>
+__device__ __forceinline__ void put_element(Words<N>& words, int n, typename Storage<D>::type x) {
+  constexpr int kPer = Storage<D>::kPerWord;
+  if constexpr (kPer == 1) {
+    words.v[n] = bits_of(x);
+  } else {
+    words.v[n / kPer] |= std::uint32_t{x} << (16 * (n % kPer));
+  }
+}
+
 // What a thread reads and writes at a time: a vector of 16 bytes, or one element where width, base
 // or strides do not allow vectors.
 template <DType D, bool Vector>
@@ -57,42 +118,16 @@ template <DType D>
 struct Unit<D, true> {
   using S = Storage<D>;
   using type = typename S::type;
-  using Raw = uint4;
+  using Raw = Words<4>;
   static constexpr int kElements = 4 * S::kPerWord;
-  static constexpr int kHeld = 4;  // how many of a row a thread keeps in registers
 
   __device__ static Raw load(const type* row, i64 u) {
-    return cuda::load(reinterpret_cast<const uint4*>(row) + u);
+    return load_words<4>(row + u * kElements);
   }
   __device__ static void store(type* row, i64 u, const Floats<kElements>& x) {
-    uint4 raw;
-    raw.x = word(x, 0);
-    raw.y = word(x, 1);
-    raw.z = word(x, 2);
-    raw.w = word(x, 3);
-    cuda::store(reinterpret_cast<uint4*>(row) + u, raw);
+    store_words<4>(row + u * kElements, packed<D>(x));
   }
-  __device__ static Floats<kElements> floats(const Raw& raw) {
-    Floats<kElements> x;
-    put(x, 0, raw.x);
-    put(x, 1, raw.y);
-    put(x, 2, raw.z);
-    put(x, 3, raw.w);
-    return x;
-  }
-
- private:
-  __device__ static std::uint32_t word(const Floats<kElements>& x, int w) {
-    Floats<S::kPerWord> part;
-#pragma unroll
-    for (int n = 0; n < S::kPerWord; ++n) part.v[n] = x.v[w * S::kPerWord + n];
-    return S::pack(part);
-  }
-  __device__ static void put(Floats<kElements>& x, int w, std::uint32_t bits) {
-    const Floats<S::kPerWord> part = S::unpack(bits);
-#pragma unroll
-    for (int n = 0; n < S::kPerWord; ++n) x.v[w * S::kPerWord + n] = part.v[n];
-  }
+  __device__ static Floats<kElements> floats(const Raw& raw) { return unpacked<D>(raw); }
 };
 
 template <DType D>
@@ -101,7 +136,6 @@ struct Unit<D, false> {
   using type = typename S::type;
   using Raw = type;
   static constexpr int kElements = 1;
-  static constexpr int kHeld = 16;
 
   __device__ static Raw load(const type* row, i64 u) { return cuda::load(row + u); }
   __device__ static void store(type* row, i64 u, const Floats<1>& x) {
@@ -115,25 +149,32 @@ inline bool takes_vectors(const Rows& rows, i64 width) {
   const i64 element = rows.dtype == DType::kFloat32 ? 4 : 2;
   auto whole = [&](i64 elements) { return elements * element % 16 == 0; };
   return reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 && whole(width) &&
-         whole(rows.stride_inner) && (rows.inner == 0 || whole(rows.stride_outer));
+         whole(rows.stride_inner) &&
+         (rows.stride_outer == rows.inner * rows.stride_inner || whole(rows.stride_outer));
 }
 
-// Row n of canonical rows (dispatch.cpp): inner is 0 where stride_inner says it all.
 template <class T>
-__device__ __forceinline__ T* row_of(const Rows& rows, i64 n) {
+__device__ __forceinline__ T* row_of(const Strided& rows, i64 n) {
   T* data = static_cast<T*>(rows.data);
   if (rows.inner == 0) return data + n * rows.stride_inner;
   return data + n / rows.inner * rows.stride_outer + n % rows.inner * rows.stride_inner;
 }
 
-__device__ __forceinline__ i64 student_row(const Problem& p, i64 i) {
-  return p.student_rows ? load(p.student_rows + i) : i;
+__device__ __forceinline__ i64 student_row(const Batch& b, i64 i) {
+  return b.student_rows ? load(b.student_rows + i) : i;
 }
-__device__ __forceinline__ i64 teacher_row(const Problem& p, i64 i) {
-  return p.teacher_rows ? load(p.teacher_rows + i) : i;
+__device__ __forceinline__ i64 teacher_row(const Batch& b, i64 i) {
+  return b.teacher_rows ? load(b.teacher_rows + i) : i;
 }
-__device__ __forceinline__ float weight(const Problem& p, i64 i) {
-  return p.weights ? load(p.weights + i) : 1.f;
+__device__ __forceinline__ float weight(const Batch& b, i64 i) {
+  return b.weights ? load(b.weights + i) : 1.f;
+}
+
+// The reduction of a call counts its blocks with these, from 0 on.
+__device__ __forceinline__ void reset_ticket(double* tickets) {
+  if (tickets && blockIdx.x == 0 && threadIdx.x == 0) {
+    store(reinterpret_cast<std::uint32_t*>(tickets + blockIdx.y), std::uint32_t{0});
+  }
 }
 
 __device__ __forceinline__ float value_of(const Scale& scale) {

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from filelock import FileLock
+import torch
 from torch import Tensor
 
 from oprd_kernels import cuda
@@ -66,7 +67,7 @@ class Kernels:
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
-        self.cuda_partial_sums = module.cuda_partial_sums
+        self.cuda_scratch = module.cuda_scratch
 
     def cuda_forward(
         self,
@@ -74,13 +75,15 @@ class Kernels:
         grad: Tensor | None,
         loss: Tensor,
         saved: Tensor,
-        partials: Tensor | None,
+        scratch: Tensor | None,
         *where: int,
     ) -> None:
         """Reads the calls, writes the rest."""
         first = calls[0]
         shared = (first.rows, first.teacher_rows, first.weights, first.denominator)
-        found: list[Memory] = [("rows", "w", x) for x in (saved, loss, partials)]
+        # Sums and projectors' terms lie in it: accesses of different sizes.
+        bits = None if scratch is None else scratch.view(torch.int16)
+        found: list[Memory] = [("rows", "w", x) for x in (saved, loss, bits)]
         found += [("rows", "r", x) for x in shared]
         for call in calls:
             found.append(("activations", "r", call.student))
@@ -90,7 +93,7 @@ class Kernels:
         if grad is not first.teacher:
             found.append(("activations", "w", grad))
         self._allow(found)
-        self.module.cuda_forward(calls, grad, loss, saved, partials, *where)
+        self.module.cuda_forward(calls, grad, loss, saved, scratch, *where)
 
     def cuda_backward(
         self,

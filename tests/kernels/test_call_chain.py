@@ -174,7 +174,7 @@ def test_the_cuda_backend_launches_on_the_machine_it_is_given(monkeypatch):
     launched = []
 
     class Kernels:
-        def cuda_partial_sums(self, rows):
+        def cuda_scratch(self, rows, *_):
             return rows
 
         def cuda_forward(self, *arguments):
@@ -186,12 +186,12 @@ def test_the_cuda_backend_launches_on_the_machine_it_is_given(monkeypatch):
     monkeypatch.setattr(cuda.BACKEND, "machine", cuda.Machine("cpu", Kernels(), lambda i: 70 + i))
     student = S.clone().requires_grad_()
     fused_rep_loss(student, T, backend="cuda").backward()
-    (calls, grad, _loss, saved, partials, *where), backward = launched
+    (calls, grad, _loss, saved, scratch, *where), backward = launched
     assert isinstance(calls[0], LossCall)
     assert calls[0].student is student
     assert grad is None
-    assert partials.dtype == torch.float64
-    assert partials.shape == (6,)
+    assert scratch.dtype == torch.float64
+    assert scratch.shape == (6,)
     assert where == [*backward[4:]] == [-1, 69]
     assert isinstance(backward[0][0], GradCall)
     assert backward[0][0].saved.data_ptr() == saved.data_ptr()

@@ -14,6 +14,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // What CUDA has as built-in variables of a thread and types.
 #define threadIdx (::oprd::emulation::current().thread)
@@ -21,6 +22,9 @@
 #define blockDim (::oprd::emulation::current().threads)
 #define gridDim (::oprd::emulation::current().blocks)
 
+struct alignas(8) uint2 {
+  std::uint32_t x, y;
+};
 struct alignas(16) uint4 {
   std::uint32_t x, y, z, w;
 };
@@ -34,6 +38,9 @@ namespace cuda {
 constexpr int kWarp = emulation::kWarp;
 
 template <class T>
+using Parameter = const T&;
+
+template <class T>
 T load(const T* p) {
   emulation::global_access(p, sizeof(T), false);
   T value;
@@ -45,6 +52,18 @@ template <class T>
 void store(T* p, T value) {
   emulation::global_access(p, sizeof(T), true);
   std::memcpy(p, &value, sizeof value);
+}
+
+inline uint4 load_once(const uint4* p) { return load(p); }
+inline void store_once(uint4* p, const uint4& value) { store(p, value); }
+
+inline std::uint32_t count_ordered(std::uint32_t* counter) {
+  emulation::ordered_access(counter, sizeof *counter);
+  return (*counter)++;
+}
+template <class T>
+T load_published(const T* p) {
+  return load(p);
 }
 
 template <class T>
@@ -107,6 +126,41 @@ T shuffle_xor(const T& value, int mask, const char* file = __builtin_FILE(),
 // oprd::fma is the one of csrc/cpu/simd.h, which may round twice.
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
+struct TensorRows {
+  std::uint32_t v[4];
+};
+struct TensorColumns {
+  std::uint32_t v[2];
+};
+// Products of 16-bit elements are exact in float32; added in the order of the columns, each addition
+// rounded, where the hardware aligns several and cuts.
+template <DType D>
+void tensor_product(float (&c)[4], const TensorRows& a, const TensorColumns& b,
+                    const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  struct Given {
+    TensorRows a;
+    TensorColumns b;
+  };
+  const Given own{a, b};
+  Given all[kWarp];
+  emulation::warp_gather({file, line}, &own, all, sizeof own);
+  auto element = [](std::uint32_t word, int k) {
+    const auto half = static_cast<std::uint16_t>(k % 2 ? word >> 16 : word);
+    return D == DType::kBFloat16 ? float_of(std::uint32_t{half} << 16) : float_of_half(half);
+  };
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      const int from = k % 8 / 2;  // which lane of four has column k
+      const float x = element(all[4 * g + from].a.v[2 * (k / 8) + i / 2], k);
+      const float y = element(all[4 * (2 * t + i % 2) + from].b.v[k / 8], k);
+      c[i] += x * y;
+    }
+  }
+}
+
+inline float rsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
+
 inline std::uint32_t bf16_pair(float low, float high) {
   return bf16_of(low) | std::uint32_t{bf16_of(high)} << 16;
 }
@@ -118,7 +172,7 @@ template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
   try {
-    emulation::run(how.blocks, how.threads, [&] { kernel(arguments...); });
+    emulation::run(how.blocks, how.layers, how.threads, [&] { kernel(arguments...); });
   } catch (const emulation::Fault& fault) {
     fail(how, fault.what());
   }

@@ -63,6 +63,39 @@ void divergent_shuffle(float* data, int) {
   if (threadIdx.x % 2 == 0) store(data + threadIdx.x, shuffle_xor(1.f, 1));
 }
 
+// What each block wrote, in another's place: right, if the one that comes last reads it after the
+// barrier, and if it was written before its block was counted.
+enum class Mistake { kNone, kReadsBeforeBarrier, kWritesAfterCounting, kDoesNotCount };
+
+void gather(float* data, int n, Mistake mistake) {
+  std::uint32_t* counter = reinterpret_cast<std::uint32_t*>(data);
+  const Shared<std::uint32_t> shared = Memory::at<std::uint32_t>(0);
+  const int blocks = gridDim.x, own = n / 2 + blockIdx.x;
+  if (threadIdx.x == 0) {
+    if (mistake != Mistake::kWritesAfterCounting) store(data + own, 1.f);
+    const bool counts = mistake != Mistake::kDoesNotCount;
+    shared.store(0, counts ? count_ordered(counter) : static_cast<std::uint32_t>(blocks - 1));
+    if (mistake == Mistake::kWritesAfterCounting) store(data + own, 1.f);
+  }
+  if (mistake == Mistake::kReadsBeforeBarrier && threadIdx.x == 1) {
+    load_published(data + n / 2 + (blockIdx.x + 1) % blocks);
+  }
+  block_barrier();
+  if (shared.load(0) % blocks + 1 != static_cast<std::uint32_t>(blocks)) return;  // run again, too
+  if (static_cast<int>(threadIdx.x) < blocks) {
+    store(data + 2 + threadIdx.x, load_published(data + n / 2 + threadIdx.x));
+  }
+}
+
+void gathers(float* data, int n) { gather(data, n, Mistake::kNone); }
+void reads_before_barrier(float* data, int n) { gather(data, n, Mistake::kReadsBeforeBarrier); }
+void writes_after_counting(float* data, int n) { gather(data, n, Mistake::kWritesAfterCounting); }
+void does_not_count(float* data, int n) { gather(data, n, Mistake::kDoesNotCount); }
+void reads_the_counter(float* data, int n) {
+  gather(data, n, Mistake::kNone);
+  load(data);
+}
+
 void run_kernel(const std::string& name, float* data, int n) {
   void (*kernel)(float*, int) = nullptr;
 #define OPRD_FAULTY(k) \
@@ -78,6 +111,11 @@ void run_kernel(const std::string& name, float* data, int n) {
   OPRD_FAULTY(divergent_barrier);
   OPRD_FAULTY(two_barriers_for_one);
   OPRD_FAULTY(divergent_shuffle);
+  OPRD_FAULTY(gathers);
+  OPRD_FAULTY(reads_before_barrier);
+  OPRD_FAULTY(writes_after_counting);
+  OPRD_FAULTY(does_not_count);
+  OPRD_FAULTY(reads_the_counter);
 #undef OPRD_FAULTY
   if (!kernel) throw std::invalid_argument("no faulty kernel " + name);
   Problem problem;

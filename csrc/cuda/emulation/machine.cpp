@@ -73,19 +73,21 @@ bool same(const Site& a, const Site& b) {
 
 class Machine {
  public:
-  void run(std::int64_t blocks, int threads, const std::function<void()>& body) {
+  void run(std::int64_t blocks, int layers, int threads, const std::function<void()>& body) {
     if (threads % kWarp != 0) throw Fault("blocks must be whole warps");
     body_ = &body;
     now_.blocks.x = static_cast<unsigned>(blocks);
+    now_.blocks.y = static_cast<unsigned>(layers);
     now_.threads.x = static_cast<unsigned>(threads);
     count_ = threads;
     while (static_cast<int>(threads_.size()) < threads) threads_.emplace_back();
     memory().begin_launch();
-    std::vector<std::int64_t> order(blocks);
-    for (std::int64_t i = 0; i < blocks; ++i) order[i] = i;
+    std::vector<std::int64_t> order(blocks * layers);
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int64_t>(i);
     std::shuffle(order.begin(), order.end(), random_);
     for (const std::int64_t block : order) {
-      now_.block.x = static_cast<unsigned>(block);
+      now_.block.x = static_cast<unsigned>(block % blocks);
+      now_.block.y = static_cast<unsigned>(block / blocks);
       memory().begin_block(block);
       run_block();
     }
@@ -104,15 +106,27 @@ class Machine {
   }
 
   void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes) {
+    give(site, value, bytes);
+    take(running_ ^ mask, result, bytes);
+  }
+
+  void warp_gather(Site site, const void* value, void* all, std::size_t bytes) {
+    give(site, value, bytes);
+    const int first = running_ / kWarp * kWarp;
+    for (int i = 0; i < kWarp; ++i) take(first + i, static_cast<char*>(all) + i * bytes, bytes);
+  }
+
+  void give(Site site, const void* value, std::size_t bytes) {
     Thread& own = threads_[running_];
     own.given[0].swap(own.given[1]);
     own.given[0].assign(static_cast<const char*>(value), static_cast<const char*>(value) + bytes);
-    const int me = running_;
-    shuffles_[me] += 1;
+    shuffles_[running_] += 1;
     wait(Waits::kWarp, site);
-    const int partner = me ^ mask;
+  }
+
+  void take(int partner, void* result, std::size_t bytes) {
     // The partner may have given to the next shuffle already.
-    const int ahead = static_cast<int>(shuffles_[partner] - shuffles_[me]);
+    const int ahead = static_cast<int>(shuffles_[partner] - shuffles_[running_]);
     std::memcpy(result, threads_[partner].given[ahead].data(), bytes);
   }
 
@@ -278,16 +292,22 @@ void warp_barrier(Site site) { machine().warp_barrier(site); }
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes) {
   machine().shuffle_xor(site, mask, value, result, bytes);
 }
+void warp_gather(Site site, const void* value, void* all, std::size_t bytes) {
+  machine().warp_gather(site, value, all, bytes);
+}
 void global_access(const void* p, std::size_t bytes, bool write) {
   memory().global_access(reinterpret_cast<std::uintptr_t>(p), bytes, write);
+}
+void ordered_access(const void* p, std::size_t bytes) {
+  memory().ordered_access(reinterpret_cast<std::uintptr_t>(p), bytes);
 }
 void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write) {
   return memory().shared_access(offset, bytes, limit, write);
 }
 
-void run(std::int64_t blocks, int threads, const std::function<void()>& thread) {
+void run(std::int64_t blocks, int layers, int threads, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(machine().busy());
-  machine().run(blocks, threads, thread);
+  machine().run(blocks, layers, threads, thread);
 }
 
 void seed(std::uint64_t value) { machine().seed(value); }

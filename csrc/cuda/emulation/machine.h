@@ -38,6 +38,9 @@ struct Site {
 // What kernels do; each throws Fault if that is wrong.
 void global_access(const void* p, std::size_t bytes, bool write);
 // limit: the bytes of shared memory that the kernel has.
+// An atomic read and write, with acquire and release: what is ordered before it is ordered before
+// what comes after a later one to the same address.
+void ordered_access(const void* p, std::size_t bytes);
 void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write);
 void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes, int limit);
 void wait_for_copies();
@@ -45,8 +48,11 @@ void block_barrier(Site site);
 void warp_barrier(Site site);
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes);
 
-// Runs a launch to its end, or to the first Fault of a thread.
-void run(std::int64_t blocks, int threads, const std::function<void()>& thread);
+// What every lane of the warp gives, in their order.
+void warp_gather(Site site, const void* value, void* all, std::size_t bytes);
+
+// Runs a launch of blocks x layers blocks to its end, or to the first Fault of a thread.
+void run(std::int64_t blocks, int layers, int threads, const std::function<void()>& thread);
 
 // Of the random orders.
 void seed(std::uint64_t value);

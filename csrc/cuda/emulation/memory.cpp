@@ -67,6 +67,8 @@ const Region& Memory::region_of(std::uintptr_t p, std::size_t bytes) const {
 void Memory::begin_block(std::int64_t block) {
   now_.block = block;
   shared_bytes_ = 0;
+  meetings_.clear();
+  now_.meetings = 0;
 }
 
 Granule& Memory::global_granule(std::uintptr_t index) {
@@ -84,16 +86,33 @@ std::string Memory::describe(const Access& access) const {
   return "thread " + std::to_string(access.thread) + " of block " + std::to_string(access.block);
 }
 
+bool Memory::precedes(const Access& past, const Access& now) {
+  if (past.block_epoch != now.block_epoch) return past.block_epoch < now.block_epoch;
+  if (past.spread >= Access::kBlock || past.thread / kWarp != now.thread / kWarp) return false;
+  if (past.warp_epoch != now.warp_epoch) return past.warp_epoch < now.warp_epoch;
+  return past.spread == Access::kThread && past.thread == now.thread &&
+         past.meetings <= now.meetings;
+}
+
+// Whether another block's access comes before one of that block's atomic accesses, which comes before
+// one of this block's to the same address, which comes before what happens now.
+bool Memory::met(const Access& past) const {
+  if (past.spread == Access::kGrid) return false;
+  for (const Meeting& meeting : meetings_) {
+    if (!precedes(meeting.own, now_)) continue;
+    for (const Access& release : meeting.before) {
+      if (release.block == past.block && precedes(past, release)) return true;
+    }
+  }
+  return false;
+}
+
 void Memory::touch(Granule& granule, bool write, const Region* region) {
   // Whether a barrier orders `past` before what happens now.
   auto ordered = [&](const Access& past) {
     if (past.launch != now_.launch) return true;  // none, or a launch before this one
-    if (past.block != now_.block || past.spread == Access::kGrid) return false;
-    if (past.block_epoch != now_.block_epoch) return true;
-    if (past.spread == Access::kBlock) return false;
-    if (past.thread / kWarp != now_.thread / kWarp) return false;
-    if (past.warp_epoch != now_.warp_epoch) return true;
-    return past.spread == Access::kThread && past.thread == now_.thread;
+    if (past.block != now_.block) return met(past);
+    return past.spread != Access::kGrid && precedes(past, now_);
   };
   auto race = [&](const char* before, const Access& past) {
     const std::string where = region ? "global memory (" + region->kind + ")" : "shared memory";
@@ -122,6 +141,27 @@ void Memory::touch(Granule& granule, bool write, const Region* region) {
   }
 }
 
+void Memory::ordered_access(std::uintptr_t p, std::size_t bytes) {
+  const Region& region = region_of(p, bytes);
+  if (region.mode == "r") throw Fault("write to read-only memory: " + describe(now_) + ", " + region.kind);
+  std::vector<Access>& before = counted_[p];
+  if (before.empty()) {  // only the first of a launch can meet what is not atomic
+    for (std::uintptr_t at = p; at < p + bytes; at += kGlobalGranule) {
+      const Granule& granule = global_granule(at / kGlobalGranule);
+      if (region.mode == "w" && granule.written.launch == 0) {
+        throw Fault("read of memory nobody wrote: " + describe(now_) + ", " + region.kind);
+      }
+      if (granule.written.launch == now_.launch || granule.read.launch == now_.launch) {
+        throw Fault("data race on global memory (" + region.kind + "): " + describe(now_) +
+                    " counts there, others access it in the same launch");
+      }
+    }
+  }
+  meetings_.push_back({now_, before});
+  before.push_back(now_);
+  ++now_.meetings;
+}
+
 void Memory::global_access(std::uintptr_t p, std::size_t bytes, bool write) {
   if (p % bytes != 0) {
     throw Fault("misaligned: " + describe(now_) + " accesses " + std::to_string(bytes) +
@@ -131,6 +171,11 @@ void Memory::global_access(std::uintptr_t p, std::size_t bytes, bool write) {
   const Region& region = region_of(p, bytes);
   if (write && region.mode == "r") {
     throw Fault("write to read-only memory: " + describe(now_) + ", " + region.kind);
+  }
+  const auto counted = counted_.lower_bound(p);
+  if (counted != counted_.end() && counted->first < p + bytes) {
+    throw Fault("data race on global memory (" + region.kind + "): " + describe(now_) +
+                " accesses a counter of this launch, with no barrier between");
   }
   (write ? region.traffic->stored : region.traffic->loaded) += static_cast<std::int64_t>(bytes);
   for (std::uintptr_t at = p; at < p + bytes; at += kGlobalGranule) {

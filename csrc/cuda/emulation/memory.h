@@ -1,7 +1,7 @@
 // What the emulated kernels may touch, and who touched what. Global memory is what has been
 // allowed, element by element: a tensor's padding is not part of it. Two accesses to a byte by different
 // threads, one of them a write, are a race unless a barrier that both take part in lies between:
-// threads of different blocks have none. What nobody wrote may not be read.
+// threads of different blocks have none, but may meet at an atomic counter. What nobody wrote may not be read.
 #pragma once
 
 #include <cstddef>
@@ -39,10 +39,16 @@ struct Region {
 struct Access {
   std::uint32_t launch = 0;  // 0: none
   std::uint32_t block_epoch = 0, warp_epoch = 0;
+  std::uint32_t meetings = 0;  // of its block so far
   std::int64_t block = 0;
   std::int32_t thread = 0;
   // Reads of one epoch by several threads are kept as one.
   enum Spread : std::int8_t { kThread, kWarp, kBlock, kGrid } spread = kThread;
+};
+// One thread's atomic access, and those to the same address before it.
+struct Meeting {
+  Access own;
+  std::vector<Access> before;
 };
 struct Granule {
   Access written, read;
@@ -53,7 +59,10 @@ class Memory {
   // From now on these, and no others, may be accessed; nothing has been so far.
   void allow(std::vector<Region> regions);
 
-  void begin_launch() { ++now_.launch; }
+  void begin_launch() {
+    ++now_.launch;
+    counted_.clear();
+  }
   void begin_block(std::int64_t block);
   void set_thread(int thread, unsigned block_epoch, unsigned warp_epoch) {
     now_.thread = thread;
@@ -65,6 +74,9 @@ class Memory {
   }
 
   void global_access(std::uintptr_t p, std::size_t bytes, bool write);
+  std::uint32_t launches() const { return now_.launch; }
+
+  void ordered_access(std::uintptr_t p, std::size_t bytes);
   void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write);
 
   std::map<std::string, Traffic>& traffic() { return traffic_; }
@@ -74,11 +86,16 @@ class Memory {
   Granule& global_granule(std::uintptr_t index);
   void touch(Granule& granule, bool write, const Region* region);  // null: shared memory
   std::string describe(const Access& access) const;
+  // Whether one access of a block comes before another: in the same thread, or a barrier is between.
+  static bool precedes(const Access& past, const Access& now);
+  bool met(const Access& past) const;
 
   std::vector<Region> regions_;
   mutable std::size_t last_region_ = 0;
   std::map<std::string, Traffic> traffic_;
   Access now_;
+  std::map<std::uintptr_t, std::vector<Access>> counted_;  // atomic accesses of this launch
+  std::vector<Meeting> meetings_;                          // those of this block
   static constexpr std::uintptr_t kGlobalGranule = 2, kPage = 512;
   std::unordered_map<std::uintptr_t, std::unique_ptr<Granule[]>> pages_;
   std::uintptr_t last_page_number_ = 0;

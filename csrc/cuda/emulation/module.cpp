@@ -57,6 +57,7 @@ PYBIND11_MODULE(_emulated, m) {
   oprd::bind_cuda(m);
   m.def("allow", &allow);
   m.def("take_traffic", &take_traffic);
+  m.def("launches", [] { return emulation::memory().launches(); });  // so far
   m.def("seed", &emulation::seed);
   m.def("run_faulty", [](const std::string& name, std::uintptr_t data, int n) {
     emulation::run_faulty(name, reinterpret_cast<float*>(data), n);

@@ -17,6 +17,11 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 
+// A kernel's parameter, given by value and read where it is; the emulation spares itself a copy for
+// each of its threads.
+template <class T>
+using Parameter = T;
+
 // Global memory. T is an element or a 16-byte vector (uint4, float4).
 template <class T>
 __device__ __forceinline__ T load(const T* p) {
@@ -25,6 +30,49 @@ __device__ __forceinline__ T load(const T* p) {
 template <class T>
 __device__ __forceinline__ void store(T* p, T value) {
   *p = value;
+}
+
+// Vectors of what a kernel reads or writes once: they need no place in the first-level cache.
+// OPRD_HINTS says which instructions do it: 0 plain ones, 1 loads that leave L1 alone, 2 also in L2
+// the first to be evicted.
+#if !defined(OPRD_HINTS)
+#define OPRD_HINTS 1
+#endif
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+#if OPRD_HINTS == 0
+  return *p;
+#elif OPRD_HINTS == 1
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p));
+  return x;
+#else
+  return __ldcs(p);
+#endif
+}
+__device__ __forceinline__ void store_once(uint4* p, const uint4& value) {
+#if OPRD_HINTS == 2
+  __stcs(p, value);
+#else
+  *p = value;
+#endif
+}
+
+// Adds 1 and returns what was there. What this thread has written, or has seen written, before is
+// there for whoever counts after it, and for those that a barrier puts after that.
+__device__ __forceinline__ std::uint32_t count_ordered(std::uint32_t* counter) {
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+// What other blocks wrote before they counted, from where their writes arrive.
+template <class T>
+__device__ __forceinline__ T load_published(const T* p) {
+  return __ldcg(p);
 }
 
 // Elements of T in the block's shared memory.
@@ -90,6 +138,35 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
 // a * b + c with one rounding. Nothing else is contracted (-fmad=false).
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+__device__ __forceinline__ float rsqrt_rn(float x) { return __frsqrt_rn(x); }
+
+// What a warp's lanes give to a product of 16 x 16 by 16 x 8 elements, summed in float32 into c, whose
+// lane 4 g + t has rows g and g + 8 and columns 2 t and 2 t + 1.
+struct TensorRows {
+  std::uint32_t v[4];
+};
+struct TensorColumns {
+  std::uint32_t v[2];
+};
+template <DType D>
+__device__ __forceinline__ void tensor_product(float (&c)[4], const TensorRows& a,
+                                               const TensorColumns& b) {
+  static_assert(D != DType::kFloat32, "16-bit elements");
+  if constexpr (D == DType::kBFloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+  }
+}
+
 __device__ __forceinline__ std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(std::uint32_t u) { return __uint_as_float(u); }
 __device__ __forceinline__ float float_of_half(std::uint16_t h) {
@@ -113,8 +190,8 @@ __device__ __forceinline__ std::uint32_t half_pair(float low, float high) {
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   if (how.blocks > kMaxBlocks) fail(how, "more blocks than a launch may have");
-  kernel<<<static_cast<unsigned>(how.blocks), how.threads, 0,
-           static_cast<cudaStream_t>(how.stream.handle)>>>(arguments...);
+  const dim3 grid(static_cast<unsigned>(how.blocks), static_cast<unsigned>(how.layers));
+  kernel<<<grid, how.threads, 0, static_cast<cudaStream_t>(how.stream.handle)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) fail(how, cudaGetErrorString(error));
 }

@@ -3,8 +3,8 @@ bytes counted.
 
 Some of its ways are also put right, which a GPU does not share: it narrows float32 to bfloat16 by
 cutting off bits instead of rounding to nearest; it multiplies the bits of bfloat16 matrices as if
-they were integers; it takes the truth of a scalar comparison for a number; and it copies every storage onto itself after a launch, which would bring a
-sparse tensor's untouched pages into memory.
+they were integers; it takes the truth of a scalar comparison for a number; and it copies every
+storage onto itself after a launch, which would bring a sparse tensor's untouched pages into memory.
 
 Products of 16-bit matrices are summed as Hopper's tensor cores sum them (`tensor_core`): a kernel
 that leaves a long sum to them is as wrong here as there.
@@ -217,7 +217,7 @@ def small_blocks() -> None:
 
     for table in (configs._HALF, configs._FLOAT):
         for generation in table:
-            table[generation] = {k: (32, 64, 128, 2) for k in table[generation]}
+            table[generation] = dict.fromkeys(table[generation], (32, 64, 128, 2))
     for table in (configs._PROJECT, configs._FEW):
         for generation in table:
             table[generation] = (32, 64, 128, 2)

@@ -109,7 +109,8 @@ def plan(
     teacher_terms = student_terms + aligned(terms[0] * k * columns[0] // 2)
     rest = teacher_terms + aligned(terms[1] * k * columns[1] // 2)
     return Plan(
-        k, dz_k, forward_k, *columns, half_dz, operand, scales, student_terms, teacher_terms, rest
+        k, dz_k, forward_k, columns[0], columns[1], half_dz, operand, scales, student_terms,
+        teacher_terms, rest,
     )  # fmt: skip
 
 
@@ -239,8 +240,8 @@ def prepare(
         if k == 0:
             tl.store(ticket_of(saved), 0)
         prepare_side(
-            student_proj, None, saved + HEAD, None, work + S_TERMS, saved + OPERAND, k, rank, S_TYPE,
-            K, S_WIDTH, S_COLUMNS, B,
+            student_proj, None, saved + HEAD, None, work + S_TERMS, saved + OPERAND, k, rank,
+            S_TYPE, K, S_WIDTH, S_COLUMNS, B,
         )  # fmt: skip
     elif teacher_proj is not None:
         prepare_side(

@@ -37,8 +37,8 @@ launched = triton.jit(
         *("loss", "grad_loss", "rows", "teacher_rows", "weights", "denominator"),
     ],
 )
-"""Decorator of the kernels that are launched (see `launch`): no scalar makes another kernel, nor how
-the vectors are aligned that have one value a row."""
+"""Decorator of the kernels that are launched (see `launch`): no scalar makes another kernel, nor
+does the alignment of vectors that have one value a row."""
 
 
 @triton.jit

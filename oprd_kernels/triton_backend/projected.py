@@ -197,8 +197,8 @@ def projected_forward(
         z_t_RK = load_targets(teacher, t_R, t_last, k_K, live_R, RANK)
     program, partial = tl.program_id(0), work + REST
     put_comparison(
-        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, DZ_K,
-        SCALES, KIND, EACH, HALF_DZ,
+        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK,
+        DZ_K, SCALES, KIND, EACH, HALF_DZ,
     )  # fmt: skip
     finish(
         loss, saved, partial, denominator, m, program, tl.num_programs(0), weights is not None,
@@ -216,8 +216,8 @@ def project(
     S_WIDTH: tl.constexpr, S_COLUMNS: tl.constexpr, T_WIDTH: tl.constexpr, T_COLUMNS: tl.constexpr,
     S_TERMS: tl.constexpr, T_TERMS: tl.constexpr,
 ):  # fmt: skip
-    """z[side, part] (z_rows, BLOCKS * BK), whole blocks, of one side over its columns [part * s_part, (part + 1) * s_part), in
-    units of D.
+    """z[side, part] (z_rows, BLOCKS * BK), whole blocks, of one side over a part of its columns,
+    which are s_part times D.
 
     Programs: (blocks of ranks x blocks of rows, ranks first, so that their states are read once;
     parts; sides: student, teacher)."""
@@ -238,7 +238,8 @@ def project(
         begin = part * s_part * D
         z_RK = projection(
             student, row_R, s_last, None, work + S_TERMS, saved + HEAD, None, k0, begin,
-            tl.minimum(begin + s_part * D, S_WIDTH), R, D, BK, K, S_WIDTH, S_COLUMNS, DENSE, PRODUCTS,
+            tl.minimum(begin + s_part * D, S_WIDTH), R, D, BK, K, S_WIDTH, S_COLUMNS, DENSE,
+            PRODUCTS,
         )  # fmt: skip
         tl.store(at_RK, z_RK)
     else:
@@ -249,7 +250,8 @@ def project(
         begin = part * t_part * D
         z_RK = projection(
             teacher, row_R, t_last, teacher_mean, work + T_TERMS, work, work + K, k0, begin,
-            tl.minimum(begin + t_part * D, T_WIDTH), R, D, BK, K, T_WIDTH, T_COLUMNS, DENSE, PRODUCTS,
+            tl.minimum(begin + t_part * D, T_WIDTH), R, D, BK, K, T_WIDTH, T_COLUMNS, DENSE,
+            PRODUCTS,
         )  # fmt: skip
         tl.store(at_RK, z_RK)
 
@@ -270,9 +272,9 @@ def compare(
     work, teacher, loss, saved, teacher_rows, weights, denominator, z_at, z_rows, parts, m,
     t_inner, t_outer, t_stride, t_last,
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, RANK: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr, BLOCK: tl.constexpr, HAS_TEACHER_PROJ: tl.constexpr,
-    HALF_DZ: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, SCALES: tl.constexpr,
-    REST: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TEACHER_PROJ: tl.constexpr, HALF_DZ: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
+    SCALES: tl.constexpr, REST: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Loss, statistics and dz from what `project` has left, K ranks of it. BLOCK: K as a
     power of two."""
@@ -291,8 +293,8 @@ def compare(
         z_t_RK = load_targets(teacher, t_R, t_last, k_K, live_R, RANK)
     program = tl.program_id(0)
     put_comparison(
-        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, DZ_K,
-        SCALES, KIND, EACH, HALF_DZ,
+        z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK,
+        DZ_K, SCALES, KIND, EACH, HALF_DZ,
     )  # fmt: skip
     finish(
         loss, saved, partial, denominator, m, program, tl.num_programs(0), weights is not None,

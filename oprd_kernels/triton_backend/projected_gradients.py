@@ -127,8 +127,8 @@ def projector_gradient(
     partial, student, saved, grad_loss, rows, weights, grad_loss_row, m,
     s_inner, s_outer, s_stride, s_last, chunk,
     R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr,
-    PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SCALES: tl.constexpr,
-    UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
+    PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    SCALES: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """partial[part] (K, COLUMNS) = (g dz)' H over rows [part * chunk, (part + 1) * chunk).
 

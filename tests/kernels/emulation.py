@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from filelock import FileLock
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from oprd_kernels import cuda

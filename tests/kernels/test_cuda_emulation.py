@@ -187,13 +187,13 @@ def test_masked_rows_take_no_upstream_gradient(emulated, rank, accumulate):
     student, teacher = tensors(96, torch.bfloat16)
     weights = (torch.arange(M) % 2).float()
     proj = torch.randn(rank, 96) if rank else None
-    options = (proj, proj, None, None, None, weights, None, "nmse", "none")
-    _, saved = cuda.forward(student, teacher, *options)
+    call = LossCall(student, teacher, proj, proj, weights=weights, reduction="none")
+    _, saved = CUDA.forward(call)
     upstream = torch.where(weights == 0, torch.nan, 1.0)
     grad = torch.ones_like(student)
     wide = (None, None) if rank else (student, teacher)
-    shared = (proj, saved, None, None, weights, "nmse")
-    cuda.backward_(grad, accumulate, upstream, *wide, *shared)
+    back = GradCall(saved, *wide, proj, weights=weights, reduction="none")
+    CUDA.backward_(back, grad, accumulate, upstream)
     assert grad.isfinite().all()
     assert (grad[weights == 0] == accumulate).all()
 
@@ -328,32 +328,36 @@ def test_many_rows_are_reduced_in_parts(reduction, weighted):
 def test_layers_share_launches(emulated, rank, layers, m, launches):
     """Losses, statistics and gradients bit for bit those of layer after layer."""
     torch.manual_seed(0)
-    d, kind = 24, "nmse"
+    d = 24
     students = [torch.randn(m, d) for _ in range(layers)]
     teachers = [torch.randn(m, d) for _ in range(layers)]
-    projs = [torch.randn(rank, d) for _ in range(layers)] if rank else []
+    projs = [torch.randn(rank, d) if rank else None for _ in range(layers)]
     weights, upstream = torch.rand(m), torch.rand(layers)
+    calls = [
+        LossCall(s, t, p, p, weights=weights)
+        for s, t, p in zip(students, teachers, projs, strict=True)
+    ]
     before = emulated.launches()
-    losses, saved = cuda.forward_layers(
-        students, teachers, projs, projs, [], None, None, weights, None, kind, "mean"
-    )
+    losses, saved = CUDA.forward_layers(calls)
     grads = [torch.empty(m, d) for _ in range(layers)]
-    wide = ([], []) if rank else (students, teachers)
     between = emulated.launches()
-    shared = (saved, None, None, weights, kind)
-    cuda.backward_layers_(grads, upstream, *wide, projs, *shared)
+    backs = [back_of(call, one) for call, one in zip(calls, saved, strict=True)]
+    CUDA.backward_layers_(backs, grads, upstream)
     assert between - before == launches
     assert emulated.launches() - between == -(-layers // 32)
-    for i in range(layers):
-        proj = projs[i] if rank else None
-        options = (proj, proj, None, None, None, weights, None, kind, "mean")
-        loss, own = cuda.forward(students[i], teachers[i], *options)
+    for i, call in enumerate(calls):
+        loss, own = CUDA.forward(call)
         assert torch.equal(losses[i], loss)
         assert torch.equal(saved[i], own)
         grad = torch.empty(m, d)
-        wide_i = (None, None) if rank else (students[i], teachers[i])
-        cuda.backward_(grad, False, upstream[i], *wide_i, proj, own, None, None, weights, kind)
+        CUDA.backward_(back_of(call, own), grad, False, upstream[i])
         assert torch.equal(grads[i], grad)
+
+
+def back_of(call, saved):
+    """What the gradient of ``call`` needs."""
+    wide = (None, None) if call.rank else (call.student, call.teacher)
+    return GradCall(saved, *wide, call.student_proj, weights=call.weights)
 
 
 def test_layers_that_need_different_kernels(emulated):
@@ -361,12 +365,11 @@ def test_layers_that_need_different_kernels(emulated):
     widths = (24, 25, 25, 1032, 24)
     students = [torch.randn(5, d) for d in widths]
     teachers = [torch.randn(5, d) for d in widths]
-    options = (None, None, None, None, "nmse", "mean")
-    losses, saved = cuda.forward_layers(students, teachers, [], [], [], *options)
+    calls = [LossCall(s, t) for s, t in zip(students, teachers, strict=True)]
+    losses, saved = CUDA.forward_layers(calls)
     grads = [torch.empty_like(x) for x in students]
-    cuda.backward_layers_(
-        grads, torch.ones(5), students, teachers, [], saved, None, None, None, "nmse"
-    )
+    backs = [back_of(call, one) for call, one in zip(calls, saved, strict=True)]
+    CUDA.backward_layers_(backs, grads, torch.ones(5))
     for student, teacher, loss, grad in zip(students, teachers, losses, grads, strict=True):
         alone = run(Case(student, teacher), "cuda")
         assert torch.equal(loss * 0.5, alone.loss * 0.5)

@@ -59,8 +59,15 @@ def fused_rep_loss(
     - ``"cosine"``: |s^ - t^|^2 / 2 = 1 - cos.
 
     These differ by large factors (``nmse`` is 2/D of ``cosine``): a coefficient tuned for one does
-    not fit another. Everything between the inputs and the outputs is float32. The teacher and its
-    projector get no gradient; a student row of norm 0 gets gradient 0 (``nmse``, ``cosine``).
+    not fit another. The teacher and its projector get no gradient; a student row of norm 0 gets
+    gradient 0 (``nmse``, ``cosine``).
+
+    Everything between the inputs and the outputs is float32. Projections on a GPU use tensor cores:
+    for float32 states, `torch.get_float32_matmul_precision` says how exactly, as for PyTorch's
+    products: ``"highest"``: with at most twice the error of float32 arithmetic; ``"high"``: three
+    bfloat16 products (16 bits); ``"medium"``: one (8 bits). For 16-bit states the error is at most
+    an eighth of what rounding the states to their dtype has caused. A backend may always be more
+    exact: the CPU's and, up to rank 16, ``"cuda"``'s are.
 
     Args:
         student: (..., dS) float32, bfloat16 or float16, any strides.

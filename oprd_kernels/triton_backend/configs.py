@@ -82,12 +82,12 @@ _HALF = {
         8: (64, 64, 128, 3),
         16: (64, 64, 128, 3),
         32: (64, 64, 128, 3),
-        64: (128, 64, 256, 3),
+        64: (64, 64, 256, 3),
         128: (64, 64, 256, 3),
     },
     "sm100": {
-        8: (128, 64, 128, 4),
-        16: (128, 64, 128, 4),
+        8: (128, 64, 256, 3),
+        16: (128, 64, 256, 3),
         32: (128, 64, 256, 3),
         64: (128, 64, 256, 3),
         128: (64, 64, 256, 3),
@@ -189,8 +189,9 @@ def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
 @functools.cache
 def tiled_backward(generation: str, ranks: int) -> Config:
     """Backward of all other states."""
-    tile = 128 if generation in ("sm90", "sm100") else 64
-    return _config((tile, tile, 256, 2), min(ranks, 64), generation)
+    if generation in ("sm90", "sm100"):
+        return _config((128, 128, 256, 2), min(ranks, 64), generation)
+    return _config((64, 64, 256, 2), min(ranks, 32), generation)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ generations chosen by what compiled code says of registers, spills and shared me
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from oprd_kernels.triton_backend.operands import RANK_BLOCK, next_power_of_2
 
@@ -21,6 +21,8 @@ WIDE_BLOCK = 8192
 """Elements at a time of a row too wide for registers."""
 RESIDENT_RANKS = (16, 32, 64, 128, 256)
 """At these ranks dz of a program's rows stays on chip while the gradient's columns go by."""
+
+Entry = TypeVar("Entry")
 
 
 class Config(NamedTuple):
@@ -136,7 +138,7 @@ _RESIDENT = {
 """`half_backward`."""
 
 
-def _table(generation: str, table: dict) -> dict:
+def _table(generation: str, table: dict[str, Entry]) -> Entry:
     return table[generation if generation in table else "sm90"]
 
 

@@ -43,9 +43,9 @@ def load_row(row, last, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.conste
         d_D = n * D + tl.arange(0, D)
         at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
         if (n + 1) * D > WIDTH:
-            pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)
+            pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)  # type: ignore[assignment]
         else:
-            pieces += (tl.load(at_D, mask=live, other=0.0),)
+            pieces += (tl.load(at_D, mask=live, other=0.0),)  # type: ignore[assignment]
     return pieces
 
 
@@ -233,7 +233,7 @@ def load_part(row, last, begin, live, WIDTH: tl.constexpr, D: tl.constexpr, N: t
         for n in tl.static_range(N):
             d_D = begin + n * D + tl.arange(0, D)
             at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
-            pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)
+            pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)  # type: ignore[assignment]
         return pieces
 
 

@@ -386,10 +386,13 @@ def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
     COMPARE(
         device,
         (programs, 1, 1),
-        (work, teacher, loss, saved, call.teacher_rows, call.weights, call.denominator),
+        (
+            work, student, teacher, call.teacher_mean, loss, saved, call.teacher_rows, call.weights,
+            call.denominator,
+        ),
         (z_at // ALIGN.value, z_rows, parts, m, *where.strides[4:]),
         (
-            kind, mean, each, rank, comparison.rows, layout.forward_k, layout.dz_k,
+            kind, mean, each, rank, comparison.rows, layout.forward_k, layout.dz_k, k,
             comparison.ranks, projects_teacher,
             layout.half_dz, where.unit, where.flat, layout.scales, layout.rest, 512,
         ),

@@ -17,7 +17,7 @@ GENERATIONS = ("sm80", "sm90", "sm100", "gfx942")
 MAX_PIECES = 8
 """Pieces of a row that a program keeps in registers."""
 MAX_WARPS = 8
-WIDE_BLOCK = 8192
+WIDE_BLOCK = 4096
 """Elements at a time of a row too wide for registers."""
 RESIDENT_RANKS = (16, 32, 64, 128, 256)
 """At these ranks dz of a program's rows stays on chip while the gradient's columns go by."""
@@ -77,7 +77,7 @@ _HALF = {
         8: (128, 64, 128, 4),
         16: (128, 64, 128, 4),
         32: (128, 64, 256, 3),
-        64: (256, 64, 256, 3),
+        64: (128, 64, 256, 3),
         128: (128, 64, 256, 3),
     },
     "sm80": {
@@ -172,8 +172,8 @@ def project(generation: str, ranks: int, has_float: bool, few: bool) -> Config:
 @functools.cache
 def comparison(generation: str, ranks: int) -> Config:
     """Comparing what `project` has left; ``ranks`` is a power of two."""
-    rows = max(min(8192 // ranks, 128), 1)
-    threads = min(max(rows * ranks // 32, 128), 512)
+    rows = max(min(4096 // ranks, 128), 1)
+    threads = min(max(rows * ranks // 16, 128), 512)
     return _config((rows, 0, threads, 1), ranks, generation)
 
 
@@ -192,7 +192,7 @@ def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
 def tiled_backward(generation: str, ranks: int) -> Config:
     """Backward of all other states."""
     if generation in ("sm90", "sm100"):
-        return _config((128, 128, 256, 2), min(ranks, 64), generation)
+        return _config((128, 64, 256, 2), min(ranks, 64), generation)
     return _config((64, 64, 256, 2), min(ranks, 32), generation)
 
 

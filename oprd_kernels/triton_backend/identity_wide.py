@@ -23,18 +23,19 @@ from oprd_kernels.triton_backend.saved import layer_saved
 
 
 @triton.jit
-def load_columns(row, last, d_D, live, WIDTH: tl.constexpr):
+def load_columns(row, last, d_D, live, WIDTH: tl.constexpr, DENSE: tl.constexpr):
     """Columns d of a row, as float32."""
-    at_D = row + d_D.to(tl.int64) * last
+    at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
     return tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def wide_squares(row, last, factor, live, WIDTH: tl.constexpr, D: tl.constexpr):
+def wide_squares(row, last, factor, live, WIDTH: tl.constexpr, D: tl.constexpr,
+                 DENSE: tl.constexpr):  # fmt: skip
     """The sum of (factor * x)^2 over a row."""
     sum_D = tl.zeros((D,), tl.float32)
     for begin in range(0, WIDTH, D):
-        x_D = load_columns(row, last, begin + tl.arange(0, D), live, WIDTH) * factor
+        x_D = load_columns(row, last, begin + tl.arange(0, D), live, WIDTH, DENSE) * factor
         sum_D = tl.fma(x_D, x_D, sum_D)
     return tl.sum(sum_D, axis=0)
 
@@ -47,7 +48,7 @@ def identity_forward_wide(
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, WIDTH: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """As `identity.identity_forward`, with the same parameters; N and DENSE do not matter here."""
+    """As `identity.identity_forward`, with the same parameters; N does not matter here."""
     i = tl.program_id(0)
     saved = layer_saved(saved, saved_size)
     weight = tl.full((), 1.0, tl.float32)
@@ -58,21 +59,21 @@ def identity_forward_wide(
     t_row = of_layer(teachers) + row_starts(
         teacher_rows, i, True, t_inner, t_outer, t_stride, UNIT, FLAT
     )
-    s_squares = wide_squares(s_row, s_last, 1.0, live, WIDTH, D)
-    t_squares = wide_squares(t_row, t_last, 1.0, live, WIDTH, D)
+    s_squares = wide_squares(s_row, s_last, 1.0, live, WIDTH, D, DENSE)
+    t_squares = wide_squares(t_row, t_last, 1.0, live, WIDTH, D, DENSE)
     s_factor = tl.where(s_squares == float("inf"), SHRINK, 1.0)
     t_factor = tl.where(t_squares == float("inf"), SHRINK, 1.0)
     if tl.minimum(s_factor, t_factor) < 1.0:
-        s_squares = wide_squares(s_row, s_last, s_factor, live, WIDTH, D)
-        t_squares = wide_squares(t_row, t_last, t_factor, live, WIDTH, D)
+        s_squares = wide_squares(s_row, s_last, s_factor, live, WIDTH, D, DENSE)
+        t_squares = wide_squares(t_row, t_last, t_factor, live, WIDTH, D, DENSE)
     inv_s, zero = inverse_norm(s_squares, s_factor)
     inv_t, _ = inverse_norm(t_squares, t_factor)
     distance_D = tl.zeros((D,), tl.float32)
     radial_D = tl.zeros((D,), tl.float32)
     for begin in range(0, WIDTH, D):
         d_D = begin + tl.arange(0, D)
-        s_D = load_columns(s_row, s_last, d_D, live, WIDTH)
-        t_D = load_columns(t_row, t_last, d_D, live, WIDTH)
+        s_D = load_columns(s_row, s_last, d_D, live, WIDTH, DENSE)
+        t_D = load_columns(t_row, t_last, d_D, live, WIDTH, DENSE)
         unit_D = s_D * inv_s
         e_D = unit_D - t_D * inv_t
         radial_D = tl.fma(unit_D, e_D, radial_D)
@@ -89,9 +90,9 @@ def identity_forward_wide(
         g_row = grad + row_starts(None, i, True, g_inner, g_outer, g_stride, UNIT, FLAT)
         for begin in range(0, WIDTH, D):
             d_D = begin + tl.arange(0, D)
-            s_D = load_columns(s_row, s_last, d_D, live, WIDTH)
-            t_D = load_columns(t_row, t_last, d_D, live, WIDTH)
+            s_D = load_columns(s_row, s_last, d_D, live, WIDTH, DENSE)
+            t_D = load_columns(t_row, t_last, d_D, live, WIDTH, DENSE)
             g_D = gradient_piece(s_D, t_D, inv_s, inv_t, one_minus_cos, factor, KIND)
             g_D = tl.where(coefficient != 0, g_D, 0.0)
-            at_D = g_row + d_D.to(tl.int64) * g_last
+            at_D = g_row + (d_D if DENSE else d_D.to(tl.int64) * g_last)
             tl.store(at_D, g_D.to(grad.dtype.element_ty), mask=d_D < WIDTH)

@@ -23,72 +23,70 @@ from oprd_kernels.triton_backend.pair import (
 from oprd_kernels.triton_backend.reduction import finish, leave_sums
 from oprd_kernels.triton_backend.saved import ALIGN, HEAD, aligned_rows
 
+BOTH = tl.constexpr(2)
+"""Both sides in one launch of `project`."""
+
 
 @triton.jit
-def load_states(at_RD, first, WIDTH: tl.constexpr, D: tl.constexpr):
-    """(R, D) of the states at columns first, ..; 0 past their end."""
-    if WIDTH % D == 0:
+def load_states(x_R, last, first, width, D: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr):
+    """(R, D) columns first, .. of rows that begin at x; 0 past their end."""
+    d_D = first + tl.arange(0, D)
+    at_RD = x_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
+    if EVEN:
         return tl.load(at_RD)
     else:
-        return tl.load(at_RD, mask=(first + tl.arange(0, D) < WIDTH)[None, :], other=0.0)
+        return tl.load(at_RD, mask=(d_D < width)[None, :], other=0.0)
 
 
 @triton.jit
 def project_half(
-    x_R, last, terms, k0, begin, end, R: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DENSE: tl.constexpr,
+    x_R, last, terms, k0, begin, end, width, columns, R: tl.constexpr, D: tl.constexpr,
+    K: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """(R, K) products of 16-bit states with P / sigma in two terms; ranks from k0 on."""
-    d_D = begin + tl.arange(0, D)
-    step = D if DENSE else last * D
-    at_RD = x_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
     if K <= 32:  # both terms as rows of one operand
-        n_N = 2 * k0 + tl.arange(0, 2 * K)
-        at_ND = terms + n_N[:, None] * COLUMNS + d_D[None, :]
+        terms_N = terms + (2 * k0 + tl.arange(0, 2 * K)) * columns
         acc_RN = tl.zeros((R, 2 * K), tl.float32)
         for first in range(begin, end, D):
-            h_RD = load_states(at_RD, first, WIDTH, D)
-            acc_RN = tl.dot(h_RD, tl.trans(tl.load(at_ND)), acc_RN)
-            at_RD += step
-            at_ND += D
+            h_RD = load_states(x_R, last, first, width, D, EVEN, DENSE)
+            p_ND = tl.load(terms_N[:, None] + (first + tl.arange(0, D))[None, :])
+            acc_RN = tl.dot(h_RD, tl.trans(p_ND), acc_RN)
         high_RK, low_RK = tl.split(tl.reshape(acc_RN, (R, K, 2)))
         return high_RK + low_RK
     else:
-        k_K = k0 + tl.arange(0, K)
-        at_KD = terms + k_K[:, None] * (2 * COLUMNS) + d_D[None, :]
+        terms_K = terms + (k0 + tl.arange(0, K)) * (2 * columns)
         z_RK = tl.zeros((R, K), tl.float32)
         for first in range(begin, end, D):
-            h_RD = load_states(at_RD, first, WIDTH, D)
-            z_RK = tl.dot(h_RD, tl.trans(tl.load(at_KD + COLUMNS)), z_RK)
+            h_RD = load_states(x_R, last, first, width, D, EVEN, DENSE)
+            at_KD = terms_K[:, None] + (first + tl.arange(0, D))[None, :]
+            z_RK = tl.dot(h_RD, tl.trans(tl.load(at_KD + columns)), z_RK)
             z_RK = tl.dot(h_RD, tl.trans(tl.load(at_KD)), z_RK)
-            at_RD += step
-            at_KD += D
         return z_RK
 
 
 @triton.jit
 def project_float(
-    x_R, last, mean, terms, k0, begin, end, R: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    PLANE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DENSE: tl.constexpr,
+    x_R, last, mean, has_mean, terms, plane, k0, begin, end, width, columns, R: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """(R, K) products of float32 states, less ``mean``, with P; ranks from k0 on."""
-    k_K = k0 + tl.arange(0, K)
+    """(R, K) products of float32 states, less ``mean`` if ``has_mean``, with P; ranks from k0
+    on."""
+    terms_K = terms + (k0 + tl.arange(0, K)) * columns
     z_RK = tl.zeros((R, K), tl.float32)
     for first in range(begin, end, D):
         d_D = first + tl.arange(0, D)
-        at_RD = x_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
-        h_RD = load_states(at_RD, first, WIDTH, D)
+        h_RD = load_states(x_R, last, first, width, D, EVEN, DENSE)
         if mean is not None:  # before the product: after it, z would be a difference of large sums
-            h_RD -= tl.load(mean + d_D, mask=d_D < WIDTH, other=0.0)[None, :]
-        at_KD = terms + k_K[:, None] * COLUMNS + d_D[None, :]
+            h_RD -= tl.load(mean + d_D, mask=(d_D < width) & has_mean, other=0.0)[None, :]
+        at_KD = terms_K[:, None] + d_D[None, :]
         p_KD = tl.load(at_KD)
         middle_KD = p_KD
         low_KD = p_KD
         if PRODUCTS >= 3:
-            middle_KD = tl.load(at_KD + PLANE)
+            middle_KD = tl.load(at_KD + plane)
         if PRODUCTS == 6:
-            low_KD = tl.load(at_KD + 2 * PLANE)
+            low_KD = tl.load(at_KD + 2 * plane)
         h, h_middle, h_low = terms_of(h_RD, PRODUCTS)
         z_RK = add_products(
             h, h_middle, h_low, tl.trans(p_KD), tl.trans(middle_KD), tl.trans(low_KD), z_RK,
@@ -99,29 +97,35 @@ def project_float(
 
 @triton.jit
 def projection(
-    x, row_R, last, mean, terms, sigma, p_mu, k0, begin, end,
-    R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, DENSE: tl.constexpr, PRODUCTS: tl.constexpr,
+    x, row_R, last, mean, has_mean, terms, k0, begin, end, width, columns,
+    R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+    DENSE: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """(R, BK) P (x - mean) over columns [begin, end), ranks from k0 on. What does not depend on the
-    column, P mu, is taken off in the part that begins at 0."""
+    """(R, BK) P (x - mean) over columns [begin, end), ranks from k0 on; of 16-bit states (P / sigma)
+    x, which `finished` brings to that."""
     x_R = x + row_R
     dtype: tl.constexpr = x.dtype.element_ty
     if dtype == tl.float32:
         floats = terms.to(tl.pointer_type(tl.bfloat16))
         return project_float(
-            x_R, last, mean, floats, k0, begin, end, R, D, BK, K * COLUMNS, WIDTH, COLUMNS, DENSE,
-            PRODUCTS,
+            x_R, last, mean, has_mean, floats, K * columns, k0, begin, end, width, columns, R, D,
+            BK, EVEN, DENSE, PRODUCTS,
         )  # fmt: skip
     else:
         halves = terms.to(tl.pointer_type(dtype))
-        z_RK = project_half(x_R, last, halves, k0, begin, end, R, D, BK, WIDTH, COLUMNS, DENSE)
-        k_K = k0 + tl.arange(0, BK)
-        z_RK *= tl.load(sigma + k_K)[None, :]
+        return project_half(
+            x_R, last, halves, k0, begin, end, width, columns, R, D, BK, EVEN, DENSE
+        )
+
+
+@triton.jit
+def finished(z_RK, x, mean, sigma, p_mu, k_K, K: tl.constexpr):
+    """P (x - mean) from what `projection` gives, all columns summed."""
+    if x.dtype.element_ty != tl.float32:
+        z_RK *= tl.load(sigma + k_K, mask=k_K < K, other=0.0)[None, :]
         if mean is not None:
-            p_mu_K = tl.load(p_mu + k_K)
-            z_RK -= tl.where(begin == 0, p_mu_K, 0.0)[None, :]
-        return z_RK
+            z_RK -= tl.load(p_mu + k_K, mask=k_K < K, other=0.0)[None, :]
+    return z_RK
 
 
 @triton.jit
@@ -178,21 +182,23 @@ def projected_forward(
     live_R = weight_R != 0
     k_K = tl.arange(0, BK)
     # Masked rows read the first row, so that nothing in the loop depends on the mask.
-    s_R = tl.where(
-        live_R, row_starts(rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT), 0
+    s_R = live_R.to(tl.int64) * row_starts(
+        rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT
     )
-    t_R = tl.where(
-        live_R, row_starts(teacher_rows, i_R, in_range_R, t_inner, t_outer, t_stride, UNIT, FLAT), 0
+    t_R = live_R.to(tl.int64) * row_starts(
+        teacher_rows, i_R, in_range_R, t_inner, t_outer, t_stride, UNIT, FLAT
     )
     z_s_RK = projection(
-        student, s_R, s_last, None, work + S_TERMS, saved + HEAD, None, 0, 0, S_WIDTH, R, D, BK, K,
-        S_WIDTH, S_COLUMNS, DENSE, PRODUCTS,
+        student, s_R, s_last, None, False, work + S_TERMS, 0, 0, S_WIDTH, S_WIDTH, S_COLUMNS, R, D,
+        BK, K, S_WIDTH % D == 0, DENSE, PRODUCTS,
     )  # fmt: skip
+    z_s_RK = finished(z_s_RK, student, None, saved + HEAD, None, k_K, K)
     if HAS_TEACHER_PROJ:
         z_t_RK = projection(
-            teacher, t_R, t_last, teacher_mean, work + T_TERMS, work, work + K, 0, 0, T_WIDTH, R, D,
-            BK, K, T_WIDTH, T_COLUMNS, DENSE, PRODUCTS,
+            teacher, t_R, t_last, teacher_mean, True, work + T_TERMS, 0, 0, T_WIDTH, T_WIDTH,
+            T_COLUMNS, R, D, BK, K, T_WIDTH % D == 0, DENSE, PRODUCTS,
         )  # fmt: skip
+        z_t_RK = finished(z_t_RK, teacher, teacher_mean, work, work + K, k_K, K)
     else:
         z_t_RK = load_targets(teacher, t_R, t_last, k_K, live_R, RANK)
     program, partial = tl.program_id(0), work + REST
@@ -214,46 +220,52 @@ def project(
     R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, K: tl.constexpr,
     PRODUCTS: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
     S_WIDTH: tl.constexpr, S_COLUMNS: tl.constexpr, T_WIDTH: tl.constexpr, T_COLUMNS: tl.constexpr,
-    S_TERMS: tl.constexpr, T_TERMS: tl.constexpr,
+    S_TERMS: tl.constexpr, T_TERMS: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """z[side, part] (z_rows, BLOCKS * BK), whole blocks, of one side over a part of its columns,
     which are s_part times D.
 
     Programs: (blocks of ranks x blocks of rows, ranks first, so that their states are read once;
-    parts; sides: student, teacher)."""
-    z = work + z_at.to(tl.int64) * ALIGN
-    k0 = tl.program_id(0) % BLOCKS * BK
+    parts; sides: student, teacher). SIDE: of one side alone, 0 or 1, or of BOTH, of one dtype."""
     first_row = tl.program_id(0) // BLOCKS * R
+    k0 = tl.program_id(0) % BLOCKS * BK
+    part = tl.program_id(1)
     i_R = first_row + tl.arange(0, R)
     in_range_R = i_R < m
-    live_R = row_weights(weights, i_R, in_range_R) != 0
-    part, side = tl.program_id(1), tl.program_id(2)
-    k_K = k0 + tl.arange(0, BK)
-    z += ((side * tl.num_programs(1) + part) * z_rows.to(tl.int64) + first_row) * (BLOCKS * BK)
-    at_RK = z + tl.arange(0, R)[:, None] * (BLOCKS * BK) + k_K[None, :]
-    if side == 0:
-        row_R = tl.where(
-            live_R, row_starts(rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT), 0
-        )
-        begin = part * s_part * D
-        z_RK = projection(
-            student, row_R, s_last, None, work + S_TERMS, saved + HEAD, None, k0, begin,
-            tl.minimum(begin + s_part * D, S_WIDTH), R, D, BK, K, S_WIDTH, S_COLUMNS, DENSE,
-            PRODUCTS,
-        )  # fmt: skip
-        tl.store(at_RK, z_RK)
+    live_R = (row_weights(weights, i_R, in_range_R) != 0).to(tl.int64)
+    s_R = row_starts(rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT)
+    t_R = row_starts(teacher_rows, i_R, in_range_R, t_inner, t_outer, t_stride, UNIT, FLAT)
+    if SIDE == BOTH:
+        side = tl.program_id(2)
+        x = tl.where(side == 0, student, teacher)
+        x_R = s_R + side * (t_R - s_R)  # by arithmetic, which shows how rows are aligned
+        last = tl.where(side == 0, s_last, t_last)
+        length = tl.where(side == 0, s_part, t_part) * D
+    elif SIDE == 0:
+        side = 0
+        x = student
+        x_R = s_R
+        last = s_last
+        length = s_part * D
     else:
-        row_R = tl.where(
-            live_R,
-            row_starts(teacher_rows, i_R, in_range_R, t_inner, t_outer, t_stride, UNIT, FLAT), 0,
-        )  # fmt: skip
-        begin = part * t_part * D
-        z_RK = projection(
-            teacher, row_R, t_last, teacher_mean, work + T_TERMS, work, work + K, k0, begin,
-            tl.minimum(begin + t_part * D, T_WIDTH), R, D, BK, K, T_WIDTH, T_COLUMNS, DENSE,
-            PRODUCTS,
-        )  # fmt: skip
-        tl.store(at_RK, z_RK)
+        side = 1
+        x = teacher
+        x_R = t_R
+        last = t_last
+        length = t_part * D
+    width = S_WIDTH + side * (T_WIDTH - S_WIDTH)
+    columns = S_COLUMNS + side * (T_COLUMNS - S_COLUMNS)
+    terms = work + (S_TERMS + side * (T_TERMS - S_TERMS))
+    even: tl.constexpr = S_WIDTH % D == 0 and T_WIDTH % D == 0
+    begin = part * length
+    z_RK = projection(
+        x, live_R * x_R, last, teacher_mean, side == 1, terms, k0, begin,
+        tl.minimum(begin + length, width), width, columns, R, D, BK, K, even, DENSE, PRODUCTS,
+    )  # fmt: skip
+    z = work + z_at.to(tl.int64) * ALIGN
+    z += ((side * tl.num_programs(1) + part) * z_rows.to(tl.int64) + first_row) * (BLOCKS * BK)
+    at_RK = z + tl.arange(0, R)[:, None] * (BLOCKS * BK) + (k0 + tl.arange(0, BK))[None, :]
+    tl.store(at_RK, z_RK)
 
 
 @triton.jit
@@ -269,15 +281,16 @@ def sum_parts(z, parts, i_R, live_R, k_K, z_rows, K):
 
 @launched
 def compare(
-    work, teacher, loss, saved, teacher_rows, weights, denominator, z_at, z_rows, parts, m,
+    work, student, teacher, teacher_mean, loss, saved, teacher_rows, weights, denominator,
+    z_at, z_rows, parts, m,
     t_inner, t_outer, t_stride, t_last,
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, RANK: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_TEACHER_PROJ: tl.constexpr, HALF_DZ: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr,
-    SCALES: tl.constexpr, REST: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr, PADDED_K: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_TEACHER_PROJ: tl.constexpr, HALF_DZ: tl.constexpr,
+    UNIT: tl.constexpr, FLAT: tl.constexpr, SCALES: tl.constexpr, REST: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Loss, statistics and dz from what `project` has left, K ranks of it. BLOCK: K as a
-    power of two."""
+    """Loss, statistics and dz from what `project` has left, K ranks of it. PADDED_K: of the
+    operands; BLOCK: K as a power of two."""
     i_R = tl.program_id(0) * R + tl.arange(0, R)
     in_range_R = i_R < m
     weight_R = row_weights(weights, i_R, in_range_R)
@@ -285,9 +298,11 @@ def compare(
     k_K = tl.arange(0, BLOCK)
     z, partial = work + z_at.to(tl.int64) * ALIGN, work + REST
     z_s_RK = sum_parts(z, parts, i_R, live_R, k_K, z_rows, K)
+    z_s_RK = finished(z_s_RK, student, None, saved + HEAD, None, k_K, K)
     if HAS_TEACHER_PROJ:
         teacher_z = z + parts * z_rows.to(tl.int64) * K
         z_t_RK = sum_parts(teacher_z, parts, i_R, live_R, k_K, z_rows, K)
+        z_t_RK = finished(z_t_RK, teacher, teacher_mean, work, work + PADDED_K, k_K, K)
     else:
         t_R = row_starts(teacher_rows, i_R, in_range_R, t_inner, t_outer, t_stride, UNIT, FLAT)
         z_t_RK = load_targets(teacher, t_R, t_last, k_K, live_R, RANK)

@@ -4,12 +4,13 @@ Triton's own launcher looks at every argument anew: what it is, how it is aligne
 means another compiled kernel. That takes tens of microseconds. Here a kernel's parameters are all
 pointers, then scalars that are not specialised, then constants; so the constants, the pointers'
 dtypes and their alignment name the compiled kernel, and it is called with plain addresses.
+`tests.kernels.test_triton_launch` compares what the driver gets either way.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 Pointer = Tensor | tuple[Tensor, ...] | None
 
 DIRECT_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
-"""Triton releases whose compiled kernels are known to take what `Kernel` gives them."""
+"""Triton releases whose compiled kernels are known to take what `Launch` gives them."""
 DIRECT = (
     triton.__version__.rpartition(".")[0] in DIRECT_VERSIONS
     and torch.version.hip is None
@@ -26,14 +27,17 @@ DIRECT = (
 )
 
 
+_RUNTIME = triton.knobs.runtime
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+
+
 def launches_are_watched() -> bool:
     """Whether a profiler has asked Triton to be told of launches."""
-    runtime = triton.knobs.runtime
-    return _has_hooks(runtime.launch_enter_hook) or _has_hooks(runtime.launch_exit_hook)
-
-
-def _has_hooks(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
+    enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+    return (enter is not None and bool(getattr(enter, "calls", True))) or (
+        leave is not None and bool(getattr(leave, "calls", True))
+    )
 
 
 class Kernel:
@@ -41,75 +45,110 @@ class Kernel:
 
     Args:
         fn: the ``triton.jit`` function.
+
+    Attributes:
+        alignment: for each parameter, the bits of an address that make another kernel.
+        ready: by constants, warps and stages, and then by what `Launch` finds of the pointers:
+            a compiled kernel.
     """
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
-        self._ready: dict[tuple, tuple] = {}
         params = fn.params if DIRECT else ()
-        self._alignment = [0 if p.do_not_specialize_on_alignment else 15 for p in params]
+        self.alignment = [0 if p.do_not_specialize_on_alignment else 15 for p in params]
+        self.ready: dict[tuple, dict[tuple, _Ready]] = {}
 
-    def __call__(
-        self,
-        device: torch.device,
-        grid: tuple[int, int, int],
-        pointers: tuple[Pointer, ...],
-        scalars: tuple[int, ...],
-        constants: tuple,
-        warps: int,
-        stages: int = 1,
-    ) -> None:
-        """Launch on the current stream of ``device``; arguments in the order of the parameters."""
-        if not DIRECT or device.type != "cuda" or launches_are_watched():
-            with _current(device):
-                self._by_triton(grid, pointers, scalars, constants, warps, stages)
+
+class _Ready(NamedTuple):
+    """A compiled kernel; it is held, as it unloads its code when nobody does."""
+
+    run: Any
+    function: int
+    metadata: tuple
+    kernel: Any
+
+
+class Launch:
+    """All of a launch but where its tensors are: to be kept for calls of the same shapes.
+
+    Args:
+        kernel: what to launch.
+        grid: programs.
+        scalars: parameters after the pointers, in order.
+        constants: parameters after the scalars, in order.
+        warps: of a program.
+        stages: of its loops.
+    """
+
+    __slots__ = (
+        "_alignment", "_constants", "_fits", "_grid", "_kernel", "_numbers", "_options", "_ready",
+        "_scalars",
+    )  # fmt: skip
+
+    def __init__(
+        self, kernel: Kernel, grid: tuple[int, int, int], scalars: tuple[int, ...],
+        constants: tuple, warps: int, stages: int = 1,
+    ) -> None:  # fmt: skip
+        self._kernel, self._grid, self._scalars, self._constants = kernel, grid, scalars, constants
+        self._options = warps, stages
+        self._numbers = (*scalars, *constants)
+        self._fits = DIRECT and max(scalars) < 2**31  # larger ones make another kernel
+        self._alignment = kernel.alignment
+        self._ready = kernel.ready.setdefault((constants, warps, stages), {})
+
+    def __call__(self, device: torch.device, pointers: tuple[Pointer, ...]) -> None:
+        """Launch on the current stream of ``device``."""
+        index = device.index
+        if not self._fits or index is None or launches_are_watched():
+            self._by_triton(device, pointers)
             return
         addresses: list[Any] = []
-        dtypes: list[Any] = []
+        key: list[Any] = [index]
         bits = 0
-        for pointer, alignment in zip(pointers, self._alignment, strict=False):
+        for pointer, alignment in zip(pointers, self._alignment):  # noqa: B905: it takes longer
             if pointer is None:
                 addresses.append(None)
-                dtypes.append(None)
+                key.append(None)
             elif type(pointer) is tuple:
                 several = tuple([x.data_ptr() for x in pointer])
                 for address in several:
                     bits |= address & alignment
                 addresses.append(several)
-                dtypes.append((pointer[0].dtype, len(several)))
+                key.append((pointer[0].dtype, len(several)))
             else:
                 address = pointer.data_ptr()
                 bits |= address & alignment
                 addresses.append(address)
-                dtypes.append(pointer.dtype)
-        if bits or max(scalars) >= 2**31:  # rare, and another kernel: Triton knows which
-            with _current(device):
-                self._by_triton(grid, pointers, scalars, constants, warps, stages)
+                key.append(pointer.dtype)
+        if bits:  # rare, and another kernel: Triton knows which
+            self._by_triton(device, pointers)
             return
-        index = device.index
-        key = (index, warps, stages, constants, *dtypes)
-        ready = self._ready.get(key)
+        pattern = tuple(key)
+        ready = self._ready.get(pattern)
         if ready is None:
-            with _current(device):
-                kernel = self._by_triton(grid, pointers, scalars, constants, warps, stages)
+            kernel = self._by_triton(device, pointers)
             if kernel is not None and kernel.run is not None:
-                self._ready[key] = (kernel.run, kernel.function, kernel.packed_metadata)
+                self._ready[pattern] = _Ready(
+                    kernel.run, kernel.function, kernel.packed_metadata, kernel
+                )
             return
-        run, function, metadata = ready
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        if torch._C._cuda_getDevice() == index:
-            run(*grid, stream, function, metadata, None, None, None,
-                *addresses, *scalars, *constants)  # fmt: skip
+        run, function, metadata, _ = ready
+        stream = _current_stream(index)
+        if _current_device() == index:
+            run(*self._grid, stream, function, metadata, None, None, None,
+                *addresses, *self._numbers)  # fmt: skip
         else:
             with torch.cuda.device(index):
-                run(*grid, stream, function, metadata, None, None, None,
-                    *addresses, *scalars, *constants)  # fmt: skip
+                run(*self._grid, stream, function, metadata, None, None, None,
+                    *addresses, *self._numbers)  # fmt: skip
 
-    def _by_triton(self, grid, pointers, scalars, constants, warps, stages) -> Any:
-        return self.fn[grid](
-            *pointers, *scalars, *constants,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=False,
-        )  # fmt: skip
+    def _by_triton(self, device: torch.device, pointers: tuple[Pointer, ...]) -> Any:
+        warps, stages = self._options
+        with _current(device):
+            return self._kernel.fn[self._grid](
+                *pointers, *self._scalars, *self._constants,
+                num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:

@@ -183,9 +183,9 @@ def _take_cpu_tensors() -> None:
     from oprd_kernels.triton_backend import backend, launch
 
     gpu = torch.device("cuda", 0)
-    launch_on = launch.Kernel.__call__
+    launch_on = launch.Launch.__call__
     launch._current = lambda device: contextlib.nullcontext()
-    launch.Kernel.__call__ = lambda self, device, *rest: launch_on(self, gpu, *rest)
+    launch.Launch.__call__ = lambda self, device, pointers: launch_on(self, gpu, pointers)
     backend.generation = lambda device: "sm90"
     backend.processors = lambda device: 132
     backend.TritonBackend.unavailable = lambda self, device: None

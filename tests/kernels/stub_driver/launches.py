@@ -208,13 +208,13 @@ def main() -> None:
 
         backend.new_floats = pool = Pool()
         ordinary = [0]
-        by_triton = launch.Kernel._by_triton
+        by_triton = launch.Launch._by_triton
 
         def counted(*arguments: Any) -> Any:
             ordinary[0] += 1
             return by_triton(*arguments)
 
-        launch.Kernel._by_triton = counted  # type: ignore[method-assign]
+        launch.Launch._by_triton = counted  # type: ignore[method-assign]
 
         def run(case: Case) -> dict[str, Any]:
             pool.rewind()

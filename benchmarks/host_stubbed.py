@@ -1,7 +1,7 @@
 """Host time of the Triton backend on a machine without a GPU: Triton's launcher, on a CUDA driver
-that launches nothing (`tests.kernels.stub_driver`). Microseconds a call:
+that launches nothing (`tests.kernels.stub_driver`). Microseconds of processor time a call:
 
-    python -m benchmarks.host_stubbed [--profile NAME]
+    OMP_NUM_THREADS=1 python -m benchmarks.host_stubbed [--profile NAME]
 
 What a GPU machine adds: the driver's launch (2 to 5 us each), the caching allocator instead of
 malloc, autograd's hand-over to the device's thread. An empty autograd.Function, which pays for the
@@ -95,13 +95,14 @@ def whole_calls() -> dict[str, Call]:
 
 
 def microseconds(call: Call, rounds: int = 30, seconds: float = 0.02) -> tuple[float, float]:
-    """The fastest round's mean and the median round's: others use this machine as well."""
+    """The fastest round's mean and the median round's, of the processor's time: others use this
+    machine as well."""
     for _ in range(20):
         call()
     found = []
     for _ in range(rounds):
-        count, start = 0, time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds:
+        count, start = 0, time.process_time()
+        while (spent := time.process_time() - start) < seconds:
             for _ in range(10):
                 call()
             count += 10

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
-"""What a launch depends on of a tensor besides where it is: shape, strides, dtype. A plain tuple, as
-every call makes several."""
+"""What a launch depends on of a tensor besides where it is: shape, strides, dtype. A plain tuple,
+as every call makes several."""
 
 
 def form(x: Tensor) -> Form:

@@ -20,6 +20,9 @@ Pointer = Tensor | tuple[Tensor, ...] | None
 
 DIRECT_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 """Triton releases whose compiled kernels are known to take what `Launch` gives them."""
+PACKED_VERSIONS = ("3.9",)
+"""Of these, those whose native launcher is known to take what `_ready` gives it, so that the Python
+around it, which allocates scratch memory for kernels that need some, can be left out too."""
 DIRECT = (
     triton.__version__.rpartition(".")[0] in DIRECT_VERSIONS
     and torch.version.hip is None
@@ -60,12 +63,26 @@ class Kernel:
 
 
 class _Ready(NamedTuple):
-    """A compiled kernel; it is held, as it unloads its code when nobody does."""
+    """A compiled kernel, as it is called: grid, stream, ``options``, arguments."""
 
     run: Any
-    function: int
-    metadata: tuple
-    kernel: Any
+    options: tuple
+    packed: bool  # whether the arguments are one tuple
+    kernel: Any  # held, as it unloads its code when nobody does
+
+
+def _ready(kernel: Any) -> _Ready:
+    run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+    if triton.__version__.rpartition(".")[0] in PACKED_VERSIONS and (
+        run.global_scratch_size == run.profile_scratch_size == run.gsan_enabled == 0
+    ):
+        hooks_and_scratch = (None,) * 5
+        options = (
+            function, run.launch_cooperative_grid, run.launch_pdl, metadata, *hooks_and_scratch,
+            run.arg_annotations, run.kernel_signature,
+        )  # fmt: skip
+        return _Ready(run.launch, options, True, kernel)
+    return _Ready(run, (function, metadata, None, None, None), False, kernel)
 
 
 class Launch:
@@ -105,7 +122,7 @@ class Launch:
         addresses: list[Any] = []
         key: list[Any] = [index]
         bits = 0
-        for pointer, alignment in zip(pointers, self._alignment):  # noqa: B905: it takes longer
+        for pointer, alignment in zip(pointers, self._alignment, strict=False):
             if pointer is None:
                 addresses.append(None)
                 key.append(None)
@@ -128,19 +145,18 @@ class Launch:
         if ready is None:
             kernel = self._by_triton(device, pointers)
             if kernel is not None and kernel.run is not None:
-                self._ready[pattern] = _Ready(
-                    kernel.run, kernel.function, kernel.packed_metadata, kernel
-                )
+                self._ready[pattern] = _ready(kernel)
             return
-        run, function, metadata, _ = ready
+        run, options, packed, _ = ready
+        arguments: tuple = (*addresses, *self._numbers)
+        if packed:
+            arguments = (arguments,)
         stream = _current_stream(index)
         if _current_device() == index:
-            run(*self._grid, stream, function, metadata, None, None, None,
-                *addresses, *self._numbers)  # fmt: skip
+            run(*self._grid, stream, *options, *arguments)
         else:
             with torch.cuda.device(index):
-                run(*self._grid, stream, function, metadata, None, None, None,
-                    *addresses, *self._numbers)  # fmt: skip
+                run(*self._grid, stream, *options, *arguments)
 
     def _by_triton(self, device: torch.device, pointers: tuple[Pointer, ...]) -> Any:
         warps, stages = self._options

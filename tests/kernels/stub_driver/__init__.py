@@ -87,11 +87,15 @@ class Stub:
         library.stub_record.restype = ctypes.POINTER(_Record)
         library.stub_name.restype = ctypes.c_char_p
         library.stub_name.argtypes = (ctypes.c_ulonglong,)
+        library.stub_expect.argtypes = (
+            ctypes.c_ulonglong,
+            ctypes.c_int,
+            ctypes.POINTER(ctypes.c_int),
+        )
 
-    def expect(self, sizes: list[int] | None) -> None:
-        """Sizes of the parameters of the next launch; None: launches are only counted."""
-        count = -1 if sizes is None else len(sizes)
-        self._library.stub_expect(count, (ctypes.c_int * max(count, 1))(*sizes or ()))
+    def expect(self, function: int, sizes: list[int]) -> None:
+        """Write down launches of ``function``, whose parameters have these sizes."""
+        self._library.stub_expect(function, len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
     @property
     def num_launches(self) -> int:
@@ -157,24 +161,32 @@ def install(folder: Path, record: bool, assemble: bool = False) -> Stub:
     active.set_current_device = lambda device: None
     active.get_device_capability = lambda device: (9, 0)
 
-    class Recording(active.launcher_cls):
-        """Tells the stub first what will come: the signature's, then two scratch buffers."""
-
-        def __init__(self, src, metadata):
-            super().__init__(src, metadata)
-            self.sizes = [*param_sizes(src.signature.values()), 8, 8]
-
-        def __call__(self, *arguments):
-            stub.expect(self.sizes)
-            super().__call__(*arguments)
-
     if record:
-        active.launcher_cls = Recording
+        _record_launches(stub, active)
     driver.set_active(active)
     if not assemble:
         CUDABackend.make_cubin = lambda self, src, *_: src.encode()
     _take_cpu_tensors()
     return stub
+
+
+def _record_launches(stub: Stub, active: Any) -> None:
+    """A kernel's launcher is made, then its code loaded: the former knows the signature, the latter
+    says which function it is. Launches are left alone."""
+    load_binary = active.utils.load_binary
+    made: list[list[int]] = []
+
+    class Launcher(active.launcher_cls):
+        def __init__(self, src, metadata):
+            super().__init__(src, metadata)
+            made.append([*param_sizes(src.signature.values()), 8, 8])  # and two scratch buffers
+
+    def load(*arguments):
+        loaded = load_binary(*arguments)
+        stub.expect(loaded[1], made.pop())
+        return loaded
+
+    active.launcher_cls, active.utils.load_binary = Launcher, load
 
 
 def _take_cpu_tensors() -> None:

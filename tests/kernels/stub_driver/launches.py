@@ -204,6 +204,8 @@ def main() -> None:
     """Print every case."""
     with tempfile.TemporaryDirectory() as folder:
         stub = stub_driver.install(Path(folder), record=True)
+        from triton.runtime.errors import OutOfResources
+
         from oprd_kernels.triton_backend import backend, launch
 
         backend.new_floats = pool = Pool()
@@ -222,17 +224,23 @@ def main() -> None:
             launches = [asdict(launch) for launch in stub.launches(case)]
             return {"launches": launches, "by_triton": ordinary[0]}
 
-        every = cases()
-        found: dict[str, dict[str, Any]] = {}
-        for name, case in every.items():
+        def attempt(case: Case) -> dict[str, Any]:
             result = {"first": run(case), "second": run(case)}
             forget()
             with stub_driver.watched() as seen:
                 result["watched"] = run(case)
-            result["seen"] = len(seen)
-            found[name] = result
+            return result | {"seen": len(seen)}
+
+        every = cases()
+        found: dict[str, dict[str, Any]] = {}
+        for name, case in every.items():
+            try:
+                found[name] = attempt(case)
+            except OutOfResources as error:
+                found[name] = {"error": str(error)}
         for name, case in reversed(every.items()):
-            found[name]["again"] = run(case)
+            if "error" not in found[name]:
+                found[name]["again"] = run(case)
         for name, result in found.items():
             print(json.dumps({"case": name} | result))
 

@@ -19,17 +19,18 @@ typedef struct {
 static Record records[MAX_RECORDS];
 static int num_records = 0;
 static int num_launches = 0;
-static int sizes[MAX_PARAMS];
-static int num_sizes = -1;  // -1: launches are counted, not written down
+static int sizes[MAX_FUNCTIONS][MAX_PARAMS];
+static int num_sizes[MAX_FUNCTIONS];  // 0: its launches are counted, not written down
 static char names[MAX_FUNCTIONS][MAX_NAME];
 static unsigned long long num_functions = 0;
 static CUcontext current = NULL;
 
 // What the tests call.
 
-void stub_expect(int count, const int *param_sizes) {
-  num_sizes = count < MAX_PARAMS ? count : MAX_PARAMS;
-  if (num_sizes > 0) memcpy(sizes, param_sizes, num_sizes * sizeof(int));
+// The sizes of a function's parameters: what is launched does not say them.
+void stub_expect(unsigned long long function, int count, const int *param_sizes) {
+  num_sizes[function] = count < MAX_PARAMS ? count : MAX_PARAMS;
+  memcpy(sizes[function], param_sizes, num_sizes[function] * sizeof(int));
 }
 
 void stub_clear(void) { num_records = 0; }
@@ -156,7 +157,8 @@ CUresult CUDAAPI cuOccupancyMaxActiveClusters(int *clusters, CUfunction function
 CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function,
                                   void **params, void **extra) {
   ++num_launches;
-  if (num_sizes < 0) return CUDA_SUCCESS;
+  const unsigned long long number = (unsigned long long)function;
+  if (num_sizes[number] == 0) return CUDA_SUCCESS;
   if (num_records == MAX_RECORDS) return CUDA_ERROR_OUT_OF_MEMORY;
   Record *record = &records[num_records++];
   memset(record, 0, sizeof *record);
@@ -169,8 +171,10 @@ CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction funct
   record->shared = config->sharedMemBytes;
   record->num_attributes = config->numAttrs;
   record->stream = (unsigned long long)config->hStream;
-  record->function = (unsigned long long)function;
-  record->num_params = num_sizes;
-  for (int n = 0; n < num_sizes; ++n) memcpy(&record->params[n], params[n], sizes[n]);
+  record->function = number;
+  record->num_params = num_sizes[number];
+  for (int n = 0; n < num_sizes[number]; ++n) {
+    memcpy(&record->params[n], params[n], sizes[number][n]);
+  }
   return CUDA_SUCCESS;
 }

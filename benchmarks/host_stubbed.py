@@ -1,7 +1,7 @@
 """Host time of the Triton backend on a machine without a GPU: Triton's launcher, on a CUDA driver
 that launches nothing (`tests.kernels.stub_driver`). Microseconds of processor time a call:
 
-    OMP_NUM_THREADS=1 python -m benchmarks.host_stubbed [--profile NAME]
+    OMP_NUM_THREADS=1 python -m benchmarks.host_stubbed [--rounds N | --profile NAME]
 
 What a GPU machine adds: the driver's launch (2 to 5 us each), the caching allocator instead of
 malloc, autograd's hand-over to the device's thread. An empty autograd.Function, which pays for the
@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 from tests.kernels import stub_driver
@@ -94,26 +92,26 @@ def whole_calls() -> dict[str, Call]:
     return losses | {f"{name} + backward": with_backward(loss) for name, loss in losses.items()}
 
 
-def microseconds(call: Call, rounds: int = 30, seconds: float = 0.02) -> tuple[float, float]:
-    """The fastest round's mean and the median round's, of the processor's time: others use this
-    machine as well."""
-    for _ in range(20):
-        call()
-    found = []
+def microseconds(calls: dict[str, Call], rounds: int, per_round: int = 50) -> dict[str, float]:
+    """The fastest round of each, taken in turns, in processor time: others use this machine as
+    well, and its clock changes."""
+    found = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
-        count, start = 0, time.process_time()
-        while (spent := time.process_time() - start) < seconds:
-            for _ in range(10):
+        for name, call in calls.items():
+            call()
+            start = time.process_time()
+            for _ in range(per_round):
                 call()
-            count += 10
-        found.append(spent / count * 1e6)
-    return min(found), statistics.median(found)
+            spent = (time.process_time() - start) / per_round * 1e6
+            found[name] = min(found[name], spent)
+    return found
 
 
 def main() -> None:
     """Print the table, or the profile of one call."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--profile", metavar="NAME", help="profile this call instead")
+    parser.add_argument("--rounds", type=int, default=200)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         stub = stub_driver.install(Path(folder), record=False)
@@ -125,16 +123,21 @@ def main() -> None:
         if arguments.profile:
             _profile(calls[arguments.profile])
             return
-        print(f"Triton {triton.__version__}, torch {torch.__version__}, us a call: best (median)")
+        launches = {}
         for name, call in calls.items():
-            before = stub.num_launches
-            call()
-            launches = stub.num_launches - before
-            direct = "{:7.1f} ({:.1f})".format(*microseconds(call))
-            # Only what a watcher of launches makes of the same call differs: Triton's own way.
-            with stub_driver.watched() if launches else nullcontext():
-                ordinary = "{:7.1f} ({:.1f})".format(*microseconds(call)) if launches else ""
-            print(f"{name:40} {launches} launches  direct {direct:18} by Triton {ordinary}")
+            for _ in range(3):
+                before = stub.num_launches
+                call()
+            launches[name] = stub.num_launches - before
+        direct = microseconds(calls, arguments.rounds)
+        with stub_driver.watched():
+            ordinary = microseconds(calls, arguments.rounds // 4)
+        print(f"Triton {triton.__version__}, torch {torch.__version__}: us a call")
+        print(f"{'':40} launches  direct  of an empty Function's  by Triton")
+        for name in calls:
+            empty = direct["empty + backward" if "+ backward" in name else "empty"]
+            times = f"{direct[name]:7.1f} {direct[name] / empty:23.2f} {ordinary[name]:10.1f}"
+            print(f"{name:40} {launches[name]:8} {times}")
 
 
 def _profile(call: Call, count: int = 20000) -> None:

@@ -50,16 +50,22 @@ class Kernel:
         fn: the ``triton.jit`` function.
 
     Attributes:
-        alignment: for each parameter, the bits of an address that make another kernel.
         ready: by constants, warps and stages, and then by what `Launch` finds of the pointers:
             a compiled kernel.
     """
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
-        params = fn.params if DIRECT else ()
-        self.alignment = [0 if p.do_not_specialize_on_alignment else 15 for p in params]
         self.ready: dict[tuple, dict[tuple, _Ready]] = {}
+
+    def misaligned(self, addresses: list[Any]) -> bool:
+        """Whether an address makes another kernel than one that is a multiple of 16 bytes."""
+        for param, address in zip(self.fn.params, addresses, strict=False):
+            if address is not None and not param.do_not_specialize_on_alignment:
+                several = address if type(address) is tuple else (address,)
+                if any(one % 16 for one in several):
+                    return True
+        return False
 
 
 class _Ready(NamedTuple):
@@ -98,7 +104,7 @@ class Launch:
     """
 
     __slots__ = (
-        "_alignment", "_constants", "_fits", "_grid", "_kernel", "_numbers", "_options", "_ready",
+        "_constants", "_fits", "_grid", "_kernel", "_numbers", "_options", "_ready",
         "_scalars",
     )  # fmt: skip
 
@@ -110,7 +116,6 @@ class Launch:
         self._options = warps, stages
         self._numbers = (*scalars, *constants)
         self._fits = DIRECT and max(scalars) < 2**31  # larger ones make another kernel
-        self._alignment = kernel.alignment
         self._ready = kernel.ready.setdefault((constants, warps, stages), {})
 
     def __call__(self, device: torch.device, pointers: tuple[Pointer, ...]) -> None:
@@ -122,22 +127,23 @@ class Launch:
         addresses: list[Any] = []
         key: list[Any] = [index]
         bits = 0
-        for pointer, alignment in zip(pointers, self._alignment, strict=False):
+        for pointer in pointers:
             if pointer is None:
                 addresses.append(None)
                 key.append(None)
             elif type(pointer) is tuple:
                 several = tuple([x.data_ptr() for x in pointer])
                 for address in several:
-                    bits |= address & alignment
+                    bits |= address
                 addresses.append(several)
-                key.append((pointer[0].dtype, len(several)))
+                key.append(pointer[0].dtype)
+                key.append(len(several))
             else:
                 address = pointer.data_ptr()
-                bits |= address & alignment
+                bits |= address
                 addresses.append(address)
                 key.append(pointer.dtype)
-        if bits:  # rare, and another kernel: Triton knows which
+        if bits & 15 and self._kernel.misaligned(addresses):  # another kernel: Triton knows which
             self._by_triton(device, pointers)
             return
         pattern = tuple(key)

@@ -176,10 +176,10 @@ class Pool:
         self._tensors: dict[tuple, Any] = {}
         self._next = 0
 
-    def __call__(self, shape: tuple[int, ...], device: Any) -> Any:
+    def __call__(self, shape: int | tuple[int, ...], device: Any) -> Any:
         import torch
 
-        key = self._next, tuple(shape)
+        key = self._next, shape
         self._next += 1
         if key not in self._tensors:
             self._tensors[key] = torch.zeros(shape, device=device)

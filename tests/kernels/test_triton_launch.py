@@ -101,6 +101,7 @@ def test_no_kernel_is_another_ones(cases):
             "identity, float16", "identity, float32 teacher", "identity, float32 student",
             "identity, kind", "in place", "identity, narrower", "layers",
         ],
+        ["in place", "in place, float16"],
         ["just not large stride", "large stride"],
         ["few rows", "few rows, mean", "few rows, projected teacher", "few rows, float32"],
         [

@@ -88,6 +88,7 @@ def cases() -> dict[str, Case]:
     forward("in place", one, teacher)
     forward("in place, weights", one._replace(weights=weights), teacher)
     forward("in place, elsewhere", one, grad)
+    forward("in place, float16", one, states(fp16))  # only this dtype tells it from the one before
     for name, stride in (("just not large", 2**31 - 1), ("large", 2**31)):
         far = states(shape=(1, WIDTH)).as_strided((1, WIDTH), (16 * stride, 1))
         forward(f"{name} stride", LossCall(far, states(shape=(1, WIDTH))))
@@ -139,6 +140,7 @@ def cases() -> dict[str, Case]:
     forward("few rows, another number", bridge._replace(rows=rows[:5], teacher_rows=rows[:5]))
     forward("few rows, float32", LossCall(student.float(), teacher.float(), proj, proj))
     forward("few rows, float32 teacher", bridge._replace(teacher=teacher.float()))
+    forward("few rows, float16 teacher", bridge._replace(teacher=states(fp16)))
     forward("few rows, other rank", LossCall(student, teacher, proj[:7], proj[:7]))
     forward("r = 256", LossCall(student, teacher, wider, wider))
     forward("many rows", LossCall(many, many.clone(), narrow, narrow))

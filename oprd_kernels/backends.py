@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._C._functorch import maybe_current_level
@@ -25,9 +26,14 @@ def get(name: str) -> Backend:
         return cuda.BACKEND
     if name == "cpu":
         return cpu.BACKEND
+    return _triton().BACKEND
+
+
+@functools.cache
+def _triton() -> Any:
     from oprd_kernels import triton_backend  # Triton takes long to import, and may be missing
 
-    return triton_backend.BACKEND
+    return triton_backend
 
 
 def unavailable(name: str, device: torch.device) -> str | None:

@@ -75,13 +75,16 @@ class RowsLayout:
         m = num_rows(student, rows)
         coefficient = coefficients(grad_loss, call.saved, weights)
         scaled = dz_of(call.saved, m, proj.shape[0]) * coefficient.reshape(-1, 1)
+        learns = call.saved[SCALE] != 0
+        scaled = torch.where(learns, scaled, 0.0)
         flat = student.flatten(0, -2)
         grad = torch.zeros_like(proj)
         for start in range(0, m, _PROJ_CHUNK):
             chunk = slice(start, start + _PROJ_CHUNK)
             h = flat[chunk] if rows is None else flat[rows[chunk]]
             h = h.float()
-            if weights is not None:  # 0 * NaN of a masked row would be NaN
-                h = torch.where((weights[chunk] != 0)[:, None], h, 0.0)
+            # 0 * NaN, of a masked row or where there is nothing to learn from, would be NaN.
+            live = learns if weights is None else (weights[chunk] != 0)[:, None] & learns
+            h = torch.where(live, h, 0.0)
             grad.addmm_(scaled[chunk].T, h)
         return grad

@@ -1,9 +1,15 @@
-"""From a call to launches of the Triton kernels."""
+"""From a call to launches of the Triton kernels.
+
+What the launches of a call are follows from its options and the forms of its tensors (`Form`):
+functions named ``.._launches`` say so, and are asked once for each of the calls last seen. A call
+then only gathers its tensors.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -12,10 +18,10 @@ from torch import Tensor
 
 from oprd_kernels.call import GradCall, LossCall, num_rows
 from oprd_kernels.triton_backend import configs
-from oprd_kernels.triton_backend.geometry import geometry
+from oprd_kernels.triton_backend.geometry import Form, form, geometry
 from oprd_kernels.triton_backend.identity import identity_backward, identity_forward
 from oprd_kernels.triton_backend.identity_wide import identity_forward_wide
-from oprd_kernels.triton_backend.launch import Kernel
+from oprd_kernels.triton_backend.launch import Kernel, Launch
 from oprd_kernels.triton_backend.operands import (
     PRODUCTS,
     RANK_BLOCK,
@@ -24,7 +30,7 @@ from oprd_kernels.triton_backend.operands import (
     plan,
     prepare,
 )
-from oprd_kernels.triton_backend.projected import compare, project, projected_forward
+from oprd_kernels.triton_backend.projected import BOTH, compare, project, projected_forward
 from oprd_kernels.triton_backend.projected_gradients import (
     half_backward,
     projector_gradient,
@@ -42,6 +48,10 @@ MAX_CHUNKS = 64
 """Programs that the reduction of rows compared as they are takes."""
 CHUNK = 1024
 """Rows that they sum at a time."""
+KEPT = 512
+"""Calls of other shapes whose launches are remembered."""
+
+Launches = TypeVar("Launches")
 
 IDENTITY_FORWARD, IDENTITY_BACKWARD = Kernel(identity_forward), Kernel(identity_backward)
 IDENTITY_FORWARD_WIDE, REDUCE_ROWS = Kernel(identity_forward_wide), Kernel(reduce_rows)
@@ -67,6 +77,14 @@ def generation(device: torch.device) -> str:
 
 
 @functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is older than the Ampere generation (sm_80)"
+    return None
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units): as many programs keep the device busy."""
     if device.type == "cpu":
@@ -74,9 +92,21 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def new_floats(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def new_floats(shape: int | tuple[int, ...], device: torch.device) -> Tensor:
     """float32 memory, not yet written. What lies between the parts of ``saved`` never is."""
-    return torch.empty(shape, dtype=torch.float32, device=device)
+    return _no_floats(device).new_empty(shape)
+
+
+@functools.cache
+def _no_floats(device: torch.device) -> Tensor:
+    """From which `new_floats` makes others: a third faster than reading a dtype and a device."""
+    return torch.empty(0, dtype=torch.float32, device=device)
+
+
+def kept(build: Callable[..., Launches]) -> Callable[..., Launches]:
+    """Remembers what launches ``build`` made of its arguments; not in the interpreter, where tests
+    change block sizes."""
+    return build if INTERPRETED else functools.lru_cache(KEPT)(build)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -84,9 +114,21 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def half_float_products(dtype: torch.dtype) -> int:
+def float32_precision(*dtypes: torch.dtype) -> str:
+    """The precision that the user has set for products of float32 matrices, if any of ``dtypes``
+    is that."""
+    if torch.float32 not in dtypes:
+        return "highest"
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the newer name, which the older refuses to tell
+        newer = torch.backends.cuda.matmul.fp32_precision
+        return {"tf32": "high", "bf16": "medium"}.get(newer, "highest")
+
+
+def half_float_products(dtype: torch.dtype, precision: str) -> int:
     """Products of terms for states, or gradients, that are not bfloat16."""
-    return PRODUCTS[torch.get_float32_matmul_precision()] if dtype is torch.float32 else 3
+    return PRODUCTS[precision] if dtype is torch.float32 else 3
 
 
 class TritonBackend:
@@ -102,10 +144,7 @@ class TritonBackend:
             return f"TRITON_INTERPRET=1 is set, which takes tensors on the CPU, not on {device}"
         if device.type != "cuda":
             return f"the triton backend takes tensors on a GPU, not on {device}"
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            return f"{name} is older than the Ampere generation (sm_80)"
-        return None
+        return _too_old(device)
 
     def unsupported(self, call: LossCall) -> str | None:
         """None: this backend does every call."""
@@ -122,10 +161,10 @@ class TritonBackend:
         """As `Backend.forward`."""
         m = call.num_rows
         student = call.student
-        shape = (m,) if call.reduction == "none" else ()
+        shape = m if call.reduction == "none" else ()
         loss = new_floats(shape, student.device)
         size = self.saved_size(call)
-        saved = new_floats((size,), student.device)
+        saved = new_floats(size, student.device)
         if call.student_proj is not None and m:
             _project(call, m, loss, saved)
         else:
@@ -152,8 +191,9 @@ class TritonBackend:
         first = calls[0]
         m = first.num_rows
         device = first.student.device
-        losses = new_floats((len(calls),), device)
-        size = aligned(max([self.saved_size(call) for call in calls]))
+        losses = new_floats(len(calls), device)
+        alike = calls[:1] if first.student_proj is None else calls
+        size = max([self.saved_size(call) for call in alike])
         saved = new_floats((len(calls), size), device)
         if first.student_proj is not None and m:
             for n, call in enumerate(calls):
@@ -186,13 +226,10 @@ def _alike(calls: Sequence[LossCall] | Sequence[GradCall]) -> list[tuple[int, in
     begin = 0
     kind = None
     for n, call in enumerate(calls):
-        student, teacher = call.student, call.teacher
+        student, teacher = call.student, call.teacher  # type: ignore[attr-defined]
         assert student is not None
         assert teacher is not None
-        this = (
-            student.dtype, student.shape, student.stride(),
-            teacher.dtype, teacher.shape, teacher.stride(),
-        )  # fmt: skip
+        this = form(student), form(teacher)
         if n and (this != kind or n - begin == MAX_LAYERS):
             ranges.append((begin, n))
             begin = n
@@ -201,58 +238,102 @@ def _alike(calls: Sequence[LossCall] | Sequence[GradCall]) -> list[tuple[int, in
     return ranges
 
 
-def _row_config(
-    device: torch.device, width: int, *tensors: Tensor | None
-) -> configs.RowConfig | None:
-    itemsize = max(x.element_size() for x in tensors if x is not None)
-    return configs.row(generation(device), width, itemsize)
+def _row_config(arch: str, width: int, *forms: Form | None) -> configs.RowConfig | None:
+    return configs.row(arch, width, max([x[2].itemsize for x in forms if x is not None]))
+
+
+class _Identity(NamedTuple):
+    """Forward of rows compared as they are."""
+
+    scale: Launch  # sums the weights
+    forward: Launch
+    reduce: Launch
+
+
+@kept
+def _identity_launches(
+    kind: str, reduction: str, layers: int, m: int, size: int, arch: str,
+    student: Form, teacher: Form, grad: Form | None,
+) -> _Identity:  # fmt: skip
+    width = student[0][-1]
+    mean, each = reduction == "mean", reduction == "none"
+    chunks = min(cdiv(m, CHUNK), MAX_CHUNKS) or 1
+    chunk = cdiv(cdiv(m, chunks), CHUNK) * CHUNK
+    scale, reduce = (
+        Launch(
+            REDUCE_ROWS,
+            (cdiv(m, chunk) if m else 1, layers, 1),
+            (size, m, chunk),
+            (mean, each, CHUNK, MAX_CHUNKS, scale_only),
+            4,
+        )
+        for scale_only in (True, False)
+    )
+    where = geometry(student, teacher, grad)
+    config = _row_config(arch, width, student, teacher, grad)
+    kernel = IDENTITY_FORWARD
+    if config is None:
+        config, kernel = configs.wide_row(arch), IDENTITY_FORWARD_WIDE
+    forward = Launch(
+        kernel,
+        (m, layers, 1),
+        (size, m, *where.strides),
+        (
+            KIND_CODES[kind], mean, each, width, config.columns, config.pieces,
+            where.unit, where.flat, where.dense,
+        ),
+        config.warps,
+    )  # fmt: skip
+    return _Identity(scale, forward, reduce)
 
 
 def _identity(
     calls: Sequence[LossCall], m: int, loss: Tensor, saved: Tensor, size: int, grad: Tensor | None
 ) -> None:
     """Forward of rows compared as they are. ``size``: floats from layer to layer in ``saved``."""
-    call = calls[0]
-    student, teacher, weights, denominator = call.student, call.teacher, *call[7:9]
-    device, width = student.device, student.shape[-1]
-    mean, each = call.reduction == "mean", call.reduction == "none"
-
-    def reduce(scale_only: bool) -> None:
-        chunks = min(cdiv(m, CHUNK), MAX_CHUNKS) or 1
-        chunk = cdiv(cdiv(m, chunks), CHUNK) * CHUNK
-        REDUCE_ROWS(
-            device,
-            (cdiv(m, chunk) if m else 1, len(calls), 1),
-            (loss, saved, weights, denominator),
-            (size, m, chunk),
-            (mean, each, CHUNK, MAX_CHUNKS, scale_only),
-            4,
-        )
-
+    student, teacher, _, _, _, rows, teacher_rows, weights, denominator, kind, reduction = calls[0]
+    device = student.device
+    scale, forward, reduce = _identity_launches(
+        kind, reduction, len(calls), m, size, generation(device), form(student), form(teacher),
+        None if grad is None else form(grad),
+    )  # fmt: skip
+    sums = loss, saved, weights, denominator
     if m:
-        if grad is not None and mean and denominator is None and weights is not None:
+        if grad is not None and reduction == "mean" and denominator is None and weights is not None:
             saved[TICKET.value].zero_()
-            reduce(scale_only=True)  # the gradient is formed before all rows have been summed
-        where = geometry(student, teacher, grad)
-        config = _row_config(device, width, student, teacher, grad)
-        kernel = IDENTITY_FORWARD
-        if config is None:
-            config, kernel = configs.wide_row(generation(device)), IDENTITY_FORWARD_WIDE
-        kernel(
-            device,
-            (m, len(calls), 1),
-            (
-                tuple([one.student for one in calls]), tuple([one.teacher for one in calls]), grad,
-                loss, saved, call.rows, call.teacher_rows, weights, denominator,
-            ),
-            (size, m, *where.strides),
-            (
-                KIND_CODES[call.kind], mean, each, width, config.columns, config.pieces,
-                where.unit, where.flat, where.dense,
-            ),
-            config.warps,
-        )  # fmt: skip
-    reduce(scale_only=False)
+            scale(device, sums)  # the gradient is formed before all rows have been summed
+        students = tuple([call.student for call in calls])
+        teachers = tuple([call.teacher for call in calls])
+        forward(device, (students, teachers, grad, *sums[:2], rows, teacher_rows, *sums[2:]))
+    reduce(device, sums)
+
+
+@kept
+def _identity_backward_launch(
+    kind: str, layers: int, m: int, accumulate: bool, row_stride: int, layer_stride: int, arch: str,
+    student: Form, teacher: Form, grad: Form,
+) -> Launch:  # fmt: skip
+    width = grad[0][-1]
+    where = geometry(student, teacher, grad)
+    config = _row_config(arch, width, student, teacher, grad)
+    parts = 1
+    if config is None or (accumulate and config.warps == 1 and config.pieces > 4):
+        # Three tensors: half the pieces.
+        warps = 4 if config is None else 1
+        itemsize = max(student[2].itemsize, teacher[2].itemsize, grad[2].itemsize)
+        columns = configs.piece(arch, itemsize, warps)
+        config = configs.RowConfig(columns, 4, warps)
+        parts = cdiv(width, columns * 4)
+    return Launch(
+        IDENTITY_BACKWARD,
+        (m, layers, parts),
+        (row_stride, layer_stride, m, *where.strides),
+        (
+            KIND_CODES[kind], accumulate, width, config.columns, config.pieces, where.unit,
+            where.flat, where.dense,
+        ),
+        config.warps,
+    )  # fmt: skip
 
 
 def _identity_backward(
@@ -260,36 +341,20 @@ def _identity_backward(
     grad_loss: Tensor, row_stride: int, layer_stride: int,
 ) -> None:  # fmt: skip
     """Backward of rows compared as they are."""
-    call, grad = calls[0], grads[0]
-    student, teacher = call.student, call.teacher
+    _, student, teacher, _, rows, teacher_rows, weights, kind, _ = calls[0]
     assert student is not None
     assert teacher is not None
-    device, width = grad.device, grad.shape[-1]
-    where = geometry(student, teacher, grad)
-    config = _row_config(device, width, student, teacher, grad)
-    parts = 1
-    if config is None or (accumulate and config.warps == 1 and config.pieces > 4):
-        # Three tensors: half the pieces.
-        warps = 4 if config is None else 1
-        itemsize = max(student.element_size(), teacher.element_size(), grad.element_size())
-        columns = configs.piece(generation(device), itemsize, warps)
-        config = configs.RowConfig(columns, 4, warps)
-        parts = cdiv(width, columns * 4)
-    IDENTITY_BACKWARD(
-        device,
-        (m, len(calls), parts),
-        (
-            grads, tuple([one.student for one in calls]), tuple([one.teacher for one in calls]),
-            tuple([one.saved for one in calls]), grad_loss, call.rows, call.teacher_rows,
-            call.weights,
-        ),
-        (row_stride, layer_stride, m, *where.strides),
-        (
-            KIND_CODES[call.kind], accumulate, width, config.columns, config.pieces, where.unit,
-            where.flat, where.dense,
-        ),
-        config.warps,
+    grad = grads[0]
+    device = grad.device
+    launch = _identity_backward_launch(
+        kind, len(calls), m, accumulate, row_stride, layer_stride, generation(device),
+        form(student), form(teacher), form(grad),
     )  # fmt: skip
+    students = tuple([call.student for call in calls])
+    teachers = tuple([call.teacher for call in calls])
+    saved = tuple([call.saved for call in calls])
+    states: Any = (students, teachers)  # after a projection alone could they be None
+    launch(device, (grads, *states, saved, grad_loss, rows, teacher_rows, weights))
 
 
 def _saved_plan(student: Tensor, proj: Tensor) -> Plan:
@@ -298,105 +363,162 @@ def _saved_plan(student: Tensor, proj: Tensor) -> Plan:
     return plan(int(rank), int(width), 0, student.dtype, student.dtype)
 
 
-def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
+class _Projection(NamedTuple):
     """Forward after a projection."""
-    student, teacher, proj = call.student, call.teacher, call.student_proj
-    assert proj is not None
-    teacher_proj = call.teacher_proj
-    device, (rank, width) = student.device, proj.shape
-    projects_teacher = teacher_proj is not None
-    teacher_width = teacher.shape[-1] if projects_teacher else 0
-    layout = plan(rank, width, teacher_width, student.dtype, teacher.dtype)
+
+    work_size: int
+    prepare: Launch
+    projects: list[Launch]
+    compare: Launch | None  # None: what projects has compared too
+
+
+@kept
+def _project_launches(
+    kind: str, reduction: str, m: int, rank: int, projects_teacher: bool, precision: str, arch: str,
+    wanted: int, student: Form, teacher: Form,
+) -> _Projection:  # fmt: skip
+    width, dtype, teacher_dtype = student[0][-1], student[2], teacher[2]
+    teacher_width = teacher[0][-1] if projects_teacher else 0
+    layout = plan(rank, width, teacher_width, dtype, teacher_dtype)
     k = layout.k
-    has_float = student.dtype is torch.float32 or (
-        projects_teacher and teacher.dtype is torch.float32
-    )
-    products = PRODUCTS[torch.get_float32_matmul_precision()]
-    arch, wanted = generation(device), processors(device)
+    has_float = dtype is torch.float32 or (projects_teacher and teacher_dtype is torch.float32)
+    products = PRODUCTS[precision]
     block = min(layout.forward_k, RANK_BLOCK)
     config = configs.projection(arch, block, has_float)
     blocks = cdiv(m, config.rows)
     few = 2 * blocks < wanted
     fused = configs.fuses(k, has_float) and not few
-    parts = 1
-    if not fused:
-        config = configs.project(arch, block, has_float, few)
-        comparison = configs.comparison(arch, next_power_of_2(layout.forward_k))
-        row_blocks, rank_blocks = cdiv(m, config.rows), layout.forward_k // block
-        blocks, z_rows = row_blocks * rank_blocks, row_blocks * config.rows
-        parts = max(min(2 * wanted // (blocks * (1 + projects_teacher)), 8), 1)
-        programs = cdiv(m, comparison.rows)
-        z_at = layout.rest + aligned(programs * SUMS.value)
-        work_size = z_at + (1 + projects_teacher) * parts * z_rows * layout.forward_k
-    else:
-        work_size = layout.rest + blocks * SUMS.value
-    work = new_floats((work_size,), device)
-    types = TYPES[student.dtype], TYPES[teacher.dtype]
     sizes = (width, layout.student_columns, teacher_width, layout.teacher_columns)
     terms = (layout.student_terms, layout.teacher_terms)
-    PREPARE(
-        device,
+    prepare = Launch(
+        PREPARE,
         (k, 1 + projects_teacher, 1),
-        (proj, teacher_proj, call.teacher_mean, saved, work),
         (rank,),
-        (*types, k, *sizes, layout.operand, *terms, 1024),
+        (TYPES[dtype], TYPES[teacher_dtype], k, *sizes, layout.operand, *terms, 1024),
         4,
     )
     where = geometry(student, teacher)
     flags = (where.unit, where.flat, where.dense)
-    kind, mean, each = KIND_CODES[call.kind], call.reduction == "mean", call.reduction == "none"
-    pointers = (call.rows, call.teacher_rows, call.weights)
+    options = (KIND_CODES[kind], reduction == "mean", reduction == "none", rank)
     if fused:
-        PROJECTED_FORWARD(
-            device,
+        forward = Launch(
+            PROJECTED_FORWARD,
             (blocks, 1, 1),
-            (
-                student, teacher, call.teacher_mean, loss, saved, work, *pointers, call.denominator,
-            ),
             (m, *where.strides),
             (
-                kind, mean, each, rank, config.rows, config.columns, block, k, layout.dz_k,
-                projects_teacher,
+                *options, config.rows, config.columns, block, k, layout.dz_k, projects_teacher,
                 layout.half_dz, products, *flags, *sizes, layout.scales, *terms, layout.rest, 512,
             ),
             config.warps,
             config.stages,
         )  # fmt: skip
-        return
+        return _Projection(layout.rest + blocks * SUMS.value, prepare, [forward], None)
+    config = configs.project(arch, block, has_float, few)
+    comparison = configs.comparison(arch, next_power_of_2(layout.forward_k))
+    row_blocks, rank_blocks = cdiv(m, config.rows), layout.forward_k // block
+    blocks, z_rows = row_blocks * rank_blocks, row_blocks * config.rows
+    parts = max(min(2 * wanted // (blocks * (1 + projects_teacher)), 8), 1)
+    programs = cdiv(m, comparison.rows)
+    z_at = layout.rest + aligned(programs * SUMS.value)
     part = [cdiv(cdiv(n, config.columns), parts) for n in (width, teacher_width)]
-    PROJECT(
-        device,
-        (blocks, parts, 1 + projects_teacher),
-        (student, teacher, call.teacher_mean, saved, work, *pointers),
-        (m, *where.strides, *part, z_at // ALIGN.value, z_rows),
+    sides = [0, 1] if projects_teacher else [0]
+    if projects_teacher and dtype is teacher_dtype:
+        sides = [BOTH.value]
+    projects = [
+        Launch(
+            PROJECT,
+            (blocks, parts, 2 if side == BOTH.value else 1),
+            (m, *where.strides, *part, z_at // ALIGN.value, z_rows),
+            (
+                config.rows, config.columns, block, rank_blocks, k, products, *flags, *sizes,
+                *terms, side,
+            ),
+            config.warps,
+            config.stages,
+        )
+        for side in sides
+    ]  # fmt: skip
+    compare = Launch(
+        COMPARE,
+        (programs, 1, 1),
+        (z_at // ALIGN.value, z_rows, parts, m, *where.strides[4:]),
         (
-            config.rows,
-            config.columns,
-            block,
-            rank_blocks,
-            k,
-            products,
+            *options, comparison.rows, layout.forward_k, layout.dz_k, k, comparison.ranks,
+            projects_teacher, layout.half_dz, where.unit, where.flat, layout.scales, layout.rest,
+            512,
+        ),
+        comparison.warps,
+    )  # fmt: skip
+    work_size = z_at + (1 + projects_teacher) * parts * z_rows * layout.forward_k
+    return _Projection(work_size, prepare, projects, compare)
+
+
+def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
+    """Forward after a projection."""
+    student, teacher, proj, teacher_proj, mean, rows, teacher_rows, weights = call[:8]
+    assert proj is not None
+    device = student.device
+    work_size, prepare, projects, compare = _project_launches(
+        call.kind, call.reduction, m, proj.shape[0], teacher_proj is not None,
+        float32_precision(student.dtype, teacher.dtype), generation(device), processors(device),
+        form(student), form(teacher),
+    )  # fmt: skip
+    work = new_floats(work_size, device)
+    prepare(device, (proj, teacher_proj, mean, saved, work))
+    denominator = call.denominator
+    if compare is None:
+        projects[0](
+            device,
+            (
+                student, teacher, mean, loss, saved, work, rows, teacher_rows, weights, denominator,
+            ),
+        )  # fmt: skip
+        return
+    for one in projects:
+        one(device, (student, teacher, mean, saved, work, rows, teacher_rows, weights))
+    compare(
+        device,
+        (work, student, teacher, mean, loss, saved, teacher_rows, weights, denominator),
+    )
+
+
+@kept
+def _projected_backward_launch(
+    m: int, rank: int, accumulate: bool, row_stride: int, precision: str, arch: str, wanted: int,
+    grad: Form,
+) -> Launch:  # fmt: skip
+    width, dtype = grad[0][-1], grad[2]
+    layout = plan(rank, width, 0, dtype, dtype)
+    k = layout.k
+    where = geometry(grad)
+    places = (width, layout.student_columns, layout.operand, layout.scales)
+    flags = (where.unit, where.flat, where.dense)
+    if layout.half_dz and k in configs.RESIDENT_RANKS:
+        config = configs.half_backward(arch, k, accumulate)
+        blocks = cdiv(m, config.rows)
+        parts = cdiv(4 * wanted, blocks)
+        columns = cdiv(width, config.columns)
+        part = cdiv(columns, parts)
+        return Launch(
+            HALF_BACKWARD,
+            (blocks, cdiv(columns, part), 1),
+            (row_stride, m, *where.strides, part),
+            (accumulate, config.rows, config.columns, k, layout.dz_k, *places, *flags),
+            config.warps,
+            config.stages,
+        )
+    config = configs.tiled_backward(arch, k)
+    return Launch(
+        TILED_BACKWARD,
+        (cdiv(width, config.columns) * cdiv(m, config.rows), 1, 1),
+        (row_stride, m, *where.strides),
+        (
+            accumulate, config.rows, config.columns, config.ranks, k, layout.dz_k,
+            next_power_of_2(k), half_float_products(dtype, precision), layout.half_dz, *places,
             *flags,
-            *sizes,
-            *terms,
         ),
         config.warps,
         config.stages,
-    )
-    COMPARE(
-        device,
-        (programs, 1, 1),
-        (
-            work, student, teacher, call.teacher_mean, loss, saved, call.teacher_rows, call.weights,
-            call.denominator,
-        ),
-        (z_at // ALIGN.value, z_rows, parts, m, *where.strides[4:]),
-        (
-            kind, mean, each, rank, comparison.rows, layout.forward_k, layout.dz_k, k,
-            comparison.ranks, projects_teacher,
-            layout.half_dz, where.unit, where.flat, layout.scales, layout.rest, 512,
-        ),
-        comparison.warps,
     )  # fmt: skip
 
 
@@ -405,44 +527,48 @@ def _projected_backward(
 ) -> None:
     """The gradient of the student after a projection."""
     assert call.student_proj is not None
-    device, arch = grad.device, generation(grad.device)
-    layout = _saved_plan(grad, call.student_proj)
-    width, k = grad.shape[-1], layout.k
-    where = geometry(grad)
-    row_stride = grad_loss.stride(0) if grad_loss.dim() else 0
-    pointers = (grad, call.saved, grad_loss, call.rows, call.weights)
-    places = (width, layout.student_columns, layout.operand, layout.scales)
-    flags = (where.unit, where.flat, where.dense)
-    if layout.half_dz and k in configs.RESIDENT_RANKS:
-        config = configs.half_backward(arch, k, accumulate)
-        blocks = cdiv(m, config.rows)
-        parts = cdiv(4 * processors(device), blocks)
-        columns = cdiv(width, config.columns)
-        part = cdiv(columns, parts)
-        HALF_BACKWARD(
-            device,
-            (blocks, cdiv(columns, part), 1),
-            pointers,
-            (row_stride, m, *where.strides, part),
-            (accumulate, config.rows, config.columns, k, layout.dz_k, *places, *flags),
-            config.warps,
-            config.stages,
-        )
-        return
-    config = configs.tiled_backward(arch, k)
-    products = half_float_products(grad.dtype)
-    TILED_BACKWARD(
-        device,
-        (cdiv(width, config.columns), cdiv(m, config.rows), 1),
-        pointers,
-        (row_stride, m, *where.strides),
+    device = grad.device
+    launch = _projected_backward_launch(
+        m, call.student_proj.shape[0], accumulate, grad_loss.stride(0) if grad_loss.dim() else 0,
+        float32_precision(grad.dtype), generation(device), processors(device), form(grad),
+    )  # fmt: skip
+    launch(device, (grad, call.saved, grad_loss, call.rows, call.weights))
+
+
+class _ProjectorGradient(NamedTuple):
+    """The gradient of the student's projector."""
+
+    shape: tuple[int, int, int]  # of the partial sums
+    launch: Launch
+
+
+@kept
+def _projector_gradient_launches(
+    m: int, rank: int, row_stride: int, precision: str, arch: str, wanted: int, student: Form
+) -> _ProjectorGradient:
+    width, dtype = student[0][-1], student[2]
+    layout = plan(rank, width, 0, dtype, dtype)
+    k = layout.k
+    config = configs.projector_gradient(arch, k)
+    tiles = cdiv(width, config.columns), k // config.ranks
+    parts = max(min(2 * wanted // (tiles[0] * tiles[1]), cdiv(m, 4 * config.rows)), 1)
+    chunk = cdiv(cdiv(m, parts), config.rows) * config.rows
+    parts = cdiv(m, chunk)
+    where = geometry(student)
+    launch = Launch(
+        PROJECTOR_GRADIENT,
+        (*tiles, parts),
+        (row_stride, m, *where.strides, chunk),
         (
-            accumulate, config.rows, config.columns, config.ranks, k, layout.dz_k, products,
-            layout.half_dz, *places, *flags,
+            config.rows, config.columns, config.ranks, k, layout.dz_k,
+            half_float_products(dtype, precision),
+            layout.half_dz, width, layout.student_columns, layout.scales, where.unit, where.flat,
+            where.dense,
         ),
         config.warps,
         config.stages,
     )  # fmt: skip
+    return _ProjectorGradient((parts, k, layout.student_columns), launch)
 
 
 def _projector_gradient(call: GradCall, grad_loss: Tensor) -> Tensor:
@@ -453,27 +579,12 @@ def _projector_gradient(call: GradCall, grad_loss: Tensor) -> Tensor:
     m, device = num_rows(student, call.rows), student.device
     if not m:
         return torch.zeros_like(proj, memory_format=torch.contiguous_format)
-    layout = _saved_plan(student, proj)
-    (rank, width), k = proj.shape, layout.k
-    config = configs.projector_gradient(generation(device), k)
-    tiles = cdiv(width, config.columns), k // config.ranks
-    parts = max(min(2 * processors(device) // (tiles[0] * tiles[1]), cdiv(m, 4 * config.rows)), 1)
-    chunk = cdiv(cdiv(m, parts), config.rows) * config.rows
-    parts = cdiv(m, chunk)
-    partial = new_floats((parts, k, layout.student_columns), device)
-    where = geometry(student)
-    PROJECTOR_GRADIENT(
-        device,
-        (*tiles, parts),
-        (partial, student, call.saved, grad_loss, call.rows, call.weights),
-        (grad_loss.stride(0) if grad_loss.dim() else 0, m, *where.strides, chunk),
-        (
-            config.rows, config.columns, config.ranks, k, layout.dz_k,
-            half_float_products(student.dtype),
-            layout.half_dz, width, layout.student_columns, layout.scales, where.unit, where.flat,
-            where.dense,
-        ),
-        config.warps,
-        config.stages,
+    rank, width = proj.shape
+    shape, launch = _projector_gradient_launches(
+        m, rank, grad_loss.stride(0) if grad_loss.dim() else 0,
+        float32_precision(student.dtype), generation(device), processors(device),
+        form(student),
     )  # fmt: skip
+    partial = new_floats(shape, device)
+    launch(device, (partial, student, call.saved, grad_loss, call.rows, call.weights))
     return partial.sum(0)[:rank, :width].to(proj.dtype).contiguous()

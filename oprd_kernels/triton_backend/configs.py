@@ -1,9 +1,9 @@
 """Launch configurations: a small fixed table, by device generation, width and rank.
 
 Nothing is tuned at run time, and nothing recompiled because a batch has another number of rows: few
-rows choose another kernel, not another configuration of one. Measured on an H200 (sm90); for other
-generations chosen by what compiled code says of registers, spills and shared memory
-(``python -m benchmarks.gpu_static``).
+rows choose another kernel, not another configuration of one. Chosen by what compiled code says of
+registers, spills and shared memory (``python -m benchmarks.gpu_static``), for sm90 also by what was
+measured there of kernels like these; these have not run on a GPU.
 """
 
 from __future__ import annotations
@@ -181,7 +181,9 @@ def comparison(generation: str, ranks: int) -> Config:
 def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
     """Backward of bfloat16 states, ``ranks`` of RESIDENT_RANKS."""
     rows, columns, threads, stages = _RESIDENT[ranks]
-    if accumulate and ranks == 256:
+    if ranks == 256 and generation == "sm80":  # as the least shared memory of that generation
+        rows, columns = 64, 64
+    elif ranks == 256 and accumulate:
         columns = 64
     if generation == "gfx942":
         stages = 2

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""What a launch depends on of a tensor besides where it is: shape, strides, dtype. A plain tuple,
+as every call makes several."""
+
+
+def form(x: Tensor) -> Form:
+    """The form of ``x``."""
+    return x.shape, x.stride(), x.dtype
 
 
 class Geometry(NamedTuple):
@@ -24,16 +34,16 @@ class Geometry(NamedTuple):
     dense: bool
 
 
-def geometry(*tensors: Tensor | None) -> Geometry:
+def geometry(*forms: Form | None) -> Geometry:
     """The geometry of tensors (N, d) or (B, T, d); of None, as if it were not there."""
     found: list[tuple[int, int, int, int]] = []
     flat = dense = True
     bits = 0
-    for x in tensors:
+    for x in forms:
         if x is None:
             found.append((1, 0, 0, 1))
             continue
-        strides, shape = x.stride(), x.shape
+        shape, strides, _ = x
         inner, row, last = shape[-2], strides[-2], strides[-1]
         if len(strides) == 2:
             outer = 0

@@ -10,8 +10,8 @@ what the data are worth:
 - float32 states, `torch.get_float32_matmul_precision()`: "highest": three bfloat16 terms hold a
   float32 exactly; the six products that are not below float32's last place, summed outside the
   tensor core slice by slice. "high": two terms, three products. "medium": one.
-- dz and P in backward: bfloat16 gradients: one float16 product, dz scaled row by row by a power of
-  two, which also makes up for P's; float16 gradients: as float32 states at "high"; float32
+- dz and P in backward: bfloat16 gradients: one float16 product, dz scaled row by row by powers of
+  two, P rank by rank; float16 gradients: as float32 states at "high"; float32
   gradients: as float32 states.
 
 Shapes: K ranks, r padded; D columns at a time; R rows.
@@ -83,7 +83,7 @@ class Plan:
         """Floats of the scales and dz of m rows."""
         if self.half_dz:
             return aligned(m) + aligned(m * self.dz_k // 2)
-        return m * self.dz_k
+        return aligned(m * self.dz_k)
 
     def saved_size(self, m: int) -> int:
         """Floats in ``saved`` for m rows."""

@@ -101,8 +101,8 @@ def projection(
     R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
     DENSE: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """(R, BK) P (x - mean) over columns [begin, end), ranks from k0 on; of 16-bit states (P / sigma)
-    x, which `finished` brings to that."""
+    """(R, BK) P (x - mean) over columns [begin, end), ranks from k0 on; of 16-bit states
+    (P / sigma) x, which `finished` brings to that."""
     x_R = x + row_R
     dtype: tl.constexpr = x.dtype.element_ty
     if dtype == tl.float32:
@@ -147,7 +147,6 @@ def put_comparison(
     at_RK = i_R.to(tl.int64)[:, None] * DZ_K + k_K[None, :]
     mask_RK = in_range_R[:, None] & (k_K < DZ_K)[None, :]
     if HALF_DZ:
-        dz_RK *= tl.load(saved + HEAD + k_K, mask=k_K < DZ_K, other=0.0)[None, :]
         scale_R, inverse_R = power_of_2(tl.max(magnitude(dz_RK), axis=1))
         tl.store(saved + SCALES + i_R, scale_R, mask=in_range_R)
         dz = (saved + SCALES + aligned_rows(m)).to(tl.pointer_type(tl.float16))
@@ -287,7 +286,8 @@ def compare(
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, RANK: tl.constexpr,
     R: tl.constexpr, K: tl.constexpr, DZ_K: tl.constexpr, PADDED_K: tl.constexpr,
     BLOCK: tl.constexpr, HAS_TEACHER_PROJ: tl.constexpr, HALF_DZ: tl.constexpr,
-    UNIT: tl.constexpr, FLAT: tl.constexpr, SCALES: tl.constexpr, REST: tl.constexpr, N: tl.constexpr,
+    UNIT: tl.constexpr, FLAT: tl.constexpr, SCALES: tl.constexpr, REST: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """Loss, statistics and dz from what `project` has left, K ranks of it. PADDED_K: of the
     operands; BLOCK: K as a power of two."""

@@ -7,7 +7,13 @@ at a time, K ranks (r padded).
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.operands import add_products, rounded, terms_of
+from oprd_kernels.triton_backend.operands import (
+    add_products,
+    magnitude,
+    power_of_2,
+    rounded,
+    terms_of,
+)
 from oprd_kernels.triton_backend.pair import launched, row_starts, row_weights
 from oprd_kernels.triton_backend.saved import HEAD, SCALE, aligned_rows
 
@@ -58,18 +64,22 @@ def half_backward(
     mask_RK = in_range_R[:, None]
     if DZ_K < K:
         mask_RK = mask_RK & (k_K < DZ_K)[None, :]
-    dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0)
+    # P comes as P / sigma: sigma goes to dz, whose rows are brought to float16's range again.
+    dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0).to(tl.float32)
+    dz_RK *= tl.load(saved + HEAD + k_K)[None, :]
+    scale_R, inverse_R = power_of_2(tl.max(magnitude(dz_RK), axis=1))
+    half_RK = (dz_RK * inverse_R[:, None]).to(tl.float16)
     coefficient_R, active_R = coefficients(
         saved, grad_loss, grad_loss_row, weights, i_R, in_range_R
     )
-    coefficient_R *= tl.load(saved + SCALES + i_R, mask=in_range_R, other=0.0)
+    coefficient_R *= tl.load(saved + SCALES + i_R, mask=in_range_R, other=0.0) * scale_R
     g_R = grad + row_starts(rows, i_R, in_range_R, g_inner, g_outer, g_stride, UNIT, FLAT)
     operand = (saved + OPERAND).to(tl.pointer_type(tl.float16))
     begin = tl.program_id(1) * part * D
     for first in range(begin, tl.minimum(begin + part * D, WIDTH), D):
         d_D = first + tl.arange(0, D)
         p_KD = tl.load(operand + k_K[:, None] * COLUMNS + d_D[None, :])
-        acc_RD = tl.dot(dz_RK, p_KD) * coefficient_R[:, None]
+        acc_RD = tl.dot(half_RK, p_KD) * coefficient_R[:, None]
         put_gradient(g_R, g_last, d_D, acc_RD, in_range_R, active_R, WIDTH, D, DENSE, ACCUMULATE)
 
 
@@ -77,22 +87,26 @@ def half_backward(
 def tiled_backward(
     grad, saved, grad_loss, rows, weights, grad_loss_row, m, g_inner, g_outer, g_stride, g_last,
     ACCUMULATE: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr,
-    DZ_K: tl.constexpr, PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr,
+    DZ_K: tl.constexpr, ALL_K: tl.constexpr, PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr, SCALES: tl.constexpr,
     UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Any dtype, any rank: a tile of the gradient, BK ranks at a time."""
-    i_R = tl.program_id(1) * R + tl.arange(0, R)
+    """Any dtype, any rank: a tile of the gradient, BK ranks at a time. ALL_K: K as a power of 2."""
+    tiles: tl.constexpr = (WIDTH + D - 1) // D
+    i_R = tl.program_id(0) // tiles * R + tl.arange(0, R)
     in_range_R = i_R < m
-    d_D = tl.program_id(0) * D + tl.arange(0, D)
+    d_D = tl.program_id(0) % tiles * D + tl.arange(0, D)
     coefficient_R, active_R = coefficients(
         saved, grad_loss, grad_loss_row, weights, i_R, in_range_R
     )
     acc_RD = tl.zeros((R, D), tl.float32)
     dz = saved + SCALES
     operand = (saved + OPERAND).to(tl.pointer_type(tl.bfloat16))
+    biggest = 1.0
     if HALF_DZ:
-        coefficient_R *= tl.load(saved + SCALES + i_R, mask=in_range_R, other=0.0)
+        k_N = tl.arange(0, ALL_K)
+        biggest = tl.max(tl.load(saved + HEAD + k_N, mask=k_N < K, other=0.0), axis=0)
+        coefficient_R *= tl.load(saved + SCALES + i_R, mask=in_range_R, other=0.0) * biggest
         dz = (saved + SCALES + aligned_rows(m)).to(tl.pointer_type(tl.float16))
         operand = (saved + OPERAND).to(tl.pointer_type(tl.float16))
     for first in range(0, K, BK):
@@ -104,8 +118,10 @@ def tiled_backward(
         dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0)
         at_KD = operand + k_K[:, None] * COLUMNS + d_D[None, :]
         p_KD = tl.load(at_KD)
-        if HALF_DZ:
-            acc_RD = tl.dot(dz_RK, p_KD, acc_RD)
+        if HALF_DZ:  # P comes as P / sigma: sigma, a power of two as is the biggest, goes to dz
+            sigma_K = tl.load(saved + HEAD + k_K) / biggest
+            half_RK = (dz_RK.to(tl.float32) * sigma_K[None, :]).to(tl.float16)
+            acc_RD = tl.dot(half_RK, p_KD, acc_RD)
         else:
             middle_KD = p_KD
             low_KD = p_KD
@@ -169,8 +185,5 @@ def projector_gradient(
                 tl.trans(a), tl.trans(a_middle), tl.trans(a_low), b, b_middle, b_low, acc_KD,
                 PRODUCTS,
             )  # fmt: skip
-    if HALF_DZ:  # dz is multiplied by sigma
-        sigma_K = tl.load(saved + HEAD + k_K)
-        acc_KD *= (1.0 / sigma_K)[:, None]
     at_KD = partial + ((tl.program_id(2) * K + k_K) * COLUMNS)[:, None] + d_D[None, :]
     tl.store(at_KD, acc_KD)

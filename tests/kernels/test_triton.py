@@ -160,3 +160,30 @@ def test_sums_of_programs_are_added_in_their_order(monkeypatch):
         again = run(case, "triton")
         assert torch.equal(first.loss, again.loss)
         assert torch.equal(first.stats, again.stats)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [20, 300])
+def test_rows_of_a_projector_of_any_scale_learn(rank, dtype):
+    """As a row does that begins at zero."""
+    case = make_case(rank, dtype, m=40, kind="mse")
+    for k, scale in enumerate((1e-3, 1e-8, 0.0)):
+        case.student_proj[k] *= scale
+    assert_no_worse_than_torch(case, "triton")
+    ours, exact = run(case, "triton").grad_proj, run(case.in_float64(), "reference").grad_proj
+    error = (ours.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert (error < 2**-9).all()
+
+
+def test_precision_set_by_its_newer_name(monkeypatch):
+    """After that, the older name refuses to tell."""
+
+    def refuses():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
+    assert backend.float32_precision(torch.bfloat16) == "highest"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert backend.float32_precision(torch.float32) == "high"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    assert backend.float32_precision(torch.float32, torch.bfloat16) == "highest"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,12 @@ TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 PRODUCTS = (
     "projected_forward", "project", "half_backward", "tiled_backward", "projector_gradient",
 )  # fmt: skip
+
+KERNELS = {
+    "identity_forward", "identity_forward_wide", "identity_backward", "prepare",
+    "projected_forward", "project", "compare", "half_backward", "tiled_backward",
+    "projector_gradient", "reduce_rows",
+}  # fmt: skip
 
 
 def run(module, *arguments):
@@ -55,6 +62,15 @@ def test_nothing_spills(kernels):
     assert all(k["registers"] > 0 for k in kernels)  # the report was read
 
 
+SHARED = {"sm80": 101376, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
+"""Bytes of shared memory that a program may have; of sm80's generation, the least (sm_86, sm_89)."""
+
+
+def test_shared_memory_suffices(kernels):
+    greedy = [k for k in kernels if k["shared"] > SHARED[k["arch"]]]
+    assert not greedy
+
+
 def test_activations_move_in_128_bits(kernels):
     """Every row-wise load and store: what is narrower are indices, weights, statistics and dz."""
     for k in kernels:
@@ -77,12 +93,15 @@ def test_products_use_tensor_cores(kernels):
 
 
 def test_every_kernel_of_the_backend_is_in_the_table(kernels):
-    assert {k["kernel"] for k in kernels} == {
-        "identity_forward", "identity_forward_wide", "identity_backward", "prepare",
-        "projected_forward", "project", "compare", "half_backward", "tiled_backward",
-        "projector_gradient", "reduce_rows",
-    }  # fmt: skip
+    assert {k["kernel"] for k in kernels} == KERNELS
 
 
 def test_every_option_compiles():
     assert int(run("tests.kernels.triton_options")) > 100
+
+
+def test_the_published_table_is_of_these_kernels():
+    """benchmarks/results/gpu_static.md, which the README points to."""
+    table = (Path(__file__).parents[2] / "benchmarks/results/gpu_static.md").read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| triton")]
+    assert {row[1] for row in rows} == KERNELS

@@ -51,6 +51,7 @@ struct Names {
   PyObject* device = PyUnicode_InternFromString("device");
   PyObject* layout = PyUnicode_InternFromString("layout");
   PyObject* is_meta = PyUnicode_InternFromString("is_meta");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* dtypes[3];  // torch.float32, .., in the order of DType
   PyObject* strided;
@@ -164,6 +165,8 @@ struct Look {
     bool known = false;
     for (PyObject* one : names().dtypes) known = known || dtype.ptr() == one;
     if (!known || !has(x, names().layout, names().strided)) return;
+    // x.conj().imag has yet to be negated: its memory is not its values.
+    if (checked(PyObject_CallMethodNoArgs(x, names().is_neg)).ptr() != Py_False) return;
     shape = checked(PyObject_GetAttr(x, names().shape));
     device = checked(PyObject_GetAttr(x, names().device));
     const auto dims = PyTuple_GET_SIZE(shape.ptr());

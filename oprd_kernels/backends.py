@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.compiler import is_compiling
 
@@ -116,3 +117,26 @@ def _unsupported(backend: Backend, calls: Sequence[LossCall]) -> str | None:
         if reason := backend.unsupported(call):
             return reason
     return None
+
+
+def _refuse_wrappers(calls: Sequence[LossCall]) -> None:
+    """Tensors that are not where their values are. Modes, under which they are met as a matter of
+    course, take calls elsewhere."""
+    for call in calls:
+        for x in call[:2]:
+            if (
+                type(x) is not Tensor
+                and _wraps(type(x))
+                and not torch._C._len_torch_dispatch_stack()
+            ):
+                name = type(x).__name__
+                raise TypeError(
+                    f"kernels read memory, which a {name} has not: pass the tensor that it stands "
+                    "for (of an AsyncCollectiveTensor: x.wait()), or backend='reference'"
+                )
+
+
+@functools.cache
+def _wraps(kind: type) -> bool:
+    plain = torch._C._disabled_torch_dispatch_impl
+    return getattr(kind, "__torch_dispatch__", plain) is not plain

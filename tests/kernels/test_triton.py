@@ -1,5 +1,7 @@
 """The Triton backend where the common suite does not reach: traffic, wide rows, few rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -183,7 +185,7 @@ def test_precision_set_by_its_newer_name(monkeypatch):
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
     assert backend.float32_precision(torch.bfloat16) == "highest"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     assert backend.float32_precision(torch.float32) == "high"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="ieee"))
     assert backend.float32_precision(torch.float32, torch.bfloat16) == "highest"

@@ -63,7 +63,7 @@ def test_nothing_spills(kernels):
 
 
 SHARED = {"sm80": 101376, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
-"""Bytes of shared memory that a program may have; of sm80's generation, the least (sm_86, sm_89)."""
+"""Bytes of shared memory that a program may have; sm80: the least of that generation (sm_86)."""
 
 
 def test_shared_memory_suffices(kernels):

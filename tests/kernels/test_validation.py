@@ -107,3 +107,32 @@ def test_kernels_do_not_import_the_training_layer_or_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_tensors_that_only_stand_for_others(backend):
+    """As an AsyncCollectiveTensor does: at its address is nothing."""
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    plain = torch.randn(3, 8)
+    for pair in ((Wrapper(plain), torch.randn(3, 8)), (plain, Wrapper(torch.randn(3, 8)))):
+        with pytest.raises(
+            TypeError, match=r"a Wrapper has not: pass the tensor that it stands for"
+        ):
+            fused_rep_loss(*pair, backend=backend)
+
+
+def test_a_negation_yet_to_be_made(backend):
+    z = torch.randn(3, 8, dtype=torch.complex64)
+    teacher = torch.randn(3, 8)
+    for student in (z.conj().imag, teacher):
+        other = teacher if student is not teacher else z.conj().imag
+        loss = fused_rep_loss(student, other, kind="mse", backend=backend)
+        assert torch.allclose(loss, (student - other).square().mean())

@@ -18,12 +18,12 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import asdict
 from glob import glob
@@ -32,34 +32,74 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts import Outcome, Part, PartFailed, PartSkipped, Running, end_all, run_stages
+from benchmarks import gpu_outcomes
+from benchmarks.parts import (
+    Outcome,
+    Part,
+    PartFailed,
+    PartSkipped,
+    PartTimedOut,
+    Running,
+    end_all,
+    run_stages,
+)
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 470.0
 DRY = "OPRD_ON_GPU_DRY"
 """Set to 1: sizes for a CPU and nothing built, to test this script."""
+MEASURED = ("table", "tests", "gains", "sanitizer", "demo", "ncu")
+"""The parts that tell something about the kernels."""
 
 WHEELS = (
     "antlr4-python3-runtime",
     "datasets",
     "dill",
     "docstring-parser",
-    "filelock",
-    "hypothesis",
     "jsonargparse",
     "latex2sympy2-extended",
     "liger-kernel",
     "math-verify",
     "multiprocess",
+    "py-cpuinfo2",
+    "typeshed-client",
+    "tzdata",
+)
+"""Pure Python, or small, and missing in the lent H200's image. Gains and demo need all but
+liger-kernel, which the table compares with if it is there, and pytest-benchmark's py-cpuinfo2."""
+IN_THE_IMAGE = (
+    "cmake",
+    "contourpy",
+    "cycler",
+    "execnet",
+    "filelock",
+    "fonttools",
+    "hypothesis",
+    "iniconfig",
+    "kiwisolver",
+    "markdown-it-py",
+    "matplotlib",
+    "mdurl",
+    "ninja",
+    "pandas",
+    "pillow",
+    "pluggy",
+    "pyarrow",
+    "pybind11",
+    "pygments",
+    "pyparsing",
+    "pytest",
     "pytest-benchmark",
     "pytest-xdist",
+    "python-dateutil",
     "rich",
-    "typeshed-client",
+    "six",
+    "sortedcontainers",
     "xxhash",
 )
-"""Pure Python, or small, and often missing where torch and transformers are installed. The kernels
-need none of them; the tests need filelock, gains and demo all but pytest's and liger-kernel, which
-the table compares with if it is there."""
+"""There already, and what else `WHEELS`, the build and the tests need, so that --no-deps will do,
+beyond torch, transformers and theirs. Of these the build needs cmake and pybind11, the tests
+pytest, filelock and, with pytest-xdist, execnet; gains and demo most of the others."""
 
 PAPER = {
     "d": 1536,
@@ -144,32 +184,37 @@ class Check:
         return f"{len(self.results['table']['rows'])} measurements, {left_out} cases left out"
 
     def tests(self, running: Running) -> str:
-        if missing := lacking("pytest", "filelock"):
+        # tests/conftest.py imports oprd, and that transformers.
+        needed = ["pytest", "filelock", "transformers"]
+        if workers := find_spec("xdist") is not None and not self.dry:
+            needed.append("execnet")
+        if missing := lacking(*needed):
             raise PartSkipped(missing)
-        report = self.work / "tests.xml"
+        outcomes = self.work / "outcomes.txt"
         command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/test_gpu.py"]
-        command += ["-p", "no:cacheprovider", "--durations", "15", f"--junitxml={report}"]
-        if find_spec("xdist") and not self.dry:
+        command += ["-p", "no:cacheprovider", "--durations", "15"]
+        command += ["-p", gpu_outcomes.__name__]
+        if workers:
             command += ["-n", "auto", "--dist", "worksteal"]
+        # A thread each: the float64 oracles of all workers would share the cores.
+        env = {"OMP_NUM_THREADS": "1", gpu_outcomes.VARIABLE: str(outcomes)}
         try:
-            # A thread each: the float64 oracles of all workers would share the cores.
-            running.run(*command, env={"OMP_NUM_THREADS": "1"})
-        except PartFailed:
-            raise PartFailed(self._counted(report)) from None
-        return self._counted(report)
+            running.run(*command, env=env)
+        except PartFailed as error:
+            # 1: tests failed. Otherwise it was pytest itself, or what it could not collect.
+            reason = "" if str(error).startswith("exit code 1:") else f"; {error}"
+            raise PartFailed(self._counted(outcomes) + reason) from None
+        except PartTimedOut:
+            raise PartTimedOut(self._counted(outcomes)) from None
+        return self._counted(outcomes)
 
-    def _counted(self, report: Path) -> str:
-        suite = ElementTree.parse(report).find("testsuite")
-        assert suite is not None
-        total, failed, errors, skipped = (
-            int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
-        )
-        self.results["tests"] = {
-            "passed": total - failed - errors - skipped,
-            "failed": failed + errors,
-            "skipped": skipped,
-        }
-        return ", ".join(f"{count} {name}" for name, count in self.results["tests"].items())
+    def _counted(self, outcomes: Path) -> str:
+        """Keeps the tests that have ended, if any."""
+        counts = gpu_outcomes.count(outcomes)
+        if not counts:
+            return "no test has ended"
+        self.results["tests"] = counts
+        return ", ".join(f"{count} {name}" for name, count in counts.items())
 
     def gains(self, running: Running) -> str:
         needs_training_packages()
@@ -286,7 +331,7 @@ def commit() -> str:
 
 
 def tested_on(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The record for `oprd-doctor`, once the tests have run on a GPU."""
+    """The record for `oprd-doctor`, once a test has run on a GPU."""
     facts = results["machine"]
     if "tests" not in results or "gpu" not in facts:
         return None
@@ -304,41 +349,59 @@ def write(results: dict[str, Any], stem: Path) -> None:
     stem.with_suffix(".md").write_text(document(results))
 
 
+def slug(gpu: str) -> str:
+    """A GPU's name as one of a file: "NVIDIA H100 80GB HBM3" as "h100_80gb_hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_")
+
+
 def adopt(out: Path, at_commit: str | None, root: Path = ROOT) -> None:
-    """Copy another machine's results into this checkout, under the GPU's name.
+    """Copy another machine's results into this checkout, under the GPU's name, and say which parts
+    did not run to their end.
 
     Raises:
-        SystemExit: if they are of no GPU, or no test ran.
+        SystemExit: if they are of no GPU, or no part has any.
     """
     results = json.loads((out / "results.json").read_text())
     if at_commit:
         results["machine"]["commit"] = at_commit
+    gpu = results["machine"].get("gpu")
+    ended = {p["part"]: p for p in results["parts"]}
+    ok = [name for name in MEASURED if ended.get(name, {}).get("status") == "ok"]
+    if gpu is None or not (ok or any(name in results for name in MEASURED)):
+        raise SystemExit(f"{out}/results.json has no GPU, or no part of it has any results")
+    for name in MEASURED:
+        if name not in ok:
+            part = ended.get(name, {"status": "left out", "note": ""})
+            print(f"not to its end: {name}: {part['status']} {part['note']}".rstrip())
+    name = slug(gpu)
     record = tested_on(results)
-    if record is None:
-        raise SystemExit(f"{out}/results.json has no GPU, or its tests did not run to their end")
-    name = record["gpu"].split()[-1].lower()
     write(results | {"tested_on": record}, root / "benchmarks/results" / name)
-    file = root / "oprd_kernels/tested_on.json"
-    records = json.loads(file.read_text()) if file.exists() else []
-    kept = [one for one in records if one["gpu"] != record["gpu"]]
-    file.write_text(json.dumps([*kept, record], indent=1) + "\n")
-    print(f"benchmarks/results/{name}.md, {name}.json and oprd_kernels/tested_on.json are written")
+    written = f"benchmarks/results/{name}.md and {name}.json"
+    if record is not None:
+        file = root / "oprd_kernels/tested_on.json"
+        records = json.loads(file.read_text()) if file.exists() else []
+        kept = [one for one in records if one["gpu"] != gpu]
+        file.write_text(json.dumps([*kept, record], indent=1) + "\n")
+        written += " and oprd_kernels/tested_on.json"
+    print(f"written: {written}")
 
 
 def print_wheels() -> None:
     """What a machine without network may lack, and how to bring it."""
-    for name in WHEELS:
+    for name in sorted(WHEELS + IN_THE_IMAGE):
         try:
             here = f"{version(name)} here"
         except PackageNotFoundError:
             here = "missing here"
-        print(f"{name:<24} {here}")
+        there = "in the H200's image" if name in IN_THE_IMAGE else "to bring"
+        print(f"{name:<24} {here:<18} {there}")
     print(
         "\nWhere there is a network, for the other machine's Python (3.12, say), in the checkout:\n"
         "  python -m pip download --no-deps --only-binary=:all: --python-version 3.12 "
         f"--implementation cp --platform manylinux_2_28_x86_64 -d .whl {' '.join(WHEELS)}\n"
-        "Leave out what is there. on_gpu.sh installs what is in .whl, or in the folder that "
-        "OPRD_WHEELS names, beside the machine's own packages."
+        "Leave out what is there; for another image, add what it lacks of the others. They are "
+        "complete beside torch and transformers. on_gpu.sh installs what is in .whl, or in the "
+        "folder that OPRD_WHEELS names, beside the machine's own packages."
     )
 
 

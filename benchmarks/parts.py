@@ -26,7 +26,7 @@ class PartSkipped(Exception):
 
 
 class PartTimedOut(Exception):
-    """A command was ended at the part's time limit."""
+    """A command was ended at the part's time limit; the message, if any, says what is there."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,9 @@ def run_part(part: Part, left: float) -> Outcome:
         status, note = "ok", part.work(running)
     except PartSkipped as reason:
         status, note = "skipped", str(reason)
-    except PartTimedOut:
+    except PartTimedOut as so_far:
         status, note = "timed out", f"ended after {limit:.0f} s"
+        note += f": {so_far}" if str(so_far) else ""
     except Exception as error:
         status, note = "failed", f"{error}" or type(error).__name__
     return Outcome(part.name, status, time.monotonic() - start, note)

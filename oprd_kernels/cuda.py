@@ -8,6 +8,7 @@ dtypes in a mix, a last stride other than 1, a rank above 16) the Triton backend
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,9 @@ def version_name(number: int) -> str:
 @functools.cache
 def _capability_problem(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    oldest = int(native.module().cuda_architectures.split(",")[0])
+    # "80,90", as csrc/cuda/architectures.cmake has it; of "90a" the number, whoever built that.
+    built_for = re.findall(r"\d+", native.module().cuda_architectures.replace(".", ""))
+    oldest = min(map(int, built_for), default=0)
     if major * 10 + minor >= oldest:
         return None
     return (

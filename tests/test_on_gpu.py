@@ -1,5 +1,6 @@
 """benchmarks/on_gpu.sh: its parts on the CPU or with stand-ins, and what it writes."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -7,11 +8,14 @@ import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from benchmarks import dram, gpu_report, gpu_table, on_gpu
+from benchmarks import dram, gpu_outcomes, gpu_report, gpu_table, on_gpu
 from benchmarks.gpu_cases import GpuCase
 from benchmarks.parts import Part, PartSkipped, run_stages
 from oprd_kernels import BackendUnavailable, doctor
@@ -94,8 +98,33 @@ def test_unknown_parts_and_a_missing_directory_are_refused(tmp_path, capsys):
 def test_wheels_are_listed_with_the_command_that_brings_them(capsys):
     assert on_gpu.main(["--wheels"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^jsonargparse +\d\S* here$", printed, re.MULTILINE)
-    assert "pip download --no-deps" in printed
+    assert re.search(r"^jsonargparse +\d\S* here +to bring$", printed, re.MULTILINE)
+    assert re.search(r"^execnet .* in the H200's image$", printed, re.MULTILINE)
+    (command,) = (line for line in printed.splitlines() if "pip download --no-deps" in line)
+    assert " jsonargparse " in command
+    assert " execnet " not in command
+
+
+def needed_by(*packages):
+    """They and all that they require, as far as it is installed here."""
+    found, left = set(), [canonicalize_name(name) for name in packages]
+    while left:
+        if (name := left.pop()) in found:
+            continue
+        found.add(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for requirement in map(Requirement, metadata.requires(name) or []):
+                if requirement.marker is None or requirement.marker.evaluate(
+                    {"extra": "", "python_version": "3.12", "python_full_version": "3.12.3"}
+                ):
+                    left.append(canonicalize_name(requirement.name))
+    return found
+
+
+def test_wheels_are_complete_without_pip_looking_for_more():
+    names = on_gpu.WHEELS + on_gpu.IN_THE_IMAGE
+    missing = needed_by(*names) - set(names) - needed_by("torch", "transformers", "numpy")
+    assert not missing
 
 
 def part(name, tmp_path, *command, limit=60.0):
@@ -162,30 +191,143 @@ def check(tmp_path, monkeypatch):
     return on_gpu.Check(tmp_path)
 
 
-def fake_pytest(monkeypatch, code):
-    """A pytest whose report counts 9 tests of which one failed and two were skipped."""
-    xml = '<testsuites><testsuite tests="9" failures="1" errors="0" skipped="2"/></testsuites>'
-    script = (
-        "import sys; file = [a for a in sys.argv if a.startswith('--junitxml=')][0][11:]; "
-        f"open(file, 'w').write({xml!r}); sys.exit({code})"
-    )
+GOOD = """
+import pytest
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(5))
+def test_good(i):
+    assert i != {bad}
+
+@pytest.mark.gpu
+def test_skipped():
+    pytest.skip("no")
+"""
+HANGS = """
+import time
+
+@pytest.mark.gpu
+def test_hangs():
+    time.sleep(60)
+
+@pytest.mark.gpu
+def test_afterwards():
+    pass
+"""
+AFTER = """
+@pytest.mark.gpu
+def test_left(request):
+    request.addfinalizer(lambda: 1 / 0)
+"""
+
+
+def run_tests(check, monkeypatch, tmp_path, text, limit=60, workers=False):
+    """The tests part on a file of its own in place of tests/kernels/test_gpu.py."""
+    (tmp_path / "test_it.py").write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     original = on_gpu.Running.run
 
     def run(self, *command, env=None):
-        assert env == {"OMP_NUM_THREADS": "1"}
-        return original(self, sys.executable, "-c", script, *command[3:], env=env)
+        assert env["OMP_NUM_THREADS"] == "1"
+        own = str(tmp_path / "test_it.py")
+        command = [own if "test_gpu.py" in str(word) else word for word in command]
+        command = ["2" if word == "auto" else word for word in command]
+        return original(self, *command, env=env)
 
     monkeypatch.setattr(on_gpu.Running, "run", run)
-
-
-def test_failing_tests_are_counted_and_recorded(check, monkeypatch):
-    fake_pytest(monkeypatch, 1)
+    check.dry = not workers
     (stage,) = (s for s in check.stages() if s[0].name == "tests")
-    run_stages([stage], 60, check.done)
+    run_stages([stage], limit, check.done)
     (outcome,) = check.results["parts"]
-    assert (outcome["status"], outcome["note"]) == ("failed", "6 passed, 1 failed, 2 skipped")
+    return outcome["status"], outcome["note"]
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_failing_tests_are_counted_and_recorded(check, monkeypatch, tmp_path, workers):
+    text = GOOD.format(bad=3) + AFTER
+    ended = run_tests(check, monkeypatch, tmp_path, text, workers=workers)
+    assert ended == ("failed", "4 passed, 2 failed, 1 skipped")
     results = json.loads((check.out / "results.json").read_text())
-    assert results["tested_on"]["tests"] == {"passed": 6, "failed": 1, "skipped": 2}
+    assert results["tested_on"]["tests"] == {"passed": 4, "failed": 2, "skipped": 1}
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_tests_ended_at_the_time_limit_are_counted(check, monkeypatch, tmp_path, workers):
+    text = GOOD.format(bad=9) + HANGS
+    status, note = run_tests(check, monkeypatch, tmp_path, text, 15, workers)
+    assert status == "timed out"
+    # A worker that has nothing left to do may have taken the last test over.
+    counts = "5 passed, 0 failed, 1 skipped, 2 not run", "6 passed, 0 failed, 1 skipped, 1 not run"
+    assert note in [f"ended after 15 s: {c}" for c in counts]
+
+
+def test_pytests_own_errors_are_told(check, monkeypatch, tmp_path):
+    status, note = run_tests(check, monkeypatch, tmp_path, "import nothing_of_that_name")
+    assert status == "failed"
+    assert note.startswith("0 passed, 1 failed, 0 skipped; exit code 2: ")
+    check.results["parts"].clear()
+    check.results.pop("tests")
+    (check.work / "outcomes.txt").unlink()
+    status, note = run_tests(check, monkeypatch, tmp_path, "")
+    assert status == "failed"
+    assert note.startswith("no test has ended; exit code 5: no tests ran")
+
+
+def test_what_the_tests_need_is_named(check, monkeypatch):
+    there = on_gpu.find_spec
+    lacks = ("execnet", "transformers")
+    monkeypatch.setattr(on_gpu, "find_spec", lambda name: None if name in lacks else there(name))
+    check.dry = False
+    with pytest.raises(PartSkipped, match="needs transformers, execnet: see --wheels"):
+        check.tests(None)
+    check.dry = True  # without xdist
+    with pytest.raises(PartSkipped, match="needs transformers: see --wheels"):
+        check.tests(None)
+
+
+def test_a_test_counts_once_by_its_worst_outcome(tmp_path):
+    file = tmp_path / "outcomes"
+    assert gpu_outcomes.count(file) == {}
+    file.write_text("collected 4\ncollected 4\n")
+    assert gpu_outcomes.count(file) == {}
+    file.write_text("collected 4\npassed a b\nfailed a b\npassed c\nskipped d\n")
+    assert gpu_outcomes.count(file) == {"passed": 1, "failed": 1, "skipped": 1, "not run": 1}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100_80gb_hbm3"),
+        ("NVIDIA A100-SXM4-80GB", "a100_sxm4_80gb"),
+        ("AMD Instinct MI300X", "amd_instinct_mi300x"),
+    ],
+)
+def test_result_files_are_named_after_the_gpu(gpu, name):
+    assert on_gpu.slug(gpu) == name
+
+
+def test_partial_results_are_adopted_and_what_is_missing_is_said(check, tmp_path, capsys):
+    root = tmp_path / "root"
+    (root / "benchmarks/results").mkdir(parents=True)
+    (root / "oprd_kernels").mkdir()
+    check.results["demo"] = {"gsm8k": 0.5}
+    for name, status in (("tests", "timed out"), ("demo", "ok"), ("ncu", "skipped")):
+        check.done(on_gpu.Outcome(name, status, 1.0, "why"))
+    on_gpu.adopt(tmp_path, None, root)
+    assert (root / "benchmarks/results/h200.md").exists()
+    assert not (root / "oprd_kernels/tested_on.json").exists()
+    printed = capsys.readouterr().out
+    assert "not to its end: tests: timed out why\n" in printed
+    assert "not to its end: ncu: skipped why\n" in printed
+    assert "not to its end: table: left out\n" in printed
+    assert "demo:" not in printed
+    check.results["tests"] = {"passed": 6, "failed": 0, "skipped": 2, "not run": 3}
+    on_gpu.write(check.results, tmp_path / "results")
+    on_gpu.adopt(tmp_path, None, root)
+    (record,) = json.loads((root / "oprd_kernels/tested_on.json").read_text())
+    assert record["tests"]["not run"] == 3
 
 
 def test_adopted_results_are_what_the_doctor_tells(check, monkeypatch, tmp_path):
@@ -195,7 +337,7 @@ def test_adopted_results_are_what_the_doctor_tells(check, monkeypatch, tmp_path)
     (root / "benchmarks/results").mkdir(parents=True)
     (root / "oprd_kernels").mkdir()
     on_gpu.write(check.results, tmp_path / "results")
-    with pytest.raises(SystemExit, match="its tests did not run"):
+    with pytest.raises(SystemExit, match="no part of it has any results"):
         on_gpu.adopt(tmp_path, None, root)
     check.results["tests"] = {"passed": 6, "failed": 0, "skipped": 2}
     on_gpu.write(check.results, tmp_path / "results")

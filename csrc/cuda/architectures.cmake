@@ -1,51 +1,96 @@
 # Which GPU architectures the CUDA kernels are built for.
 
-# oprd_choose_architectures(GPU_CODE RESULT): sets RESULT to a list of numbers, as "80;90". What is
-# asked for (-DOPRD_CUDA_ARCHITECTURES or -DCMAKE_CUDA_ARCHITECTURES, or environment variables of
-# these names; "90", "80;90" or "native": the GPUs of this machine) is an error if the nvcc does not
-# know it. Nothing asked for: those of sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) that are in
-# GPU_CODE, what nvcc prints for --list-gpu-code.
+# oprd_choose_architectures(GPU_CODE RESULT): sets RESULT to a list of numbers, as "80;90", all of
+# them in GPU_CODE, what nvcc prints for --list-gpu-code. What is asked for, the first of
+# -DOPRD_CUDA_ARCHITECTURES, -DCMAKE_CUDA_ARCHITECTURES and the environment variables of these names:
+# one or several of "90", "9.0", "sm_90", "90-real", "90a" (the kernels use no feature of 90a or
+# 100f: it is 90), of "native" (the GPUs of this machine) and of "all" or "all-major": as if nothing
+# were asked for, those of sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) that nvcc knows.
+# What can't be built is an error, but only a warning from the variable CMAKE_CUDA_ARCHITECTURES,
+# which may be set for other software: it is then ignored.
 function(oprd_choose_architectures GPU_CODE RESULT)
-  set(ASKED)
-  foreach(CANDIDATE "${OPRD_CUDA_ARCHITECTURES}" "${CMAKE_CUDA_ARCHITECTURES}"
-      "$ENV{OPRD_CUDA_ARCHITECTURES}" "$ENV{CMAKE_CUDA_ARCHITECTURES}")
-    if(CANDIDATE AND NOT ASKED)
-      string(REGEX REPLACE "[, ]+" ";" ASKED "${CANDIDATE}")
-    endif()
-  endforeach()
   set(CHOSEN)
-  if(ASKED STREQUAL "native")
-    oprd_native_architectures(ASKED)
-  endif()
-  foreach(ARCHITECTURE ${ASKED})
-    string(REGEX REPLACE "^(sm_)?([0-9]+)(-real|-virtual)?$" "\\2" NUMBER "${ARCHITECTURE}")
-    if(NOT GPU_CODE MATCHES "sm_${NUMBER}(\n|$)")
-      message(FATAL_ERROR "error: this nvcc does not build for the architecture "
-        "\"${ARCHITECTURE}\" that is asked for")
+  set(ASKED)
+  set(KIND FATAL_ERROR)
+  foreach(CANDIDATE "${OPRD_CUDA_ARCHITECTURES}" "${CMAKE_CUDA_ARCHITECTURES}"
+      "$ENV{OPRD_CUDA_ARCHITECTURES}")
+    if(CANDIDATE AND NOT ASKED)
+      set(ASKED "${CANDIDATE}")
     endif()
-    list(APPEND CHOSEN ${NUMBER})
   endforeach()
   if(NOT ASKED)
-    foreach(ARCHITECTURE 80 90 100)
-      if(GPU_CODE MATCHES "sm_${ARCHITECTURE}(\n|$)")
-        list(APPEND CHOSEN ${ARCHITECTURE})
-      endif()
-    endforeach()
+    set(ASKED "$ENV{CMAKE_CUDA_ARCHITECTURES}")
+    set(KIND WARNING)
+  endif()
+  if(ASKED)
+    oprd_read_architectures("${ASKED}" "${GPU_CODE}" CHOSEN PROBLEM)
+    if(PROBLEM AND KIND STREQUAL "FATAL_ERROR")
+      message(FATAL_ERROR "error: ${PROBLEM}")
+    elseif(PROBLEM)
+      message(WARNING "CMAKE_CUDA_ARCHITECTURES in the environment is ignored: ${PROBLEM}")
+      set(CHOSEN)
+    endif()
+  endif()
+  if(NOT CHOSEN)
+    oprd_default_architectures("${GPU_CODE}" CHOSEN)
   endif()
   list(REMOVE_DUPLICATES CHOSEN)
   list(SORT CHOSEN COMPARE NATURAL)
   set(${RESULT} "${CHOSEN}" PARENT_SCOPE)
 endfunction()
 
-# Of the GPUs here, by nvidia-smi.
+function(oprd_default_architectures GPU_CODE RESULT)
+  set(FOUND)
+  foreach(NUMBER 80 90 100)
+    if(GPU_CODE MATCHES "sm_${NUMBER}(\n|$)")
+      list(APPEND FOUND ${NUMBER})
+    endif()
+  endforeach()
+  set(${RESULT} "${FOUND}" PARENT_SCOPE)
+endfunction()
+
+# RESULT: the numbers; PROBLEM: why not, or empty.
+function(oprd_read_architectures ASKED GPU_CODE RESULT PROBLEM)
+  set(FOUND)
+  set(REASON "")
+  string(REGEX REPLACE "[, \t]+" ";" ASKED "${ASKED}")
+  foreach(ONE IN LISTS ASKED)
+    if(ONE STREQUAL "native")
+      oprd_native_architectures(NUMBERS)
+      if(NOT NUMBERS)
+        set(REASON "the architecture \"native\" is asked for, and nvidia-smi names no GPU")
+        break()
+      endif()
+    elseif(ONE STREQUAL "all" OR ONE STREQUAL "all-major")
+      oprd_default_architectures("${GPU_CODE}" NUMBERS)
+    elseif(ONE MATCHES "^(sm_|compute_)?([0-9]+)[.]?([0-9])[af]?(-real|-virtual|[+]PTX)?$")
+      set(NUMBERS "${CMAKE_MATCH_2}${CMAKE_MATCH_3}")
+    elseif(ONE STREQUAL "")
+      set(NUMBERS)
+    else()
+      set(REASON "the architecture \"${ONE}\" can't be read: write it like \"90\" or \"9.0\"")
+      break()
+    endif()
+    foreach(NUMBER IN LISTS NUMBERS)
+      if(NOT GPU_CODE MATCHES "sm_${NUMBER}(\n|$)")
+        set(REASON "this nvcc does not build for the architecture \"${ONE}\" that is asked for")
+      endif()
+    endforeach()
+    list(APPEND FOUND ${NUMBERS})
+  endforeach()
+  set(${RESULT} "${FOUND}" PARENT_SCOPE)
+  set(${PROBLEM} "${REASON}" PARENT_SCOPE)
+endfunction()
+
+# Of the GPUs here, by nvidia-smi; empty if it names none.
 function(oprd_native_architectures RESULT)
   execute_process(
     COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
     OUTPUT_VARIABLE FOUND ERROR_QUIET RESULT_VARIABLE FAILED)
   string(REGEX MATCHALL "[0-9]+\\.[0-9]" FOUND "${FOUND}")
-  if(FAILED OR NOT FOUND)
-    message(FATAL_ERROR "error: the architecture \"native\" is asked for, and nvidia-smi names no GPU")
-  endif()
   string(REPLACE "." "" FOUND "${FOUND}")
+  if(FAILED)
+    set(FOUND)
+  endif()
   set(${RESULT} "${FOUND}" PARENT_SCOPE)
 endfunction()

@@ -6,9 +6,12 @@ case once for the loss and once through the tap.
 """
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from oprd_kernels import backends, fused_rep_loss, fused_rep_losses, rep_tap
 from tests.kernels.oracle import Case, assert_no_worse_than_torch
@@ -213,3 +216,221 @@ def test_captured_in_a_cuda_graph(gpu_backend):
     teacher.copy_(torch.randn_like(teacher))
     graph.replay()
     assert torch.equal(captured, step(student, teacher, rows, gpu_backend))
+
+
+ROWS = 5000
+"""More than one program sums up: the last to draw a ticket adds all sums."""
+WIDTH = 1536
+
+
+class Work(NamedTuple):
+    """A call to repeat: `call` gives loss and gradients of what is in ``inputs`` now."""
+
+    inputs: list[Tensor]
+    call: Callable[[], list[Tensor]]
+
+
+def normal(*shape, dtype=torch.bfloat16, device):
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def loss_and_gradients(loss, *leaves):
+    # detach(): what a graph writes into is compared later, without its history.
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+
+def pair_work(student, teacher, backend, **options):
+    """Of a loss between these; ``student`` may be a view of another tensor."""
+
+    def call():
+        leaf = student.detach().requires_grad_()
+        return loss_and_gradients(fused_rep_loss(leaf, teacher, backend=backend, **options), leaf)
+
+    return Work([student, teacher], call)
+
+
+def identity_work(backend, device, m, width):
+    x, y = (normal(m, width, device=device) for _ in range(2))
+    return pair_work(x, y, backend)
+
+
+def in_place_work(backend, device, m, width):
+    x, y = (normal(m, width, device=device) for _ in range(2))
+    weights = torch.rand(m, device=device)
+
+    def call():
+        # Of the teacher, which is written over, a new copy each time.
+        leaf, teacher = x.detach().requires_grad_(), y.clone()
+        options = {"weights": weights, "inplace": True, "backend": backend}
+        return loss_and_gradients(fused_rep_loss(leaf, teacher, **options), leaf)
+
+    return Work([x, y, weights], call)
+
+
+def bridge_work(rank):
+    def make(backend, device, m, width):
+        x, y = normal(m, width, device=device), normal(m, width + 512, device=device)
+        # float32, trained: its gradient is summed over the rows too.
+        float32 = {"dtype": torch.float32, "device": device}
+        student_proj, teacher_proj = (
+            normal(rank, width, **float32),
+            normal(rank, width + 512, **float32),
+        )
+
+        def call():
+            leaf, proj = x.detach().requires_grad_(), student_proj.detach().requires_grad_()
+            projs = {"student_proj": proj, "teacher_proj": teacher_proj}
+            loss = fused_rep_loss(leaf, y, backend=backend, **projs)
+            return loss_and_gradients(loss, leaf, proj)
+
+        return Work([x, y, student_proj, teacher_proj], call)
+
+    return make
+
+
+def layers_work(backend, device, m, width, layers=40):
+    xs = [normal(m, width // 6, device=device) for _ in range(2 * layers)]
+    scale = torch.linspace(0.5, 1.5, layers, device=device)
+
+    def call():
+        leaves = [x.detach().requires_grad_() for x in xs[:layers]]
+        losses = fused_rep_losses(leaves, xs[layers:], backend=backend)
+        return [losses.detach(), *torch.autograd.grad((losses * scale).sum(), leaves)]
+
+    return Work(xs, call)
+
+
+def mixed_work(backend, device, m, width):
+    x = normal(m, width, device=device)
+    return pair_work(x, normal(m, width, dtype=torch.float32, device=device), backend)
+
+
+def expanded_work(backend, device, m, width):
+    x, y = normal(1, width, device=device), normal(m, width, device=device)
+    view = pair_work(x.expand(m, width), y, backend)
+    return Work([x, y], view.call)
+
+
+def column_major_work(backend, device, m, width):
+    x = normal(width, m, device=device).T
+    return pair_work(x, normal(m, width, device=device), backend)
+
+
+WORKS = {
+    "identity": identity_work,
+    "in place, weights": in_place_work,
+    "bridge 8": bridge_work(8),
+    "bridge 64": bridge_work(64),
+    "40 layers": layers_work,
+    "mixed dtypes": mixed_work,
+    "expanded": expanded_work,
+    "column-major": column_major_work,
+}
+
+
+@pytest.fixture(params=WORKS)
+def make_work(request, gpu_backend):
+    """Makes the same work with other numbers each time; compiled, or skipped if the backend leaves
+    it to another."""
+
+    def make(seed, device="cuda", m=ROWS, width=WIDTH):
+        torch.manual_seed(seed)
+        return WORKS[request.param](gpu_backend, device, m, width)
+
+    try:
+        make(0).call()
+    except backends.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    return make
+
+
+def assert_same_bits(found, wanted):
+    assert len(found) == len(wanted)
+    for i, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        assert theirs.isfinite().all()
+        assert theirs.any()
+        assert torch.equal(ours, theirs), f"tensor {i}: {(ours - theirs).abs().max():.3g} off"
+
+
+def renew(work, seed):
+    """Other numbers in the same memory."""
+    torch.manual_seed(seed)
+    for x in work.inputs:
+        x.copy_(torch.rand_like(x) if x.dim() == 1 else torch.randn_like(x))
+
+
+def captured(work, stream):
+    """A graph of the call, captured on ``stream``, and the tensors it writes."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work.call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = work.call()
+    return graph, results
+
+
+def at_once(streams, *queued):
+    """What the functions queue, each on a stream of its own, runs at the same time: behind a kernel
+    that sleeps until all of it is queued."""
+    main = torch.cuda.current_stream()
+    for stream, function in zip(streams, queued, strict=True):
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(40_000_000)  # some 20 ms
+            function()
+    for stream in streams:
+        main.wait_stream(stream)
+    torch.cuda.synchronize()
+
+
+def test_replays_give_the_bits_of_a_call(make_work):
+    work = make_work(1)
+    graph, results = captured(work, torch.cuda.Stream())
+    for seed in range(2, 5):
+        renew(work, seed)
+        graph.replay()
+        assert_same_bits(results, work.call())
+
+
+def test_two_streams_at_once_give_the_bits_of_one(make_work):
+    works = [make_work(seed) for seed in (1, 2)]
+    wanted = [work.call() for work in works]
+    streams = [torch.cuda.Stream() for _ in works]
+    found = [[], []]
+
+    def queue(work, results):
+        return lambda: results.extend(work.call() for _ in range(3))
+
+    at_once(streams, *map(queue, works, found))
+    for all_results, expected in zip(found, wanted, strict=True):
+        assert len(all_results) == 3
+        for results in all_results:
+            assert_same_bits(results, expected)
+
+
+def test_two_replays_at_once_give_the_bits_of_one(make_work):
+    works = [make_work(seed) for seed in (1, 2)]
+    streams = [torch.cuda.Stream() for _ in works]
+    graphs, results = zip(*map(captured, works, streams), strict=True)
+    for seed in (3, 5, 7):
+        for i, work in enumerate(works):
+            renew(work, seed + i)
+        at_once(streams, *(graph.replay for graph in graphs))
+        for work, found in zip(works, results, strict=True):
+            assert_same_bits(found, work.call())
+
+
+@pytest.mark.parametrize("layout", ["expanded", "column-major"])
+def test_a_student_with_other_strides_is_its_contiguous_copy(gpu_backend, layout):
+    torch.manual_seed(0)
+    work = WORKS[layout](gpu_backend, "cuda", ROWS, WIDTH)
+    student = work.inputs[0].expand(ROWS, WIDTH)
+    dense = pair_work(student.contiguous(), work.inputs[1], gpu_backend)
+    try:
+        found = work.call()
+    except backends.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    for ours, wanted in zip(found, dense.call(), strict=True):
+        assert_same_to_rounding(ours, wanted)

@@ -66,6 +66,7 @@ def choose(name: str, calls: Sequence[LossCall]) -> str:
         BackendUnavailable: if the one named can't run, or can't do this call, with the reason.
         ValueError: if there is no backend of that name.
         RuntimeError: under a torch.func transform, which kernels can't do.
+        TypeError: for a tensor that only stands for another.
     """
     chosen = _first_that_can(calls) if name == "auto" else _named(name, calls)
     if chosen != "reference" and not is_compiling() and maybe_current_level() is not None:
@@ -73,6 +74,8 @@ def choose(name: str, calls: Sequence[LossCall]) -> str:
             "the kernels do not support torch.func transforms (grad, vmap, jvp, ..): use "
             "loss.backward() or torch.autograd.grad, or backend='reference'"
         )
+    if chosen != "reference" and not is_compiling():
+        _refuse_wrappers(calls)
     return chosen
 
 

@@ -196,10 +196,9 @@ def _states(
             "student and teacher are the same tensor: the loss is 0 and would teach nothing"
         )
     # Kernels read memory, which of x.conj().imag is yet to be negated.
-    if student.is_neg():
-        student = student.resolve_neg()
-    if teacher.is_neg():
-        teacher = teacher.resolve_neg()
+    if not torch.compiler.is_compiling():
+        student = student.resolve_neg() if student.is_neg() else student
+        teacher = teacher.resolve_neg() if teacher.is_neg() else teacher
     if teacher.requires_grad:  # saved for backward, it would keep its whole graph alive
         teacher = teacher.detach()
     if len(student_shape) not in (2, 3):

@@ -27,7 +27,7 @@ from oprd_kernels.call import GradCall, LossCall
 ACTIVATIONS = ("student", "teacher", "grad", "students", "teachers", "grads")
 PROJECTORS = ("student_proj", "teacher_proj", "teacher_mean")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS, WIDTH, TEACHER_WIDTH = 128, 512, 640
+ROWS, WIDTH, TEACHER_WIDTH = 256, 512, 640
 
 # Data-sheet peaks: GB/s of memory, TFLOP/s of dense bf16 tensor cores. NVIDIA A100 80GB SXM, H100
 # SXM, B200; AMD Instinct MI300X.

@@ -67,7 +67,8 @@ def fused_rep_loss(
     products: ``"highest"``: with at most twice the error of float32 arithmetic; ``"high"``: three
     bfloat16 products (16 bits); ``"medium"``: one (8 bits). For 16-bit states the error is at most
     an eighth of what rounding the states to their dtype has caused. A backend may always be more
-    exact: the CPU's and, up to rank 16, ``"cuda"``'s are.
+    exact: the CPU's and, up to rank 16, ``"cuda"``'s are, but for the gradient of a projector
+    that is trained, which is PyTorch's product there.
 
     Args:
         student: (..., dS) float32, bfloat16 or float16, any strides.

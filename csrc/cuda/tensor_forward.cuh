@@ -17,7 +17,8 @@ constexpr int kPrepareThreads = 256;
 // A layer's room: two floats a rank and side (what to multiply z by, and P mu), then the terms of the
 // student's projector, then those of the teacher's. kTermColumns columns, all terms and ranks of them,
 // lie together.
-// padded_columns, for the device.
+
+// Columns that are kept, zeros past the width: whole pairs of kTermColumns.
 __device__ __forceinline__ int term_columns(int width) {
   return (width + 2 * kTermColumns - 1) / (2 * kTermColumns) * (2 * kTermColumns);
 }

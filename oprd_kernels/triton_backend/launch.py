@@ -19,7 +19,8 @@ from torch import Tensor
 Pointer = Tensor | tuple[Tensor, ...] | None
 
 DIRECT_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
-"""Triton releases whose compiled kernels are known to take what `Launch` gives them."""
+"""Triton releases whose compiled kernels take what `Launch` gives them: 3.6 and 3.9 by test, those
+between by reading."""
 PACKED_VERSIONS = ("3.9",)
 """Of these, those whose native launcher is known to take what `_ready` gives it, so that the Python
 around it, which allocates scratch memory for kernels that need some, can be left out too."""

@@ -5,9 +5,10 @@ can be captured in a CUDA graph. With TRITON_INTERPRET=1 in the environment befo
 tensors on the CPU go through Triton's interpreter, which is how the kernels are tested where there
 is no GPU; they need the interpreter as `benchmarks.interpreter` puts it right.
 
-`backend` turns a call into launches (`launch`) of kernels: `identity` and `identity_wide` compare
-rows as they are; `operands`, `projected` and `projected_gradients` are the Bridge's; `reduction`
-sums rows. `configs` has their block sizes, `saved` says what is kept from forward to backward.
+`backend` turns a call into launches (`launches`, `launch`) of kernels: `identity` and
+`identity_wide` compare rows as they are; `operands`, `projected` and `projected_gradients` are the
+Bridge's; `reduction` sums rows. `configs` has their block sizes, `saved` says what is kept from
+forward to backward.
 """
 
 from __future__ import annotations

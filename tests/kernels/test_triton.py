@@ -13,7 +13,7 @@ if not triton_backend.INTERPRETED:
     pytest.skip("TRITON_INTERPRET is not set: these count accesses", allow_module_level=True)
 
 from benchmarks import gpu_traffic, interpreter
-from oprd_kernels.triton_backend import backend, configs, identity
+from oprd_kernels.triton_backend import backend, configs, identity, launches
 from oprd_kernels.triton_backend.operands import RANK_BLOCK
 
 
@@ -51,9 +51,9 @@ def narrow_registers(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["mse", "nmse", "cosine"])
 def test_rows_wider_than_registers(narrow_registers, kind):
-    with interpreter.recorded() as launches:
+    with interpreter.recorded() as recorded:
         assert_no_worse_than_torch(make_case(kind=kind), "triton")
-    assert "identity_forward_wide" in [launch.kernel for launch in launches]
+    assert "identity_forward_wide" in [launch.kernel for launch in recorded]
     big = make_case(kind=kind)
     big.student[2] *= 1e25
     big.teacher[3] *= 1e25
@@ -79,10 +79,10 @@ def test_few_rows_split_the_width(monkeypatch, rank, dtype):
     """As on a chip of 64 multiprocessors: several programs a row, summed in order."""
     monkeypatch.setattr(backend, "processors", lambda _: 64)
     case = make_case(rank, dtype, m=5, d_s=531, d_t=600)
-    with interpreter.recorded() as launches:
+    with interpreter.recorded() as recorded:
         assert_no_worse_than_torch(case, "triton")
-    assert "compare" in [launch.kernel for launch in launches]
-    assert "projected_forward" not in [launch.kernel for launch in launches]
+    assert "compare" in [launch.kernel for launch in recorded]
+    assert "projected_forward" not in [launch.kernel for launch in recorded]
 
 
 def test_few_rows_of_a_projected_teacher(monkeypatch):
@@ -92,7 +92,7 @@ def test_few_rows_of_a_projected_teacher(monkeypatch):
 
 
 def test_many_rows_are_summed_in_chunks(monkeypatch):
-    monkeypatch.setattr(backend, "CHUNK", 16)
+    monkeypatch.setattr(launches, "CHUNK", 16)
     case = make_case(m=150, d_s=8, weights=torch.rand(150).round())
     assert_no_worse_than_torch(case, "triton")
 
@@ -152,12 +152,12 @@ def test_float32_products_follow_the_matmul_precision(rank):
 def test_sums_of_programs_are_added_in_their_order(monkeypatch):
     """A projection of many blocks of rows, a reduction of many chunks: each one launch, and the
     same bits as long as the blocks are the same."""
-    monkeypatch.setattr(backend, "CHUNK", 16)
+    monkeypatch.setattr(launches, "CHUNK", 16)
     for rank in (0, 4):
         case = make_case(rank, m=200, d_s=24, d_t=40 if rank else None, weights=torch.rand(200))
-        with interpreter.recorded() as launches:
+        with interpreter.recorded() as recorded:
             first = run(case, "triton")
-        names = [launch.kernel for launch in launches]
+        names = [launch.kernel for launch in recorded]
         assert len(names) == len(set(names)) == (3 if not rank else 4), names
         again = run(case, "triton")
         assert torch.equal(first.loss, again.loss)

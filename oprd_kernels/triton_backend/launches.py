@@ -1,0 +1,314 @@
+"""What the launches of a call are: grids, scalars, constants and configurations of kernels.
+
+They follow from a call's options and the forms of its tensors (`geometry.Form`), and are remembered
+for the calls last seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+
+from oprd_kernels.triton_backend import configs
+from oprd_kernels.triton_backend.geometry import Form, geometry
+from oprd_kernels.triton_backend.identity import identity_backward, identity_forward
+from oprd_kernels.triton_backend.identity_wide import identity_forward_wide
+from oprd_kernels.triton_backend.launch import Kernel, Launch
+from oprd_kernels.triton_backend.operands import (
+    PRODUCTS,
+    RANK_BLOCK,
+    next_power_of_2,
+    plan,
+    prepare,
+)
+from oprd_kernels.triton_backend.projected import BOTH, compare, project, projected_forward
+from oprd_kernels.triton_backend.projected_gradients import (
+    half_backward,
+    projector_gradient,
+    tiled_backward,
+)
+from oprd_kernels.triton_backend.reduction import reduce_rows
+from oprd_kernels.triton_backend.saved import ALIGN, SUMS, aligned
+
+KIND_CODES = {"mse": 0, "nmse": 1, "cosine": 2}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+INTERPRETED = triton.knobs.runtime.interpret
+MAX_CHUNKS = 64
+"""Programs that the reduction of rows compared as they are takes."""
+CHUNK = 1024
+"""Rows that they sum at a time."""
+KEPT = 512
+"""Calls of other shapes whose launches are remembered."""
+
+Launches = TypeVar("Launches")
+
+IDENTITY_FORWARD, IDENTITY_BACKWARD = Kernel(identity_forward), Kernel(identity_backward)
+IDENTITY_FORWARD_WIDE, REDUCE_ROWS = Kernel(identity_forward_wide), Kernel(reduce_rows)
+PREPARE, PROJECTED_FORWARD = Kernel(prepare), Kernel(projected_forward)
+PROJECT, COMPARE = Kernel(project), Kernel(compare)
+HALF_BACKWARD, TILED_BACKWARD = Kernel(half_backward), Kernel(tiled_backward)
+PROJECTOR_GRADIENT = Kernel(projector_gradient)
+
+
+def kept(build: Callable[..., Launches]) -> Callable[..., Launches]:
+    """Remembers what launches ``build`` made of its arguments; not in the interpreter, where tests
+    change block sizes."""
+    return build if INTERPRETED else functools.lru_cache(KEPT)(build)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def half_float_products(dtype: torch.dtype, precision: str) -> int:
+    """Products of terms for states, or gradients, that are not bfloat16."""
+    return PRODUCTS[precision] if dtype is torch.float32 else 3
+
+
+def _row_config(arch: str, width: int, *forms: Form | None) -> configs.RowConfig | None:
+    return configs.row(arch, width, max([x[2].itemsize for x in forms if x is not None]))
+
+
+class IdentityLaunches(NamedTuple):
+    """Forward of rows compared as they are."""
+
+    scale: Launch  # sums the weights
+    forward: Launch
+    reduce: Launch
+
+
+@kept
+def identity_launches(
+    kind: str, reduction: str, layers: int, m: int, size: int, arch: str,
+    student: Form, teacher: Form, grad: Form | None,
+) -> IdentityLaunches:  # fmt: skip
+    width = student[0][-1]
+    mean, each = reduction == "mean", reduction == "none"
+    chunks = min(cdiv(m, CHUNK), MAX_CHUNKS) or 1
+    chunk = cdiv(cdiv(m, chunks), CHUNK) * CHUNK
+    scale, reduce = (
+        Launch(
+            REDUCE_ROWS,
+            (cdiv(m, chunk) if m else 1, layers, 1),
+            (size, m, chunk),
+            (mean, each, CHUNK, MAX_CHUNKS, scale_only),
+            4,
+        )
+        for scale_only in (True, False)
+    )
+    where = geometry(student, teacher, grad)
+    config = _row_config(arch, width, student, teacher, grad)
+    kernel = IDENTITY_FORWARD
+    if config is None:
+        config, kernel = configs.wide_row(arch), IDENTITY_FORWARD_WIDE
+    forward = Launch(
+        kernel,
+        (m, layers, 1),
+        (size, m, *where.strides),
+        (
+            KIND_CODES[kind], mean, each, width, config.columns, config.pieces,
+            where.unit, where.flat, where.dense,
+        ),
+        config.warps,
+    )  # fmt: skip
+    return IdentityLaunches(scale, forward, reduce)
+
+
+@kept
+def identity_backward_launch(
+    kind: str, layers: int, m: int, accumulate: bool, row_stride: int, layer_stride: int, arch: str,
+    student: Form, teacher: Form, grad: Form,
+) -> Launch:  # fmt: skip
+    width = grad[0][-1]
+    where = geometry(student, teacher, grad)
+    config = _row_config(arch, width, student, teacher, grad)
+    parts = 1
+    if config is None or (accumulate and config.warps == 1 and config.pieces > 4):
+        # Three tensors: half the pieces.
+        warps = 4 if config is None else 1
+        itemsize = max(student[2].itemsize, teacher[2].itemsize, grad[2].itemsize)
+        columns = configs.piece(arch, itemsize, warps)
+        config = configs.RowConfig(columns, 4, warps)
+        parts = cdiv(width, columns * 4)
+    return Launch(
+        IDENTITY_BACKWARD,
+        (m, layers, parts),
+        (row_stride, layer_stride, m, *where.strides),
+        (
+            KIND_CODES[kind], accumulate, width, config.columns, config.pieces, where.unit,
+            where.flat, where.dense,
+        ),
+        config.warps,
+    )  # fmt: skip
+
+
+class ProjectLaunches(NamedTuple):
+    """Forward after a projection."""
+
+    work_size: int
+    prepare: Launch
+    projects: list[Launch]
+    compare: Launch | None  # None: what projects has compared too
+
+
+@kept
+def project_launches(
+    kind: str, reduction: str, m: int, rank: int, projects_teacher: bool, precision: str, arch: str,
+    wanted: int, student: Form, teacher: Form,
+) -> ProjectLaunches:  # fmt: skip
+    width, dtype, teacher_dtype = student[0][-1], student[2], teacher[2]
+    teacher_width = teacher[0][-1] if projects_teacher else 0
+    layout = plan(rank, width, teacher_width, dtype, teacher_dtype)
+    k = layout.k
+    has_float = dtype is torch.float32 or (projects_teacher and teacher_dtype is torch.float32)
+    products = PRODUCTS[precision]
+    block = min(layout.forward_k, RANK_BLOCK)
+    config = configs.projection(arch, block, has_float)
+    blocks = cdiv(m, config.rows)
+    few = 2 * blocks < wanted
+    fused = configs.fuses(k, has_float) and not few
+    sizes = (width, layout.student_columns, teacher_width, layout.teacher_columns)
+    terms = (layout.student_terms, layout.teacher_terms)
+    prepare = Launch(
+        PREPARE,
+        (k, 1 + projects_teacher, 1),
+        (rank,),
+        (TYPES[dtype], TYPES[teacher_dtype], k, *sizes, layout.operand, *terms, 1024),
+        4,
+    )
+    where = geometry(student, teacher)
+    flags = (where.unit, where.flat, where.dense)
+    options = (KIND_CODES[kind], reduction == "mean", reduction == "none", rank)
+    if fused:
+        forward = Launch(
+            PROJECTED_FORWARD,
+            (blocks, 1, 1),
+            (m, *where.strides),
+            (
+                *options, config.rows, config.columns, block, k, layout.dz_k, projects_teacher,
+                layout.half_dz, products, *flags, *sizes, layout.scales, *terms, layout.rest, 512,
+            ),
+            config.warps,
+            config.stages,
+        )  # fmt: skip
+        return ProjectLaunches(layout.rest + blocks * SUMS.value, prepare, [forward], None)
+    config = configs.project(arch, block, has_float, few)
+    comparison = configs.comparison(arch, next_power_of_2(layout.forward_k))
+    row_blocks, rank_blocks = cdiv(m, config.rows), layout.forward_k // block
+    blocks, z_rows = row_blocks * rank_blocks, row_blocks * config.rows
+    parts = max(min(2 * wanted // (blocks * (1 + projects_teacher)), 8), 1)
+    programs = cdiv(m, comparison.rows)
+    z_at = layout.rest + aligned(programs * SUMS.value)
+    part = [cdiv(cdiv(n, config.columns), parts) for n in (width, teacher_width)]
+    sides = [0, 1] if projects_teacher else [0]
+    if projects_teacher and dtype is teacher_dtype:
+        sides = [BOTH.value]
+    projects = [
+        Launch(
+            PROJECT,
+            (blocks, parts, 2 if side == BOTH.value else 1),
+            (m, *where.strides, *part, z_at // ALIGN.value, z_rows),
+            (
+                config.rows, config.columns, block, rank_blocks, k, products, *flags, *sizes,
+                *terms, side,
+            ),
+            config.warps,
+            config.stages,
+        )
+        for side in sides
+    ]  # fmt: skip
+    compare = Launch(
+        COMPARE,
+        (programs, 1, 1),
+        (z_at // ALIGN.value, z_rows, parts, m, *where.strides[4:]),
+        (
+            *options, comparison.rows, layout.forward_k, layout.dz_k, k, comparison.ranks,
+            projects_teacher, layout.half_dz, where.unit, where.flat, layout.scales, layout.rest,
+            512,
+        ),
+        comparison.warps,
+    )  # fmt: skip
+    work_size = z_at + (1 + projects_teacher) * parts * z_rows * layout.forward_k
+    return ProjectLaunches(work_size, prepare, projects, compare)
+
+
+@kept
+def projected_backward_launch(
+    m: int, rank: int, accumulate: bool, row_stride: int, precision: str, arch: str, wanted: int,
+    grad: Form,
+) -> Launch:  # fmt: skip
+    width, dtype = grad[0][-1], grad[2]
+    layout = plan(rank, width, 0, dtype, dtype)
+    k = layout.k
+    where = geometry(grad)
+    places = (width, layout.student_columns, layout.operand, layout.scales)
+    flags = (where.unit, where.flat, where.dense)
+    if layout.half_dz and k in configs.RESIDENT_RANKS:
+        config = configs.half_backward(arch, k, accumulate)
+        blocks = cdiv(m, config.rows)
+        parts = cdiv(4 * wanted, blocks)
+        columns = cdiv(width, config.columns)
+        part = cdiv(columns, parts)
+        return Launch(
+            HALF_BACKWARD,
+            (blocks, cdiv(columns, part), 1),
+            (row_stride, m, *where.strides, part),
+            (accumulate, config.rows, config.columns, k, layout.dz_k, *places, *flags),
+            config.warps,
+            config.stages,
+        )
+    config = configs.tiled_backward(arch, k)
+    return Launch(
+        TILED_BACKWARD,
+        (cdiv(width, config.columns) * cdiv(m, config.rows), 1, 1),
+        (row_stride, m, *where.strides),
+        (
+            accumulate, config.rows, config.columns, config.ranks, k, layout.dz_k,
+            next_power_of_2(k), half_float_products(dtype, precision), layout.half_dz, *places,
+            *flags,
+        ),
+        config.warps,
+        config.stages,
+    )  # fmt: skip
+
+
+class ProjectorGradientLaunches(NamedTuple):
+    """The gradient of the student's projector."""
+
+    shape: tuple[int, int, int]  # of the partial sums
+    launch: Launch
+
+
+@kept
+def projector_gradient_launches(
+    m: int, rank: int, row_stride: int, precision: str, arch: str, wanted: int, student: Form
+) -> ProjectorGradientLaunches:
+    width, dtype = student[0][-1], student[2]
+    layout = plan(rank, width, 0, dtype, dtype)
+    k = layout.k
+    config = configs.projector_gradient(arch, k)
+    tiles = cdiv(width, config.columns), k // config.ranks
+    parts = max(min(2 * wanted // (tiles[0] * tiles[1]), cdiv(m, 4 * config.rows)), 1)
+    chunk = cdiv(cdiv(m, parts), config.rows) * config.rows
+    parts = cdiv(m, chunk)
+    where = geometry(student)
+    launch = Launch(
+        PROJECTOR_GRADIENT,
+        (*tiles, parts),
+        (row_stride, m, *where.strides, chunk),
+        (
+            config.rows, config.columns, config.ranks, k, layout.dz_k,
+            half_float_products(dtype, precision),
+            layout.half_dz, width, layout.student_columns, layout.scales, where.unit, where.flat,
+            where.dense,
+        ),
+        config.warps,
+        config.stages,
+    )  # fmt: skip
+    return ProjectorGradientLaunches((parts, k, layout.student_columns), launch)

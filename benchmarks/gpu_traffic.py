@@ -4,7 +4,8 @@ python -m benchmarks.gpu_traffic [--output benchmarks/results/gpu_traffic.md]
 
 Activations (hidden states, gradients) against the least that each mode can do with (design.md).
 Above 128 ranks two neighbouring programs read the same states, the second out of L2, which counts
-twice here. Reads of the projectors themselves apart; what lies in the workspace and in ``saved``
+twice here; and where a block has more rows than there are (256 in bfloat16), those read the first
+row, out of L1, which counts again. Reads of the projectors themselves apart; what lies in the workspace and in ``saved``
 (statistics, dz, sums of a few floats a row; the projectors' terms, which a GPU serves out of L2) as
 "other". The times are a roofline PREDICTION from data-sheet peaks: no GPU was measured.
 """
@@ -27,7 +28,7 @@ from oprd_kernels.call import GradCall, LossCall
 ACTIVATIONS = ("student", "teacher", "grad", "students", "teachers", "grads")
 PROJECTORS = ("student_proj", "teacher_proj", "teacher_mean")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS, WIDTH, TEACHER_WIDTH = 256, 512, 640
+ROWS, WIDTH, TEACHER_WIDTH = 128, 512, 640
 
 # Data-sheet peaks: GB/s of memory, TFLOP/s of dense bf16 tensor cores. NVIDIA A100 80GB SXM, H100
 # SXM, B200; AMD Instinct MI300X.

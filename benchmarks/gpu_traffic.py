@@ -5,9 +5,10 @@ python -m benchmarks.gpu_traffic [--output benchmarks/results/gpu_traffic.md]
 Activations (hidden states, gradients) against the least that each mode can do with (design.md).
 Above 128 ranks two neighbouring programs read the same states, the second out of L2, which counts
 twice here; and where a block has more rows than there are (256 in bfloat16), those read the first
-row, out of L1, which counts again. Reads of the projectors themselves apart; what lies in the workspace and in ``saved``
-(statistics, dz, sums of a few floats a row; the projectors' terms, which a GPU serves out of L2) as
-"other". The times are a roofline PREDICTION from data-sheet peaks: no GPU was measured.
+row, out of L1, which counts again. Reads of the projectors themselves apart; what lies in the
+workspace and in ``saved`` (statistics, dz, sums of a few floats a row; the projectors' terms, which
+a GPU serves out of L2) as "other". The times are a roofline PREDICTION from data-sheet peaks: no
+GPU was measured.
 """
 
 from __future__ import annotations

@@ -112,7 +112,9 @@ def test_trainable_projector_gets_its_gradient(backend):
 
 
 def test_frozen_projection_keeps_no_wide_input(backend):
-    """After the forward pass only dz (r floats a row) and the statistics are kept."""
+    """After the forward pass only dz (r floats a row) and the statistics are kept; by Triton also
+    the projector in the terms that backward multiplies by (three of 16 bits, ranks padded to 16, as
+    r in dz to 8)."""
     x = torch.randn(64, 512, requires_grad=True)
     proj = {"student_proj": torch.randn(4, 512), "teacher_proj": torch.randn(4, 512)}
     saved = []
@@ -120,7 +122,11 @@ def test_frozen_projection_keeps_no_wide_input(backend):
         _, loss = rep_tap(x * 1.0, torch.randn(64, 512), backend=backend, **proj)
     assert loss.requires_grad
     assert not [t.shape for t in saved if 512 in t.shape and t.shape[0] != 4 and t is not x]
-    assert sum(t.numel() for t in saved if 512 not in t.shape) <= 64 * (4 + 4) + 8
+    kept = sum(t.numel() for t in saved if 512 not in t.shape)
+    if backend == "triton":
+        assert kept <= 64 * 8 + 3 * 16 * 512 // 2 + 64
+    else:
+        assert kept <= 64 * (4 + 4) + 8
 
 
 def test_second_derivative_is_refused(backend):

@@ -61,6 +61,7 @@ CASES = [
     Case("bf16", 8192),
     Case("fp32", 16384),
     Case("fp32", 16384, inplace=True),
+    Case("fp32", 32768, inplace=True),
     *(Case(dtype, 2048, r) for dtype in ("fp32", "bf16") for r in (8, 32, 64, 128, 256)),
     *(Case("fp16", 2048, r) for r in (8, 64)),
     *(Case("bf16", 2048, r, few_rows=True) for r in (8, 64)),

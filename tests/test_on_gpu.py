@@ -39,6 +39,12 @@ print('"1","identity_forward","dram__bytes_write.sum","byte","9"')
 """
 
 
+@pytest.fixture(autouse=True)
+def no_options_of_this_run(monkeypatch):
+    """The tests that on_gpu starts are not to take this run's options."""
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+
+
 def run_script(out, *options, bin=None, **environment):
     path = os.environ["PATH"] if bin is None else f"{bin}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(

@@ -79,7 +79,8 @@ def test_activations_move_in_128_bits(kernels):
             assert k["vector_loads"] >= 2, k
             assert k["narrow"] <= 13, k
         elif k["kernel"] in PRODUCTS:
-            assert k["vector_loads"] >= 2, k
+            # The tiled backward reads no activations unless it adds to them.
+            assert k["vector_loads"] >= (1 if k["kernel"] == "tiled_backward" else 2), k
 
 
 def test_products_use_tensor_cores(kernels):

@@ -41,8 +41,10 @@ print('"1","identity_forward","dram__bytes_write.sum","byte","9"')
 
 @pytest.fixture(autouse=True)
 def no_options_of_this_run(monkeypatch):
-    """The tests that on_gpu starts are not to take this run's options."""
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    """The tests that on_gpu starts are not to take this run's options, nor themselves for its
+    workers."""
+    for name in ("ADDOPTS", "XDIST_WORKER", "XDIST_WORKER_COUNT", "XDIST_TESTRUNUID"):
+        monkeypatch.delenv(f"PYTEST_{name}", raising=False)
 
 
 def run_script(out, *options, bin=None, **environment):

@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 
 from oprd_kernels.triton_backend.operands import RANK_BLOCK, next_power_of_2
 
-GENERATIONS = ("sm80", "sm90", "sm100", "gfx942")
 MAX_PIECES = 8
 """Pieces of a row that a program keeps in registers."""
 MAX_WARPS = 8

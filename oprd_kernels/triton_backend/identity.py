@@ -73,8 +73,19 @@ def row_squares(pieces, factor, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def add_piece(s_D, t_D, inv_s, inv_t, distance_D, radial_D, KIND: tl.constexpr):
+    """With a piece of a row added: the squared distance, and s^ . (s^ - t^)."""
+    unit_D = s_D * inv_s
+    e_D = unit_D - t_D * inv_t
+    radial_D = tl.fma(unit_D, e_D, radial_D)
+    if KIND == MSE:
+        e_D = s_D - t_D
+    return tl.fma(e_D, e_D, distance_D), radial_D
+
+
+@triton.jit
 def row_stats(s, t, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr):
-    """Loss, 1 / |s| (0 for a row of norm 0), the 1 / |s| to compute with, 1 / |t|, 1 - cos."""
+    """Loss, 1 / |s| (0 for a row of norm 0), 1 / |t|, 1 - cos."""
     s_squares, t_squares = row_squares(s, 1.0, D, N), row_squares(t, 1.0, D, N)
     s_factor = tl.where(s_squares == float("inf"), SHRINK, 1.0)
     t_factor = tl.where(t_squares == float("inf"), SHRINK, 1.0)
@@ -85,13 +96,9 @@ def row_stats(s, t, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr, KIND:
     distance_D = tl.zeros((D,), tl.float32)
     radial_D = tl.zeros((D,), tl.float32)
     for n in tl.static_range(N):
-        s_D, t_D = s[n].to(tl.float32), t[n].to(tl.float32)
-        unit_D = s_D * inv_s
-        e_D = unit_D - t_D * inv_t
-        radial_D = tl.fma(unit_D, e_D, radial_D)
-        if KIND == MSE:
-            e_D = s_D - t_D
-        distance_D = tl.fma(e_D, e_D, distance_D)
+        distance_D, radial_D = add_piece(
+            s[n].to(tl.float32), t[n].to(tl.float32), inv_s, inv_t, distance_D, radial_D, KIND
+        )
     loss = mean_over(tl.sum(distance_D, axis=0), WIDTH, KIND)
     # A student row without a direction: cosine 0, gradient 0.
     one_minus_cos = tl.where(zero, 1.0, tl.sum(radial_D, axis=0))

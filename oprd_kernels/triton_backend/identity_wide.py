@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 
 from oprd_kernels.triton_backend.identity import (
+    add_piece,
     gradient_piece,
     of_layer,
     put_row,
     reduction_factor,
 )
 from oprd_kernels.triton_backend.pair import (
-    MSE,
     SHRINK,
     gradient_factor,
     inverse_norm,
@@ -74,12 +74,7 @@ def identity_forward_wide(
         d_D = begin + tl.arange(0, D)
         s_D = load_columns(s_row, s_last, d_D, live, WIDTH, DENSE)
         t_D = load_columns(t_row, t_last, d_D, live, WIDTH, DENSE)
-        unit_D = s_D * inv_s
-        e_D = unit_D - t_D * inv_t
-        radial_D = tl.fma(unit_D, e_D, radial_D)
-        if KIND == MSE:
-            e_D = s_D - t_D
-        distance_D = tl.fma(e_D, e_D, distance_D)
+        distance_D, radial_D = add_piece(s_D, t_D, inv_s, inv_t, distance_D, radial_D, KIND)
     row_loss = mean_over(tl.sum(distance_D, axis=0), WIDTH, KIND)
     one_minus_cos = tl.where(zero, 1.0, tl.sum(radial_D, axis=0))
     inv_s = tl.where(zero, 0.0, inv_s)

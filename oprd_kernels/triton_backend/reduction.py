@@ -19,19 +19,34 @@ from oprd_kernels.triton_backend.saved import (
 
 
 @triton.jit
+def put_sums(partial, program, loss_R, cos_R, s_norm_R, t_norm_R, count_R, weight_R):
+    """Store the sums over R as those of ``program``."""
+    row = partial + program * SUMS
+    tl.store(row, tl.sum(loss_R, axis=0))
+    tl.store(row + 1, tl.sum(cos_R, axis=0))
+    tl.store(row + 2, tl.sum(s_norm_R, axis=0))
+    tl.store(row + 3, tl.sum(t_norm_R, axis=0))
+    tl.store(row + 4, tl.sum(count_R, axis=0))
+    tl.store(row + 5, tl.sum(weight_R, axis=0))
+
+
+@triton.jit
 def leave_sums(partial, program, weight_R, loss_R, inv_s_R, inv_t_R, one_minus_cos_R):
     """Store the sums of R rows as those of ``program``. A row of weight 0 counts for nothing."""
     valid_R = weight_R != 0
     zero_R = inv_s_R == 0
     s_norm_R = tl.where(zero_R, 0.0, tl.div_rn(1.0, tl.where(zero_R, 1.0, inv_s_R)))
     t_norm_R = tl.div_rn(1.0, tl.where(valid_R, inv_t_R, 1.0))
-    row = partial + program * SUMS
-    tl.store(row, tl.sum(tl.where(valid_R, weight_R * loss_R, 0.0), axis=0))
-    tl.store(row + 1, tl.sum(tl.where(valid_R, 1.0 - one_minus_cos_R, 0.0), axis=0))
-    tl.store(row + 2, tl.sum(tl.where(valid_R, s_norm_R, 0.0), axis=0))
-    tl.store(row + 3, tl.sum(tl.where(valid_R, t_norm_R, 0.0), axis=0))
-    tl.store(row + 4, tl.sum(tl.where(valid_R, 1.0, 0.0), axis=0))
-    tl.store(row + 5, tl.sum(weight_R, axis=0))
+    put_sums(
+        partial,
+        program,
+        tl.where(valid_R, weight_R * loss_R, 0.0),
+        tl.where(valid_R, 1.0 - one_minus_cos_R, 0.0),
+        tl.where(valid_R, s_norm_R, 0.0),
+        tl.where(valid_R, t_norm_R, 0.0),
+        tl.where(valid_R, 1.0, 0.0),
+        weight_R,
+    )
 
 
 @triton.jit
@@ -123,13 +138,7 @@ def reduce_rows(
         t_norm_B += tl.where(valid_B, tl.div_rn(1.0, inv_t_B), 0.0)
         count_B += tl.where(valid_B, 1.0, 0.0)
     partial = saved + HEAD + 4 * size
-    row = partial + program * SUMS
-    tl.store(row, tl.sum(loss_B, axis=0))
-    tl.store(row + 1, tl.sum(cos_B, axis=0))
-    tl.store(row + 2, tl.sum(s_norm_B, axis=0))
-    tl.store(row + 3, tl.sum(t_norm_B, axis=0))
-    tl.store(row + 4, tl.sum(count_B, axis=0))
-    tl.store(row + 5, tl.sum(weight_B, axis=0))
+    put_sums(partial, program, loss_B, cos_B, s_norm_B, t_norm_B, count_B, weight_B)
     finish(
         loss + tl.program_id(1), saved, partial, denominator, m, program, programs,
         weights is not None, MEAN, EACH, N, SCALE_ONLY,

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from oprd_kernels.triton_backend.pair import launched
-from oprd_kernels.triton_backend.saved import HEAD, aligned, ticket_of
+from oprd_kernels.triton_backend.saved import HEAD, aligned, aligned_rows, ticket_of
 
 PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
 """Products of bfloat16 terms that stand for one of float32 numbers."""
@@ -56,7 +56,8 @@ class Plan:
     """Where the parts of ``saved`` and of the workspace of a projection are, in floats.
 
     ``saved``: HEAD, then sigma of P_S (K), then P_S's terms for backward (K x width each), then the
-    scales of dz's rows (M, only for bfloat16 gradients), then dz (M, dz_k) in float16 or float32.
+    scales of dz's rows (M, only for bfloat16 gradients), then dz (M, dz_k) in float32, or in
+    float16 and, of the same shape, what that left over: dP needs it, dH does not.
     Workspace: sigma of P_T, P_T mu (K each), the terms of P_S and P_T, then what depends on the
     rows: the sums of programs, z.
 
@@ -82,7 +83,7 @@ class Plan:
     def dz_size(self, m: int) -> int:
         """Floats of the scales and dz of m rows."""
         if self.half_dz:
-            return aligned(m) + aligned(m * self.dz_k // 2)
+            return aligned(m) + 2 * aligned(m * self.dz_k // 2)
         return aligned(m * self.dz_k)
 
     def saved_size(self, m: int) -> int:
@@ -120,6 +121,12 @@ def power_of_2(peak):
     bits = peak.to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
     return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rest_of_dz(m, DZ_K: tl.constexpr):
+    """How far behind dz in float16 is what that left over, in elements."""
+    return 2 * aligned_rows(m.to(tl.int64) * (DZ_K // 2))
 
 
 @triton.jit

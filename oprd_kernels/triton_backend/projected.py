@@ -11,7 +11,14 @@ ranks (r padded).
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.operands import add_products, magnitude, power_of_2, terms_of
+from oprd_kernels.triton_backend.operands import (
+    add_products,
+    magnitude,
+    power_of_2,
+    rest_of_dz,
+    rounded,
+    terms_of,
+)
 from oprd_kernels.triton_backend.pair import (
     gradient_factor,
     launched,
@@ -150,7 +157,10 @@ def put_comparison(
         scale_R, inverse_R = power_of_2(tl.max(magnitude(dz_RK), axis=1))
         tl.store(saved + SCALES + i_R, scale_R, mask=in_range_R)
         dz = (saved + SCALES + aligned_rows(m)).to(tl.pointer_type(tl.float16))
-        tl.store(dz + at_RK, (dz_RK * inverse_R[:, None]).to(tl.float16), mask=mask_RK)
+        half_RK, rest_RK = rounded(dz_RK * inverse_R[:, None], tl.float16)
+        tl.store(dz + at_RK, half_RK, mask=mask_RK)
+        rest = dz + rest_of_dz(m, DZ_K)
+        tl.store(rest + at_RK, rest_RK.to(tl.float16), mask=mask_RK)
     else:
         tl.store(saved + SCALES + at_RK, dz_RK, mask=mask_RK)
 

@@ -11,6 +11,7 @@ from oprd_kernels.triton_backend.operands import (
     add_products,
     magnitude,
     power_of_2,
+    rest_of_dz,
     rounded,
     terms_of,
 )
@@ -166,6 +167,8 @@ def projector_gradient(
         if HALF_DZ:
             dz = (saved + SCALES + aligned_rows(m)).to(tl.pointer_type(tl.float16))
             dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0).to(tl.float32)
+            rest = dz + rest_of_dz(m, DZ_K)
+            dz_RK += tl.load(rest + at_RK, mask=mask_RK, other=0.0).to(tl.float32)
             coefficient_R *= tl.load(saved + SCALES + i_R, mask=active_R, other=0.0)
             dz_RK *= coefficient_R[:, None]
         else:

@@ -85,7 +85,7 @@ class _Slices:
         self.x, self.index, self.mean = x, index, mean
         self.flat: Tensor | None = None
         if x.dtype is torch.float32 and index is None and mean is None and x.stride(-1) == 1:
-            self.flat = x if x.dim() == 2 else x.view(m, -1) if x.is_contiguous() else None
+            self.flat = x if x.dim() == 2 else x.view(m, x.shape[-1]) if x.is_contiguous() else None
         if self.flat is None:
             self.buffer = x.new_empty(min(SLICE, m), x.shape[-1], dtype=torch.float32)
 

@@ -1,6 +1,7 @@
 """Every combination of options at a few shapes, against the float64 oracle."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,13 @@ def test_no_rows(backend, rank):
     result = run(some, backend)
     assert result.loss == 0
     assert (result.grad_student == 0).all()
+
+
+@pytest.mark.parametrize("rank", [0, 4, 40])
+def test_no_rows_of_a_batch(backend, rank):
+    case = make_case(rank, m=0)
+    student, teacher = (x.new_empty(2, 0, x.shape[-1]) for x in (case.student, case.teacher))
+    assert_no_worse_than_torch(replace(case, student=student, teacher=teacher), backend)
 
 
 def projectors_of(case):

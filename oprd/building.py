@@ -13,10 +13,11 @@ from oprd.attach import Distiller, attach
 from oprd.bridge import load_bridge
 from oprd.compiling import compile_layers
 from oprd.config import StudentConfig, TeacherConfig, TrainConfig
+from oprd.decoder import find_decoder
+from oprd.distributed.fsdp import is_sharded, make_mesh, shard
 from oprd.lora import WithoutAdapter, add_adapter
 from oprd.models import copy_lm_head, empty_model, load_model, teacher_path
 from oprd.objectives import REP, Objectives
-from oprd.sharding import is_sharded, make_mesh, shard
 
 
 class Builder:
@@ -46,7 +47,14 @@ class Builder:
             compile_layers(self.student)
         if self.mesh is not None:
             offload = self.fsdp.cpu_offload
-            shard(self.student, self.fsdp, self.mesh, device, cpu_offload=offload)
+            shard(
+                self.student,
+                find_decoder(self.student).layers,
+                self.fsdp,
+                self.mesh,
+                device,
+                cpu_offload=offload,
+            )
         if any(name != REP for name in cfg.objectives):  # logits need all of a teacher
             for model in self.teachers.values():
                 self._shard_teacher(model)
@@ -112,7 +120,14 @@ class Builder:
         assert self.mesh is not None
         model.requires_grad_(False)
         offload = self.fsdp.teacher == "offloaded"
-        shard(model, self.fsdp, self.mesh, self.device, cpu_offload=offload)
+        shard(
+            model,
+            find_decoder(model).layers,
+            self.fsdp,
+            self.mesh,
+            self.device,
+            cpu_offload=offload,
+        )
 
     def _needs_sharding(self, model: Any) -> bool:
         root = model.adapted if isinstance(model, WithoutAdapter) else model

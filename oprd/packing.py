@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from oprd.decoder import Decoder
+from oprd.distributed.fsdp import input_device, reshard
 from oprd.errors import ConfigError
-from oprd.sharding import input_device, reshard
 
 LENGTH = 8
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from oprd import distributed, heartbeat
 from oprd.compiling import eager_layers
-from oprd.sharding import input_device, is_sharded, reshard
+from oprd.distributed.fsdp import input_device, is_sharded, reshard
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
 from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
 from oprd.data import PromptSampler
+from oprd.distributed.fsdp import clip_gradients
 from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.generate import GenerateEngine
 from oprd.engines.making import make_engine, rollout_gap, too_wide
@@ -39,7 +40,6 @@ from oprd.optimizer import fast_forward, make_optimizer
 from oprd.preflight import Preflight, output_dir, preflight
 from oprd.rollout import Rollout, collate, eos_ids
 from oprd.runlog import PhaseTimer, RunLog
-from oprd.sharding import clip_gradients
 from oprd.step_metrics import (
     loss_metrics,
     memory_metrics,

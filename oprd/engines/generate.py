@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oprd.distributed.fsdp import input_device
 from oprd.rollout import Rollout, generate
-from oprd.sharding import input_device
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from oprd import distributed
 from oprd.compiling import eager_layers
 from oprd.decoder import model_inputs
+from oprd.distributed.fsdp import reshard
 from oprd.rollout import Rollout
-from oprd.sharding import reshard
 
 
 @dataclass(frozen=True)

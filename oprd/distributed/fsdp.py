@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from oprd import distributed
 from oprd.config.fsdp import FsdpConfig
-from oprd.decoder import find_decoder
 
 
 def make_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
@@ -39,6 +38,7 @@ def make_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
 
 def shard(
     model: Any,
+    layers: Iterable[nn.Module],
     cfg: FsdpConfig,
     mesh: DeviceMesh,
     device: torch.device,
@@ -50,6 +50,7 @@ def shard(
     Args:
         model: a decoder with or without LM head, cut or whole, on the CPU. On ranks but 0 its
             weights may be anything (`oprd.models.empty_model`).
+        layers: its decoder layers, each of which becomes a shard group.
         cpu_offload: keep the shards in main memory.
     """
     # A tap's output is a view of the states; nothing writes to it.
@@ -63,7 +64,7 @@ def shard(
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
-    for layer in find_decoder(model).layers:
+    for layer in layers:
         fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)
     # The root's own weights (embeddings, final norm, head) are used at both ends of a forward
     # pass, and after it by the losses that make their own logits.

@@ -15,7 +15,7 @@ import torch
 from benchmarks import gpu_time
 from benchmarks.machine import allocator
 from benchmarks.regimes import DTYPES, OURS, Case, device
-from oprd.memory import PeakMemory, trim
+from oprd.observability.memory import PeakMemory, trim
 
 
 @dataclass(frozen=True)

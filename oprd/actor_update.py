@@ -23,7 +23,7 @@ from torch import Tensor
 from oprd.attach import Distiller, TapSession, attach
 from oprd.decoder import find_decoder
 from oprd.lm_head import LMHead
-from oprd.memory import PeakMemory
+from oprd.observability.memory import PeakMemory
 from oprd.positions import supervise
 from oprd.vocab_losses import VocabLoss, chunked, materialised
 from oprd_kernels import ops

@@ -203,8 +203,9 @@ def train(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``oprd-train``.
 
     Exit codes: 0 finished, 1 stopped by an error or planned not to fit, 2 wrong configuration, 124
-    a rank hung (`oprd.heartbeat`); 130 ended by Ctrl-C and 143 by SIGTERM, with a checkpoint that
-    ``--resume auto`` goes on from. (torchrun's own code is 1 for all of them but 0.)
+    a rank hung (`oprd.observability.hang_watchdog`); 130 ended by Ctrl-C and 143 by SIGTERM, with a
+    checkpoint that ``--resume auto`` goes on from. (torchrun's own code is 1 for all of them but
+    0.)
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from oprd.config import BridgeConfig, EvalConfig, OpdConfig, TrainConfig
 from oprd.errors import ConfigError
-from oprd.memory import GIB
 from oprd.objectives import REP
+from oprd.observability.memory import GIB
 from oprd.train import train
 
 PHASES = ("rollout", "teacher", "student update")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,43 +11,7 @@ from oprd.config import EvalConfig
 from oprd.data import Prompt
 from oprd.engines.base import Engine
 from oprd.grading import GRADERS
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Means over the prompts of a set.
-
-    Attributes:
-        avg: share of right responses (Avg@k, 0..1).
-        best: share of prompts with a right one among k (Best@k).
-        dist_4g: 100 * unique / all whitespace-word 4-grams, pooled over a prompt's responses,
-            then averaged; None if no response is four words long.
-        length: mean tokens of a response, EOS included.
-        truncated: share of responses that did not end by themselves.
-        samples: k.
-    """
-
-    avg: float
-    best: float
-    dist_4g: float | None
-    length: float
-    truncated: float
-    samples: int
-
-    def metrics(self, name: str) -> dict[str, float]:
-        """Under the names that the field plots: ``val/<set>/avg@k`` and so on."""
-        k = self.samples
-        values = {
-            f"avg@{k}": self.avg,
-            f"best@{k}": self.best,
-            "dist_4g": self.dist_4g,
-            "len": self.length,
-            "truncated": self.truncated,
-        }
-        return {f"val/{name}/{key}": v for key, v in values.items() if v is not None}
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+from oprd.observability.summary import EvalResult
 
 
 def distinct_4grams(responses: Sequence[str]) -> float | None:

@@ -277,7 +277,7 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         seconds of its forward, by what it returns.
     """
     from oprd.actor_update import ActorUpdate, Measured
-    from oprd.memory import freed_at_once
+    from oprd.observability.memory import freed_at_once
 
     chosen = cfg.chosen()
     actor = ActorUpdate(
@@ -339,8 +339,8 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
 
     from oprd import gains_report
     from oprd.config import TeacherConfig
-    from oprd.memory import available_bytes
     from oprd.models import check_pair, load_config, load_model
+    from oprd.observability.memory import available_bytes
 
     check(cfg, dry_run)
     console = Console(highlight=False)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from oprd import planner
 from oprd.actor_update import PARTS, Measured
-from oprd.memory import GIB
+from oprd.observability.memory import GIB
 from oprd.planner import Moment
 from oprd.shapes import Shape, Update
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from oprd.config import TrainConfig
 from oprd.config.plan import PlanConfig
 from oprd.errors import ConfigError, Unreachable
-from oprd.memory import GIB
 from oprd.models import load_config
+from oprd.observability.memory import GIB
 from oprd.plan_advice import advice
 from oprd.shapes import Shape
 from oprd.training_plan import gib, make_training_plan

@@ -32,7 +32,7 @@ from oprd.models import (
     same_vocabulary,
     teacher_path,
 )
-from oprd.trackers import check_trackers
+from oprd.observability.trackers import check_trackers
 from oprd_kernels import backends
 
 

@@ -20,9 +20,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from oprd import distributed, heartbeat
+from oprd import distributed
 from oprd.compiling import eager_layers
 from oprd.distributed.fsdp import input_device, is_sharded, reshard
+from oprd.observability import hang_watchdog
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class _Beat(StoppingCriteria):
     """Never stops; says that a token has come."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        heartbeat.beat()
+        hang_watchdog.beat()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from oprd import distributed
-from oprd.checkpoint.files import set_aside, write_json
+from oprd.atomic_files import write_json
+from oprd.checkpoint.files import set_aside
 from oprd.checkpoint.resume import differences, settings
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
+from oprd.observability.summary import Summary, finished
 from oprd.preflight import preflight
-from oprd.summary import Summary, finished
 from oprd.train import train
 
 SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "rollout.vllm",

@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from oprd import distributed, heartbeat
+from oprd import distributed
 from oprd.alignment import for_teacher
 from oprd.building import Builder
 from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
+from oprd.checkpoint.resume import done_already
 from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
 from oprd.data import PromptSampler
@@ -31,15 +32,18 @@ from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.generate import GenerateEngine
 from oprd.engines.making import make_engine, rollout_gap, too_wide
 from oprd.engines.vllm import VllmEngine
-from oprd.evaluate import EvalResult, evaluate
-from oprd.interrupt import Interrupt
-from oprd.memory import PeakMemory
+from oprd.evaluate import evaluate
 from oprd.micro_batches import attention_share, plan
 from oprd.objectives import StudentPass
+from oprd.observability import hang_watchdog
+from oprd.observability.memory import PeakMemory
+from oprd.observability.run_log import RunLog
+from oprd.observability.signals import Interrupt
+from oprd.observability.summary import EvalResult, Summary, plain, write_summary
+from oprd.observability.timer import PhaseTimer
 from oprd.optimizer import fast_forward, make_optimizer
 from oprd.preflight import Preflight, output_dir, preflight
 from oprd.rollout import Rollout, collate, eos_ids
-from oprd.runlog import PhaseTimer, RunLog
 from oprd.step_metrics import (
     loss_metrics,
     memory_metrics,
@@ -49,7 +53,6 @@ from oprd.step_metrics import (
     rollout_metrics,
     time_metrics,
 )
-from oprd.summary import Summary, done_already, plain, write_summary
 from oprd.watchdog import Alarm, Watchdog, keep_batch, not_finite
 
 
@@ -109,7 +112,7 @@ class Trainer:
                 if self.evaluated < self.step:  # it was cut short
                     self._after_step()
                 while not self._stopping() and self.step < cfg.steps:
-                    heartbeat.beat(step=self.step + 1)
+                    hang_watchdog.beat(step=self.step + 1)
                     rollouts = self._rollouts(next(self.batches))
                     sampled = self._check_gap(rollouts)
                     with self.interrupt.deferred():
@@ -483,7 +486,7 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
         trainer = Trainer(cfg, checked)
         if write_config and distributed.rank() == 0:
             resume.write_config(trainer.directory, write_config)
-        with trainer.closing, heartbeat.watching(cfg.watchdog.timeout_s, trainer.directory):
+        with trainer.closing, hang_watchdog.watching(cfg.watchdog.timeout_s, trainer.directory):
             summary = trainer.run()
             distributed.wait_for_all()  # gloo may abort a rank whose partners have left
             return summary

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from oprd import planner
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
 from oprd.layers import pair_layers
-from oprd.memory import GIB
 from oprd.objectives import REP
+from oprd.observability.memory import GIB
 from oprd.planner import Moment
 from oprd.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
 

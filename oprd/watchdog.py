@@ -1,5 +1,5 @@
 """Runs that have gone wrong: losses that are not finite or explode, responses that grow without
-end. (A rank that hangs: `oprd.heartbeat`.)
+end. (A rank that hangs: `oprd.observability.hang_watchdog`.)
 
 All of it looks at metrics that are reduced over ranks, so that every rank comes to the same answer.
 """

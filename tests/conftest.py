@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from oprd.memory import PeakMemory
+from oprd.observability.memory import PeakMemory
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -12,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oprd.atomic_files import UNFINISHED, sync, write_json
+
 FORMAT = 1
 DOCUMENT = "checkpoint.json"
 BEST = "best.json"
 NAME = re.compile(r"step_(\d{8,})")
-UNFINISHED = ".tmp"
 CHUNK = 1 << 22
 
 Digests = dict[str, list[int]]
@@ -128,39 +128,6 @@ def crc32(file: Path) -> int:
 def digests(directory: Path, files: Iterable[Path]) -> Digests:
     """Size and checksum of each file."""
     return {str(f.relative_to(directory)): [f.stat().st_size, crc32(f)] for f in files}
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(directory: Path) -> None:
-    """`sync` everything below a directory, and the directory."""
-    for root, _, names in os.walk(directory):
-        for name in names:
-            sync(Path(root, name))
-        sync(Path(root))
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file that is whole or not there, whatever happens."""
-    unfinished = file.with_name(file.name + UNFINISHED)
-    with unfinished.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.rename(file)
-    sync(file.parent)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """`write_whole` of a value."""
-    write_whole(file, json.dumps(value, indent=1) + "\n")
 
 
 def complete(unfinished: Path, path: Path, document: Mapping[str, Any]) -> None:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from oprd import distributed
 from oprd.checkpoint import files
-from oprd.checkpoint.files import Checkpoint, Torn
+from oprd.checkpoint.files import Checkpoint, Torn, newest
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
+from oprd.observability.summary import Summary, read_summary
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 FREE = (
@@ -252,3 +253,23 @@ def cut(file: Path, size: int) -> Path | None:
         files.write_whole(other, stream.read())
         stream.truncate(size)
     return other
+
+
+def done_already(cfg: TrainConfig, directory: Path) -> Summary | None:
+    """The summary of the run in a directory, if it has made ``cfg.steps`` steps to its end.
+
+    Raises:
+        ConfigError: if it ended after fewer or more, and there is nothing to go on from.
+    """
+    summary = read_summary(directory)
+    if summary is None or summary.interrupted:
+        return None
+    if summary.steps == cfg.steps:
+        print(f"finished already: {summary.student}")
+        return summary
+    if newest(directory / CHECKPOINTS) is None:
+        raise ConfigError(
+            f"output_dir {directory} holds a run that ended after {summary.steps} steps and kept "
+            f"no checkpoint to go on from to steps={cfg.steps}: choose a new directory"
+        )
+    return None

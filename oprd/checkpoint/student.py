@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import distributed
-from oprd.checkpoint.files import sync, sync_tree
+from oprd.atomic_files import sync, sync_tree
 from oprd.lora import adapter_weights, is_adapted, save_adapter
 from oprd.student_weights import full_weights
 

@@ -24,8 +24,8 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from oprd import heartbeat
 from oprd.engines.base import EngineFailure
+from oprd.observability import hang_watchdog
 
 CLOSE_SECONDS = 20.0
 LOG_LINES = 15
@@ -108,7 +108,7 @@ class EngineProcess:
             while True:
                 with self._limit(timeout):
                     kind, content = self.connection.recv()
-                heartbeat.beat()
+                hang_watchdog.beat()
                 if kind == "answer":
                     return content
                 if kind == "error":

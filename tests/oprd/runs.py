@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from oprd.checkpoint.state import stored_tensors
 from oprd.config import EvalSetConfig, TrainConfig
-from oprd.runlog import RunLog
+from oprd.observability.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
 

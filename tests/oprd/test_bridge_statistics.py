@@ -20,7 +20,7 @@ from oprd.bridge.solve import (
 )
 from oprd.bridge.statistics import CHUNK, PairStatistics
 from oprd.errors import ConfigError
-from oprd.memory import PeakMemory
+from oprd.observability.memory import PeakMemory
 
 D_S, D_T, N = 12, 16, 400
 

@@ -14,7 +14,7 @@ from oprd import gains, planner
 from oprd.actor_update import PARTS, ActorUpdate, Laps
 from oprd.gains import GainsConfig, Plan, check_memory
 from oprd.gains_report import PAPER_GIB, PAPER_SHAPE, paper_rows
-from oprd.memory import GIB, freed_at_once
+from oprd.observability.memory import GIB, freed_at_once
 from oprd.planner import OBJECTIVES, predict
 from oprd.shapes import Shape, Update
 

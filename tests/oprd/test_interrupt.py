@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from oprd import interrupt
-from oprd.interrupt import Interrupt
+from oprd.observability import signals
+from oprd.observability.signals import Interrupt
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
@@ -39,14 +39,14 @@ def test_a_second_ctrl_c_is_not_held_back(monkeypatch):
         signal.raise_signal(INT)
         signal.raise_signal(INT)  # torchrun passes on what the terminal has sent already
         assert not asked.aborted
-        monkeypatch.setattr(interrupt, "SAME_REQUEST", -1.0)
+        monkeypatch.setattr(signals, "SAME_REQUEST", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(INT)
     assert asked.aborted
 
 
 def test_a_scheduler_may_repeat_itself(monkeypatch):
-    monkeypatch.setattr(interrupt, "SAME_REQUEST", -1.0)
+    monkeypatch.setattr(signals, "SAME_REQUEST", -1.0)
     asked = Interrupt(at_once=False)
     with asked.armed():
         for _ in range(3):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from oprd import heartbeat
+from oprd.observability import hang_watchdog
 from tests.oprd.nodes import SECOND, possible, two_nodes
 from tests.oprd.runs import ROOT, lines
 from tests.oprd.test_sharding import assert_agree
@@ -75,7 +75,7 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(nodes, tmp_path):
     assert first.wait(120) == 1
     text = said[0].read_text()
     assert re.search(r"hung: rank [01] \(node[78]\) has been in ", text)
-    assert re.search(rf"exitcode\s*: {heartbeat.EXIT_CODE}", text)
+    assert re.search(rf"exitcode\s*: {hang_watchdog.EXIT_CODE}", text)
     # The second's rank has ended by itself; its torchrun waits for the first's until TCP gives up.
     assert ended(said[1], 120)
     second.kill()

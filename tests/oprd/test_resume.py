@@ -21,8 +21,8 @@ from oprd.checkpoint.run import check_shared
 from oprd.checkpoint.run import shutil as run_shutil
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
-from oprd.evaluate import EvalResult
-from oprd.runlog import RunLog
+from oprd.observability.run_log import RunLog
+from oprd.observability.summary import EvalResult
 from oprd.train import TrainingStopped, train
 from tests.oprd.runs import (
     ROOT,

@@ -11,8 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from oprd import cli
+from oprd.observability.summary import finished
 from oprd.stages import RECORD, merged, stage_values
-from oprd.summary import finished
 from tests.oprd.runs import ROOT, stop_after
 
 pytestmark = pytest.mark.slow

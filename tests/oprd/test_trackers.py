@@ -10,8 +10,8 @@ import pytest
 
 from oprd.config import LoggingConfig
 from oprd.errors import ConfigError
+from oprd.observability.trackers import TRACKERS, Trackers
 from oprd.preflight import preflight
-from oprd.trackers import TRACKERS, Trackers
 from oprd.train import train
 from tests.oprd.test_train import ROOT, lines, small_run, steps_of
 

@@ -12,7 +12,7 @@ from oprd import cli
 from oprd.config import EvalSetConfig, LoraConfig, StudentConfig, TrainConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.gains_report import PAPER_SHAPE
-from oprd.memory import GIB
+from oprd.observability.memory import GIB
 from oprd.plan_advice import advice
 from oprd.shapes import Shape
 from oprd.training_plan import (

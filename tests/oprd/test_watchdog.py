@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import pytest
 
-from oprd import distributed, heartbeat
+from oprd import distributed
 from oprd.checkpoint.resume import locate
 from oprd.config import LengthWatch, LossWatch, TrainConfig, WatchdogConfig, check_values
 from oprd.errors import ConfigError
-from oprd.heartbeat import Beat, describe
+from oprd.observability import hang_watchdog
+from oprd.observability.hang_watchdog import Beat, describe
 from oprd.train import Trainer, TrainingStopped, train
 from oprd.watchdog import Watchdog
 from tests.oprd.runs import limits_of_two_ranks
@@ -231,12 +232,12 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path):
 ALONE = """
 import sys, time
 from pathlib import Path
-from oprd import heartbeat
+from oprd.observability import hang_watchdog
 directory = Path(sys.argv[1])
-with heartbeat.watching(2.0, directory):
+with hang_watchdog.watching(2.0, directory):
     for _ in range(40):  # twice the limit, but something moves
         time.sleep(0.1)
-        heartbeat.beat("working", step=3)
+        hang_watchdog.beat("working", step=3)
     print("still here", flush=True)
     time.sleep(600)
 """
@@ -244,7 +245,7 @@ with heartbeat.watching(2.0, directory):
 
 def test_slow_is_not_hung(tmp_path):
     ran = run_script(tmp_path, ALONE)
-    assert ran.returncode == heartbeat.EXIT_CODE
+    assert ran.returncode == hang_watchdog.EXIT_CODE
     assert ran.stdout == "still here\n"
     assert "rank 0 (" in ran.stderr
     assert "has been in 'working' of step 3 " in ran.stderr
@@ -253,8 +254,8 @@ def test_slow_is_not_hung(tmp_path):
 STUCK = """
 import ctypes, sys, time
 from pathlib import Path
-from oprd import heartbeat
-with heartbeat.watching(1.0, Path(sys.argv[1])):
+from oprd.observability import hang_watchdog
+with hang_watchdog.watching(1.0, Path(sys.argv[1])):
     time.sleep(0.5)
     ctypes.PyDLL(None).sleep(600)  # called with the interpreter's lock held
 """
@@ -270,13 +271,15 @@ def test_native_code_that_keeps_the_interpreters_lock(tmp_path):
 def test_a_hung_run_ends_where_nothing_can_be_written(tmp_path):
     (tmp_path / "run").write_text("no directory")
     ran = run_script(tmp_path, ALONE)
-    assert ran.returncode == heartbeat.EXIT_CODE
+    assert ran.returncode == hang_watchdog.EXIT_CODE
     assert "has been in 'working' of step 3" in ran.stderr
 
 
 def test_a_run_beats_with_every_phase_and_token(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(heartbeat, "beat", lambda phase=None, step=None: seen.append((phase, step)))
+    monkeypatch.setattr(
+        hang_watchdog, "beat", lambda phase=None, step=None: seen.append((phase, step))
+    )
     train(small_run(tmp_path / "run", steps=2))
     assert [step for _, step in seen if step] == [1, 2]
     assert {p for p, _ in seen if p} >= {"rollout", "after rollout", "teacher", "saving"}

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from oprd.checkpoint.files import newest, write_json
-from oprd.checkpoint.resume import CHECKPOINTS
-from oprd.config import TrainConfig
-from oprd.errors import ConfigError
-from oprd.evaluate import EvalResult
+from oprd.atomic_files import write_json
 
 SUMMARY = "summary.json"
 
@@ -88,21 +84,38 @@ def finished(directory: Path) -> bool:
     return summary is not None and not summary.interrupted
 
 
-def done_already(cfg: TrainConfig, directory: Path) -> Summary | None:
-    """The summary of the run in a directory, if it has made ``cfg.steps`` steps to its end.
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over the prompts of a set.
 
-    Raises:
-        ConfigError: if it ended after fewer or more, and there is nothing to go on from.
+    Attributes:
+        avg: share of right responses (Avg@k, 0..1).
+        best: share of prompts with a right one among k (Best@k).
+        dist_4g: 100 * unique / all whitespace-word 4-grams, pooled over a prompt's responses,
+            then averaged; None if no response is four words long.
+        length: mean tokens of a response, EOS included.
+        truncated: share of responses that did not end by themselves.
+        samples: k.
     """
-    summary = read_summary(directory)
-    if summary is None or summary.interrupted:
-        return None
-    if summary.steps == cfg.steps:
-        print(f"finished already: {summary.student}")
-        return summary
-    if newest(directory / CHECKPOINTS) is None:
-        raise ConfigError(
-            f"output_dir {directory} holds a run that ended after {summary.steps} steps and kept "
-            f"no checkpoint to go on from to steps={cfg.steps}: choose a new directory"
-        )
-    return None
+
+    avg: float
+    best: float
+    dist_4g: float | None
+    length: float
+    truncated: float
+    samples: int
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Under the names that the field plots: ``val/<set>/avg@k`` and so on."""
+        k = self.samples
+        values = {
+            f"avg@{k}": self.avg,
+            f"best@{k}": self.best,
+            "dist_4g": self.dist_4g,
+            "len": self.length,
+            "truncated": self.truncated,
+        }
+        return {f"val/{name}/{key}": v for key, v in values.items() if v is not None}
+
+    def as_dict(self) -> dict:
+        return asdict(self)

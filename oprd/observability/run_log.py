@@ -6,57 +6,19 @@ import contextlib
 import json
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from oprd import heartbeat
 from oprd.config import LoggingConfig
-from oprd.evaluate import EvalResult
-from oprd.summary import Summary
-from oprd.trackers import Trackers
+from oprd.observability.summary import EvalResult, Summary
+from oprd.observability.trackers import Trackers
 
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
-
-
-class PhaseTimer:
-    """Wall-clock seconds by phase."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.total: dict[str, float] = defaultdict(float)
-        self.step: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time spent inside to ``phase``; waits for the GPU."""
-        heartbeat.beat(phase)
-        self._synchronize()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._synchronize()
-            seconds = time.perf_counter() - start
-            self.total[phase] += seconds
-            self.step[phase] += seconds
-            heartbeat.beat(f"after {phase}")
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def take_step(self) -> dict[str, float]:
-        """The seconds since this was last called."""
-        taken, self.step = dict(self.step), defaultdict(float)
-        return taken
 
 
 class RunLog:

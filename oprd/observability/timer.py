@@ -1,0 +1,45 @@
+"""Wall-clock seconds by phase."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from oprd.observability import hang_watchdog
+
+
+class PhaseTimer:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.total: dict[str, float] = defaultdict(float)
+        self.step: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the time spent inside to ``phase``; waits for the GPU."""
+        hang_watchdog.beat(phase)
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            seconds = time.perf_counter() - start
+            self.total[phase] += seconds
+            self.step[phase] += seconds
+            hang_watchdog.beat(f"after {phase}")
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def take_step(self) -> dict[str, float]:
+        """The seconds since this was last called."""
+        taken, self.step = dict(self.step), defaultdict(float)
+        return taken

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from oprd.attach import Distiller, TapSession, attach
-from oprd.decoder import find_decoder
-from oprd.lm_head import LMHead
+from oprd.models.decoder import find_decoder
+from oprd.models.lm_head import LMHead
 from oprd.observability.memory import PeakMemory
 from oprd.positions import supervise
 from oprd.vocab_losses import VocabLoss, chunked, materialised

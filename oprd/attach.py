@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from oprd.bridge.bank import Bridge, ModelInfo
+from oprd.bridge.bank import Bridge
 from oprd.bridge.project import Projectors
-from oprd.decoder import cut, find_decoder, first_tensor, replace_first, watch
-from oprd.layers import LayerSpec, pair_layers
+from oprd.models.decoder import cut, find_decoder, first_tensor, replace_first, watch
+from oprd.models.info import ModelInfo
+from oprd.models.layer_pairs import LayerSpec, pair_layers
 from oprd.positions import Positions, Reduction, Shift, supervise
 from oprd.rollout import Batch
 from oprd_kernels import RepLossStats, rep_tap
@@ -217,7 +218,7 @@ class Distiller:
             input_ids: (B, T) int64, the student's rollouts, as the teacher is to read them.
             attention_mask: (B, T), 0 for padding; None: no padding.
             rows: (M,) int64, of the (B * T, d) states.
-            position_ids: (1, T) int64 of sequences packed in one row, see `oprd.decoder`.
+            position_ids: (1, T) int64 of sequences packed in one row, see `oprd.models.decoder`.
 
         Returns:
             L tensors (M, d) in the teacher's dtype; with a bridge (M, r) float32, projected.
@@ -330,8 +331,8 @@ class Distiller:
             attention_mask: (B, T), 0 for padding, on either side; None: no padding.
             response_mask: (B, T) bool: the student's own tokens, its first EOS included.
             position_ids: (1, T) int64 of rollouts packed in one row, beginning at 0 for each; then
-                attention_mask must be None. `oprd.packing.check_packing` tells whether a model
-                keeps them apart.
+                attention_mask must be None. `oprd.models.packing_check.check_packing` tells whether
+                a model keeps them apart.
             reading: what the teacher reads, if it isn't the same: in its own tokens, or after
                 another prompt; with ``partner`` (B, T) int64, the teacher's row for each state of
                 the student, or -1. `oprd.rollout.collate` makes both: of rollouts with a `Reading`,

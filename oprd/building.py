@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 from oprd import distributed
 from oprd.attach import Distiller, attach
 from oprd.bridge import load_bridge
-from oprd.compiling import compile_layers
 from oprd.config import StudentConfig, TeacherConfig, TrainConfig
-from oprd.decoder import find_decoder
 from oprd.distributed.fsdp import is_sharded, make_mesh, shard
-from oprd.lora import WithoutAdapter, add_adapter
-from oprd.models import copy_lm_head, empty_model, load_model, teacher_path
+from oprd.models.compile import compile_layers
+from oprd.models.decoder import find_decoder
+from oprd.models.lm_head import copy_lm_head
+from oprd.models.loading import empty_model, load_model, teacher_path
+from oprd.models.lora import add_adapter
+from oprd.models.without_adapter import WithoutAdapter
 from oprd.objectives import REP, Objectives
 
 
@@ -30,7 +32,7 @@ class Builder:
         """Load the student and its teachers.
 
         Raises:
-            ConfigError: as `oprd.models.load_model`.
+            ConfigError: as `oprd.models.loading.load_model`.
         """
         self.cfg, self.device, self.fsdp = cfg, device, cfg.fsdp
         self.mesh = None

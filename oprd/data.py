@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd.alignment import end_of_turn
 from oprd.config import DataConfig, PromptsConfig
 from oprd.errors import ConfigError, Unreachable, is_unreachable
-from oprd.models import demo_path
+from oprd.models.loading import demo_path
 
 Tokenizers = Mapping[str, PreTrainedTokenizerBase]
 NO_TOKENIZERS: Tokenizers = MappingProxyType({})

@@ -23,8 +23,8 @@ from oprd.checkpoint.writer import STUDENT
 from oprd.cli import quiet_libraries
 from oprd.config import LoraConfig, StudentConfig
 from oprd.errors import ConfigError
-from oprd.lora import add_adapter, is_adapted, merged_weights
-from oprd.models import load_model, load_tokenizer, unwritten_model
+from oprd.models.loading import load_model, load_tokenizer, unwritten_model
+from oprd.models.lora import add_adapter, is_adapted, merged_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -154,7 +154,7 @@ def model_config(cfg: GainsConfig) -> Any:
     """The student's Hugging Face configuration."""
     from transformers import Qwen2Config
 
-    from oprd.models import load_config
+    from oprd.models.loading import load_config
 
     if cfg.student.path is not None:
         return load_config(cfg.student.path)
@@ -261,7 +261,7 @@ def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     from oprd.config import StudentConfig
-    from oprd.models import load_model
+    from oprd.models.loading import load_model
 
     if cfg.student.path is not None:
         return load_model(StudentConfig(path=cfg.student.path, dtype=cfg.dtype), device)
@@ -339,7 +339,8 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
 
     from oprd import gains_report
     from oprd.config import TeacherConfig
-    from oprd.models import check_pair, load_config, load_model
+    from oprd.models.compatibility import check_pair
+    from oprd.models.loading import load_config, load_model
     from oprd.observability.memory import available_bytes
 
     check(cfg, dry_run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oprd.decoder import Decoder
+from oprd.models.decoder import Decoder
 from oprd.rollout import Rollout
 
 Plan = list[list[list[Rollout]]]

@@ -11,7 +11,7 @@ from rich.table import Table
 from oprd.config import TrainConfig
 from oprd.config.plan import PlanConfig
 from oprd.errors import ConfigError, Unreachable
-from oprd.models import load_config
+from oprd.models.loading import load_config
 from oprd.observability.memory import GIB
 from oprd.plan_advice import advice
 from oprd.shapes import Shape

@@ -20,18 +20,16 @@ from oprd.config.fsdp import check_fsdp
 from oprd.data import Prompt, PromptSet, load_prompts, load_training_prompts
 from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import Attempt, ConfigError, Problems, attempts
-from oprd.lora import check_targets
-from oprd.models import (
+from oprd.models.compatibility import (
     check_length,
     check_pair,
     check_student_ids,
     check_vocabularies,
-    load_config,
-    load_tokenizer,
-    model_info,
     same_vocabulary,
-    teacher_path,
 )
+from oprd.models.info import model_info
+from oprd.models.loading import load_config, load_tokenizer, teacher_path
+from oprd.models.lora import check_targets
 from oprd.observability.trackers import check_trackers
 from oprd_kernels import backends
 
@@ -136,7 +134,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
 
 
 def _packing_notes(cfg: TrainConfig) -> list[str]:
-    """That sequences are kept apart at all is tried on the models, see `oprd.packing`."""
+    """Whether sequences are kept apart at all is tried on the models (`models.packing_check`)."""
     chosen = {cfg.student.attn_implementation}
     chosen |= {teacher.attn_implementation for teacher in cfg.all_teachers.values()}
     if not cfg.packing or not chosen & {None, "sdpa", "eager"}:
@@ -228,7 +226,10 @@ def _check_teacher(
     teacher = attempt(lambda: load_config(path))
     unread = cfg.all_bridges[name].path is not None and bridge is None
     if student and teacher and "oprd" in cfg.objectives and not unread:
-        found.layer_pairs[name] = check_pair(student, teacher, cfg.distill.layers, bridge)
+        pairs = check_pair(student, teacher, cfg.distill.layers, bridged=bridge is not None)
+        if bridge is not None:
+            bridge.check(model_info(student), model_info(teacher), pairs)
+        found.layer_pairs[name] = pairs
     if student and teacher:
         _check_top_k(cfg, student, teacher)
     if student and teacher and cfg.distill.init_head_from_teacher:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from oprd import distributed
-from oprd.compiling import eager_layers
 from oprd.distributed.fsdp import input_device, is_sharded, reshard
+from oprd.models.compile import eager_layers
 from oprd.observability import hang_watchdog
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from oprd import planner
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
-from oprd.layers import pair_layers
+from oprd.models.layer_pairs import pair_layers
 from oprd.objectives import REP
 from oprd.observability.memory import GIB
 from oprd.planner import Moment

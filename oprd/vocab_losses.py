@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oprd.lm_head import LMHead, add_product, wide_dtype
+from oprd.models.lm_head import LMHead, add_product, wide_dtype
 
 Form = Literal["top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward"]
 

@@ -5,7 +5,6 @@ Shapes: dS and dT widths of student and teacher, r rank.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,27 +18,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from oprd.errors import ConfigError
+from oprd.models.info import ModelInfo
 
 METADATA_KEY = "oprd_bridge"
 FORMAT = 1
 Pairs = Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model as a bridge must know it.
-
-    Attributes:
-        width: d, the hidden size.
-        layers: its depth; None: not known (imported).
-        path: where it was loaded from.
-        vocabulary: `fingerprint` of its tokenizer.
-    """
-
-    width: int
-    layers: int | None = None
-    path: str | None = None
-    vocabulary: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,12 +237,6 @@ class Bridge:
             self.teacher_mean,
             info,
         )
-
-
-def fingerprint(vocabulary: Mapping[str, int]) -> str:
-    """A tokenizer's tokens and their ids, as a short hash."""
-    text = json.dumps(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_new_file(path: str | Path) -> None:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.alignment import Aligner
-from oprd.bridge.bank import ModelInfo, check_new_file
+from oprd.bridge.bank import check_new_file
 from oprd.bridge.sgd import SgdConfig
 from oprd.config import (
     DataConfig,
@@ -22,16 +22,15 @@ from oprd.config import (
 )
 from oprd.data import Prompt, PromptSet, load_prompts
 from oprd.errors import ConfigError, Problems, attempts
-from oprd.layers import corresponding_layer, select_layers
-from oprd.models import (
+from oprd.models.compatibility import (
     check_length,
     check_student_ids,
     check_vocabularies,
-    load_config,
-    load_tokenizer,
-    model_info,
     same_vocabulary,
 )
+from oprd.models.info import ModelInfo, model_info
+from oprd.models.layer_pairs import corresponding_layer, select_layers
+from oprd.models.loading import load_config, load_tokenizer
 from oprd.positions import Positions, Shift
 from oprd.preflight import check_device
 

@@ -97,7 +97,8 @@ def run_import(options: Namespace) -> None:
 
 def _with_models(info: BridgeInfo, options: Namespace) -> BridgeInfo:
     """With the shapes of the models named, once they are known to fit."""
-    from oprd.models import load_config, model_info
+    from oprd.models.info import model_info
+    from oprd.models.loading import load_config
 
     found = {
         who: model_info(load_config(path), path)

@@ -34,9 +34,9 @@ from oprd.bridge.solve import (
     teacher_basis,
 )
 from oprd.bridge.statistics import PairStatistics
-from oprd.decoder import Decoder, cut, find_decoder, watch
 from oprd.micro_batches import micro_batches
-from oprd.models import load_model
+from oprd.models.decoder import Decoder, cut, find_decoder, watch
+from oprd.models.loading import load_model
 from oprd.positions import Supervision, supervise
 from oprd.rollout import Batch, Rollout, collate, eos_ids, generate
 from oprd.step_metrics import rollout_metrics

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd.bridge.bank import Bridge, BridgeInfo, ModelInfo
+from oprd.bridge.bank import Bridge, BridgeInfo
 from oprd.errors import ConfigError
+from oprd.models.info import ModelInfo
 
 FIELDS = ("rank", "layer_pairs", "state_dict", "frozen_pt_weights", "frozen_pt_means")
 

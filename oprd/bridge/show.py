@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from oprd.bridge.bank import BridgeInfo, ModelInfo
+from oprd.bridge.bank import BridgeInfo
+from oprd.models.info import ModelInfo
 
 
 def tables(info: BridgeInfo) -> list[Table]:

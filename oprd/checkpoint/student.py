@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.atomic_files import sync, sync_tree
-from oprd.lora import adapter_weights, is_adapted, save_adapter
-from oprd.student_weights import full_weights
+from oprd.models.lora import adapter_weights, is_adapted, save_adapter
+from oprd.models.weights import full_weights
 
 
 def save_student(

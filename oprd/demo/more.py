@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.config import StudentConfig
 from oprd.demo.task import Sum, make_splits, sample_batches
-from oprd.models import load_model, load_tokenizer
+from oprd.models.loading import load_model, load_tokenizer
 
 Text = Callable[[Sum], str]
 """The prompt of a sum."""

@@ -49,7 +49,7 @@ def shard(
 
     Args:
         model: a decoder with or without LM head, cut or whole, on the CPU. On ranks but 0 its
-            weights may be anything (`oprd.models.empty_model`).
+            weights may be anything (`oprd.models.loading.empty_model`).
         layers: its decoder layers, each of which becomes a shard group.
         cpu_offload: keep the shards in main memory.
     """

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from oprd import distributed
-from oprd.compiling import eager_layers
-from oprd.decoder import model_inputs
 from oprd.distributed.fsdp import reshard
+from oprd.models.compile import eager_layers
+from oprd.models.decoder import model_inputs
 from oprd.rollout import Rollout
 
 

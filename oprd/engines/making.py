@@ -15,8 +15,8 @@ from oprd.engines.base import Engine
 from oprd.engines.generate import Autocast, GenerateEngine
 from oprd.engines.logprob_gap import LogprobGap, logprob_gap
 from oprd.engines.vllm import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
+from oprd.models.weights import full_weights
 from oprd.rollout import Rollout, eos_ids
-from oprd.student_weights import full_weights
 
 
 def make_engine(

@@ -139,7 +139,7 @@ class VllmEngine:
         Args:
             model_config: the student's.
             weights: the student's present ones, each time it is called
-                (`oprd.student_weights.full_weights`). Collective if they are sharded.
+                (`oprd.models.weights.full_weights`). Collective if they are sharded.
             ends: tokens that end a response.
             dtype: see `engine_dtype`.
             max_model_len: that ``cfg`` does not give.

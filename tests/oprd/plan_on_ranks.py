@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oprd import distributed
 from oprd.bridge.bank import save_bridge
 from oprd.config import LoraConfig
-from oprd.models import DEMO
+from oprd.models.loading import DEMO
 from oprd.preflight import preflight
 from oprd.rollout import Rollout
 from oprd.shapes import Shape

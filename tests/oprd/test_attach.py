@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from oprd import attach
-from oprd.decoder import cut, find_decoder
-from oprd.layers import corresponding_layer, pair_layers, select_layers
+from oprd.models.decoder import cut, find_decoder
+from oprd.models.layer_pairs import corresponding_layer, pair_layers, select_layers
 from oprd.positions import supervise
 from oprd.rollout import Reading, Rollout, collate
 from oprd_kernels import fused_rep_loss

@@ -5,10 +5,11 @@ import torch
 from torch.nn.functional import normalize
 
 from oprd import attach
-from oprd.bridge.bank import Bridge, BridgeInfo, ModelInfo
-from oprd.decoder import find_decoder
+from oprd.bridge.bank import Bridge, BridgeInfo
 from oprd.errors import ConfigError
-from oprd.layers import corresponding_layer, pair_layers
+from oprd.models.decoder import find_decoder
+from oprd.models.info import ModelInfo
+from oprd.models.layer_pairs import corresponding_layer, pair_layers
 from oprd.positions import supervise
 from tests.oprd.test_attach import assert_same, attached, gradients
 from tests.oprd.tiny import make_batch, make_model

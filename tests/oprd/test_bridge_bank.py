@@ -10,20 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from oprd.bridge import bank
-from oprd.bridge.bank import (
-    Bridge,
-    BridgeInfo,
-    ModelInfo,
-    RankReport,
-    fingerprint,
-    load_bridge,
-    read_info,
-    save_bridge,
-)
+from oprd.bridge.bank import Bridge, BridgeInfo, RankReport, load_bridge, read_info, save_bridge
 from oprd.bridge.cli import main
 from oprd.bridge.importing import read_ps_bank
 from oprd.bridge.sweep import sweep_rows
 from oprd.errors import ConfigError
+from oprd.models.info import ModelInfo, fingerprint
 
 D_S, D_T, RANK = 6, 10, 5
 PAIRS = [(0, 0), (1, 2), (2, 3)]

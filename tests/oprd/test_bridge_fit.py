@@ -15,9 +15,9 @@ from oprd.bridge import load_bridge, read_info
 from oprd.bridge.checks import check_fit, pair_for_fit
 from oprd.bridge.fit import Prepared, fit, stream_batch
 from oprd.bridge.statistics import PairStatistics
-from oprd.decoder import cut, find_decoder
 from oprd.errors import ConfigError
-from oprd.models import DEMO
+from oprd.models.decoder import cut, find_decoder
+from oprd.models.loading import DEMO
 from oprd.positions import supervise
 from oprd.rollout import Batch
 from tests.oprd.bridges import small_fit, write_teacher

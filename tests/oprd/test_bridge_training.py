@@ -105,9 +105,9 @@ def test_training_refuses_layers_and_tokenizers_that_are_not_the_bridges(
         bridged_run(tmp_path / "run", teacher, partial, distill__layers=[3])
     ).layer_pairs == {"": [(3, 5)]}
 
-    from oprd import models
+    from oprd.models import info
 
-    monkeypatch.setattr(models, "fingerprint", lambda vocabulary: "another")
+    monkeypatch.setattr(info, "fingerprint", lambda vocabulary: "another")
     with pytest.raises(ConfigError, match="student with another tokenizer"):
         preflight(bridged_run(tmp_path / "run", teacher, bridge_file))
 

@@ -10,9 +10,9 @@ import yaml
 
 from oprd import cli
 from oprd.bridge import Bridge, BridgeInfo, save_bridge
-from oprd.bridge.bank import ModelInfo
 from oprd.checkpoint.resume import settings
 from oprd.config import TrainConfig
+from oprd.models.info import ModelInfo
 from oprd.stages import stage_values
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -13,8 +13,8 @@ from oprd.checkpoint.run import model_files
 from oprd.checkpoint.writer import Writer
 from oprd.config import LoraConfig, StudentConfig
 from oprd.demo.task import make_tokenizer
-from oprd.lora import add_adapter
-from oprd.models import load_model
+from oprd.models.loading import load_model
+from oprd.models.lora import add_adapter
 from oprd.train import train
 from tests.oprd.test_train import small_run
 from tests.oprd.tiny import VOCAB, make_batch, make_model

@@ -13,15 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oprd import attach
 from oprd.building import Builder
 from oprd.config import DistillConfig, LoraConfig, OpdConfig, TeacherConfig, TrainConfig
-from oprd.decoder import find_decoder
 from oprd.errors import ConfigError, need_package
-from oprd.lora import WithoutAdapter, adapter_off, add_adapter, is_adapted, merged_weights
-from oprd.models import DEMO
+from oprd.models.decoder import find_decoder
+from oprd.models.loading import DEMO
+from oprd.models.lora import add_adapter, is_adapted, merged_weights
+from oprd.models.packing_check import check_packing
+from oprd.models.weights import full_weights
+from oprd.models.without_adapter import WithoutAdapter, adapter_off
 from oprd.objectives import REP, Objectives
-from oprd.packing import check_packing
 from oprd.preflight import preflight
 from oprd.rollout import Batch, generate
-from oprd.student_weights import full_weights
 from oprd.train import train
 from tests.oprd.test_attach import assert_same, attached, expected, gradients
 from tests.oprd.test_train import ROOT, small_run, steps_of

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig
-from oprd.decoder import find_decoder
 from oprd.micro_batches import attention_share, batch_work, micro_batches, plan
+from oprd.models.decoder import find_decoder
 from oprd.objectives import REP, Objectives
 from oprd.rollout import Reading, Rollout, collate
 from oprd.step_metrics import plan_metrics, rep_metrics

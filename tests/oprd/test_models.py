@@ -5,14 +5,8 @@ import pytest
 from oprd.config import StudentConfig
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError, Unreachable
-from oprd.models import (
-    check_length,
-    check_pair,
-    check_vocabularies,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from oprd.models.compatibility import check_length, check_pair, check_vocabularies
+from oprd.models.loading import load_config, load_model, load_tokenizer
 from tests.oprd.tiny import make_model
 
 

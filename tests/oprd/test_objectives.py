@@ -8,7 +8,7 @@ import torch
 from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TrainConfig, check_values
 from oprd.errors import ConfigError
-from oprd.models import copy_lm_head
+from oprd.models.lm_head import copy_lm_head
 from oprd.objectives import REP, Objectives
 from oprd.preflight import preflight
 from oprd.rollout import Batch

@@ -21,7 +21,7 @@ from oprd.data import load_prompts
 from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer, make_teacher
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
-from oprd.models import load_model, load_tokenizer
+from oprd.models.loading import load_model, load_tokenizer
 from oprd.rollout import Rollout
 from oprd.train import train
 from tests.oprd.bridges import add_teachers, write_teachers

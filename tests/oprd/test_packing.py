@@ -8,10 +8,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TeacherConfig
-from oprd.decoder import find_decoder
 from oprd.errors import ConfigError
+from oprd.models.decoder import find_decoder
+from oprd.models.packing_check import check_packing
 from oprd.objectives import REP, Objectives
-from oprd.packing import check_packing
 from oprd.positions import supervise
 from oprd.preflight import preflight
 from oprd.rollout import Reading, Rollout, collate

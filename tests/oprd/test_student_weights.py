@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from oprd.student_weights import full_weights
+from oprd.models.weights import full_weights
 from tests.oprd.tiny import make_model
 
 

@@ -19,7 +19,7 @@ from oprd.data import load_prompts, load_training_prompts
 from oprd.demo.more import accuracy, carries, is_plain, make_more, with_hint, without_hint
 from oprd.demo.task import Sum, make_splits, make_tokenizer
 from oprd.errors import ConfigError
-from oprd.models import load_config, load_model
+from oprd.models.loading import load_config, load_model
 from oprd.objectives import REP, Objectives
 from oprd.positions import supervise
 from oprd.preflight import preflight

@@ -19,7 +19,7 @@ from oprd.config import PromptsConfig
 from oprd.demo.task import make_splits
 from oprd.engines.base import EngineFailure
 from oprd.errors import ConfigError
-from oprd.models import DEMO
+from oprd.models.loading import DEMO
 from oprd.train import TrainingStopped, train
 from tests.oprd.runs import ROOT, checkpoint_tensors, lines, small_run
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oprd.lm_head import LMHead, multiply
+from oprd.models.lm_head import LMHead, multiply
 from oprd.vocab_losses import VocabLoss, chunked, materialised
 from tests.oprd.tiny import make_model
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oprd.decoder import Decoder
 from oprd.distributed.fsdp import input_device, reshard
 from oprd.errors import ConfigError
+from oprd.models.decoder import Decoder
 
 LENGTH = 8
 

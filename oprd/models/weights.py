@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from oprd.lora import merged_weights
+from oprd.models.lora import merged_weights
 
 
 def full_weights(student: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

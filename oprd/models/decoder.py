@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from oprd.lora import WithoutAdapter
+from oprd.models.without_adapter import WithoutAdapter
 
 LAYER_NAMES = ("layers", "h")
 NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")

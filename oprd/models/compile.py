@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from oprd.decoder import find_decoder
+from oprd.models.decoder import find_decoder
 
 
 def compile_layers(model: Any) -> None:

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+)
+
+from oprd.errors import ConfigError
 
 # Configuration entries by which a model changes its logits after the head in ways not known here.
 UNKNOWN_SCALES = (
@@ -93,3 +98,26 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 8192) -> None:
     for start in range(0, total.shape[0], rows):
         at = slice(start, start + rows)
         total[at] += multiply(a[at], b)
+
+
+def copy_lm_head(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Give the student the teacher's LM head.
+
+    Raises:
+        ConfigError: if the heads differ in shape, or the student's is tied to its embeddings.
+    """
+    ours, theirs = student.get_output_embeddings(), teacher.get_output_embeddings()
+    if ours.weight is student.get_input_embeddings().weight:
+        raise ConfigError(
+            "distill.init_head_from_teacher: the student's head is tied to its embeddings, which "
+            "OPRD trains: leave the option off"
+        )
+    if ours.weight.shape != theirs.weight.shape:
+        raise ConfigError(
+            f"distill.init_head_from_teacher: the student's head is {tuple(ours.weight.shape)}, "
+            f"the teacher's {tuple(theirs.weight.shape)}: they must be alike"
+        )
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+        if getattr(ours, "bias", None) is not None and getattr(theirs, "bias", None) is not None:
+            ours.bias.copy_(theirs.bias)

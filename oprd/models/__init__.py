@@ -1,0 +1,1 @@
+"""Hugging Face models: loading them, what OPRD needs of them, and whether a pair fits."""

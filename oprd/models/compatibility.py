@@ -1,0 +1,118 @@
+"""Whether a student and a teacher fit together."""
+
+from __future__ import annotations
+
+from transformers import (
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from oprd.errors import ConfigError
+from oprd.models.info import model_info
+from oprd.models.layer_pairs import LayerSpec, pair_layers
+
+
+def check_pair(
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    layers: LayerSpec,
+    bridged: bool = False,
+) -> list[tuple[int, int]]:
+    """The layer pairs of two models that OPRD can compare: plainly, or through a bridge.
+
+    Raises:
+        ConfigError: if their widths differ and there is no bridge, or the layers asked for don't
+            exist.
+    """
+    s, t = model_info(student), model_info(teacher)
+    if not bridged and s.width != t.width:
+        raise ConfigError(
+            f"the student is {s.width} wide and the teacher {t.width}: without a bridge, OPRD "
+            "compares equal widths. Fit one with oprd-bridge fit and pass it as bridge.path, or "
+            "choose a teacher of the student's width"
+        )
+    assert s.layers is not None
+    assert t.layers is not None
+    try:
+        pairs = pair_layers(layers, s.layers, t.layers)
+    except ValueError as error:
+        raise ConfigError(f"distill.layers: {error}") from error
+    return pairs
+
+
+def same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether every token id means the same to both, so that no alignment is needed."""
+    return student.get_vocab() == teacher.get_vocab()
+
+
+def check_vocabularies(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    teacher_config: PretrainedConfig,
+) -> None:
+    """The teacher reads the student's token ids: every one must mean the same to both.
+
+    Embedding tables padded to different sizes (151,936 and 152,064 rows for the same tokenizer,
+    say) are no obstacle; a table too small for the student's ids, or ids that name other tokens,
+    are.
+
+    Raises:
+        ConfigError: saying how they differ.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    rows = teacher_config.get_text_config().vocab_size
+    if not same_vocabulary(student, teacher):
+        only_ours, only_theirs = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+        moved = [t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t]]
+        parts = [f"{len(ours)} and {len(theirs)} tokens"]
+        for what, tokens in [
+            ("only the student has", only_ours),
+            ("only the teacher has", only_theirs),
+        ]:
+            if tokens:
+                parts.append(f"{what} {len(tokens)}, e.g. {sorted(tokens)[:3]}")
+        if moved:
+            example = sorted(moved)[0]
+            parts.append(
+                f"{len(moved)} have other ids, e.g. {example!r}: {ours[example]} and "
+                f"{theirs[example]}"
+            )
+        raise ConfigError(
+            "student and teacher have different vocabularies, so the student's token ids would "
+            f"mean something else to the teacher: {'; '.join(parts)}. Choose a teacher that shares "
+            "the student's tokenizer"
+        )
+    largest = max(ours.values())
+    if largest >= rows:
+        raise ConfigError(
+            f"the teacher's embedding table has {rows} rows, too few for token id {largest} "
+            f"({student.convert_ids_to_tokens(largest)!r}) of the shared tokenizer"
+        )
+
+
+def check_student_ids(student: PreTrainedTokenizerBase, teacher: PretrainedConfig) -> None:
+    """Check that a teacher with another tokenizer can be fed the student's token ids at all.
+
+    Raises:
+        ConfigError: if they go beyond its embedding table.
+    """
+    rows, largest = teacher.get_text_config().vocab_size, max(student.get_vocab().values())
+    if largest >= rows:
+        raise ConfigError(
+            f"teacher.reads=student_ids: the student's token id {largest} is beyond the teacher's "
+            f"{rows} embedding rows: use reads=text"
+        )
+
+
+def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, who: str) -> None:
+    """Check that the longest prompt and response fit the model's positions.
+
+    Raises:
+        ConfigError: if they don't.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the {limit} positions "
+            f"of the {who}: lower data.max_prompt_tokens or the max_new_tokens"
+        )

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from oprd.attach import Distiller, TapSession, attach
+from oprd.data.supervision import supervise
 from oprd.models.decoder import find_decoder
 from oprd.models.lm_head import LMHead
 from oprd.observability.memory import PeakMemory
-from oprd.positions import supervise
 from oprd.vocab_losses import VocabLoss, chunked, materialised
 from oprd_kernels import ops
 

@@ -25,11 +25,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from oprd.bridge.bank import Bridge
 from oprd.bridge.project import Projectors
+from oprd.config.types import Positions, Reduction, Shift
+from oprd.data.collate import Batch
+from oprd.data.supervision import supervise
 from oprd.models.decoder import cut, find_decoder, first_tensor, replace_first, watch
 from oprd.models.info import ModelInfo
 from oprd.models.layer_pairs import LayerSpec, pair_layers
-from oprd.positions import Positions, Reduction, Shift, supervise
-from oprd.rollout import Batch
 from oprd_kernels import RepLossStats, rep_tap
 from oprd_kernels.validate import KINDS
 
@@ -335,8 +336,8 @@ class Distiller:
                 a model keeps them apart.
             reading: what the teacher reads, if it isn't the same: in its own tokens, or after
                 another prompt; with ``partner`` (B, T) int64, the teacher's row for each state of
-                the student, or -1. `oprd.rollout.collate` makes both: of rollouts with a `Reading`,
-                such as `oprd.alignment.Aligner` gives.
+                the student, or -1. `oprd.data.collate.collate` makes both: of rollouts with a
+                `Reading`, such as `oprd.tokenizers.alignment.Aligner` gives.
 
         Raises:
             ValueError: for one of ``reading`` and ``partner`` without the other, or if ``partner``
@@ -345,12 +346,12 @@ class Distiller:
         if (reading is None) != (partner is None):
             raise ValueError(
                 "reading and partner belong together: pass both of the Batch that "
-                "oprd.rollout.collate makes of rollouts with a reading, or neither"
+                "oprd.data.collate.collate makes of rollouts with a reading, or neither"
             )
         if partner is not None and partner.shape != input_ids.shape:
             raise ValueError(
                 f"partner has shape {tuple(partner.shape)} and input_ids {tuple(input_ids.shape)}: "
-                "they must be equal, as in the Batch that oprd.rollout.collate makes"
+                "they must be equal, as in the Batch that oprd.data.collate.collate makes"
             )
         chosen = supervise(
             response_mask.bool(), self.positions, self.k, self.shift, self.reduction, partner,
@@ -390,7 +391,7 @@ def attach(
         layers: ``"last"``, ``"all"``, ``"even"``, ``"odd"`` or a list of student blocks (0 ..).
             Layers correspond by relative depth (Eq. 11) where the depths differ.
         kind: ``"mse"`` (Eq. 6), ``"nmse"`` or ``"cosine"``.
-        positions, k, shift, reduction: see `oprd.positions.supervise`.
+        positions, k, shift, reduction: see `oprd.data.supervision.supervise`.
         backend: see `oprd_kernels.fused_rep_loss`.
         bridge: frozen projectors (`oprd.bridge.load_bridge`): the loss is taken between
             P_S h_S and P_T (h_T - mu_T) (Eq. 14-15), whatever the widths. The paper's kind is

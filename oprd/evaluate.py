@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.config import EvalConfig
-from oprd.data import Prompt
+from oprd.data.prompts import Prompt
 from oprd.engines.base import Engine
 from oprd.grading import GRADERS
 from oprd.observability.summary import EvalResult

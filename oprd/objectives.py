@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from oprd import distributed
 from oprd.attach import Distiller, RepOutput
 from oprd.config import DistillConfig, OpdConfig
+from oprd.data.collate import Batch
+from oprd.data.supervision import Supervision, supervise
 from oprd.distributed.fsdp import reshard
 from oprd.models.decoder import Decoder, find_decoder, model_inputs
 from oprd.models.lm_head import LMHead
 from oprd.models.packing_check import check_packing
-from oprd.positions import Supervision, supervise
-from oprd.rollout import Batch
 from oprd.vocab_losses import VocabLoss, chunked, materialised
 
 REP = "oprd"

@@ -12,12 +12,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
-from oprd.alignment import Aligner
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.checkpoint.resume import Candidates, find_candidates, is_run
 from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
-from oprd.data import Prompt, PromptSet, load_prompts, load_training_prompts
+from oprd.data.prompts import Prompt, PromptSet, load_prompts, load_training_prompts
 from oprd.engines.vllm_preflight import check_vllm
 from oprd.errors import Attempt, ConfigError, Problems, attempts
 from oprd.models.compatibility import (
@@ -31,6 +30,7 @@ from oprd.models.info import model_info
 from oprd.models.loading import load_config, load_tokenizer, teacher_path
 from oprd.models.lora import check_targets
 from oprd.observability.trackers import check_trackers
+from oprd.tokenizers.alignment import Aligner
 from oprd_kernels import backends
 
 

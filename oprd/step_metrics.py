@@ -9,10 +9,10 @@ import torch
 
 from oprd import distributed
 from oprd.attach import RepOutput
-from oprd.micro_batches import Plan, batch_work
+from oprd.data.micro_batches import Plan, batch_work
+from oprd.data.rollout import Rollout
 from oprd.objectives import StudentPass
 from oprd.observability.memory import GIB, PeakMemory
-from oprd.rollout import Rollout
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 

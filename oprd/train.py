@@ -20,20 +20,21 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from oprd import distributed
-from oprd.alignment import for_teacher
 from oprd.building import Builder
 from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
 from oprd.checkpoint.resume import done_already
 from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
-from oprd.data import PromptSampler
+from oprd.data.collate import collate
+from oprd.data.micro_batches import attention_share, plan
+from oprd.data.rollout import Rollout, for_teacher
+from oprd.data.sampler import PromptSampler
 from oprd.distributed.fsdp import clip_gradients
 from oprd.engines.base import Engine, EngineFailure
-from oprd.engines.generate import GenerateEngine
+from oprd.engines.generate import GenerateEngine, eos_ids
 from oprd.engines.making import make_engine, rollout_gap, too_wide
 from oprd.engines.vllm import VllmEngine
 from oprd.evaluate import evaluate
-from oprd.micro_batches import attention_share, plan
 from oprd.objectives import StudentPass
 from oprd.observability import hang_watchdog
 from oprd.observability.memory import PeakMemory
@@ -43,7 +44,6 @@ from oprd.observability.summary import EvalResult, Summary, plain, write_summary
 from oprd.observability.timer import PhaseTimer
 from oprd.optimizer import fast_forward, make_optimizer
 from oprd.preflight import Preflight, output_dir, preflight
-from oprd.rollout import Rollout, collate, eos_ids
 from oprd.step_metrics import (
     loss_metrics,
     memory_metrics,

@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from oprd.config.types import Form
 from oprd.models.lm_head import LMHead, add_product, wide_dtype
-
-Form = Literal["top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward"]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from oprd import distributed
 from oprd.config import WatchdogConfig
-from oprd.rollout import Rollout
+from oprd.data.rollout import Rollout
 
 SIGMA = 1.4826
 """Standard deviation of normal noise over its median absolute deviation."""

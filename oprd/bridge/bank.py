@@ -55,7 +55,7 @@ class BridgeInfo:
         solver: ``ridge``, ``sgd`` or ``import``.
         ridge: strength of the penalty, for ``ridge``.
         rows, held_out_rows: how many hidden states it was fitted on, and judged by.
-        positions, k, shift: which ones, see `oprd.positions.supervise`.
+        positions, k, shift: which ones, see `oprd.data.supervision.supervise`.
         teacher_input: what the teacher read. ``shared_ids``: the student's token ids, which mean
             the same to it; ``text``: the responses' text in its own tokens; ``student_ids``: ids
             that mean something else to it; ``unknown`` for imported ones.

@@ -10,7 +10,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
-from oprd.alignment import Aligner
 from oprd.bridge.bank import check_new_file
 from oprd.bridge.sgd import SgdConfig
 from oprd.config import (
@@ -20,7 +19,8 @@ from oprd.config import (
     TeacherConfig,
     check_sampling,
 )
-from oprd.data import Prompt, PromptSet, load_prompts
+from oprd.config.types import Positions, Shift
+from oprd.data.prompts import Prompt, PromptSet, load_prompts
 from oprd.errors import ConfigError, Problems, attempts
 from oprd.models.compatibility import (
     check_length,
@@ -31,8 +31,8 @@ from oprd.models.compatibility import (
 from oprd.models.info import ModelInfo, model_info
 from oprd.models.layer_pairs import corresponding_layer, select_layers
 from oprd.models.loading import load_config, load_tokenizer
-from oprd.positions import Positions, Shift
 from oprd.preflight import check_device
+from oprd.tokenizers.alignment import Aligner
 
 
 @dataclass

@@ -19,7 +19,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from oprd import distributed
-from oprd.alignment import for_teacher
 from oprd.bridge.bank import Bridge, BridgeInfo, RankReport, save_bridge
 from oprd.bridge.checks import Checked, FitConfig, check_fit
 from oprd.bridge.heldout import Agreement, ranks_up_to
@@ -34,11 +33,13 @@ from oprd.bridge.solve import (
     teacher_basis,
 )
 from oprd.bridge.statistics import PairStatistics
-from oprd.micro_batches import micro_batches
+from oprd.data.collate import Batch, collate
+from oprd.data.micro_batches import micro_batches
+from oprd.data.rollout import Rollout, for_teacher
+from oprd.data.supervision import Supervision, supervise
+from oprd.engines.generate import eos_ids, generate
 from oprd.models.decoder import Decoder, cut, find_decoder, watch
 from oprd.models.loading import load_model
-from oprd.positions import Supervision, supervise
-from oprd.rollout import Batch, Rollout, collate, eos_ids, generate
 from oprd.step_metrics import rollout_metrics
 
 FEW_PAIRS = 0.5

@@ -71,12 +71,12 @@ class TeacherConfig:
         dtype: of its weights (of ``self:current`` and ``self:base`` the student's).
         attn_implementation: as the student's.
         reads: where its tokenizer is another than the student's. ``text``: the response's text in
-            its own tokens, compared where both end at the same byte (`oprd.alignment`).
+            its own tokens, compared where both end at the same byte (`oprd.tokenizers.alignment`).
             ``student_ids``: the student's token ids, whatever they mean to it, as public code does;
             for comparison with that code only.
         pairs: where its tokenizer is another and it reads ``text``. ``stable``: inside a number
             compared only where its tokens do not give away whether another digit follows
-            (`oprd.boundaries`); ``all``: wherever tokens of both end.
+            (`oprd.tokenizers.digit_boundaries`); ``all``: wherever tokens of both end.
     """
 
     path: str = "demo:teacher"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from oprd.positions import Positions, Reduction, Shift
-from oprd.vocab_losses import Form
+from oprd.config.types import Form, Positions, Reduction, Shift
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # an engine's process starts without transformers
     import torch
 
-    from oprd.rollout import Rollout
+    from oprd.data.rollout import Rollout
 
 
 class EngineFailure(RuntimeError):

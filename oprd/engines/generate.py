@@ -1,15 +1,26 @@
-"""Hugging Face's `generate` as the engine."""
+"""Hugging Face's `generate`, and the engine that samples with it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from oprd.distributed.fsdp import input_device
-from oprd.rollout import Rollout, generate
+from oprd import distributed
+from oprd.data.rollout import Rollout
+from oprd.distributed.fsdp import input_device, is_sharded, reshard
+from oprd.models.compile import eager_layers
+from oprd.observability import hang_watchdog
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
@@ -69,3 +80,104 @@ class GenerateEngine:
 
     def close(self) -> None:
         """See `Engine`."""
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's EOS and the model's own."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own})
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    batch_size: int | None = None,
+) -> list[Rollout]:
+    """One response to each prompt, by Hugging Face's `generate`.
+
+    Sampling follows the model's own distribution at ``temperature`` and ``top_p``: no other
+    setting of its generation configuration (top-k, penalties, ..) is used.
+
+    Args:
+        prompts: token ids, not padded.
+        temperature: 0 for greedy decoding.
+        batch_size: prompts at once; None: all.
+    """
+    ends = eos_ids(model, tokenizer)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    was_training = model.training
+    model.eval()  # in training mode gradient checkpointing would switch the cache off
+    own_config, model.generation_config = model.generation_config, config
+    rollouts: list[Rollout] = []
+    # A sharded model's forward passes are collective: every rank generates as often as any other,
+    # if need be from a prompt that nobody asked for.
+    together = is_sharded(model) and distributed.world_size() > 1
+    size = batch_size or max(len(prompts), 1)
+    order = list(range(len(prompts)))
+    if size < len(prompts):  # prompts of like length share a batch, for less padding
+        order.sort(key=lambda i: len(prompts[i]), reverse=True)
+    batches = [
+        [prompts[i] for i in order[start : start + size]] for start in range(0, len(prompts), size)
+    ]
+    calls = len(batches)
+    if together:
+        calls = int(distributed.max_over_ranks(calls, input_device(model)))
+    try:
+        with eager_layers(model):
+            for batch in batches + [[[ends[0]]]] * (calls - len(batches)):
+                rollouts += _generate_batch(model, batch, config, set(ends), together)
+    finally:
+        reshard(model)
+        model.generation_config = own_config
+        model.train(was_training)
+    as_given = dict(zip(order, rollouts, strict=False))  # without those that nobody asked for
+    return [as_given[i] for i in range(len(prompts))]
+
+
+class _Beat(StoppingCriteria):
+    """Never stops; says that a token has come."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        hang_watchdog.beat()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    ends: set[int],
+    together: bool,
+) -> list[Rollout]:
+    length = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), length), config.pad_token_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        attention[i, length - len(prompt) :] = 1
+    device = input_device(model)
+    output = model.generate(
+        input_ids=ids.to(device), attention_mask=attention.to(device),
+        generation_config=config, synced_gpus=together,
+        stopping_criteria=StoppingCriteriaList([_Beat()]),
+    )  # fmt: skip
+    rollouts = []
+    for prompt, new in zip(prompts, output[:, length:].tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(new) if token in ends), None)
+        rollouts.append(Rollout(list(prompt), new[:end], truncated=end is None))
+    return rollouts

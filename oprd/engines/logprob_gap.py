@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from oprd import distributed
+from oprd.data.rollout import Rollout
 from oprd.distributed.fsdp import reshard
 from oprd.models.compile import eager_layers
 from oprd.models.decoder import model_inputs
-from oprd.rollout import Rollout
 
 
 @dataclass(frozen=True)

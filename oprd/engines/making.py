@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd import distributed
 from oprd.config import TrainConfig
+from oprd.data.rollout import Rollout
 from oprd.engines.base import Engine
-from oprd.engines.generate import Autocast, GenerateEngine
+from oprd.engines.generate import Autocast, GenerateEngine, eos_ids
 from oprd.engines.logprob_gap import LogprobGap, logprob_gap
 from oprd.engines.vllm import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
 from oprd.models.weights import full_weights
-from oprd.rollout import Rollout, eos_ids
 
 
 def make_engine(

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 
 from oprd import distributed
 from oprd.config import MAX_LOGPROB_GAP, DType, TrainConfig, VllmConfig
+from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
 from oprd.engines.process import EngineProcess, free_port
-from oprd.rollout import Rollout
 
 WORKER = "oprd.engines.vllm_worker"
 TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from oprd import distributed
-from oprd.alignment import for_teacher
 from oprd.bridge.bank import save_bridge
 from oprd.config import LoraConfig, TrainConfig
+from oprd.data.rollout import Rollout, for_teacher
 from oprd.models.loading import load_model
 from oprd.models.weights import full_weights
 from oprd.preflight import Preflight, preflight
-from oprd.rollout import Reading, Rollout
+from oprd.tokenizers.alignment import Reading
 from oprd.train import Trainer
 from tests.oprd.bridges import add_teachers
 from tests.oprd.test_bridge_attach import make_bridge

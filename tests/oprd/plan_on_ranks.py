@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oprd import distributed
 from oprd.bridge.bank import save_bridge
 from oprd.config import LoraConfig
+from oprd.data.rollout import Rollout
 from oprd.models.loading import DEMO
 from oprd.preflight import preflight
-from oprd.rollout import Rollout
 from oprd.shapes import Shape
 from oprd.train import Trainer
 from oprd.training_plan import ROLLOUT, STEP, TEACHER, UPDATE, make_training_plan

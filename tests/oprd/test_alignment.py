@@ -18,10 +18,10 @@ from tokenizers import (
 )
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-from oprd.alignment import Aligner, align_text
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
-from oprd.token_bytes import token_byte_spans, token_bytes
+from oprd.tokenizers.alignment import Aligner, align_text
+from oprd.tokenizers.token_bytes import token_byte_spans, token_bytes
 from tests.oprd.tiny import make_pair_tokenizer
 
 CORPUS = ["the answer is 42, and e\u0301 \u4f60\u597d \ud55c\uad6d  why\n\tnot"] * 20

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from oprd import attach
+from oprd.data.collate import collate
+from oprd.data.rollout import Rollout
+from oprd.data.supervision import supervise
 from oprd.models.decoder import cut, find_decoder
 from oprd.models.layer_pairs import corresponding_layer, pair_layers, select_layers
-from oprd.positions import supervise
-from oprd.rollout import Reading, Rollout, collate
+from oprd.tokenizers.alignment import Reading
 from oprd_kernels import fused_rep_loss
 from tests.oprd.tiny import ARCHITECTURES, make_batch, make_model
 

@@ -4,11 +4,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from oprd.alignment import Aligner
-from oprd.boundaries import LONGEST, Boundaries
 from oprd.demo.bridge_teacher import PAIRS, make_pair_tokenizer
 from oprd.demo.task import make_tokenizer
-from oprd.token_bytes import token_bytes
+from oprd.tokenizers.alignment import Aligner
+from oprd.tokenizers.digit_boundaries import LONGEST, Boundaries
+from oprd.tokenizers.token_bytes import token_bytes
 from tests.oprd import tiny
 
 

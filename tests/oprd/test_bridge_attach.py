@@ -6,11 +6,11 @@ from torch.nn.functional import normalize
 
 from oprd import attach
 from oprd.bridge.bank import Bridge, BridgeInfo
+from oprd.data.supervision import supervise
 from oprd.errors import ConfigError
 from oprd.models.decoder import find_decoder
 from oprd.models.info import ModelInfo
 from oprd.models.layer_pairs import corresponding_layer, pair_layers
-from oprd.positions import supervise
 from tests.oprd.test_attach import assert_same, attached, gradients
 from tests.oprd.tiny import make_batch, make_model
 

@@ -15,11 +15,11 @@ from oprd.bridge import load_bridge, read_info
 from oprd.bridge.checks import check_fit, pair_for_fit
 from oprd.bridge.fit import Prepared, fit, stream_batch
 from oprd.bridge.statistics import PairStatistics
+from oprd.data.collate import Batch
+from oprd.data.supervision import supervise
 from oprd.errors import ConfigError
 from oprd.models.decoder import cut, find_decoder
 from oprd.models.loading import DEMO
-from oprd.positions import supervise
-from oprd.rollout import Batch
 from tests.oprd.bridges import small_fit, write_teacher
 from tests.oprd.runs import ROOT, limits_of_two_ranks
 from tests.oprd.tiny import make_batch, make_model

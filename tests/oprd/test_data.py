@@ -8,7 +8,9 @@ import datasets
 import pytest
 
 from oprd.config import DataConfig, PromptsConfig
-from oprd.data import PromptSampler, encode_prompt, load_prompts, with_suffix
+from oprd.data.chat import encode_prompt, with_suffix
+from oprd.data.prompts import load_prompts
+from oprd.data.sampler import PromptSampler
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError, Unreachable
 

@@ -16,6 +16,7 @@ from transformers import Qwen2Config, Qwen3MoeConfig
 
 from oprd import distributed
 from oprd.config import TrainConfig, VllmConfig, check_values
+from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
 from oprd.engines import vllm as vllm_engine
 from oprd.engines import vllm_preflight
@@ -27,7 +28,6 @@ from oprd.engines.vllm import VllmEngine, engine_dtype, max_logprob_gap, worker_
 from oprd.engines.vllm_preflight import check_vllm, reason
 from oprd.errors import ConfigError
 from oprd.preflight import preflight
-from oprd.rollout import Rollout
 from tests.oprd.tiny import make_model
 
 pytestmark = pytest.mark.slow

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from oprd.config import EvalConfig
-from oprd.data import Prompt
+from oprd.data.prompts import Prompt
+from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
 from oprd.engines.generate import GenerateEngine
 from oprd.evaluate import distinct_4grams, evaluate
 from oprd.grading import exact, last_boxed, math
-from oprd.rollout import Rollout
 from tests.oprd.tiny import make_model
 
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oprd import attach
 from oprd.building import Builder
 from oprd.config import DistillConfig, LoraConfig, OpdConfig, TeacherConfig, TrainConfig
+from oprd.data.collate import Batch
+from oprd.engines.generate import generate
 from oprd.errors import ConfigError, need_package
 from oprd.models.decoder import find_decoder
 from oprd.models.loading import DEMO
@@ -22,7 +24,6 @@ from oprd.models.weights import full_weights
 from oprd.models.without_adapter import WithoutAdapter, adapter_off
 from oprd.objectives import REP, Objectives
 from oprd.preflight import preflight
-from oprd.rollout import Batch, generate
 from oprd.train import train
 from tests.oprd.test_attach import assert_same, attached, expected, gradients
 from tests.oprd.test_train import ROOT, small_run, steps_of

@@ -7,11 +7,11 @@ import torch
 
 from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TrainConfig, check_values
+from oprd.data.collate import Batch
 from oprd.errors import ConfigError
 from oprd.models.lm_head import copy_lm_head
 from oprd.objectives import REP, Objectives
 from oprd.preflight import preflight
-from oprd.rollout import Batch
 from oprd.train import train
 from tests.oprd.test_train import small_run
 from tests.oprd.tiny import make_batch, make_model

@@ -10,19 +10,20 @@ import torch
 
 from oprd import cli
 from oprd import preflight as checks
-from oprd.alignment import Aligner, end_of_turn, for_teacher
 from oprd.bridge import cli as bridge_cli
 from oprd.bridge.bank import BridgeInfo, load_bridge, read_info, save_bridge
 from oprd.bridge.checks import FitConfig
 from oprd.bridge.fit import fit
 from oprd.building import Builder
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
-from oprd.data import load_prompts
+from oprd.data.chat import end_of_turn
+from oprd.data.prompts import load_prompts
+from oprd.data.rollout import Rollout, for_teacher
 from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer, make_teacher
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models.loading import load_model, load_tokenizer
-from oprd.rollout import Rollout
+from oprd.tokenizers.alignment import Aligner
 from oprd.train import train
 from tests.oprd.bridges import add_teachers, write_teachers
 from tests.oprd.test_train import lines, small_run

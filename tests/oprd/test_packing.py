@@ -8,14 +8,16 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TeacherConfig
+from oprd.data.collate import collate
+from oprd.data.rollout import Rollout
+from oprd.data.supervision import supervise
 from oprd.errors import ConfigError
 from oprd.models.decoder import find_decoder
 from oprd.models.packing_check import check_packing
 from oprd.objectives import REP, Objectives
-from oprd.positions import supervise
 from oprd.preflight import preflight
-from oprd.rollout import Reading, Rollout, collate
 from oprd.step_metrics import rep_metrics
+from oprd.tokenizers.alignment import Reading
 from oprd.train import Trainer, train
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_train import small_run, steps_of

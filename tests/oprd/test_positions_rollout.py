@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from oprd.data.collate import collate
+from oprd.data.rollout import Rollout
+from oprd.data.supervision import supervise
 from oprd.demo.task import make_tokenizer
-from oprd.positions import supervise
-from oprd.rollout import Rollout, collate, generate
+from oprd.engines.generate import generate
 from tests.oprd.tiny import make_model
 
 # Two sequences of six: prompts of 2 and 1 tokens, responses of 3 and 5 (None: padding).

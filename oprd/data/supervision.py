@@ -6,14 +6,11 @@ Shapes: B sequences of T tokens, M supervised tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Positions = Literal["all", "last", "last_k", "first_k"]
-Shift = Literal["after", "before"]
-Reduction = Literal["token-mean", "seq-mean"]
+from oprd.config.types import Positions, Reduction, Shift
 
 
 @dataclass(frozen=True)

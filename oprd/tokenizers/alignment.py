@@ -22,21 +22,19 @@ What is done with the parts of a response:
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedTokenizerBase,
+)
 
-from oprd.boundaries import LONGEST, Boundaries
-from oprd.rollout import Reading, Rollout
-from oprd.token_bytes import TokenBytes, token_bytes
-
-if TYPE_CHECKING:
-    from oprd.data import Prompt
+from oprd.tokenizers.digit_boundaries import LONGEST, Boundaries
+from oprd.tokenizers.token_bytes import TokenBytes, token_bytes
 
 UNCERTAIN = -1
 
@@ -49,7 +47,7 @@ class Aligner:
     Args:
         student, teacher: their tokenizers.
         pairs: ``stable``: inside a number only where the teacher's tokens end whichever digit
-            follows (`oprd.boundaries`); ``all``: wherever tokens of both end.
+            follows (`oprd.tokenizers.digit_boundaries`); ``all``: wherever tokens of both end.
 
     Raises:
         ConfigError: for a tokenizer whose tokens' bytes aren't known, by name.
@@ -80,7 +78,7 @@ class Aligner:
 
         Args:
             response_ids: what the student sampled, EOS included if it was reached.
-            prompt_ids: the prompt in the teacher's tokens (`oprd.data.Prompt.teacher_ids`).
+            prompt_ids: the prompt in the teacher's tokens (`oprd.data.prompts.Prompt.teacher_ids`).
             student_end_ids: tokens that end the student's response; None: its tokenizer's EOS.
             teacher_end_id: what ends the teacher's turn (`end_of_turn`); None: its tokenizer's EOS.
         """
@@ -109,42 +107,6 @@ class Aligner:
         text = b"".join(spelled)
         stable, window = self.boundaries.stable, LONGEST + 1
         return [(i, j) for i, j in pairs if stable(text[max(0, ends[i] - window) : ends[i]])]
-
-
-def for_teacher(
-    rollout: Rollout, prompt: Prompt, aligners: Mapping[str, Aligner], ends: Sequence[int]
-) -> Rollout:
-    """The rollout with its prompt's source, and what the teacher reads.
-
-    Args:
-        aligners: by source (or "", for every source), of teachers with other tokenizers.
-        ends: tokens that end the student's responses.
-    """
-    reading = None
-    aligner = aligners.get(prompt.source, aligners.get(""))
-    if prompt.teacher_ids is not None and aligner is not None:
-        reading = aligner(
-            rollout.response_ids, prompt.teacher_ids,
-            student_end_ids=ends, teacher_end_id=prompt.teacher_end_id,
-        )  # fmt: skip
-    elif prompt.teacher_ids is not None:
-        reading = Reading(prompt.teacher_ids, rollout.response_ids)
-    return replace(rollout, source=prompt.source, reading=reading)
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> int:
-    """The token that its chat template writes after an assistant's message (``<|im_end|>``,
-    ``<end_of_turn>``, ..), which need not be EOS. Without a template, or a special token there:
-    EOS."""
-    if not tokenizer.chat_template:
-        return tokenizer.eos_token_id
-    mark = "The answer is four"
-    messages = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **template_options)
-    after = text.rpartition(mark)[2].lstrip() if mark in text else ""
-    added = tokenizer.added_tokens_decoder.items()
-    found = [(t.content, i) for i, t in added if t.special and after.startswith(t.content)]
-    return max(found, key=lambda f: len(f[0]))[1] if found else tokenizer.eos_token_id
 
 
 def align_text(
@@ -313,3 +275,21 @@ def _last_of_each(ends: np.ndarray) -> np.ndarray:
     again = np.zeros(len(ends), bool)
     again[:-1] = ends[:-1] == ends[1:]
     return np.where(again, UNCERTAIN, ends)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the teacher reads in place of a rollout's tokens: after another prompt, say.
+
+    Attributes:
+        prompt_ids, response_ids: the teacher's token ids.
+        pairs: (i, j): the student's i-th response token and the teacher's j-th end at the same
+            place of the text; both increase. None: they are the same tokens.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    pairs: list[tuple[int, int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)

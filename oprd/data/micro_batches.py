@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from oprd.data.rollout import Rollout
 from oprd.models.decoder import Decoder
-from oprd.rollout import Rollout
 
 Plan = list[list[list[Rollout]]]
 """By rank, its micro-batches. All ranks have the same number; a batch may be empty, and `collate`

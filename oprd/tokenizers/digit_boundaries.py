@@ -18,7 +18,7 @@ import re
 import string
 from itertools import accumulate
 
-from oprd.token_bytes import TokenBytes
+from oprd.tokenizers.token_bytes import TokenBytes
 
 NUMBER = re.compile(rb" ?[0-9]+\Z")
 """The digits that a text ends in, with the space before them, which may be part of their first

@@ -1,0 +1,10 @@
+"""Words that options are chosen from, where more than one part of the package knows them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Positions = Literal["all", "last", "last_k", "first_k"]
+Shift = Literal["after", "before"]
+Reduction = Literal["token-mean", "seq-mean"]
+Form = Literal["top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward"]

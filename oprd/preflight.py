@@ -17,7 +17,7 @@ from oprd.checkpoint.resume import Candidates, find_candidates, is_run
 from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
 from oprd.data.prompts import Prompt, PromptSet, load_prompts, load_training_prompts
-from oprd.engines.vllm_preflight import check_vllm
+from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import Attempt, ConfigError, Problems, attempts
 from oprd.models.compatibility import (
     check_length,

@@ -31,9 +31,9 @@ from oprd.data.rollout import Rollout, for_teacher
 from oprd.data.sampler import PromptSampler
 from oprd.distributed.fsdp import clip_gradients
 from oprd.engines.base import Engine, EngineFailure
+from oprd.engines.factory import make_engine, rollout_gap, too_wide
 from oprd.engines.generate import GenerateEngine, eos_ids
-from oprd.engines.making import make_engine, rollout_gap, too_wide
-from oprd.engines.vllm import VllmEngine
+from oprd.engines.vllm.engine import VllmEngine
 from oprd.evaluate import evaluate
 from oprd.objectives import StudentPass
 from oprd.observability import hang_watchdog

@@ -11,7 +11,7 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from oprd.engines.vllm_worker import Worker, die_with_parent
+from oprd.engines.vllm.worker import Worker, die_with_parent
 
 
 class FakeWorker(Worker):

@@ -18,14 +18,14 @@ from oprd import distributed
 from oprd.config import TrainConfig, VllmConfig, check_values
 from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
-from oprd.engines import vllm as vllm_engine
-from oprd.engines import vllm_preflight
 from oprd.engines.base import EngineFailure
+from oprd.engines.factory import too_wide
 from oprd.engines.generate import GenerateEngine
 from oprd.engines.logprob_gap import LogprobGap, logprob_gap
-from oprd.engines.making import too_wide
-from oprd.engines.vllm import VllmEngine, engine_dtype, max_logprob_gap, worker_environment
-from oprd.engines.vllm_preflight import check_vllm, reason
+from oprd.engines.vllm import engine as vllm_engine
+from oprd.engines.vllm import preflight as vllm_preflight
+from oprd.engines.vllm.engine import VllmEngine, engine_dtype, max_logprob_gap, worker_environment
+from oprd.engines.vllm.preflight import check_vllm, reason
 from oprd.errors import ConfigError
 from oprd.preflight import preflight
 from tests.oprd.tiny import make_model

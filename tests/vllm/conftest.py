@@ -8,7 +8,7 @@ import torch
 
 from oprd.config import VllmConfig
 from oprd.demo.task import make_tokenizer
-from oprd.engines.vllm import VllmEngine
+from oprd.engines.vllm.engine import VllmEngine
 from oprd.models.loading import demo_path
 from oprd.models.weights import full_weights
 from tests.oprd.tiny import make_model

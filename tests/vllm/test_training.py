@@ -12,9 +12,9 @@ import torch
 
 from oprd.checkpoint.resume import locate
 from oprd.config import EvalSetConfig, TrainConfig
-from oprd.engines import making
+from oprd.engines import factory
 from oprd.engines.logprob_gap import logprob_gap
-from oprd.engines.vllm_preflight import check_vllm
+from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import ConfigError
 from oprd.train import TrainingStopped, train
 from tests.oprd.tiny import make_model
@@ -38,7 +38,7 @@ def lines(directory):
 
 def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
     """Two updates reach it, later ones do not."""
-    real, first = making.full_weights, {}
+    real, first = factory.full_weights, {}
     calls = []
 
     def stale(student):
@@ -50,7 +50,7 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
             first[name] = tensor.clone()
             yield name, tensor
 
-    monkeypatch.setattr(making, "full_weights", stale)
+    monkeypatch.setattr(factory, "full_weights", stale)
     cfg = small_run(tmp_path / "run")
     cfg.optim.lr, cfg.optim.schedule, cfg.optim.warmup_ratio = 5e-3, "constant", 0.0
     with pytest.raises(TrainingStopped) as caught:

@@ -16,14 +16,14 @@ from transformers import PretrainedConfig
 
 from oprd import distributed
 from oprd.config import TrainConfig
-from oprd.engines.process import free_port, with_this_package
-from oprd.engines.vllm import (
+from oprd.engines.vllm.engine import (
     WORKER,
     engine_dtype,
     llm_arguments,
     longest_sequence,
     worker_environment,
 )
+from oprd.engines.vllm.process import free_port, with_this_package
 from oprd.errors import ConfigError, Unreachable
 
 INSTALL = {

@@ -1,5 +1,5 @@
 """A process that is asked and answers, and that can be given up: the engine's side of it is
-`oprd.engines.vllm_worker`.
+`oprd.engines.vllm.worker`.
 
 A message is a pickled tuple whose first entry says what it is. Tensors come after it: those of a
 GPU by CUDA IPC, not copied; those of a CPU as bytes, since shared memory is small in containers.

@@ -1,10 +1,10 @@
-"""The process that vLLM runs in, one a rank: ``python -m oprd.engines.vllm_worker FD`` serves the
-connection of an `oprd.engines.process.EngineProcess`.
+"""The process that vLLM runs in, one a rank: ``python -m oprd.engines.vllm.worker FD`` serves the
+connection of an `oprd.engines.vllm.process.EngineProcess`.
 
 vLLM's engine core runs in this process too, not in one below it (``external_launcher``), so that
 weights reach it as tensors, by vLLM's own ``reload_weights``: the same call on a CPU and on a GPU.
 
-    python -m oprd.engines.vllm_worker check '{"model": ..}'  # would vLLM take these arguments?
+    python -m oprd.engines.vllm.worker check '{"model": ..}'  # would vLLM take these arguments?
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from oprd.engines.process import receive_tensors
+from oprd.engines.vllm.process import receive_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

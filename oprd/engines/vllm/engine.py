@@ -1,7 +1,7 @@
 """vLLM as the engine. It runs in a process of its own, one a rank, on the rank's device.
 
 A process of its own, as vLLM would otherwise rearrange the trainer's threads, allocator and process
-group, and take it along when it dies. In that process nothing is below vLLM (see `vllm_worker`).
+group, and take it along when it dies. In that process nothing is below vLLM (see `worker`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from oprd import distributed
 from oprd.config import MAX_LOGPROB_GAP, DType, TrainConfig, VllmConfig
 from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
-from oprd.engines.process import EngineProcess, free_port
+from oprd.engines.vllm.process import EngineProcess, free_port
 
-WORKER = "oprd.engines.vllm_worker"
+WORKER = "oprd.engines.vllm.worker"
 TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")
 """Variables of the trainer's own process group, which the engine is no part of."""
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd import distributed
@@ -17,6 +16,7 @@ from oprd.checkpoint.resume import Candidates, find_candidates, is_run
 from oprd.config import TrainConfig, check_values
 from oprd.config.fsdp import check_fsdp
 from oprd.data.prompts import Prompt, PromptSet, load_prompts, load_training_prompts
+from oprd.distributed.device import check_device
 from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import Attempt, ConfigError, Problems, attempts
 from oprd.models.compatibility import (
@@ -182,23 +182,6 @@ def _bridge_notes(cfg: TrainConfig, teacher: str, bridge: BridgeInfo) -> list[st
             f"tokens, this run compares {pairs!r} ({option})"
         )
     return notes
-
-
-def check_device(name: str) -> torch.device:
-    """The device that ``device=name`` means.
-
-    Raises:
-        ConfigError: if there is none of that name.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name}, but torch sees no GPU: use device=cpu")
-    return device
 
 
 def _check_world(cfg: TrainConfig, ranks: int) -> None:

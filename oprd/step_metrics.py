@@ -10,7 +10,6 @@ import torch
 from oprd import distributed
 from oprd.attach import RepOutput
 from oprd.data.micro_batches import Plan, batch_work
-from oprd.data.rollout import Rollout
 from oprd.objectives import StudentPass
 from oprd.observability.memory import GIB, PeakMemory
 
@@ -44,28 +43,6 @@ def time_metrics(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
     """Of a step's phases, and the rollouts' tokens a second."""
     metrics = {"perf/tokens_per_second": tokens / max(sum(seconds.values()), 1e-9)}
     return metrics | {f"time/{phase.replace(' ', '_')}_s": s for phase, s in seconds.items()}
-
-
-def rollout_metrics(
-    rollouts: Sequence[Rollout], device: torch.device, aligned: bool
-) -> dict[str, Any]:
-    """Lengths of the responses, ``rollout/tokens`` with their prompts, and ``align/ratio`` if a
-    teacher has another tokenizer (``aligned``)."""
-    lengths = [len(r.response_ids) for r in rollouts]
-    readings = [(r.reading, n) for r, n in zip(rollouts, lengths, strict=True)]
-    paired = [(len(g.pairs), n) for g, n in readings if g is not None and g.pairs is not None]
-    sums = [sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
-    sums += [sum(len(r) for r in rollouts), sum(p for p, _ in paired), sum(n for _, n in paired)]
-    length, responses, truncated, tokens, pairs, of = distributed.sum_over_ranks(sums, device)
-    metrics = {
-        "response_length/mean": length / responses,
-        "response_length/max": distributed.max_over_ranks(float(max(lengths, default=0)), device),
-        "response_length/clip_ratio": truncated / responses,
-        "rollout/tokens": int(tokens),
-    }
-    if aligned:
-        metrics["align/ratio"] = pairs / of if of else 1.0
-    return metrics
 
 
 def rep_metrics(

@@ -27,7 +27,7 @@ from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
 from oprd.data.collate import collate
 from oprd.data.micro_batches import attention_share, plan
-from oprd.data.rollout import Rollout, for_teacher
+from oprd.data.rollout import Rollout, for_teacher, rollout_metrics
 from oprd.data.sampler import PromptSampler
 from oprd.distributed.fsdp import clip_gradients
 from oprd.engines.base import Engine, EngineFailure
@@ -50,7 +50,6 @@ from oprd.step_metrics import (
     plan_metrics,
     reduced_losses,
     rep_metrics,
-    rollout_metrics,
     time_metrics,
 )
 from oprd.watchdog import Alarm, Watchdog, keep_batch, not_finite

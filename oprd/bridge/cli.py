@@ -16,8 +16,9 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from oprd.bridge.bank import BridgeInfo, check_new_file, read_info, save_bridge
-from oprd.bridge.checks import FitConfig, check_fit
-from oprd.bridge.importing import read_ps_bank
+from oprd.bridge.config import FitConfig
+from oprd.bridge.import_public import read_ps_bank
+from oprd.bridge.preflight import check_fit
 from oprd.bridge.show import tables
 from oprd.bridge.sweep import sweep
 from oprd.cli import Parser, conclusion, leave_out_an_unreachable_hub, quiet_libraries

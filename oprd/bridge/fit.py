@@ -20,8 +20,9 @@ from torch import Tensor
 
 from oprd import distributed
 from oprd.bridge.bank import Bridge, BridgeInfo, RankReport, save_bridge
-from oprd.bridge.checks import Checked, FitConfig, check_fit
+from oprd.bridge.config import FitConfig
 from oprd.bridge.heldout import Agreement, ranks_up_to
+from oprd.bridge.preflight import Checked, check_fit
 from oprd.bridge.project import project_rows
 from oprd.bridge.sgd import KeptRows, sgd
 from oprd.bridge.show import tables
@@ -35,12 +36,11 @@ from oprd.bridge.solve import (
 from oprd.bridge.statistics import PairStatistics
 from oprd.data.collate import Batch, collate
 from oprd.data.micro_batches import micro_batches
-from oprd.data.rollout import Rollout, for_teacher
+from oprd.data.rollout import Rollout, for_teacher, rollout_metrics
 from oprd.data.supervision import Supervision, supervise
 from oprd.engines.generate import eos_ids, generate
 from oprd.models.decoder import Decoder, cut, find_decoder, watch
 from oprd.models.loading import load_model
-from oprd.step_metrics import rollout_metrics
 
 FEW_PAIRS = 0.5
 """Of the student's tokens, below which the user is warned. Demos: 0.89 taught it, 0.22 did not."""

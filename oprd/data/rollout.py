@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
+
+from oprd import distributed
 from oprd.data.prompts import Prompt
 from oprd.tokenizers.alignment import Aligner, Reading
 
@@ -56,3 +60,25 @@ def for_teacher(
     elif prompt.teacher_ids is not None:
         reading = Reading(prompt.teacher_ids, rollout.response_ids)
     return replace(rollout, source=prompt.source, reading=reading)
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], device: torch.device, aligned: bool
+) -> dict[str, Any]:
+    """Lengths of the responses, ``rollout/tokens`` with their prompts, and ``align/ratio`` if a
+    teacher has another tokenizer (``aligned``)."""
+    lengths = [len(r.response_ids) for r in rollouts]
+    readings = [(r.reading, n) for r, n in zip(rollouts, lengths, strict=True)]
+    paired = [(len(g.pairs), n) for g, n in readings if g is not None and g.pairs is not None]
+    sums = [sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
+    sums += [sum(len(r) for r in rollouts), sum(p for p, _ in paired), sum(n for _, n in paired)]
+    length, responses, truncated, tokens, pairs, of = distributed.sum_over_ranks(sums, device)
+    metrics = {
+        "response_length/mean": length / responses,
+        "response_length/max": distributed.max_over_ranks(float(max(lengths, default=0)), device),
+        "response_length/clip_ratio": truncated / responses,
+        "rollout/tokens": int(tokens),
+    }
+    if aligned:
+        metrics["align/ratio"] = pairs / of if of else 1.0
+    return metrics

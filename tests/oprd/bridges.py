@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from oprd.bridge.checks import FitConfig
+from oprd.bridge.config import FitConfig
 from oprd.bridge.fit import fit
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig, TrainConfig
 from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer

@@ -5,7 +5,7 @@ from tokenizers import decoders
 
 from oprd import cli, distributed
 from oprd.bridge import cli as bridge_cli
-from oprd.bridge.checks import check_fit, pair_for_fit
+from oprd.bridge.preflight import check_fit, pair_for_fit
 from oprd.config import PromptsConfig
 from oprd.demo.bridge_teacher import make_olmo
 from oprd.demo.task import make_tokenizer

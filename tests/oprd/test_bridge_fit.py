@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from oprd import distributed
 from oprd.bridge import cli as bridge_cli
 from oprd.bridge import load_bridge, read_info
-from oprd.bridge.checks import check_fit, pair_for_fit
 from oprd.bridge.fit import Prepared, fit, stream_batch
+from oprd.bridge.preflight import check_fit, pair_for_fit
 from oprd.bridge.statistics import PairStatistics
 from oprd.data.collate import Batch
 from oprd.data.supervision import supervise

@@ -12,7 +12,7 @@ from oprd import cli
 from oprd import preflight as checks
 from oprd.bridge import cli as bridge_cli
 from oprd.bridge.bank import BridgeInfo, load_bridge, read_info, save_bridge
-from oprd.bridge.checks import FitConfig
+from oprd.bridge.config import FitConfig
 from oprd.bridge.fit import fit
 from oprd.building import Builder
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig

@@ -1,0 +1,142 @@
+"""What ``oprd-bridge fit`` is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from oprd import distributed
+from oprd.bridge.sgd import SgdConfig
+from oprd.config import (
+    DataConfig,
+    RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
+    check_sampling,
+)
+from oprd.config.types import Positions, Shift
+from oprd.errors import Problems
+
+
+@dataclass
+class FitConfig:
+    """A run of ``oprd-bridge fit``.
+
+    Attributes:
+        output: the file to write; one that exists is refused.
+        rank: r, the number of the teacher's principal directions. Any smaller rank is a slice of
+            the result (``bridge.rank`` in training).
+        prompts: how many of ``data.train`` are rolled out, chosen by ``seed``.
+        layers: student layers to fit, as ``distill.layers``: ``all`` lets training choose.
+        positions, k, shift: which hidden states, as in ``distill``.
+        held_out: share of the prompts whose responses are not fitted on but judge the result.
+        solver: ``ridge``: closed form; ``sgd``: AdamW on rows that are kept, as in the paper.
+        ridge: strength of the penalty, relative to the mean squared hidden state.
+        products: of the statistics; float32 is for GPUs that are slow in float64 (sums stay
+            float64).
+        seed: of prompts, sampling, the random projector compared with, and sgd.
+        device: ``auto``: the GPU of this rank, else the CPU.
+        autocast: run the models' matrix products in this dtype; null: off.
+        micro_batch_tokens: at most so many tokens, padding included, go through the models at once.
+        student, teacher, data, rollout: as in training. What only training has a use for is
+            refused: an adapter, several sources, vLLM, ..
+    """
+
+    output: str = "bridge.safetensors"
+    rank: int = 8
+    prompts: int = 2000
+    layers: str | list[int] = "all"
+    positions: Positions = "all"
+    k: int = 2000
+    shift: Shift = "before"
+    held_out: float = 0.1
+    solver: Literal["ridge", "sgd"] = "ridge"
+    ridge: float = 1e-6
+    products: Literal["float64", "float32"] = "float64"
+    seed: int = 0
+    device: str = "auto"
+    autocast: Literal["bfloat16"] | None = None
+    micro_batch_tokens: int = 32768
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sgd: SgdConfig = field(default_factory=SgdConfig)
+
+
+def check_values(cfg: FitConfig) -> None:
+    """Everything that is wrong with the numbers themselves.
+
+    Raises:
+        ConfigError: listing all of it.
+    """
+    problems = Problems()
+    need = problems.need
+    check_sampling(problems, cfg.data, cfg.rollout)
+    problems.need_at_least_one(
+        {
+            "rank": cfg.rank,
+            "k": cfg.k,
+            "micro_batch_tokens": cfg.micro_batch_tokens,
+            "sgd.epochs": cfg.sgd.epochs,
+            "sgd.batch_rows": cfg.sgd.batch_rows,
+            "sgd.max_rows": cfg.sgd.max_rows,
+        }
+    )
+    need(cfg.prompts >= 2, f"prompts must be at least 2 (one is held out), got {cfg.prompts}")
+    need(0 < cfg.held_out < 1, f"held_out must lie in (0, 1), got {cfg.held_out}")
+    need(cfg.ridge >= 0, f"ridge must not be negative, got {cfg.ridge}")
+    need(cfg.sgd.lr > 0, f"sgd.lr must be above 0, got {cfg.sgd.lr}")
+    _check_unused(problems, cfg)
+    ranks = distributed.world_size()
+    need(
+        cfg.solver == "ridge" or ranks == 1,
+        f"solver=sgd keeps rows and runs on one rank, there are {ranks}: use ridge, which is exact "
+        "over ranks",
+    )
+    need(
+        cfg.rollout.prompts_per_step >= ranks,
+        f"rollout.prompts_per_step={cfg.rollout.prompts_per_step} leaves some of {ranks} ranks "
+        "nothing to do",
+    )
+    problems.refuse()
+
+
+def _check_unused(problems: Problems, cfg: FitConfig) -> None:
+    """Options of training that a fit would ignore, and the bridge be of something else."""
+    need, student, data = problems.need, cfg.student, cfg.data
+    need(
+        cfg.rollout.engine == "generate",
+        f"rollout.engine={cfg.rollout.engine} has no use here: a fit samples by generate. Leave it "
+        "out, and set rollout.batch_size to what fits the memory",
+    )
+    for name, given in {
+        "gradient_checkpointing": student.gradient_checkpointing,
+        "compile": student.compile,
+    }.items():
+        need(
+            not given,
+            f"student.{name} has no use here: nothing is trained through the student. Leave it out",
+        )
+    adapter = student.lora.given
+    need(
+        not adapter,
+        f"student.lora.{', '.join(adapter)} has no use here: a fit trains nothing, and reads the "
+        "student as its path has it. Leave it out: a new adapter changes no state, so the bridge "
+        "suits a student that gets one",
+    )
+    need(
+        not data.sources,
+        f"data.sources has {', '.join(data.sources)}: a fit is for one teacher, and reads "
+        "data.train alone. Give the prompts of that teacher's source as data.train",
+    )
+    need(
+        data.train.source_field is None,
+        f"data.train.source_field={data.train.source_field} has no use here: a fit is for one "
+        "teacher, and reads all of data.train. Give it a file of that teacher's prompts",
+    )
+    need(
+        not cfg.teacher.is_self,
+        f"teacher.path={cfg.teacher.path} is the student itself: states of one model need no "
+        "bridge. Name another model, or train without bridge.path",
+    )

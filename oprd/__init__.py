@@ -1,6 +1,45 @@
-"""On-Policy Representation Distillation for Hugging Face models."""
+"""On-Policy Representation Distillation for Hugging Face models.
 
-from oprd.attach import Distiller, RepOutput, attach
+The names below are loaded when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from oprd_kernels._version import __version__
 
-__all__ = ["Distiller", "RepOutput", "__version__", "attach"]
+if TYPE_CHECKING:
+    from oprd.bridge.bank import load_bridge
+    from oprd.config import TrainConfig
+    from oprd.distill.distiller import Distiller, attach
+    from oprd.distill.taps import RepOutput
+    from oprd.train import train
+
+_HOMES = {
+    "Distiller": "oprd.distill.distiller",
+    "RepOutput": "oprd.distill.taps",
+    "TrainConfig": "oprd.config",
+    "attach": "oprd.distill.distiller",
+    "load_bridge": "oprd.bridge.bank",
+    "train": "oprd.train",
+}
+
+__all__ = [
+    "Distiller",
+    "RepOutput",
+    "TrainConfig",
+    "__version__",
+    "attach",
+    "load_bridge",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

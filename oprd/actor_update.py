@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd.attach import Distiller, TapSession, attach
 from oprd.data.supervision import supervise
+from oprd.distill.distiller import Distiller, attach
+from oprd.distill.taps import TapSession
+from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
 from oprd.models.decoder import find_decoder
 from oprd.models.lm_head import LMHead
 from oprd.observability.memory import PeakMemory
-from oprd.vocab_losses import VocabLoss, chunked, materialised
 from oprd_kernels import ops
 
 BACKBONE_FORWARD, BACKBONE_BACKWARD = "backbone forward", "backbone backward"

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from oprd import distributed
-from oprd.attach import Distiller, attach
 from oprd.bridge import load_bridge
 from oprd.config import StudentConfig, TeacherConfig, TrainConfig
+from oprd.distill.distiller import Distiller, attach
+from oprd.distill.objectives import REP, Objectives
 from oprd.distributed.fsdp import is_sharded, make_mesh, shard
 from oprd.models.compile import compile_layers
 from oprd.models.decoder import find_decoder
@@ -19,7 +20,6 @@ from oprd.models.lm_head import copy_lm_head
 from oprd.models.loading import empty_model, load_model, teacher_path
 from oprd.models.lora import add_adapter
 from oprd.models.without_adapter import WithoutAdapter
-from oprd.objectives import REP, Objectives
 
 
 class Builder:
@@ -75,7 +75,7 @@ class Builder:
         """Attach the teachers. What no objective needs of them goes with this `Builder`.
 
         Raises:
-            ValueError: as `oprd.attach.attach`.
+            ValueError: as `oprd.distill.distiller.attach`.
         """
         distillers: dict[str, Distiller] = {}
         for name, model in self.teachers.items() if REP in self.cfg.objectives else ():

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from oprd.config import BridgeConfig, EvalConfig, OpdConfig, TrainConfig
+from oprd.distill.objectives import REP
 from oprd.errors import ConfigError
-from oprd.objectives import REP
 from oprd.observability.memory import GIB
 from oprd.train import train
 

@@ -214,7 +214,7 @@ def _logprob_moments(shape: Shape, update: Update) -> Terms:
 
 
 def _materialised_moments(form: str, shape: Shape, update: Update) -> Terms:
-    """`oprd.vocab_losses.materialised` and its backward."""
+    """`oprd.distill.vocab_losses.materialised` and its backward."""
     n, e, v, d = update.all_tokens, update.dtype_bytes, shape.vocab, shape.d
     x = update.rows * v * FLOAT32
     logits = {"logits [B,T,V]": n * v * e}
@@ -245,7 +245,7 @@ def _materialised_moments(form: str, shape: Shape, update: Update) -> Terms:
 
 
 def _chunked_moments(form: str, shape: Shape, update: Update) -> Terms:
-    """`oprd.vocab_losses.chunked`: gradients are formed in its forward."""
+    """`oprd.distill.vocab_losses.chunked`: gradients are formed in its forward."""
     e, v, d, m = update.dtype_bytes, shape.vocab, shape.d, update.rows
     rows = min(update.chunk, m)
     x = rows * v * FLOAT32

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from oprd import distributed
-from oprd.attach import RepOutput
 from oprd.data.micro_batches import Plan, batch_work
-from oprd.objectives import StudentPass
+from oprd.distill.objectives import StudentPass
+from oprd.distill.taps import RepOutput
 from oprd.observability.memory import GIB, PeakMemory
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}

@@ -29,13 +29,13 @@ from oprd.data.collate import collate
 from oprd.data.micro_batches import attention_share, plan
 from oprd.data.rollout import Rollout, for_teacher, rollout_metrics
 from oprd.data.sampler import PromptSampler
+from oprd.distill.objectives import StudentPass
 from oprd.distributed.fsdp import clip_gradients
 from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.factory import make_engine, rollout_gap, too_wide
 from oprd.engines.generate import GenerateEngine, eos_ids
 from oprd.engines.vllm.engine import VllmEngine
 from oprd.evaluate import evaluate
-from oprd.objectives import StudentPass
 from oprd.observability import hang_watchdog
 from oprd.observability.memory import PeakMemory
 from oprd.observability.run_log import RunLog

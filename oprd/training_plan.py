@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from oprd import planner
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
+from oprd.distill.objectives import REP
 from oprd.models.layer_pairs import pair_layers
-from oprd.objectives import REP
 from oprd.observability.memory import GIB
 from oprd.planner import Moment
 from oprd.shapes import DTYPE_BYTES, FLOAT32, Shape, Update

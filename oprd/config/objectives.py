@@ -44,12 +44,12 @@ OBJECTIVES: dict[str, Form | None] = {
     "opd_full": "full",
     "opd_full_forward": "full_forward",
 }
-"""Names of objectives; of output-space ones with their `oprd.vocab_losses` form."""
+"""Names of objectives; of output-space ones with their `oprd.distill.vocab_losses` form."""
 
 
 @dataclass
 class OpdConfig:
-    """Output-space objectives, the baselines (see `oprd.vocab_losses.VocabLoss`).
+    """Output-space objectives, the baselines (see `oprd.distill.vocab_losses.VocabLoss`).
 
     Attributes:
         k: of the top-k objectives; at most the size of the vocabulary (the demo's has 15 tokens).

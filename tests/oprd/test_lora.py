@@ -14,6 +14,7 @@ from oprd import attach
 from oprd.building import Builder
 from oprd.config import DistillConfig, LoraConfig, OpdConfig, TeacherConfig, TrainConfig
 from oprd.data.collate import Batch
+from oprd.distill.objectives import REP, Objectives
 from oprd.engines.generate import generate
 from oprd.errors import ConfigError, need_package
 from oprd.models.decoder import find_decoder
@@ -22,7 +23,6 @@ from oprd.models.lora import add_adapter, is_adapted, merged_weights
 from oprd.models.packing_check import check_packing
 from oprd.models.weights import full_weights
 from oprd.models.without_adapter import WithoutAdapter, adapter_off
-from oprd.objectives import REP, Objectives
 from oprd.preflight import preflight
 from oprd.train import train
 from tests.oprd.test_attach import assert_same, attached, expected, gradients

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.data.collate import collate
 from oprd.data.micro_batches import attention_share, batch_work, micro_batches, plan
 from oprd.data.rollout import Rollout
+from oprd.distill.distiller import attach
+from oprd.distill.objectives import REP, Objectives
 from oprd.models.decoder import find_decoder
-from oprd.objectives import REP, Objectives
 from oprd.step_metrics import plan_metrics, rep_metrics
 from oprd.tokenizers.alignment import Reading
 from tests.oprd.test_bridge_attach import make_bridge

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TrainConfig, check_values
 from oprd.data.collate import Batch
+from oprd.distill.distiller import attach
+from oprd.distill.objectives import REP, Objectives
 from oprd.errors import ConfigError
 from oprd.models.lm_head import copy_lm_head
-from oprd.objectives import REP, Objectives
 from oprd.preflight import preflight
 from oprd.train import train
 from tests.oprd.test_train import small_run

@@ -6,15 +6,15 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from oprd.attach import attach
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TeacherConfig
 from oprd.data.collate import collate
 from oprd.data.rollout import Rollout
 from oprd.data.supervision import supervise
+from oprd.distill.distiller import attach
+from oprd.distill.objectives import REP, Objectives
 from oprd.errors import ConfigError
 from oprd.models.decoder import find_decoder
 from oprd.models.packing_check import check_packing
-from oprd.objectives import REP, Objectives
 from oprd.preflight import preflight
 from oprd.step_metrics import rep_metrics
 from oprd.tokenizers.alignment import Reading

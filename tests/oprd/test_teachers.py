@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from oprd.attach import attach
 from oprd.building import Builder
 from oprd.config import (
     DataConfig,
@@ -21,9 +20,10 @@ from oprd.data.rollout import Rollout
 from oprd.data.supervision import supervise
 from oprd.demo.more import accuracy, carries, is_plain, make_more, with_hint, without_hint
 from oprd.demo.task import Sum, make_splits, make_tokenizer
+from oprd.distill.distiller import attach
+from oprd.distill.objectives import REP, Objectives
 from oprd.errors import ConfigError
 from oprd.models.loading import load_config, load_model
-from oprd.objectives import REP, Objectives
 from oprd.preflight import preflight
 from oprd.tokenizers.alignment import Reading
 from oprd.train import train

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
 from oprd.models.lm_head import LMHead, multiply
-from oprd.vocab_losses import VocabLoss, chunked, materialised
 from tests.oprd.tiny import make_model
 
 FORMS = ("top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward")

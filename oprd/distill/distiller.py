@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,105 +27,11 @@ from oprd.bridge.project import Projectors
 from oprd.config.types import Positions, Reduction, Shift
 from oprd.data.collate import Batch
 from oprd.data.supervision import supervise
-from oprd.models.decoder import cut, find_decoder, first_tensor, replace_first, watch
+from oprd.distill.taps import Board, RepOutput, TapSession, tapped_class
+from oprd.models.decoder import cut, find_decoder, watch
 from oprd.models.info import ModelInfo
 from oprd.models.layer_pairs import LayerSpec, pair_layers
-from oprd_kernels import RepLossStats, rep_tap
 from oprd_kernels.validate import KINDS
-
-
-@dataclass(frozen=True)
-class RepOutput:
-    """What a student forward pass with taps gives.
-
-    Attributes:
-        loss: 0-D, mean of the layers' losses; ``backward`` goes through it.
-        layer_losses: (L,) float32, detached.
-        layer_cosine: (L,) float32: mean cosine between student and teacher rows.
-        layer_student_norm, layer_teacher_norm: (L,) float32: mean norms of the rows.
-        num_valid: 0-D, the number of rows whose weight is not 0.
-    """
-
-    loss: Tensor
-    layer_losses: Tensor
-    layer_cosine: Tensor
-    layer_student_norm: Tensor
-    layer_teacher_norm: Tensor
-    num_valid: Tensor
-
-
-@dataclass
-class TapSession:
-    """One student forward pass: what the taps compare with, and what they have found."""
-
-    teacher_states: Sequence[Tensor]
-    options: dict
-    student_proj: Callable[[int, torch.device], Tensor] | None = None
-    """P_S (r, dS) of the index-th compared layer, with a bridge."""
-    found: dict[int, tuple[Tensor, RepLossStats]] = field(default_factory=dict)
-
-    def tap(self, index: int, h: Tensor) -> Tensor:
-        """Pass the states of the index-th compared layer through `rep_tap`."""
-        if index in self.found:
-            raise RuntimeError(
-                "the student ran twice inside one `taps` context: open one per forward pass"
-            )
-        proj = None if self.student_proj is None else self.student_proj(index, h.device)
-        h, loss, stats = rep_tap(
-            h, self.teacher_states[index], student_proj=proj, **self.options, return_stats=True
-        )
-        self.found[index] = (loss, stats)
-        return h
-
-    def output(self) -> RepOutput:
-        """Loss and statistics of the layers.
-
-        Raises:
-            RuntimeError: if the student has not run, or not all of it.
-        """
-        if len(self.found) < len(self.teacher_states):
-            raise RuntimeError(
-                f"{len(self.found)} of {len(self.teacher_states)} taps were reached: run the "
-                "student forward inside the `taps` context before asking for its output"
-            )
-        in_order = [self.found[i] for i in range(len(self.found))]
-        losses = torch.stack([loss for loss, _ in in_order])
-        return RepOutput(
-            loss=losses.mean(),
-            layer_losses=losses.detach(),
-            layer_cosine=torch.stack([stats.cosine for _, stats in in_order]),
-            layer_student_norm=torch.stack([stats.student_norm for _, stats in in_order]),
-            layer_teacher_norm=torch.stack([stats.teacher_norm for _, stats in in_order]),
-            num_valid=in_order[0][1].num_valid,
-        )
-
-
-class _Board:
-    """Where the taps of one student find the session in progress."""
-
-    session: TapSession | None = None
-
-
-def _tapped_class(cls: Any) -> Any:
-    """A subclass of a block's class whose call ends in a tap.
-
-    Not a forward hook: before transformers 5.20 a checkpointed block recomputes its whole call,
-    hooks included, with whatever session is current by then. Around the call, the tap runs once
-    in every version, and under reentrant checkpointing too.
-    """
-
-    def __call__(self, *args, **kwargs):
-        output = super(tapped, self).__call__(*args, **kwargs)
-        point = self.__dict__.get("_oprd_tap")
-        if point is None or point[0].session is None:
-            return output
-        board, index = point
-        return replace_first(output, board.session.tap(index, first_tensor(output)))
-
-    tapped: Any = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
-    tapped.__qualname__ = cls.__qualname__
-    tapped._oprd_original = cls
-    return tapped
 
 
 class Distiller:
@@ -152,7 +57,7 @@ class Distiller:
         self._take_teacher(teacher, bridge)
         self.kind, self.backend = kind, backend
         self.positions, self.k, self.shift, self.reduction = positions, k, shift, reduction
-        self._board = _Board()
+        self._board = Board()
         self._points = [self._add_tap(i, block) for i, (block, _) in enumerate(self.pairs)]
 
     def _take_teacher(self, teacher: nn.Module, bridge: Bridge | None) -> None:
@@ -182,7 +87,7 @@ class Distiller:
         module: Any = self.student.state_module(block, self.student.num_layers)
         if "_oprd_tap" in module.__dict__:
             raise ValueError("the student already has taps: call detach() on its Distiller first")
-        module.__class__ = _tapped_class(type(module))
+        module.__class__ = tapped_class(type(module))
         module._oprd_tap = (self._board, index)
         return module
 

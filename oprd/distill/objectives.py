@@ -1,7 +1,7 @@
 """What a run minimises: a weighted sum of objectives from one rollout, one teacher forward and one
 student forward (Eq. 7).
 
-``oprd`` compares hidden states; ``opd_*`` compare next-token distributions (`oprd.vocab_losses`).
+``oprd`` compares hidden states; ``opd_*`` compare next-token distributions (`vocab_losses`).
 
 Shapes: B sequences of T tokens, M supervised tokens, V vocabulary, d hidden width.
 """
@@ -17,15 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oprd import distributed
-from oprd.attach import Distiller, RepOutput
 from oprd.config import DistillConfig, OpdConfig
 from oprd.data.collate import Batch
 from oprd.data.supervision import Supervision, supervise
+from oprd.distill.distiller import Distiller
+from oprd.distill.taps import RepOutput
+from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
 from oprd.distributed.fsdp import reshard
 from oprd.models.decoder import Decoder, find_decoder, model_inputs
 from oprd.models.lm_head import LMHead
 from oprd.models.packing_check import check_packing
-from oprd.vocab_losses import VocabLoss, chunked, materialised
 
 REP = "oprd"
 

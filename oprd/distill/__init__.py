@@ -1,0 +1,1 @@
+"""What a run minimises: taps on hidden states, and losses on logits."""

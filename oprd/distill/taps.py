@@ -1,0 +1,110 @@
+"""Taps in a student's decoder layers: where the loss's gradient is added as backward comes by.
+
+Shapes: L compared layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oprd.models.decoder import first_tensor, replace_first
+from oprd_kernels import RepLossStats, rep_tap
+
+
+@dataclass(frozen=True)
+class RepOutput:
+    """What a student forward pass with taps gives.
+
+    Attributes:
+        loss: 0-D, mean of the layers' losses; ``backward`` goes through it.
+        layer_losses: (L,) float32, detached.
+        layer_cosine: (L,) float32: mean cosine between student and teacher rows.
+        layer_student_norm, layer_teacher_norm: (L,) float32: mean norms of the rows.
+        num_valid: 0-D, the number of rows whose weight is not 0.
+    """
+
+    loss: Tensor
+    layer_losses: Tensor
+    layer_cosine: Tensor
+    layer_student_norm: Tensor
+    layer_teacher_norm: Tensor
+    num_valid: Tensor
+
+
+@dataclass
+class TapSession:
+    """One student forward pass: what the taps compare with, and what they have found."""
+
+    teacher_states: Sequence[Tensor]
+    options: dict
+    student_proj: Callable[[int, torch.device], Tensor] | None = None
+    """P_S (r, dS) of the index-th compared layer, with a bridge."""
+    found: dict[int, tuple[Tensor, RepLossStats]] = field(default_factory=dict)
+
+    def tap(self, index: int, h: Tensor) -> Tensor:
+        """Pass the states of the index-th compared layer through `rep_tap`."""
+        if index in self.found:
+            raise RuntimeError(
+                "the student ran twice inside one `taps` context: open one per forward pass"
+            )
+        proj = None if self.student_proj is None else self.student_proj(index, h.device)
+        h, loss, stats = rep_tap(
+            h, self.teacher_states[index], student_proj=proj, **self.options, return_stats=True
+        )
+        self.found[index] = (loss, stats)
+        return h
+
+    def output(self) -> RepOutput:
+        """Loss and statistics of the layers.
+
+        Raises:
+            RuntimeError: if the student has not run, or not all of it.
+        """
+        if len(self.found) < len(self.teacher_states):
+            raise RuntimeError(
+                f"{len(self.found)} of {len(self.teacher_states)} taps were reached: run the "
+                "student forward inside the `taps` context before asking for its output"
+            )
+        in_order = [self.found[i] for i in range(len(self.found))]
+        losses = torch.stack([loss for loss, _ in in_order])
+        return RepOutput(
+            loss=losses.mean(),
+            layer_losses=losses.detach(),
+            layer_cosine=torch.stack([stats.cosine for _, stats in in_order]),
+            layer_student_norm=torch.stack([stats.student_norm for _, stats in in_order]),
+            layer_teacher_norm=torch.stack([stats.teacher_norm for _, stats in in_order]),
+            num_valid=in_order[0][1].num_valid,
+        )
+
+
+class Board:
+    """Where the taps of one student find the session in progress."""
+
+    session: TapSession | None = None
+
+
+def tapped_class(cls: Any) -> Any:
+    """A subclass of a block's class whose call ends in a tap.
+
+    Not a forward hook: before transformers 5.20 a checkpointed block recomputes its whole call,
+    hooks included, with whatever session is current by then. Around the call, the tap runs once
+    in every version, and under reentrant checkpointing too.
+    """
+
+    def __call__(self, *args, **kwargs):
+        output = super(tapped, self).__call__(*args, **kwargs)
+        point = self.__dict__.get("_oprd_tap")
+        if point is None or point[0].session is None:
+            return output
+        board, index = point
+        return replace_first(output, board.session.tap(index, first_tensor(output)))
+
+    tapped: Any = type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    tapped.__qualname__ = cls.__qualname__
+    tapped._oprd_original = cls
+    return tapped

@@ -23,8 +23,8 @@ import huggingface_hub.constants
 from jsonargparse import ArgumentParser, Namespace
 
 from oprd.config import EvalConfig, TrainConfig
-from oprd.config.plan import PlanConfig, check_plan
 from oprd.errors import ConfigError
+from oprd.memory_plan.config import PlanConfig, check_plan
 
 if TYPE_CHECKING:
     from oprd.train import Summary
@@ -163,7 +163,7 @@ def quiet_libraries() -> None:
 def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
     """Print what `oprd.preflight.preflight` finds, and what ``plan`` asks for; returns whether
     nothing speaks against the run."""
-    from oprd.plan_report import show_training_plan
+    from oprd.memory_plan.report import show_training_plan
     from oprd.preflight import preflight
 
     found = preflight(cfg, dry_run=True, ranks=plan.gpus)

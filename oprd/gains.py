@@ -17,11 +17,19 @@ from typing import Any, Literal
 
 import torch
 
-from oprd import planner
 from oprd.cli import Parser, quiet_libraries
 from oprd.config import DType
 from oprd.errors import ConfigError
-from oprd.shapes import DTYPE_BYTES, Shape, Update
+from oprd.memory_plan.shapes import DTYPE_BYTES, Shape, Update
+from oprd.memory_plan.update import (
+    TEACHER_FORWARD,
+    TITLES,
+    Moment,
+    predict,
+    reads_teacher_logits,
+    ready_bytes,
+    resident,
+)
 
 SHAPE_FLAGS = ("d", "layers", "heads", "kv_heads", "intermediate", "vocab", "tied")
 
@@ -84,7 +92,7 @@ class GainsConfig:
     dtype: DType = "float32"
     device: str = "auto"
     gradient_checkpointing: Literal["on", "off", "both"] = "both"
-    objectives: list[str] = field(default_factory=lambda: list(planner.OBJECTIVES))
+    objectives: list[str] = field(default_factory=lambda: list(TITLES))
     k: int = 16
     rank: int = 8
     chunk: int = 128
@@ -99,8 +107,8 @@ class GainsConfig:
         return {"on": [True], "off": [False], "both": [True, False]}[self.gradient_checkpointing]
 
     def chosen(self) -> list[str]:
-        """The objectives in the order of `planner.OBJECTIVES`."""
-        return [name for name in planner.OBJECTIVES if name in {"oprd", *self.objectives}]
+        """The objectives in the order of `TITLES`."""
+        return [name for name in TITLES if name in {"oprd", *self.objectives}]
 
 
 def check(cfg: GainsConfig, dry_run: bool) -> None:
@@ -130,11 +138,9 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         )
     if cfg.kv_heads > 0 and cfg.heads % cfg.kv_heads:
         problems.append(f"heads ({cfg.heads}) must be a multiple of kv_heads ({cfg.kv_heads})")
-    unknown = [name for name in cfg.objectives if name not in planner.OBJECTIVES]
+    unknown = [name for name in cfg.objectives if name not in TITLES]
     if unknown:
-        problems.append(
-            f"unknown objectives {', '.join(unknown)}; known: {', '.join(planner.OBJECTIVES)}"
-        )
+        problems.append(f"unknown objectives {', '.join(unknown)}; known: {', '.join(TITLES)}")
     if cfg.shards > 1 and not dry_run:
         problems.append(
             f"shards is {cfg.shards}, but what is measured is one process: leave it at 1, or add "
@@ -202,7 +208,7 @@ class Plan:
     and mode (gradient checkpointing or not)."""
 
     resident: dict[str, int]
-    peaks: dict[bool, dict[str, planner.Moment]]
+    peaks: dict[bool, dict[str, Moment]]
 
     @property
     def worst(self) -> tuple[int, str, bool]:
@@ -221,11 +227,11 @@ def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: b
     peaks = {}
     for mode in cfg.modes:
         update = update_of(cfg, mode, on_gpu)
-        peaks[mode] = {o: planner.predict(o, student, update) for o in cfg.chosen()}
+        peaks[mode] = {o: predict(o, student, update) for o in cfg.chosen()}
     update = update_of(cfg, cfg.modes[0], on_gpu)
-    ready = planner.ready_bytes(cfg.chosen(), student, update, cfg.rank)
+    ready = ready_bytes(cfg.chosen(), student, update, cfg.rank)
     teacher_bytes = 0 if teacher is None else teacher.parameters * update.dtype_bytes
-    return Plan(planner.resident(student, update, teacher_bytes, ready), peaks)
+    return Plan(resident(student, update, teacher_bytes, ready), peaks)
 
 
 def check_memory(plan: Plan, available: int | None) -> None:
@@ -243,7 +249,7 @@ def check_memory(plan: Plan, available: int | None) -> None:
     named = ", ".join(f"{name} {mib(size)}" for name, size in plan.resident.items() if size)
     raise ConfigError(
         f"this run needs {mib(plan.total)} MiB and {mib(available)} MiB are available: resident "
-        f"({named} MiB) and {mib(peak)} MiB at the peak of {planner.OBJECTIVES[objective]!r} "
+        f"({named} MiB) and {mib(peak)} MiB at the peak of {TITLES[objective]!r} "
         f"{'with' if mode else 'without'} gradient checkpointing. Lower --batch, --tokens, "
         "--layers or --vocab, take --dtype bfloat16, leave objectives out (--objectives) or "
         f"{'' if mode else 'set --gradient_checkpointing on, or '}add --dry_run for the prediction "
@@ -289,11 +295,11 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         k=cfg.k,
         rank=cfg.rank,
         chunk=cfg.chunk,
-        with_logits=any(map(planner.reads_teacher_logits, chosen)),
+        with_logits=any(map(reads_teacher_logits, chosen)),
         with_bridge="bridge" in chosen,
         seed=cfg.seed,
     )
-    wanted = sorted({kind for o in chosen if (kind := planner.TEACHER_FORWARD.get(o))})
+    wanted = sorted({kind for o in chosen if (kind := TEACHER_FORWARD.get(o))})
     found: dict[str, Any] = {"teacher": {kind: [] for kind in wanted}}
     for mode in cfg.modes:
         if mode:
@@ -305,7 +311,7 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         for round_ in range(cfg.rounds + 1):
             named = f"checkpointing {'on' if mode else 'off'}, round {round_} of {cfg.rounds}"
             for objective in chosen:
-                console.print(f"{named}: {planner.OBJECTIVES[objective]}")
+                console.print(f"{named}: {TITLES[objective]}")
                 if round_ == 0:
                     with freed_at_once():
                         results[objective].delta_peaks.append(actor.measure(objective).delta_peak)

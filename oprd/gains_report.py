@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from oprd import planner
 from oprd.actor_update import PARTS, Measured
+from oprd.memory_plan.shapes import Shape, Update
+from oprd.memory_plan.update import (
+    TEACHER_FORWARD,
+    TITLES,
+    Moment,
+    moments,
+    predict,
+    reads_teacher_logits,
+)
 from oprd.observability.memory import GIB
-from oprd.planner import Moment
-from oprd.shapes import Shape, Update
 
 if TYPE_CHECKING:
     from oprd.gains import GainsConfig, Plan
@@ -82,7 +88,7 @@ def _cpuinfo() -> list[str]:
 
 def label(objective: str, k: int) -> str:
     """How tables call it."""
-    return planner.OBJECTIVES[objective].replace("top-k", f"top-{k}")
+    return TITLES[objective].replace("top-k", f"top-{k}")
 
 
 def summary(
@@ -96,12 +102,12 @@ def summary(
     for objective, measured in results.items():
         middle = _middle(measured.seconds)
         seconds = measured.seconds[middle]
-        kind = planner.TEACHER_FORWARD.get(objective)
+        kind = TEACHER_FORWARD.get(objective)
         of_teacher = median(teacher[kind]) if kind else None
         step = None
         if of_teacher is not None:
             step = seconds + of_teacher
-            if planner.reads_teacher_logits(objective) and extra is not None:
+            if reads_teacher_logits(objective) and extra is not None:
                 step += extra
         delta = measured.delta_peaks[0] if measured.delta_peaks else None
         rows.append(
@@ -325,10 +331,10 @@ def paper_rows() -> list[tuple[str, Moment, float | None]]:
     rows: list[tuple[str, Moment, float | None]] = []
     for objective in ("oprd", "opd_top1", "opd_topk", "opd_top1_chunked", "opd_topk_chunked"):
         update = paper_update(2000 if objective == "oprd" else 16384)
-        moment = planner.predict(objective, PAPER_SHAPE, update)
+        moment = predict(objective, PAPER_SHAPE, update)
         if objective == "oprd":
             rows.append((label(objective, 16), moment, None))
-            stored = planner.moments(objective, PAPER_SHAPE, update)
+            stored = moments(objective, PAPER_SHAPE, update)
             block = next(m for m in stored if m.name == "backward of a block")
             both = block.terms | {
                 "logits [B,T,V]": PAPER_LOGITS, "float32 stack (B,L,T,d)": PAPER_STACK

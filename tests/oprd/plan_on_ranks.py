@@ -23,11 +23,11 @@ from oprd import distributed
 from oprd.bridge.bank import save_bridge
 from oprd.config import LoraConfig
 from oprd.data.rollout import Rollout
+from oprd.memory_plan.run import ROLLOUT, STEP, TEACHER, UPDATE, make_training_plan
+from oprd.memory_plan.shapes import Shape
 from oprd.models.loading import DEMO
 from oprd.preflight import preflight
-from oprd.shapes import Shape
 from oprd.train import Trainer
-from oprd.training_plan import ROLLOUT, STEP, TEACHER, UPDATE, make_training_plan
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_gains import model, tensor_peak
 from tests.oprd.test_train import small_run

@@ -10,13 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from oprd import gains, planner
+from oprd import gains
 from oprd.actor_update import PARTS, ActorUpdate, Laps
 from oprd.gains import GainsConfig, Plan, check_memory
 from oprd.gains_report import PAPER_GIB, PAPER_SHAPE, paper_rows
+from oprd.memory_plan.shapes import Shape, Update
+from oprd.memory_plan.update import OBJECTIVES, TITLES, predict
 from oprd.observability.memory import GIB, freed_at_once
-from oprd.planner import OBJECTIVES, predict
-from oprd.shapes import Shape, Update
 
 TINY_FLAGS = """--d 32 --layers 3 --heads 4 --kv_heads 2 --intermediate 48 --vocab 80 --batch 2
     --tokens 12 --prompt 3 --rounds 2 --k 4 --chunk 5 --device cpu"""
@@ -313,7 +313,7 @@ def test_a_run_that_does_not_fit_is_refused():
     check_memory(plan, None)
     with pytest.raises(gains.ConfigError, match="are available: resident") as refused:
         check_memory(plan, plan.total - 1)
-    assert planner.OBJECTIVES[plan.worst[1]] in str(refused.value)
+    assert TITLES[plan.worst[1]] in str(refused.value)
 
 
 def test_demo_pair_by_path(tmp_path):

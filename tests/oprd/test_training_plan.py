@@ -12,16 +12,10 @@ from oprd import cli
 from oprd.config import EvalSetConfig, LoraConfig, StudentConfig, TrainConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.gains_report import PAPER_SHAPE
+from oprd.memory_plan.advice import advice
+from oprd.memory_plan.run import EVALUATION, ROLLOUT, UPDATE, adapter_parameters, make_training_plan
+from oprd.memory_plan.shapes import Shape
 from oprd.observability.memory import GIB
-from oprd.plan_advice import advice
-from oprd.shapes import Shape
-from oprd.training_plan import (
-    EVALUATION,
-    ROLLOUT,
-    UPDATE,
-    adapter_parameters,
-    make_training_plan,
-)
 from tests.oprd.plan_on_ranks import cases
 from tests.oprd.test_lora import with_adapter
 from tests.oprd.test_train import ROOT

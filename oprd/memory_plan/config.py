@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oprd.errors import Problems
-from oprd.shapes import Shape
+from oprd.memory_plan.shapes import Shape
 
 
 @dataclass

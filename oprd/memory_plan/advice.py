@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from oprd.config import TrainConfig
-from oprd.shapes import Shape
-from oprd.training_plan import ENGINE, EVALUATION, ROLLOUT, TrainingPlan, gib, make_training_plan
+from oprd.memory_plan.run import ENGINE, EVALUATION, ROLLOUT, TrainingPlan, gib, make_training_plan
+from oprd.memory_plan.shapes import Shape
 
 
 def advice(

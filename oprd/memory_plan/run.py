@@ -2,8 +2,9 @@
 
     oprd-train --config recipes/x.yaml --dry_run --plan.gpus 8 --plan.memory_gib 80
 
-`oprd.planner` follows one student update through its moments; here come the weights, gradients and
-AdamW states that are there all the time, by how they are sharded, and the other phases of a step.
+`oprd.memory_plan.update` follows one student update through its moments; here come the weights,
+gradients and AdamW states that are there all the time, by how they are sharded, and the other
+phases of a step.
 What is not counted: the CUDA context and NCCL's buffers (1 to 2 GiB), and the allocator's holes.
 
 Bytes; N tokens in a micro-batch, M supervised rows in it.
@@ -14,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from oprd import planner
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
 from oprd.distill.objectives import REP
+from oprd.memory_plan.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
+from oprd.memory_plan.update import Moment, moments
 from oprd.models.layer_pairs import pair_layers
 from oprd.observability.memory import GIB
-from oprd.planner import Moment
-from oprd.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
 
 UPDATE, TEACHER, ROLLOUT, EVALUATION, STEP = (
     "student update", "teacher", "rollout", "evaluation", "optimizer step",
@@ -220,7 +220,7 @@ class _Planner:
             eager=self.cfg.student.attn_implementation == "eager",
         )
         reached = replace(self.student, layers=self.depth)
-        found = [m for o in self._objectives() for m in planner.moments(o, reached, update)]
+        found = [m for o in self._objectives() for m in moments(o, reached, update)]
         if self.adapter:
             found = [
                 Moment(m.name, {n: x for n, x in m.terms.items() if n not in WEIGHT_GRADIENTS})

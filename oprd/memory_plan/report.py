@@ -1,4 +1,4 @@
-"""``oprd-train --dry_run --plan.gpus 8``: what `oprd.training_plan` finds, as a table."""
+"""``oprd-train --dry_run --plan.gpus 8``: what `oprd.memory_plan.run` finds, as a table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from oprd.config import TrainConfig
-from oprd.config.plan import PlanConfig
 from oprd.errors import ConfigError, Unreachable
+from oprd.memory_plan.advice import advice
+from oprd.memory_plan.config import PlanConfig
+from oprd.memory_plan.run import gib, make_training_plan
+from oprd.memory_plan.shapes import Shape
 from oprd.models.loading import load_config
 from oprd.observability.memory import GIB
-from oprd.plan_advice import advice
-from oprd.shapes import Shape
-from oprd.training_plan import gib, make_training_plan
 
 
 def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]:

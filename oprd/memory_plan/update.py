@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oprd.shapes import FLOAT32, Shape, Update
+from oprd.memory_plan.shapes import FLOAT32, Shape, Update
 
-OBJECTIVES = {
+TITLES = {
     "backbone": "backbone alone",
     "oprd": "OPRD, all layers",
     "oprd_last": "OPRD, last layer",
@@ -50,7 +50,7 @@ def predict(objective: str, shape: Shape, update: Update) -> Moment:
     """The moment at which the update's memory peaks; its total is the delta-peak.
 
     Args:
-        objective: one of `OBJECTIVES`.
+        objective: one of `TITLES`.
 
     Raises:
         ValueError: for an unknown objective.
@@ -64,8 +64,8 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
     Raises:
         ValueError: for an unknown objective.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+    if objective not in TITLES:
+        raise ValueError(f"objective must be one of {', '.join(TITLES)}; got {objective!r}")
     n, e, d = update.all_tokens, update.dtype_bytes, shape.d
     states = n * d * update.stream
     head = shape.vocab * d * e

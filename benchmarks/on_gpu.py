@@ -221,7 +221,7 @@ class Check:
         out = self.work / "gains"
         options = ["--dry_run"] if self.dry else ["--output_dir", str(out)]
         shape = [f"--{name}={value}" for name, value in PAPER.items()]
-        running.run(PYTHON, "-c", ENTRY.format("oprd.gains", "main"), *shape, *options)
+        running.run(PYTHON, "-c", ENTRY.format("oprd.benchmark.gains", "main"), *shape, *options)
         if self.dry:
             return "dry: the prediction only"
         self.results["gains"] = (out / "gains.md").read_text()
@@ -234,7 +234,14 @@ class Check:
         out = self.work / "demo"
         options = ["--dry_run"] if self.dry else ["--output_dir", str(out)]
         env = {"HF_HUB_OFFLINE": "1"}
-        command = [PYTHON, "-c", ENTRY.format("oprd.cli", "train"), "--steps", "100", *options]
+        command = [
+            PYTHON,
+            "-c",
+            ENTRY.format("oprd.cli.train", "train"),
+            "--steps",
+            "100",
+            *options,
+        ]
         running.run(*command, env=env)
         if self.dry:
             return "dry: the configuration only"

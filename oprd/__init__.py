@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from oprd.config import TrainConfig
     from oprd.distill.distiller import Distiller, attach
     from oprd.distill.taps import RepOutput
-    from oprd.train import train
+    from oprd.training.trainer import train
 
 _HOMES = {
     "Distiller": "oprd.distill.distiller",
@@ -21,7 +21,7 @@ _HOMES = {
     "TrainConfig": "oprd.config",
     "attach": "oprd.distill.distiller",
     "load_bridge": "oprd.bridge.bank",
-    "train": "oprd.train",
+    "train": "oprd.training.trainer",
 }
 
 __all__ = [

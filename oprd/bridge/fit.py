@@ -1,7 +1,7 @@
 """Fitting a bridge: prompts, student rollouts, one streaming pass of both models, projectors.
 
     oprd-bridge fit --student.path ./student --teacher.path ./teacher --output bridge.safetensors
-    torchrun --nproc-per-node 2 -m oprd.bridge fit ..
+    torchrun --nproc-per-node 2 -m oprd.cli.bridge fit ..
 
 Shapes: B sequences of T tokens, N = B T states, M supervised ones, dS and dT widths, r rank.
 """

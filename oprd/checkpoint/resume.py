@@ -11,9 +11,11 @@ from typing import Any
 import torch.distributed as dist
 
 from oprd import distributed
+from oprd.atomic_files import write_whole
 from oprd.checkpoint import files
 from oprd.checkpoint.files import Checkpoint, Torn, newest
 from oprd.config import TrainConfig
+from oprd.config.io import to_yaml
 from oprd.errors import ConfigError
 from oprd.observability.summary import Summary, read_summary
 
@@ -228,17 +230,13 @@ def tidy(directory: Path, checkpoint: Checkpoint | None, candidates: Candidates)
     return notes
 
 
-def write_config(directory: Path, write: Callable[[Path], None]) -> None:
-    """Write a run's configuration, and keep the one that was there under another name if it is not
-    the same."""
-    file = directory / "config.yaml"
-    old = file.read_bytes() if file.exists() else None
-    write(directory)
-    if old is not None and old != file.read_bytes():
-        new = file.read_bytes()
-        file.write_bytes(old)
+def write_config(directory: Path, cfg: TrainConfig) -> None:
+    """Write a run's configuration to ``config.yaml``; one that says something else is kept under
+    another name."""
+    file, content = directory / "config.yaml", to_yaml(cfg).encode()
+    if file.exists() and file.read_bytes() != content:
         files.set_aside(file, "before")
-        file.write_bytes(new)
+    write_whole(file, content)
 
 
 def cut(file: Path, size: int) -> Path | None:
@@ -250,7 +248,7 @@ def cut(file: Path, size: int) -> Path | None:
         number += 1
     with file.open("r+b") as stream:
         stream.seek(size)
-        files.write_whole(other, stream.read())
+        write_whole(other, stream.read())
         stream.truncate(size)
     return other
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from oprd import distributed
+from oprd.atomic_files import UNFINISHED, write_json, write_whole
 from oprd.checkpoint import files
 from oprd.checkpoint.state import Tensors, num_bytes, quiet_dcp
 
@@ -118,7 +119,7 @@ class Writer:
 
     def _write(self, tensors: Tensors, document: Mapping[str, Any]) -> Path:
         path = self.directory / files.step_name(document["step"])
-        unfinished = path.with_name(path.name + files.UNFINISHED)
+        unfinished = path.with_name(path.name + UNFINISHED)
         try:
             self._on_rank_0(lambda: self._make_room(unfinished, num_bytes(tensors)))
             # One rank needs no group; torch's files are synchronised by its writer.
@@ -153,7 +154,7 @@ class Writer:
             )
         (unfinished / STUDENT).mkdir()
         for name, content in self.model_files.items():
-            files.write_whole(unfinished / STUDENT / name, content)
+            write_whole(unfinished / STUDENT / name, content)
 
     def _own_digests(self, unfinished: Path) -> files.Digests:
         rank = distributed.rank()
@@ -195,7 +196,7 @@ class Writer:
 def write_best(directory: Path, best: Mapping[str, Any]) -> None:
     """Note which checkpoint is the best so far."""
     if files.read_best(directory) != best:
-        files.write_json(directory / files.BEST, best)
+        write_json(directory / files.BEST, best)
 
 
 def _cause(error: BaseException) -> Exception:

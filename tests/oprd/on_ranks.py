@@ -20,9 +20,9 @@ from oprd.config import LoraConfig, TrainConfig
 from oprd.data.rollout import Rollout, for_teacher
 from oprd.models.loading import load_model
 from oprd.models.weights import full_weights
-from oprd.preflight import Preflight, preflight
 from oprd.tokenizers.alignment import Reading
-from oprd.train import Trainer
+from oprd.training.preflight import Preflight, preflight
+from oprd.training.trainer import Trainer
 from tests.oprd.bridges import add_teachers
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_train import small_run

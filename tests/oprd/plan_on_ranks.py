@@ -26,8 +26,8 @@ from oprd.data.rollout import Rollout
 from oprd.memory_plan.run import ROLLOUT, STEP, TEACHER, UPDATE, make_training_plan
 from oprd.memory_plan.shapes import Shape
 from oprd.models.loading import DEMO
-from oprd.preflight import preflight
-from oprd.train import Trainer
+from oprd.training.preflight import preflight
+from oprd.training.trainer import Trainer
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_gains import model, tensor_peak
 from tests.oprd.test_train import small_run

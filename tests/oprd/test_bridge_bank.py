@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from oprd.bridge import bank
 from oprd.bridge.bank import Bridge, BridgeInfo, RankReport, load_bridge, read_info, save_bridge
-from oprd.bridge.cli import main
 from oprd.bridge.import_public import read_ps_bank
 from oprd.bridge.sweep import sweep_rows
+from oprd.cli.bridge import main
 from oprd.errors import ConfigError
 from oprd.models.info import ModelInfo, fingerprint
 

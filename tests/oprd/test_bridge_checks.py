@@ -3,9 +3,11 @@
 import pytest
 from tokenizers import decoders
 
-from oprd import cli, distributed
-from oprd.bridge import cli as bridge_cli
+from oprd import distributed
 from oprd.bridge.preflight import check_fit, pair_for_fit
+from oprd.cli import bridge as bridge_cli
+from oprd.cli import environment
+from oprd.cli import train as cli
 from oprd.config import PromptsConfig
 from oprd.demo.bridge_teacher import make_olmo
 from oprd.demo.task import make_tokenizer
@@ -101,7 +103,7 @@ def test_a_shallower_teacher_stands_beside_several_student_layers():
 def test_dry_run_loads_no_weights_and_writes_nothing(teacher, tmp_path, capsys, monkeypatch):
     from oprd.bridge import fit as module
 
-    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
     monkeypatch.setattr(module, "load_model", None)
     argv = ["fit", f"--teacher.path={teacher}", f"--output={tmp_path / 'b'}", "--dry_run"]
     bridge_cli.main(argv)
@@ -115,7 +117,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(teacher, tmp_path, capsys, 
 def test_dry_run_without_the_hub_says_what_it_could_not_check(
     recipe, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
     file = ROOT / "recipes" / f"qwen3_1.7b_{recipe}_bridge_fit.yaml"
     argv = ["fit", f"--config={file}", f"--output={tmp_path / 'b'}", "--dry_run"]
     bridge_cli.main(argv)

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oprd import distributed
-from oprd.bridge import cli as bridge_cli
 from oprd.bridge import load_bridge, read_info
 from oprd.bridge.fit import Prepared, fit, stream_batch
 from oprd.bridge.preflight import check_fit, pair_for_fit
 from oprd.bridge.statistics import PairStatistics
+from oprd.cli import bridge as bridge_cli
 from oprd.data.collate import Batch
 from oprd.data.supervision import supervise
 from oprd.errors import ConfigError

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from oprd import cli
 from oprd.bridge.fit import fit
+from oprd.cli import train as cli
 from oprd.errors import ConfigError
 from tests.oprd.bridges import bridged_run, small_fit, write_teacher
 from tests.oprd.test_train import steps_of
@@ -27,7 +27,7 @@ def bridge_file(teacher, tmp_path_factory):
 def test_fit_then_train_lowers_the_loss(bridge_file, teacher, tmp_path, capsys):
     """Half of the fitted rank, on the command line."""
     run = tmp_path / "run"
-    cli.train(
+    cli.main(
         [
             *(f"--output_dir={run}", f"--teacher.path={teacher}", f"--bridge.path={bridge_file}"),
             *("--bridge.rank=4", "--distill.kind=nmse", "--steps=25", "--eval.sets={}"),
@@ -56,7 +56,7 @@ def test_fit_then_train_lowers_the_loss(bridge_file, teacher, tmp_path, capsys):
 def test_a_bridge_in_mixed_precision_and_beside_other_objectives(
     bridge_file, teacher, tmp_path, changes
 ):
-    from oprd.train import train
+    from oprd.training.trainer import train
 
     options = {"steps": 1, "eval__sets": {}, "rollout__temperature": 0.0001}
     options |= {"distill__kind": "nmse"}
@@ -83,9 +83,9 @@ def test_a_bridge_in_mixed_precision_and_beside_other_objectives(
 def test_training_refuses_before_loading(
     bridge_file, teacher, tmp_path, monkeypatch, changes, message
 ):
-    from oprd.train import train
+    from oprd.training.trainer import train
 
-    monkeypatch.setattr("oprd.building.load_model", None)
+    monkeypatch.setattr("oprd.training.setup.load_model", None)
     cfg = bridged_run(tmp_path / "run", teacher, bridge_file, **changes)
     with pytest.raises(ConfigError, match=message):
         train(cfg)
@@ -94,7 +94,7 @@ def test_training_refuses_before_loading(
 def test_training_refuses_layers_and_tokenizers_that_are_not_the_bridges(
     bridge_file, teacher, tmp_path, monkeypatch
 ):
-    from oprd.preflight import preflight
+    from oprd.training.preflight import preflight
 
     partial = tmp_path / "partial.safetensors"
     fit(small_fit(partial, teacher, layers=[0, 3]))
@@ -113,7 +113,7 @@ def test_training_refuses_layers_and_tokenizers_that_are_not_the_bridges(
 
 
 def test_another_shift_is_noted(bridge_file, teacher, tmp_path):
-    from oprd.preflight import preflight
+    from oprd.training.preflight import preflight
 
     notes = preflight(
         bridged_run(tmp_path / "run", teacher, bridge_file, distill__shift="after")

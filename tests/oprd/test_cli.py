@@ -8,19 +8,21 @@ import pytest
 import torch
 import yaml
 
-from oprd import cli
 from oprd.bridge import Bridge, BridgeInfo, save_bridge
 from oprd.checkpoint.resume import settings
+from oprd.cli import environment
+from oprd.cli import train as cli
 from oprd.config import TrainConfig
+from oprd.config.io import from_values
 from oprd.models.info import ModelInfo
-from oprd.stages import stage_values
+from oprd.training.stages import stage_values
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
 
 
 def parse(*argv):
@@ -30,7 +32,7 @@ def parse(*argv):
 
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as stopped:
-        cli.train(list(argv))
+        cli.main(list(argv))
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -135,7 +137,7 @@ def test_a_directory_with_something_in_it_is_refused(capsys, tmp_path):
 
 def test_dry_run_of_the_demo_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli.train(["--dry_run"])
+    cli.main(["--dry_run"])
     out = capsys.readouterr().out
     assert "0<-0, 1<-1, 2<-2, 3<-3" in out
     assert "prompts train: 6400" in out
@@ -144,7 +146,7 @@ def test_dry_run_of_the_demo_writes_nothing(capsys, tmp_path, monkeypatch):
 
 
 def test_dry_run_of_the_papers_recipe_says_what_it_could_not_check(capsys):
-    cli.train(["--dry_run", "--config", str(RECIPES / "r1_distill_1.5b_justrl.yaml")])
+    cli.main(["--dry_run", "--config", str(RECIPES / "r1_distill_1.5b_justrl.yaml")])
     out = capsys.readouterr().out
     assert "not checked: no model at 'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B'" in out
     assert "as far as it could be checked" in out
@@ -196,10 +198,7 @@ def test_the_papers_two_stages_are_its_bridge_and_opd_from_there():
     parser = cli.make_parser()
     parsed = parser.parse_args(["--config", str(TWO_STAGES)])
     plain = {k: v for k, v in parsed.as_dict().items() if k not in cli.CONTROLS}
-    first, second = (
-        cli.to_config(parser.instantiate(parser.parse_object(values)))
-        for values in stage_values(plain, parsed.stages).values()
-    )
+    first, second = map(from_values, stage_values(plain, parsed.stages).values())
     alone = parse("--config", str(RECIPES / "qwen3_1.7b_qwen3_4b_bridge.yaml"))
     assert (first.objectives, second.objectives) == ({"oprd": 1.0}, {"opd_top1": 1.0})
     assert (second.bridge.path, second.steps, second.optim.lr) == (None, 500, 1e-5)
@@ -215,7 +214,7 @@ def test_the_papers_two_stages_are_its_bridge_and_opd_from_there():
 def test_dry_run_of_the_papers_two_stages(capsys, tmp_path, monkeypatch):
     """As it is, and on the demo's models and prompts, since the hub is out of reach."""
     monkeypatch.chdir(tmp_path)
-    cli.train(["--config", str(TWO_STAGES), "--dry_run"])
+    cli.main(["--config", str(TWO_STAGES), "--dry_run"])
     said = capsys.readouterr().out
     assert "not checked: bridge: the bridge qwen3_1.7b_qwen3_4b.safetensors" in said
     assert "not checked: opd: no model at 'Qwen/Qwen3-1.7B-Base'" in said
@@ -229,6 +228,6 @@ def test_dry_run_of_the_papers_two_stages(capsys, tmp_path, monkeypatch):
     info = BridgeInfo(model, model, pairs, rank=8, solver="ridge")
     of_shapes = ({i: torch.zeros(shape) for i in range(4)} for shape in ((8, 128), (8, 128), 128))
     save_bridge(Bridge(*of_shapes, info), "qwen3_1.7b_qwen3_4b.safetensors")
-    cli.train(demo)
+    cli.main(demo)
     assert "the stages bridge, opd can start" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["qwen3_1.7b_qwen3_4b.safetensors"]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from oprd.compare import CompareConfig, Comparison, Result, Variant, check, main, summarise
+from oprd.benchmark.compare import CompareConfig, Comparison, Result, Variant, check, summarise
+from oprd.cli.compare import main
 from oprd.config import EvalSetConfig, OpdConfig
 from oprd.errors import ConfigError
 

@@ -27,7 +27,7 @@ from oprd.engines.vllm import preflight as vllm_preflight
 from oprd.engines.vllm.engine import VllmEngine, engine_dtype, max_logprob_gap, worker_environment
 from oprd.engines.vllm.preflight import check_vllm, reason
 from oprd.errors import ConfigError
-from oprd.preflight import preflight
+from oprd.training.preflight import preflight
 from tests.oprd.tiny import make_model
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from oprd.data.prompts import Prompt
 from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
 from oprd.engines.generate import GenerateEngine
-from oprd.evaluate import distinct_4grams, evaluate
-from oprd.grading import exact, last_boxed, math
+from oprd.training.evaluation import distinct_4grams, evaluate
+from oprd.training.grading import exact, last_boxed, math
 from tests.oprd.tiny import make_model
 
 

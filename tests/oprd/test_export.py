@@ -7,15 +7,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
-from oprd import export
 from oprd.checkpoint import files, save_student, state
 from oprd.checkpoint.run import model_files
 from oprd.checkpoint.writer import Writer
+from oprd.cli import export as export_cli
 from oprd.config import LoraConfig, StudentConfig
 from oprd.demo.task import make_tokenizer
 from oprd.models.loading import load_model
 from oprd.models.lora import add_adapter
-from oprd.train import train
+from oprd.training import export
+from oprd.training.trainer import train
 from tests.oprd.test_train import small_run
 from tests.oprd.tiny import VOCAB, make_batch, make_model
 
@@ -37,7 +38,7 @@ def test_the_exported_model_is_the_trained_one(tmp_path, architecture, capsys):
     model = make_model(architecture, seed=3).eval()
     model.generation_config.max_new_tokens = 17
     tokenizer = run_with_checkpoints(tmp_path, model, 1)
-    export.main([str(tmp_path), str(tmp_path / "out")])
+    export_cli.main([str(tmp_path), str(tmp_path / "out")])
     assert f"step 1: {tmp_path / 'out'}" in capsys.readouterr().out
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     ids, mask, _ = make_batch()
@@ -53,7 +54,7 @@ def test_the_exported_model_is_the_trained_one(tmp_path, architecture, capsys):
 def test_in_another_precision(tmp_path):
     model = make_model("llama")
     run_with_checkpoints(tmp_path, model, 1)
-    export.main([str(tmp_path), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    export_cli.main([str(tmp_path), str(tmp_path / "out"), "--dtype", "bfloat16"])
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in model.state_dict().items():
         assert torch.equal(weights[name], weight.bfloat16())
@@ -63,11 +64,11 @@ def test_in_another_precision(tmp_path):
 def test_the_newest_of_a_run_or_the_one_that_is_named(tmp_path, capsys):
     run_with_checkpoints(tmp_path, make_model("llama"), 1, 2)
     (tmp_path / "checkpoints" / files.step_name(2) / ".metadata").write_bytes(b"")
-    export.main([str(tmp_path), str(tmp_path / "a")])
+    export_cli.main([str(tmp_path), str(tmp_path / "a")])
     printed = capsys.readouterr().out
     assert "not whole and left out: .metadata has 0 bytes" in printed
     assert "step 1: " in printed
-    export.main([str(tmp_path / "checkpoints" / files.step_name(1)), str(tmp_path / "b")])
+    export_cli.main([str(tmp_path / "checkpoints" / files.step_name(1)), str(tmp_path / "b")])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_the_newest_of_a_run_or_the_one_that_is_named(tmp_path, capsys):
 def test_mistakes(tmp_path, capsys, arguments, message):
     run_with_checkpoints(tmp_path, make_model("llama"), 1)
     with pytest.raises(SystemExit) as ended:
-        export.main([a.format(run=tmp_path) for a in arguments])
+        export_cli.main([a.format(run=tmp_path) for a in arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -96,7 +97,7 @@ def test_a_lora_student_is_merged(tmp_path, dtype):
     cfg.student.lora = LoraConfig(rank=2)
     train(cfg)
     arguments = [str(tmp_path / "run"), str(tmp_path / "out")]
-    export.main(arguments if dtype is None else [*arguments, "--dtype", dtype])
+    export_cli.main(arguments if dtype is None else [*arguments, "--dtype", dtype])
     exported = load_file(tmp_path / "out" / "model.safetensors")
     trained = load_file(tmp_path / "run" / "student" / "model.safetensors")
     assert exported.keys() == trained.keys()

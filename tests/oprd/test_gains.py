@@ -10,12 +10,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from oprd import gains
-from oprd.actor_update import PARTS, ActorUpdate, Laps
-from oprd.gains import GainsConfig, Plan, check_memory
-from oprd.gains_report import PAPER_GIB, PAPER_SHAPE, paper_rows
+from oprd.benchmark.config import GainsConfig
+from oprd.benchmark.gains_plan import Plan, check_memory, make_plan
+from oprd.benchmark.report import PAPER_GIB, PAPER_SHAPE, paper_rows
+from oprd.benchmark.update import PARTS, ActorUpdate, Laps
+from oprd.cli import gains as gains_cli
+from oprd.errors import ConfigError
 from oprd.memory_plan.shapes import Shape, Update
-from oprd.memory_plan.update import OBJECTIVES, TITLES, predict
+from oprd.memory_plan.update import TITLES, predict
 from oprd.observability.memory import GIB, freed_at_once
 
 TINY_FLAGS = """--d 32 --layers 3 --heads 4 --kv_heads 2 --intermediate 48 --vocab 80 --batch 2
@@ -36,7 +38,7 @@ def model(d, layers, heads, kv_heads, intermediate, vocab, tied, dtype=torch.flo
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     directory = tmp_path_factory.mktemp("gains") / "out"
-    gains.main([*TINY, "--output_dir", str(directory)])
+    gains_cli.main([*TINY, "--output_dir", str(directory)])
     written = json.loads((directory / "gains.json").read_text())
     return written, (directory / "gains.md").read_text()
 
@@ -46,7 +48,7 @@ def test_everything_is_measured_in_both_modes(report):
     written, markdown = report
     assert list(written["modes"]) == ["on", "off"]
     for rows in written["modes"].values():
-        assert [row["objective"] for row in rows] == list(OBJECTIVES)
+        assert [row["objective"] for row in rows] == list(TITLES)
         for row in rows:
             assert len(row["seconds_by_round"]) == 2
             assert row["seconds"] in row["seconds_by_round"]
@@ -123,7 +125,7 @@ def plain_loss(actor, objective):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "logprob"])
+@pytest.mark.parametrize("objective", [name for name in TITLES if name != "logprob"])
 def test_gradients_are_those_of_the_definition(objective, checkpointing):
     student = model(32, 3, 4, 2, 48, 80, tied=True)
     actor = ActorUpdate(student, batch=2, tokens=12, prompt=3, k=4, chunk=5)
@@ -251,7 +253,7 @@ def test_peak_of_the_process_holds_the_tensors():
 
 def test_planner_in_the_large():
     update = Update(batch=8, tokens=4096, rows=8 * 4000, dtype_bytes=2)
-    peaks = {name: predict(name, PAPER_SHAPE, update).total for name in OBJECTIVES}
+    peaks = {name: predict(name, PAPER_SHAPE, update).total for name in TITLES}
     assert peaks["oprd"] <= 1.05 * peaks["backbone"]
     assert peaks["oprd"] < peaks["opd_top1_chunked"] < peaks["opd_top1"] < peaks["opd_full"]
     without = predict("oprd", PAPER_SHAPE, replace(update, checkpointing=False)).total
@@ -267,7 +269,7 @@ def test_papers_run_is_set_beside_its_numbers(capsys):
     assert reported == set(PAPER_GIB.values())
     with_both = next(m for name, m, _ in paper_rows() if name == "OPRD with both")
     assert with_both.total / GIB == pytest.approx(PAPER_GIB["oprd"], rel=0.2)
-    gains.main([*TINY, "--dry_run", "--shards", "4"])
+    gains_cli.main([*TINY, "--dry_run", "--shards", "4"])
     shown = capsys.readouterr().out
     assert "the paper's run" in shown
     assert "predicted" in shown
@@ -275,7 +277,7 @@ def test_papers_run_is_set_beside_its_numbers(capsys):
 
 def fails(capsys, *flags):
     with pytest.raises(SystemExit) as stopped:
-        gains.main(list(flags))
+        gains_cli.main(list(flags))
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -308,16 +310,16 @@ def test_results_are_not_overwritten(capsys, tmp_path):
 
 def test_a_run_that_does_not_fit_is_refused():
     shape = Shape.of(model(32, 3, 4, 2, 48, 80, True).config)
-    plan: Plan = gains.make_plan(GainsConfig(), shape, None, on_gpu=False)
+    plan: Plan = make_plan(GainsConfig(), shape, None, on_gpu=False)
     check_memory(plan, plan.total)
     check_memory(plan, None)
-    with pytest.raises(gains.ConfigError, match="are available: resident") as refused:
+    with pytest.raises(ConfigError, match="are available: resident") as refused:
         check_memory(plan, plan.total - 1)
     assert TITLES[plan.worst[1]] in str(refused.value)
 
 
 def test_demo_pair_by_path(tmp_path):
-    gains.main(
+    gains_cli.main(
         ["--student.path", "demo:student", "--teacher.path", "demo:teacher", "--tokens", "12",
          "--prompt", "4", "--rounds", "1", "--objectives", "[backbone]", "--device", "cpu",
          "--gradient_checkpointing", "off", "--output_dir", str(tmp_path / "out")]

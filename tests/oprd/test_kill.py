@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from oprd import cli
+from oprd.cli import train as cli
 from tests.oprd.runs import assert_same, checkpoint_tensors, measured
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def train_on_a_slow_disk(arguments):
         sync(descriptor)
 
     os.fsync = slow
-    cli.train(arguments)
+    cli.main(arguments)
 
 
 def wait_for_unfinished(process, checkpoints, number):
@@ -60,7 +60,7 @@ def wait_for_lines(process, file, number):
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path):
     # A server that has imported everything forks the runs: seconds saved on each.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oprd.cli", "oprd.train"])
+    context.set_forkserver_preload(["oprd.cli.train", "oprd.training.trainer"])
 
     def start(directory):
         process = context.Process(target=train_on_a_slow_disk, args=(command(directory),))

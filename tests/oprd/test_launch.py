@@ -57,7 +57,7 @@ def test_a_run_that_ends_by_itself(tmp_path, script):
     called = (tmp_path / "torchrun").read_text().split()
     at = called.index("-m")
     assert called[at:] == [
-        *("-m", "oprd.train", "--config", "recipe.yaml", "--output_dir", "runs/x"),
+        *("-m", "oprd.cli.train", "--config", "recipe.yaml", "--output_dir", "runs/x"),
         *("--resume", "auto", "--optim.lr", "1e-6"),
     ]
     options = dict(zip(called[:at:2], called[1:at:2], strict=True))

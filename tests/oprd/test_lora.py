@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd import attach
-from oprd.building import Builder
 from oprd.config import DistillConfig, LoraConfig, OpdConfig, TeacherConfig, TrainConfig
 from oprd.data.collate import Batch
 from oprd.distill.objectives import REP, Objectives
@@ -23,8 +22,9 @@ from oprd.models.lora import add_adapter, is_adapted, merged_weights
 from oprd.models.packing_check import check_packing
 from oprd.models.weights import full_weights
 from oprd.models.without_adapter import WithoutAdapter, adapter_off
-from oprd.preflight import preflight
-from oprd.train import train
+from oprd.training.preflight import preflight
+from oprd.training.setup import Builder
+from oprd.training.trainer import train
 from tests.oprd.test_attach import assert_same, attached, expected, gradients
 from tests.oprd.test_train import ROOT, small_run, steps_of
 from tests.oprd.tiny import make_batch, make_model

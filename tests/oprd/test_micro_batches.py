@@ -14,8 +14,8 @@ from oprd.data.rollout import Rollout
 from oprd.distill.distiller import attach
 from oprd.distill.objectives import REP, Objectives
 from oprd.models.decoder import find_decoder
-from oprd.step_metrics import plan_metrics, rep_metrics
 from oprd.tokenizers.alignment import Reading
+from oprd.training.metrics import plan_metrics, rep_metrics
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.tiny import make_model
 

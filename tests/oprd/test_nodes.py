@@ -41,10 +41,11 @@ def test_four_ranks_of_two_nodes_agree_with_one(nodes, tmp_path):
 
 IMPATIENT = """
 import sys
-from oprd import cli, distributed
+from oprd import distributed
+from oprd.cli import train as cli
 from oprd.checkpoint.run import check_shared
 check_shared.__defaults__ = (1.0,)  # seconds in which a shared file may appear
-distributed.run_main(lambda: cli.train(sys.argv[1:]))
+distributed.run_main(lambda: cli.main(sys.argv[1:]))
 """
 
 
@@ -63,8 +64,8 @@ def test_a_directory_that_they_do_not_share_is_refused(nodes, tmp_path):
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(nodes, tmp_path):
     run = tmp_path / "run"
     arguments = [
-        "-m", "oprd.train", f"--output_dir={run}", "--steps=30", "--eval.sets={}", "--resume=auto",
-        "--checkpoint.every=5", "--log_every=1",
+        "-m", "oprd.cli.train", f"--output_dir={run}", "--steps=30", "--eval.sets={}",
+        "--resume=auto", "--checkpoint.every=5", "--log_every=1",
     ]  # fmt: skip
     said = nodes.torchrun(1, *arguments, "--watchdog.timeout_s=10")
     while not list(run.glob("checkpoints/step_*/")):

@@ -11,8 +11,8 @@ from oprd.distill.distiller import attach
 from oprd.distill.objectives import REP, Objectives
 from oprd.errors import ConfigError
 from oprd.models.lm_head import copy_lm_head
-from oprd.preflight import preflight
-from oprd.train import train
+from oprd.training.preflight import preflight
+from oprd.training.trainer import train
 from tests.oprd.test_train import small_run
 from tests.oprd.tiny import make_batch, make_model
 

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from oprd import cli
-from oprd import preflight as checks
-from oprd.bridge import cli as bridge_cli
 from oprd.bridge.bank import BridgeInfo, load_bridge, read_info, save_bridge
 from oprd.bridge.config import FitConfig
 from oprd.bridge.fit import fit
-from oprd.building import Builder
+from oprd.cli import bridge as bridge_cli
+from oprd.cli import train as cli
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig
 from oprd.data.chat import end_of_turn
 from oprd.data.prompts import load_prompts
@@ -24,7 +22,9 @@ from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.tokenizers.alignment import Aligner
-from oprd.train import train
+from oprd.training import preflight as checks
+from oprd.training.setup import Builder
+from oprd.training.trainer import train
 from tests.oprd.bridges import add_teachers, write_teachers
 from tests.oprd.test_train import lines, small_run
 

@@ -15,10 +15,10 @@ from oprd.distill.objectives import REP, Objectives
 from oprd.errors import ConfigError
 from oprd.models.decoder import find_decoder
 from oprd.models.packing_check import check_packing
-from oprd.preflight import preflight
-from oprd.step_metrics import rep_metrics
 from oprd.tokenizers.alignment import Reading
-from oprd.train import Trainer, train
+from oprd.training.metrics import rep_metrics
+from oprd.training.preflight import preflight
+from oprd.training.trainer import Trainer, train
 from tests.oprd.test_bridge_attach import make_bridge
 from tests.oprd.test_train import small_run, steps_of
 from tests.oprd.tiny import ARCHITECTURES, COMMON, VOCAB, make_batch, make_model

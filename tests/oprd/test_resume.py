@@ -14,16 +14,17 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from oprd import cli, export
-from oprd import train as training
 from oprd.checkpoint import files, resume, save_student
 from oprd.checkpoint.run import check_shared
 from oprd.checkpoint.run import shutil as run_shutil
+from oprd.cli import export as export_cli
+from oprd.cli import train as cli
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
 from oprd.observability.run_log import RunLog
 from oprd.observability.summary import EvalResult
-from oprd.train import TrainingStopped, train
+from oprd.training import trainer
+from oprd.training.trainer import TrainingStopped, train
 from tests.oprd.runs import (
     ROOT,
     assert_same,
@@ -137,7 +138,7 @@ def test_other_kinds_of_runs(tmp_path, monkeypatch, changes):
 
 def test_a_dry_run_says_where_it_would_go_on(whole, capsys):
     arguments = [f"--output_dir={whole}", f"--steps={STEPS}", "--rollout.prompts_per_step=8"]
-    cli.train([*arguments, "--resume=auto", "--dry_run"])
+    cli.main([*arguments, "--resume=auto", "--dry_run"])
     assert f"resume: from {whole / 'checkpoints' / files.step_name(STEPS)}" in (
         capsys.readouterr().out
     )
@@ -265,7 +266,7 @@ def test_free_settings_are_settings():
 
 def test_auto_needs_a_directory(capsys):
     with pytest.raises(SystemExit):
-        cli.train(["--resume=auto"])
+        cli.main(["--resume=auto"])
     assert "resume=auto needs an output_dir" in capsys.readouterr().err
 
 
@@ -283,14 +284,14 @@ def test_the_best_is_kept_and_exported(tmp_path, monkeypatch):
     def scripted(*_):
         return EvalResult(next(values), 0, None, 1, 0, 1)
 
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "evaluate", scripted)
     changes = {"steps": 8, "checkpoint__keep_best": "val/val/avg@1", "checkpoint__keep_last": 1}
     directory = tmp_path / "run"
     train(run_for(directory, checkpoint__every=7, **changes))
     assert checkpoints(directory) == ["step_00000004", "step_00000008"]
     best = json.loads((directory / "checkpoints" / "best.json").read_text())
     assert best == {"metric": "val/val/avg@1", "value": 0.9, "step": 4}
-    export.main([str(directory), str(tmp_path / "best"), "--best"])
+    export_cli.main([str(directory), str(tmp_path / "best"), "--best"])
     tensors = checkpoint_tensors(directory / "checkpoints" / "step_00000004")
     for name, weight in load_file(tmp_path / "best" / "model.safetensors").items():
         assert torch.equal(weight, tensors[f"model/{name}"])
@@ -298,7 +299,7 @@ def test_the_best_is_kept_and_exported(tmp_path, monkeypatch):
 
 def test_the_last_evaluation_can_be_the_best(tmp_path, monkeypatch):
     values = iter([0.1, 0.5, 0.4, 0.7])
-    monkeypatch.setattr(training, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1))
     directory = tmp_path / "run"
     train(run_for(directory, checkpoint__every=0, checkpoint__keep_best="val/val/avg@1"))
     assert files.read_best(directory / "checkpoints")["step"] == STEPS
@@ -306,7 +307,7 @@ def test_the_last_evaluation_can_be_the_best(tmp_path, monkeypatch):
 
 def test_a_run_that_goes_on_beyond_its_end_is_evaluated_again(tmp_path, monkeypatch):
     values = iter([0.1, 0.5, 0.7])
-    monkeypatch.setattr(training, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1))
     options = {"checkpoint__every": 0, "checkpoint__keep_best": "val/val/avg@1"}
     train(run_for(tmp_path / "run", steps=2, **options))
     summary = train(run_for(tmp_path / "run", steps=4, resume="auto", **options))
@@ -386,7 +387,7 @@ def on_ranks(number, *arguments):
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={number}"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "oprd.train", *arguments],
+        [sys.executable, *launcher, "-m", "oprd.cli.train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -424,7 +425,7 @@ def test_a_checkpoint_of_two_sharded_ranks_goes_on_with_one_two_and_three(tmp_pa
         again = ["--checkpoint.every=0", f"--resume={checkpoint}", f"--output_dir={other}"]
         settled = [a for a in arguments if not a.startswith("--checkpoint.every")]
         if number == 1:
-            cli.train([*settled, *again, f"--steps={step}"])
+            cli.main([*settled, *again, f"--steps={step}"])
             assert_same(
                 {n.removeprefix("model/"): t for n, t in saved.items() if n.startswith("model/")},
                 student(other),
@@ -458,7 +459,7 @@ def test_a_signal_while_the_student_is_saved_waits_for_it(tmp_path, monkeypatch)
         os.kill(os.getpid(), signal.SIGTERM)
         save_student(*arguments)
 
-    monkeypatch.setattr("oprd.train.save_student", save)
+    monkeypatch.setattr("oprd.training.trainer.save_student", save)
     summary = train(small_run(tmp_path / "run", eval__sets={}))
     assert (summary.student / "model.safetensors").exists()
     assert not summary.interrupted

@@ -10,9 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from oprd import cli
+from oprd.cli import train as cli
 from oprd.observability.summary import finished
-from oprd.stages import RECORD, merged, stage_values
+from oprd.training.stages import RECORD, merged, stage_values
 from tests.oprd.runs import ROOT, stop_after
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def write(tmp_path, stages=None, **changes):
 
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as stopped:
-        cli.train(list(argv))
+        cli.main(list(argv))
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
@@ -44,7 +44,7 @@ def weights(directory):
 
 
 def test_each_stage_goes_on_from_the_last(tmp_path, capsys):
-    cli.train(write(tmp_path))
+    cli.main(write(tmp_path))
     out = tmp_path / "out"
     configs = [yaml.safe_load((out / name / "config.yaml").read_text()) for name in STAGES]
     assert configs[0]["objectives"] == {"oprd": 1.0}
@@ -58,32 +58,32 @@ def test_each_stage_goes_on_from_the_last(tmp_path, capsys):
 
 def test_a_second_start_goes_on_after_what_is_finished(tmp_path, capsys):
     arguments = write(tmp_path)
-    cli.train(arguments)
+    cli.main(arguments)
     out = tmp_path / "out"
     before = (out / "first" / "metrics.jsonl").read_text()
     summary = json.loads((out / "second" / "summary.json").read_text())
     (out / "second" / "summary.json").write_text(json.dumps(summary | {"interrupted": True}))
-    cli.train(arguments)
+    cli.main(arguments)
     assert (out / "first" / "metrics.jsonl").read_text() == before
     assert finished(out / "second")
     assert (out / "second.unfinished-1" / "metrics.jsonl").exists()  # nothing is lost
     capsys.readouterr()
-    cli.train(arguments)
+    cli.main(arguments)
     assert capsys.readouterr().out.count("finished already") == 2
 
 
 def test_a_second_start_goes_on_inside_a_stage_from_its_checkpoint(tmp_path, monkeypatch, capsys):
     few = FEW | {"steps": 4}
-    cli.train(write(tmp_path / "whole", **few))
+    cli.main(write(tmp_path / "whole", **few))
     arguments = [*write(tmp_path, **few), "--checkpoint.every=1"]
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
         with pytest.raises(SystemExit) as ended:
-            cli.train(arguments)
+            cli.main(arguments)
     assert ended.value.code == 143
     out = tmp_path / "out"
     assert not (out / "second").exists()
-    cli.train([*arguments, "--resume=auto"])
+    cli.main([*arguments, "--resume=auto"])
     assert not list(out.glob("*.unfinished-*"))
     steps = [json.loads(line)["step"] for line in (out / "first" / "metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4]
@@ -98,7 +98,8 @@ def test_each_stage_has_checkpoints_of_its_own(tmp_path, capsys):
 
 SLOWLY = """
 import sys, time
-from oprd import cli, distributed
+from oprd import distributed
+from oprd.cli import train as cli
 from oprd.checkpoint import student
 
 write = student.sync_tree
@@ -108,7 +109,7 @@ def slowly(directory):
     write(directory)
 
 student.sync_tree = slowly  # on rank 0, the only one that writes
-distributed.run_main(lambda: cli.train(sys.argv[1:]))
+distributed.run_main(lambda: cli.main(sys.argv[1:]))
 """
 
 
@@ -126,7 +127,7 @@ def test_no_rank_begins_a_stage_before_the_last_one_is_written(tmp_path):
 
 
 def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):
-    cli.train(write(tmp_path))
+    cli.main(write(tmp_path))
     said = fails(capsys, *write(tmp_path, optim={"lr": 0.5}, steps=3))
     assert "stages of another configuration" in said
     assert "first: optim.lr: 0.001 there, 0.5 here; first: steps: 2 there, 3 here" in said
@@ -137,24 +138,24 @@ def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):
 
 
 def test_what_a_resumed_run_may_have_otherwise_a_second_start_may_too(tmp_path, capsys):
-    cli.train(write(tmp_path))
+    cli.main(write(tmp_path))
     changes = {"logging": {"project": "mine"}, "watchdog": {"timeout_s": 900}, "log_every": 2}
-    cli.train(write(tmp_path, **changes))
+    cli.main(write(tmp_path, **changes))
     assert capsys.readouterr().out.count("finished already") == 2
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert record["first"]["log_every"] == 2
 
 
 def test_a_directory_may_be_moved(tmp_path, capsys):
-    cli.train(write(tmp_path))
+    cli.main(write(tmp_path))
     (tmp_path / "out").rename(tmp_path / "moved")
-    cli.train(write(tmp_path, output_dir=str(tmp_path / "moved")))
+    cli.main(write(tmp_path, output_dir=str(tmp_path / "moved")))
     assert capsys.readouterr().out.count("finished already") == 2
 
 
 def test_a_dry_run_goes_on_without_a_bridge_that_is_yet_to_be_fitted(tmp_path, capsys):
     arguments = write(tmp_path, {"first": {"bridge": {"path": "none.safetensors"}}, "second": {}})
-    cli.train([*arguments, "--dry_run"])
+    cli.main([*arguments, "--dry_run"])
     said = capsys.readouterr().out
     assert "not checked: first: the bridge none.safetensors: it is not there" in said
     assert "consistent as far as it could be checked" in said
@@ -186,7 +187,7 @@ def test_stages_need_a_directory(tmp_path, capsys):
 
 
 def test_dry_run(tmp_path, capsys):
-    cli.train([*write(tmp_path), "--dry_run"])
+    cli.main([*write(tmp_path), "--dry_run"])
     assert "the stages first, second can start" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 

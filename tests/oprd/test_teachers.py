@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from oprd.building import Builder
 from oprd.config import (
     DataConfig,
     DistillConfig,
@@ -24,9 +23,10 @@ from oprd.distill.distiller import attach
 from oprd.distill.objectives import REP, Objectives
 from oprd.errors import ConfigError
 from oprd.models.loading import load_config, load_model
-from oprd.preflight import preflight
 from oprd.tokenizers.alignment import Reading
-from oprd.train import train
+from oprd.training.preflight import preflight
+from oprd.training.setup import Builder
+from oprd.training.trainer import train
 from tests.oprd.test_train import lines, small_run
 from tests.oprd.tiny import make_model
 

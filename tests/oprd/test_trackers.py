@@ -11,8 +11,8 @@ import pytest
 from oprd.config import LoggingConfig
 from oprd.errors import ConfigError
 from oprd.observability.trackers import TRACKERS, Trackers
-from oprd.preflight import preflight
-from oprd.train import train
+from oprd.training.preflight import preflight
+from oprd.training.trainer import train
 from tests.oprd.test_train import ROOT, lines, small_run, steps_of
 
 pytestmark = pytest.mark.slow
@@ -145,7 +145,7 @@ class Broken:
 
 def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TRACKERS, "wandb", Broken)
-    monkeypatch.setattr("oprd.preflight.check_trackers", lambda cfg: None)
+    monkeypatch.setattr("oprd.training.preflight.check_trackers", lambda cfg: None)
     cfg = small_run(tmp_path / "run", eval__sets={}, logging=LoggingConfig(["wandb"]))
     assert train(cfg).steps == 3
     assert Broken.calls == 2

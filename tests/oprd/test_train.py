@@ -13,21 +13,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from oprd import cli, distributed, export
-from oprd import train as training
+from oprd import distributed
+from oprd.cli import train as cli
 from oprd.config import PromptsConfig
 from oprd.demo.task import make_splits
 from oprd.engines.base import EngineFailure
 from oprd.errors import ConfigError
 from oprd.models.loading import DEMO
-from oprd.train import TrainingStopped, train
+from oprd.training import export, trainer
+from oprd.training.trainer import TrainingStopped, train
 from tests.oprd.runs import ROOT, checkpoint_tensors, lines, small_run
 
 
 def oprd_train(directory, *arguments):
     """A command line: four prompts a step, no evaluation."""
     few = [f"--output_dir={directory}", "--eval.sets={}", "--rollout.prompts_per_step=4"]
-    return [sys.executable, "-m", "oprd.train", *few, *arguments]
+    return [sys.executable, "-m", "oprd.cli.train", *few, *arguments]
 
 
 def steps_of(directory):
@@ -48,7 +49,7 @@ def greedy_accuracy(directory, problems):
 
 def test_the_demo_learns_and_transformers_alone_confirms_it(tmp_path, capsys):
     """The README's first command: from 19 % to over 90 % of sums that nothing was trained on."""
-    cli.train([f"--output_dir={tmp_path / 'run'}"])
+    cli.main([f"--output_dir={tmp_path / 'run'}"])
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     accuracy = {who: sets["test"]["avg"] for who, sets in summary["evaluations"].items()}
@@ -166,8 +167,8 @@ def test_two_ranks_compute_what_one_does(tmp_path):
         *("--eval.sets={val: {path: demo:val.jsonl, limit: 41}}", "--optim.lr=1e-4"),
     ]
     launchers = {
-        "one": ["-m", "oprd.train"],
-        "two": ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oprd.train"],
+        "one": ["-m", "oprd.cli.train"],
+        "two": ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oprd.cli.train"],
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "29511"}
     for name, launcher in launchers.items():
@@ -246,7 +247,7 @@ def test_an_engine_that_does_not_start_stops_the_run_with_its_message(tmp_path, 
     def fails(*_):
         raise EngineFailure("the vLLM engine ended with exit code 1. Its log is x")
 
-    monkeypatch.setattr(training, "make_engine", fails)
+    monkeypatch.setattr(trainer, "make_engine", fails)
     with pytest.raises(TrainingStopped, match="Its log is x\nNothing was trained"):
         train(small_run(tmp_path / "run", eval__sets={}))
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from oprd import cli
+from oprd.benchmark.report import PAPER_SHAPE
+from oprd.cli import environment
+from oprd.cli import train as cli
 from oprd.config import EvalSetConfig, LoraConfig, StudentConfig, TrainConfig
 from oprd.config.fsdp import FsdpConfig
-from oprd.gains_report import PAPER_SHAPE
 from oprd.memory_plan.advice import advice
 from oprd.memory_plan.run import EVALUATION, ROLLOUT, UPDATE, adapter_parameters, make_training_plan
 from oprd.memory_plan.shapes import Shape
@@ -166,10 +167,10 @@ PHI4_MINI = (
 
 def shown(capsys, monkeypatch, *arguments):
     """What a plan for eight GPUs of 80 GiB says, and the exit code."""
-    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
     code = 0
     try:
-        cli.train(["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80", *arguments])
+        cli.main(["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80", *arguments])
     except SystemExit as ended:
         code = ended.code
     return capsys.readouterr().out, code
@@ -227,13 +228,13 @@ def test_a_bridges_rank_and_a_larger_teacher_count(capsys, monkeypatch):
     ],
 )
 def test_what_is_missing_is_named(capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(cli, "hub_reachable", lambda: False)
+    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        cli.train(["--config", str(RECIPE), *arguments])
+        cli.main(["--config", str(RECIPE), *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_recipe_whose_models_are_here_needs_no_shape(capsys):
-    cli.train(["--dry_run", "--plan.gpus=2", "--plan.memory_gib=1"])
+    cli.main(["--dry_run", "--plan.gpus=2", "--plan.memory_gib=1"])
     assert "fits," in capsys.readouterr().out

@@ -16,8 +16,8 @@ from oprd.config import LengthWatch, LossWatch, TrainConfig, WatchdogConfig, che
 from oprd.errors import ConfigError
 from oprd.observability import hang_watchdog
 from oprd.observability.hang_watchdog import Beat, describe
-from oprd.train import Trainer, TrainingStopped, train
-from oprd.watchdog import Watchdog
+from oprd.training.loss_watchdog import Watchdog
+from oprd.training.trainer import Trainer, TrainingStopped, train
 from tests.oprd.runs import limits_of_two_ranks
 from tests.oprd.test_train import ROOT, lines, small_run, steps_of
 
@@ -118,7 +118,7 @@ class Exploding(Trainer):
 
 @pytest.mark.parametrize("action", ["stop", "warn"])
 def test_a_run_that_explodes(tmp_path, monkeypatch, capsys, action):
-    monkeypatch.setattr("oprd.train.Trainer", Exploding)
+    monkeypatch.setattr("oprd.training.trainer.Trainer", Exploding)
     watch = LossWatch(action, factor=2, window=5, patience=2)
     cfg = small_run(tmp_path / "run", steps=12, eval__sets={}, watchdog__loss=watch)
     if action == "stop":
@@ -192,21 +192,21 @@ def test_collectives_outlast_the_watchdog(monkeypatch, limit, seconds):
 
 HANGS = """
 import sys, time
-import oprd.train
+import oprd.training.trainer
 from oprd import distributed
 from pathlib import Path
 from tests.oprd.runs import limits_of_two_ranks
 from tests.oprd.test_train import small_run
 
-class Sleeping(oprd.train.Trainer):
+class Sleeping(oprd.training.trainer.Trainer):
     def _rollouts(self, indices):
         if self.step == 1 and distributed.rank() == 1:
             with self.timer("rollout"):
                 time.sleep(600)
         return super()._rollouts(indices)
 
-oprd.train.Trainer = Sleeping
-oprd.train.train(small_run(Path(sys.argv[1]), eval__sets={}, watchdog__timeout_s=6.0))
+oprd.training.trainer.Trainer = Sleeping
+oprd.training.trainer.train(small_run(Path(sys.argv[1]), eval__sets={}, watchdog__timeout_s=6.0))
 """
 
 

@@ -16,7 +16,7 @@ from oprd.engines import factory
 from oprd.engines.logprob_gap import logprob_gap
 from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import ConfigError
-from oprd.train import TrainingStopped, train
+from oprd.training.trainer import TrainingStopped, train
 from tests.oprd.tiny import make_model
 from tests.vllm.conftest import start_engine
 
@@ -99,7 +99,7 @@ def test_two_ranks_share_one_copy_of_the_student(tmp_path):
     """Tensor parallel. Each has prompts of its own, and samples for both."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "oprd.train",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "oprd.cli.train",
          f"--output_dir={tmp_path / 'run'}", "--steps=3", "--eval.sets={}",
          "--rollout.prompts_per_step=6", "--rollout.engine=vllm",
          "--rollout.vllm.tensor_parallel_size=2"],

@@ -1,7 +1,7 @@
 """On-policy representation distillation, the loop.
 
     oprd-train [--config recipes/x.yaml] [--optim.lr 1e-5 ..]
-    torchrun --nproc-per-node 2 -m oprd.train [..]
+    torchrun --nproc-per-node 2 -m oprd.cli.train [..]
 
 Each step: sample prompts, let the student respond, run the teacher on what it wrote, run the
 student on it with taps, backpropagate, clip, step.
@@ -10,7 +10,7 @@ student on it with taps, backpropagate, clip, step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from oprd import distributed
-from oprd.building import Builder
 from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
 from oprd.checkpoint.resume import done_already
 from oprd.checkpoint.run import check_shared, check_space
@@ -35,16 +34,15 @@ from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.factory import make_engine, rollout_gap, too_wide
 from oprd.engines.generate import GenerateEngine, eos_ids
 from oprd.engines.vllm.engine import VllmEngine
-from oprd.evaluate import evaluate
 from oprd.observability import hang_watchdog
 from oprd.observability.memory import PeakMemory
 from oprd.observability.run_log import RunLog
 from oprd.observability.signals import Interrupt
 from oprd.observability.summary import EvalResult, Summary, plain, write_summary
 from oprd.observability.timer import PhaseTimer
-from oprd.optimizer import fast_forward, make_optimizer
-from oprd.preflight import Preflight, output_dir, preflight
-from oprd.step_metrics import (
+from oprd.training.evaluation import evaluate
+from oprd.training.loss_watchdog import Alarm, Watchdog, keep_batch, not_finite
+from oprd.training.metrics import (
     loss_metrics,
     memory_metrics,
     plan_metrics,
@@ -52,7 +50,9 @@ from oprd.step_metrics import (
     rep_metrics,
     time_metrics,
 )
-from oprd.watchdog import Alarm, Watchdog, keep_batch, not_finite
+from oprd.training.optimizer import fast_forward, make_optimizer
+from oprd.training.preflight import Preflight, output_dir, preflight
+from oprd.training.setup import Builder
 
 
 class TrainingStopped(RuntimeError):
@@ -466,12 +466,8 @@ class Trainer:
         return summary
 
 
-def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) -> Summary:
+def train(cfg: TrainConfig) -> Summary:
     """Run ``cfg`` from start to end.
-
-    Args:
-        cfg: the run.
-        write_config: called with the run's directory once it exists, to keep its configuration.
 
     Raises:
         ConfigError: before anything is loaded, if the run could not finish.
@@ -483,8 +479,8 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
     of_caller = distributed.joined()
     try:
         trainer = Trainer(cfg, checked)
-        if write_config and distributed.rank() == 0:
-            resume.write_config(trainer.directory, write_config)
+        if distributed.rank() == 0:
+            resume.write_config(trainer.directory, cfg)
         with trainer.closing, hang_watchdog.watching(cfg.watchdog.timeout_s, trainer.directory):
             summary = trainer.run()
             distributed.wait_for_all()  # gloo may abort a rank whose partners have left
@@ -492,9 +488,3 @@ def train(cfg: TrainConfig, write_config: Callable[[Path], None] | None = None) 
     finally:
         if not of_caller:
             distributed.shutdown()
-
-
-if __name__ == "__main__":
-    from oprd.cli import train as main
-
-    distributed.run_main(main)

@@ -10,8 +10,8 @@ from oprd import distributed
 from oprd.config import EvalConfig
 from oprd.data.prompts import Prompt
 from oprd.engines.base import Engine
-from oprd.grading import GRADERS
 from oprd.observability.summary import EvalResult
+from oprd.training.grading import GRADERS
 
 
 def distinct_4grams(responses: Sequence[str]) -> float | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from oprd.actor_update import PARTS, Measured
+from oprd.benchmark.update import PARTS, Measured
 from oprd.memory_plan.shapes import Shape, Update
 from oprd.memory_plan.update import (
     TEACHER_FORWARD,
@@ -24,7 +24,8 @@ from oprd.memory_plan.update import (
 from oprd.observability.memory import GIB
 
 if TYPE_CHECKING:
-    from oprd.gains import GainsConfig, Plan
+    from oprd.benchmark.config import GainsConfig
+    from oprd.benchmark.gains_plan import Plan
 
 MIB = 2**20
 

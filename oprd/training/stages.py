@@ -20,10 +20,11 @@ from oprd.atomic_files import write_json
 from oprd.checkpoint.files import set_aside
 from oprd.checkpoint.resume import differences, settings
 from oprd.config import TrainConfig
+from oprd.config.io import from_values
 from oprd.errors import ConfigError
 from oprd.observability.summary import Summary, finished
-from oprd.preflight import preflight
-from oprd.train import train
+from oprd.training.preflight import preflight
+from oprd.training.trainer import train
 
 SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "rollout.vllm",
             "distill", "bridge", "opd", "optim", "fsdp", "eval", "checkpoint", "watchdog",
@@ -32,8 +33,6 @@ SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout
 
 RECORD = "stages.json"
 T = TypeVar("T")
-Build = Callable[[dict[str, Any]], TrainConfig]
-"""From a configuration as plain values."""
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -86,9 +85,7 @@ def stage_values(
     return found
 
 
-def check(
-    values: Mapping[str, dict[str, Any]], build: Build, dry_run: bool = False
-) -> dict[str, list[str]]:
+def check(values: Mapping[str, dict[str, Any]], dry_run: bool = False) -> dict[str, list[str]]:
     """Check every stage before the first begins. A student that is yet to be made is taken to be
     like the first one.
 
@@ -108,32 +105,25 @@ def check(
         # The directory may hold a run, finished or not: that is not what is checked here.
         probe = stage | {"student": student, "output_dir": f"{directory}.check"}
         try:
-            unchecked[name] = preflight(build(probe), dry_run).unchecked
+            unchecked[name] = preflight(from_values(probe), dry_run).unchecked
         except ConfigError as error:
             raise ConfigError(f"stages.{name}: {error}") from error
     return unchecked
 
 
-def run_stages(
-    base: Mapping[str, Any],
-    stages: Mapping[str, Mapping[str, Any]],
-    build: Build,
-    write_config: Callable[[dict[str, Any], Path], None],
-) -> Summary | None:
+def run_stages(base: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Summary | None:
     """Run what is not finished; the last run's summary, None if there was nothing left to do.
 
     Args:
         base: the configuration without ``stages``, as plain values.
-        build: makes a `TrainConfig` of plain values.
-        write_config: writes such values into a run's directory.
 
     Raises:
         ConfigError: before the first run, if any of them could not finish, or the directory holds
             stages of another configuration.
     """
     values = stage_values(base, stages)
-    check(values, build)
-    configs = {name: build(stage) for name, stage in values.items()}
+    check(values)
+    configs = {name: from_values(stage) for name, stage in values.items()}
     limits = [cfg.watchdog.timeout_s for cfg in configs.values()]
     limit = None if None in limits else max(filter(None, limits))
     # For all of them: no rank begins a stage before rank 0 has ended the last one.
@@ -144,7 +134,7 @@ def run_stages(
         for name, stage in values.items():
             if not _by_rank_0(partial(_begin, name, stage)):
                 continue
-            summary = train(configs[name], partial(write_config, stage))
+            summary = train(configs[name])
             if summary.interrupted:
                 break
         return summary

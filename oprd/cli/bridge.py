@@ -8,9 +8,9 @@ oprd-bridge show bridge.safetensors
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -21,7 +21,9 @@ from oprd.bridge.import_public import read_ps_bank
 from oprd.bridge.preflight import check_fit
 from oprd.bridge.show import tables
 from oprd.bridge.sweep import sweep
-from oprd.cli import Parser, conclusion, leave_out_an_unreachable_hub, quiet_libraries
+from oprd.cli.environment import conclusion, leave_out_an_unreachable_hub, quiet_libraries
+from oprd.cli.parser import Parser, run_command
+from oprd.distributed import run_main
 from oprd.errors import ConfigError
 
 
@@ -88,6 +90,11 @@ def run_fit(options: Namespace) -> None:
     print(conclusion(bool(found.unchecked), "the fit"))
 
 
+def run_sweep(options: Namespace) -> None:
+    """``oprd-bridge sweep``."""
+    Console().print(sweep(options.bridge, options.output_dir))
+
+
 def run_import(options: Namespace) -> None:
     """``oprd-bridge import``."""
     check_new_file(options.output)
@@ -135,18 +142,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parsed = parser.instantiate(parser.parse_args(argv))
     options = parsed[parsed.command]
     quiet_libraries()
-    try:
-        if parsed.command == "fit":
-            run_fit(options)
-        elif parsed.command == "sweep":
-            Console().print(sweep(options.bridge, options.output_dir))
-        elif parsed.command == "import":
-            run_import(options)
-        else:
-            run_show(options)
-    except ConfigError as error:
-        sys.stderr.write(f"oprd-bridge: error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("oprd-bridge: interrupted\n")
-        sys.exit(130)
+    if parsed.command == "fit":
+        command = partial(run_fit, options)
+    elif parsed.command == "sweep":
+        command = partial(run_sweep, options)
+    elif parsed.command == "import":
+        command = partial(run_import, options)
+    else:
+        command = partial(run_show, options)
+    run_command("oprd-bridge", command)
+
+
+if __name__ == "__main__":  # for torchrun
+    run_main(main)

@@ -12,19 +12,17 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from oprd.config import BridgeConfig, EvalConfig, OpdConfig, TrainConfig
+from oprd.config import BridgeConfig, OpdConfig, TrainConfig
 from oprd.distill.objectives import REP
 from oprd.errors import ConfigError
 from oprd.observability.memory import GIB
-from oprd.train import train
+from oprd.training.trainer import train
 
 PHASES = ("rollout", "teacher", "student update")
 
@@ -42,7 +40,7 @@ class Variant:
     opd: OpdConfig = field(default_factory=OpdConfig)
 
 
-def _demo_variants() -> dict[str, Variant]:
+def demo_variants() -> dict[str, Variant]:
     return {
         "OPD top-1": Variant({"opd_top1": 1.0}),
         "OPD top-4": Variant({"opd_topk": 1.0}, OpdConfig(k=4)),
@@ -69,7 +67,7 @@ class CompareConfig:
     """
 
     output_dir: str = "runs/compare"
-    variants: dict[str, Variant] = field(default_factory=_demo_variants)
+    variants: dict[str, Variant] = field(default_factory=demo_variants)
     learning_rates: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3])
     tuning_seed: int = 100
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -337,29 +335,3 @@ def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], p
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``oprd-compare``. Exit codes: 0, 2 wrong configuration, 130 interrupted."""
-    from oprd.cli import Parser, quiet_libraries
-
-    parser = Parser(prog="oprd-compare", description="Objectives side by side.")
-    parser.add_argument("--config", action="config", help="a YAML file with any of the options")
-    parser.add_class_arguments(CompareConfig, None)
-    parser.set_defaults({"run.eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
-    parser.set_defaults({"variants": {k: asdict(v) for k, v in _demo_variants().items()}})
-    parsed = parser.instantiate(parser.parse_args(argv))
-    quiet_libraries()
-    values = {k: v for k, v in vars(parsed).items() if k != "config"}
-    try:
-        Comparison(CompareConfig(**values)).run()
-    except ConfigError as error:
-        sys.stderr.write(f"oprd-compare: error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("oprd-compare: interrupted; the same command goes on from here\n")
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,7 @@
-"""``oprd-export``: a checkpoint as a model that `from_pretrained` loads.
-
-oprd-export runs/demo OUTPUT                    # the newest checkpoint of a run
-oprd-export runs/demo OUTPUT --best             # the one that checkpoint.keep_best keeps
-oprd-export runs/demo/checkpoints/step_00000040 OUTPUT --dtype bfloat16
-"""
+"""A checkpoint's student in Hugging Face's layout."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +12,6 @@ from oprd.checkpoint.files import read_best, step_name
 from oprd.checkpoint.resume import CHECKPOINTS, locate
 from oprd.checkpoint.state import load
 from oprd.checkpoint.writer import STUDENT
-from oprd.cli import quiet_libraries
 from oprd.config import LoraConfig, StudentConfig
 from oprd.errors import ConfigError
 from oprd.models.loading import load_model, load_tokenizer, unwritten_model
@@ -106,30 +97,3 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str | None = None) -> No
             model = merged(model)
         model.to(getattr(torch, dtype))
     save_student(model, load_tokenizer(str(checkpoint.path / STUDENT)), output)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``oprd-export``. Exit codes: 0, 1 no room, 2 wrong arguments or checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="oprd-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the directory of a run")
-    parser.add_argument("output", type=Path, help="a directory that does not exist yet")
-    parser.add_argument("--best", action="store_true", help="of a run, its best checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as trained")
-    options = parser.parse_args(argv)
-    quiet_libraries()
-    try:
-        checkpoint = choose(options.checkpoint, options.best)
-        export(checkpoint, options.output, options.dtype)
-    except ConfigError as error:
-        sys.stderr.write(f"oprd-export: error: {error}\n")
-        sys.exit(2)
-    except OSError as error:
-        sys.stderr.write(f"oprd-export: {options.output} could not be written: {error}\n")
-        sys.exit(1)
-    print(f"step {checkpoint.step}: {options.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Measurements: what OPRD saves in the update, and objectives trained side by side."""

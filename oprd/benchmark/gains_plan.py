@@ -1,0 +1,168 @@
+"""What `oprd.benchmark.gains` will take of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from oprd.benchmark.config import SHAPE_FLAGS, GainsConfig
+from oprd.errors import ConfigError
+from oprd.memory_plan.shapes import DTYPE_BYTES, Shape, Update
+from oprd.memory_plan.update import (
+    TITLES,
+    Moment,
+    predict,
+    ready_bytes,
+    resident,
+)
+
+
+def check(cfg: GainsConfig, dry_run: bool) -> None:
+    """Everything that is wrong with the flags.
+
+    Raises:
+        ConfigError: listing all of it.
+    """
+    problems = []
+    for name in ("d", "layers", "heads", "kv_heads", "intermediate", "batch", "prompt", "rank",
+                 "chunk", "rounds", "shards"):  # fmt: skip
+        if getattr(cfg, name) < 1:
+            problems.append(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    if cfg.tokens <= cfg.prompt:
+        problems.append(
+            f"tokens is {cfg.tokens} and prompt {cfg.prompt}: no token is left to supervise; "
+            "raise --tokens or lower --prompt"
+        )
+    if cfg.vocab < 2:
+        problems.append(f"vocab must be at least 2, got {cfg.vocab}")
+    if not 1 <= cfg.k <= cfg.vocab:
+        problems.append(f"k must lie between 1 and vocab ({cfg.vocab}), got {cfg.k}")
+    if cfg.heads > 0 and cfg.d % (2 * cfg.heads):
+        problems.append(
+            f"d must be a multiple of 2 * heads (rotary embeddings need an even head width), got "
+            f"d {cfg.d} and heads {cfg.heads}"
+        )
+    if cfg.kv_heads > 0 and cfg.heads % cfg.kv_heads:
+        problems.append(f"heads ({cfg.heads}) must be a multiple of kv_heads ({cfg.kv_heads})")
+    unknown = [name for name in cfg.objectives if name not in TITLES]
+    if unknown:
+        problems.append(f"unknown objectives {', '.join(unknown)}; known: {', '.join(TITLES)}")
+    if cfg.shards > 1 and not dry_run:
+        problems.append(
+            f"shards is {cfg.shards}, but what is measured is one process: leave it at 1, or add "
+            "--dry_run for the prediction alone"
+        )
+    changed = [n for n in SHAPE_FLAGS if getattr(cfg, n) != getattr(GainsConfig, n)]
+    if cfg.student.path is not None and changed:
+        problems.append(
+            f"both student.path ({cfg.student.path}) and a shape by flags ({', '.join(changed)}) "
+            "are given: leave one of them out"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def model_config(cfg: GainsConfig) -> Any:
+    """The student's Hugging Face configuration."""
+    from transformers import Qwen2Config
+
+    from oprd.models.loading import load_config
+
+    if cfg.student.path is not None:
+        return load_config(cfg.student.path)
+    return Qwen2Config(
+        vocab_size=cfg.vocab,
+        hidden_size=cfg.d,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads,
+        intermediate_size=cfg.intermediate,
+        tie_word_embeddings=cfg.tied,
+        max_position_embeddings=max(cfg.tokens, 32768),
+    )
+
+
+def shape_of(config: Any, whose: str) -> Shape:
+    """The planner's shape of a configuration.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+    try:
+        return Shape.of(config)
+    except ValueError as error:
+        raise ConfigError(f"{whose}: {error}") from error
+
+
+def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool) -> Update:
+    """The planner's view of the update."""
+    return Update(
+        batch=cfg.batch,
+        tokens=cfg.tokens,
+        rows=cfg.batch * (cfg.tokens - cfg.prompt),
+        dtype_bytes=DTYPE_BYTES[cfg.dtype],
+        checkpointing=checkpointing,
+        chunk=cfg.chunk,
+        widen_head=not on_gpu,
+        shards=cfg.shards,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs: bytes resident before the updates, by name; and the peak of each objective
+    and mode (gradient checkpointing or not)."""
+
+    resident: dict[str, int]
+    peaks: dict[bool, dict[str, Moment]]
+
+    @property
+    def worst(self) -> tuple[int, str, bool]:
+        """The largest delta-peak, whose it is, and whether with gradient checkpointing."""
+        every = [(m.total, o, mode) for mode, found in self.peaks.items() for o, m in found.items()]
+        return max(every)
+
+    @property
+    def total(self) -> int:
+        """Bytes that the run needs at its worst moment."""
+        return sum(self.resident.values()) + self.worst[0]
+
+
+def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: bool) -> Plan:
+    """Predict the run. ``teacher``: None if it shares the student's weights."""
+    peaks = {}
+    for mode in cfg.modes:
+        update = update_of(cfg, mode, on_gpu)
+        peaks[mode] = {o: predict(o, student, update) for o in cfg.chosen()}
+    update = update_of(cfg, cfg.modes[0], on_gpu)
+    ready = ready_bytes(cfg.chosen(), student, update, cfg.rank)
+    teacher_bytes = 0 if teacher is None else teacher.parameters * update.dtype_bytes
+    return Plan(resident(student, update, teacher_bytes, ready), peaks)
+
+
+def check_memory(plan: Plan, available: int | None) -> None:
+    """Refuse a run that would not fit.
+
+    Args:
+        available: bytes; None where the system does not tell: nothing is checked.
+
+    Raises:
+        ConfigError: with the numbers and the flags to change.
+    """
+    if available is None or plan.total <= available:
+        return
+    peak, objective, mode = plan.worst
+    named = ", ".join(f"{name} {mib(size)}" for name, size in plan.resident.items() if size)
+    raise ConfigError(
+        f"this run needs {mib(plan.total)} MiB and {mib(available)} MiB are available: resident "
+        f"({named} MiB) and {mib(peak)} MiB at the peak of {TITLES[objective]!r} "
+        f"{'with' if mode else 'without'} gradient checkpointing. Lower --batch, --tokens, "
+        "--layers or --vocab, take --dtype bfloat16, leave objectives out (--objectives) or "
+        f"{'' if mode else 'set --gradient_checkpointing on, or '}add --dry_run for the prediction "
+        "alone"
+    )
+
+
+def mib(size: float | None) -> str:
+    """Bytes as MiB."""
+    return "-" if size is None else f"{size / 2**20:,.0f}"

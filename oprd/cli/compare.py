@@ -1,0 +1,28 @@
+"""``oprd-compare``: objectives side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from oprd.benchmark.compare import CompareConfig, Comparison, demo_variants
+from oprd.cli.environment import quiet_libraries
+from oprd.cli.parser import Parser, run_command
+from oprd.config import EvalConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``oprd-compare``. Exit codes: 0, 2 wrong configuration, 130 interrupted."""
+    parser = Parser(prog="oprd-compare", description="Objectives side by side.")
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options")
+    parser.add_class_arguments(CompareConfig, None)
+    parser.set_defaults({"run.eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
+    parser.set_defaults({"variants": {k: asdict(v) for k, v in demo_variants().items()}})
+    parsed = parser.instantiate(parser.parse_args(argv))
+    quiet_libraries()
+    values = {k: v for k, v in vars(parsed).items() if k != "config"}
+    run_command(
+        "oprd-compare",
+        lambda: Comparison(CompareConfig(**values)).run(),
+        interrupted="interrupted; the same command goes on from here",
+    )

@@ -1,0 +1,53 @@
+"""What a command does before it begins, and says when it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from typing import TYPE_CHECKING
+
+import huggingface_hub.constants
+
+if TYPE_CHECKING:
+    pass
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Whether the hub's address answers; behind a proxy this can't be told and is assumed."""
+    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    host = endpoint.split("//")[-1].split("/")[0].split(":")[0]
+    try:
+        socket.create_connection((host, 443), timeout=timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def leave_out_an_unreachable_hub() -> None:
+    """The libraries would ask it again for minutes."""
+    if not hub_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # some have read the variable already
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of the libraries beneath, which would tear up our own lines."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def conclusion(unchecked: bool, what: str) -> str:
+    """Of a dry run that found nothing wrong."""
+    if unchecked:
+        return "the configuration is consistent as far as it could be checked from here"
+    return f"everything checked: {what} can start"

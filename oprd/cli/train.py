@@ -1,0 +1,169 @@
+"""``oprd-train``: configuration from defaults, YAML and the command line.
+
+oprd-train                                    # the demo: minutes on a CPU
+oprd-train --config recipes/x.yaml --dry_run  # check a recipe without loading weights
+oprd-train --print_config                     # every option, with what it means: --help
+torchrun --nproc-per-node 2 -m oprd.cli.train # several ranks
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+from oprd.cli.environment import conclusion, leave_out_an_unreachable_hub, quiet_libraries
+from oprd.cli.parser import Parser, run_command
+from oprd.config import EvalConfig, TrainConfig
+from oprd.distributed import run_main
+from oprd.errors import ConfigError
+from oprd.memory_plan.config import PlanConfig, check_plan
+
+if TYPE_CHECKING:
+    from oprd.observability.summary import Summary
+
+CONTROLS = ("config", "dry_run", "stages", "plan")
+"""Options that are not part of a run's configuration."""
+
+
+def make_parser() -> Parser:
+    """Return the parser of ``oprd-train``."""
+    parser = Parser(
+        prog="oprd-train",
+        description="On-policy representation distillation. Without options: the demo.",
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with any of the options")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check configuration, prompts and models' configurations; load no weights, write "
+        "nothing",
+    )
+    parser.add_argument(
+        "--stages",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help="several runs in order, by name, each from the student that the last one left, and "
+        "what each changes of the other options",
+    )
+    parser.add_class_arguments(PlanConfig, "plan")
+    parser.add_class_arguments(TrainConfig, None)
+    # As plain values: jsonargparse prints those, but not dataclass instances inside a dict.
+    parser.set_defaults({"eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
+    return parser
+
+
+def to_config(parsed: Namespace) -> TrainConfig:
+    """Return the dataclass of what was parsed and instantiated."""
+    return TrainConfig(**{k: v for k, v in vars(parsed).items() if k not in CONTROLS})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``oprd-train``.
+
+    Exit codes: 0 finished, 1 stopped by an error or planned not to fit, 2 wrong configuration, 124
+    a rank hung (`oprd.observability.hang_watchdog`); 130 ended by Ctrl-C and 143 by SIGTERM, with a
+    checkpoint that ``--resume auto`` goes on from. (torchrun's own code is 1 for all of them but
+    0.)
+    """
+    parser = make_parser()
+    parsed = parser.parse_args(argv)
+    if parsed.dry_run:
+        leave_out_an_unreachable_hub()
+    quiet_libraries()
+    run_command("oprd-train", lambda: _run(parser, parsed))
+
+
+def _run(parser: Parser, parsed: Namespace) -> None:
+    from oprd.training.trainer import TrainingStopped
+
+    plan = parser.instantiate(parsed).plan
+    if plan.gpus is not None and not parsed.dry_run:
+        raise ConfigError("plan.gpus plans a run, and runs nothing: add --dry_run")
+    if plan.gpus is not None and parsed.stages:
+        raise ConfigError(
+            "plan.gpus plans one run, and there are stages: plan each without the others, with "
+            "--stages '{}' and its options"
+        )
+    if parsed.dry_run:
+        _dry_run(parser, parsed, plan)
+        return
+    try:
+        summary = _train(parser, parsed)
+    except TrainingStopped as error:
+        sys.stderr.write(f"oprd-train: stopped: {error}\n")
+        sys.exit(1)
+    if summary is not None and summary.stopped_by is not None:
+        sys.exit(128 + summary.stopped_by)
+
+
+def _plain(parsed: Namespace) -> dict[str, Any]:
+    return {k: v for k, v in parsed.as_dict().items() if k not in CONTROLS}
+
+
+def _train(parser: Parser, parsed: Namespace) -> Summary | None:
+    from oprd.training.stages import run_stages
+    from oprd.training.trainer import train
+
+    if parsed.stages:
+        return run_stages(_plain(parsed), parsed.stages)
+    return train(to_config(parser.instantiate(parsed)))
+
+
+def _dry_run(parser: Parser, parsed: Namespace, plan: PlanConfig) -> None:
+    """Check everything; exit with 1 if it is planned not to fit."""
+    from oprd.training import stages
+
+    if parsed.stages:
+        values = stages.stage_values(_plain(parsed), parsed.stages)
+        unchecked = stages.check(values, dry_run=True)
+        for name, items in unchecked.items():
+            for item in items:
+                print(f"not checked: {name}: {item}")
+        print(conclusion(any(unchecked.values()), f"the stages {', '.join(parsed.stages)}"))
+        return
+    check_plan(plan)
+    if not dry_run(to_config(parser.instantiate(parsed)), plan):
+        sys.exit(1)
+
+
+def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
+    """Print what the preflight finds, and what ``plan`` asks for.
+
+    Returns:
+        Whether nothing speaks against the run.
+    """
+    from oprd.memory_plan.report import show_training_plan
+    from oprd.training.preflight import preflight
+
+    found = preflight(cfg, dry_run=True, ranks=plan.gpus)
+    r = cfg.rollout
+    print(
+        f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
+        f"{r.responses_per_prompt} responses, at most {r.max_new_tokens} new tokens"
+    )
+    for name, teacher in cfg.all_teachers.items():
+        where = f" for the prompts of {name}" if name else ""
+        print(f"student {cfg.student.path} <- teacher {teacher.path}{where}")
+        if name in found.layer_pairs:
+            pairs = ", ".join(f"{s}<-{t}" for s, t in found.layer_pairs[name])
+            print(f"layers (student<-teacher): {pairs}")
+    for name, prompts in {"train": found.train, **found.eval_sets}.items():
+        if prompts:
+            longest = max(len(p.token_ids) for p in prompts.prompts)
+            print(f"prompts {name}: {len(prompts)}, the longest {longest} tokens")
+    if found.resume.checkpoints:
+        print(f"resume: from {found.resume.checkpoints[0].path}")
+    for note in found.notes:
+        print(f"note: {note}")
+    for item in found.unchecked:
+        print(f"not checked: {item}")
+    print(conclusion(bool(found.unchecked), "the run"))
+    return plan.gpus is None or show_training_plan(cfg, plan, found.bridge_ranks)
+
+
+if __name__ == "__main__":  # for torchrun
+    run_main(main)

@@ -1,0 +1,67 @@
+"""A run's configuration as plain values and as YAML, and back."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from oprd.config.train import TrainConfig
+from oprd.errors import ConfigError
+
+UNKNOWN = (
+    re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
+    re.compile(r"Key '(?P<key>[\w.]+)' is not expected"),
+)
+"""How jsonargparse says that there is no such option."""
+
+
+def to_yaml(cfg: TrainConfig) -> str:
+    """Return every option of ``cfg`` as YAML that ``--config`` reads."""
+    return yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True)
+
+
+def from_values(values: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration that plain values (as read from YAML) stand for.
+
+    Raises:
+        ConfigError: for an unknown option, with the nearest known one, or a value of the wrong
+            type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainConfig, None)
+    try:
+        made = parser.instantiate(parser.parse_object(dict(values)))
+    except ArgumentError as error:
+        names = [action.dest for action in parser._actions if action.dest != "help"]
+        raise ConfigError(explained(str(error), names)) from error
+    return TrainConfig(**vars(made))
+
+
+def explained(message: str, names: Sequence[str]) -> str:
+    """Return jsonargparse's message; for an unknown option, one line with the nearest of ``names``
+    instead."""
+    for pattern in UNKNOWN:
+        if match := pattern.search(message):
+            parts = match.groupdict()
+            key = ".".join(p for p in (parts.get("group"), parts["key"]) if p)
+            near = nearest(key, names)
+            suggestion = f"; did you mean {near!r}?" if near else ""
+            return f"unknown option {key!r}{suggestion} (--print_config lists them all)"
+    return message
+
+
+def nearest(key: str, names: Sequence[str]) -> str | None:
+    """Return the name that a mistyped key most likely stands for."""
+    by_last_part = {name.rsplit(".", 1)[-1]: name for name in names}
+    for candidates in (names, list(by_last_part)):
+        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.6):
+            return close[0] if close[0] in names else by_last_part[close[0]]
+    return None

@@ -1,0 +1,1 @@
+"""The training loop: checks, models, steps, evaluation, stages, export."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.regimes import DTYPES, compiled, device, flow, states
-from oprd_kernels import backends, fused_rep_loss, fused_rep_losses, rep_tap
+from oprd_kernels import fused_rep_loss, fused_rep_losses, rep_tap
+from oprd_kernels.backends import registry
 
 PEERS = ("eager", "compile", "liger", "three GEMMs")
 
@@ -62,7 +63,7 @@ def ours() -> tuple[str, ...]:
 
 def available() -> tuple[str, ...]:
     """Those of `ours` that are installed; of calls they refuse, the call tells."""
-    return tuple(b for b in ours() if backends.unavailable(b, device()) is None)
+    return tuple(b for b in ours() if registry.unavailable(b, device()) is None)
 
 
 def _gradient(loss: Callable[[], Tensor], *of: Tensor, ready: bool = True) -> Variant:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import interpreter
-from oprd_kernels import triton_backend
+from oprd_kernels.backends import triton as triton_backend
 from oprd_kernels.call import GradCall, LossCall
 
 ACTIVATIONS = ("student", "teacher", "grad", "students", "teachers", "grads")
@@ -117,7 +117,7 @@ def predicted_milliseconds(regime: Regime, dtype: str, device: str, m: int, d: i
     size = (regime.student_reads + regime.teacher_reads + regime.writes) * m * d * e
     flops = 2.0 * regime.products * m * d * max(regime.rank, 16 if regime.rank else 0)
     backward = regime.name.endswith("backward")
-    # In 16-bit terms, see triton_backend/operands.py.
+    # In 16-bit terms, see backends/triton/operands.py.
     products = 6 if dtype == "fp32" else 1 if backward else 2
     seconds = flops * products / (tensor * 1e12)
     return max(size / (bandwidth * 1e9), seconds) * 1e3

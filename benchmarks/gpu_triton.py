@@ -19,9 +19,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_code import Code, read_amdgcn, read_cubin
-from oprd_kernels import triton_backend
+from oprd_kernels.backends import triton as triton_backend
+from oprd_kernels.backends.triton import backend
 from oprd_kernels.call import GradCall, LossCall
-from oprd_kernels.triton_backend import backend
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -53,7 +53,8 @@ class Case:
         )
 
 
-# One of every configuration in `triton_backend.configs`, in every type that changes the code.
+# One of every configuration in `oprd_kernels.backends.triton.configs`, in every type that changes
+# the code.
 CASES = [
     *(Case(dtype, 1536) for dtype in DTYPES),
     *(Case(dtype, 4096, inplace=True) for dtype in ("fp32", "bf16")),

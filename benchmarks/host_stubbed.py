@@ -28,8 +28,8 @@ def backend_calls() -> dict[str, Call]:
     """The backend alone."""
     import torch
 
+    from oprd_kernels.backends.triton import BACKEND
     from oprd_kernels.call import GradCall, LossCall
-    from oprd_kernels.triton_backend import BACKEND
 
     student = torch.zeros(M, WIDTH, dtype=torch.bfloat16)
     teacher, grad = torch.zeros_like(student), torch.zeros_like(student)

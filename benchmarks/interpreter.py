@@ -213,7 +213,7 @@ def _launching(original):
 def small_blocks() -> None:
     """Give every projection blocks of a few rows: tests then interpret few that are not there. The
     configurations that GPUs get are compiled in tests, not interpreted."""
-    from oprd_kernels.triton_backend import configs
+    from oprd_kernels.backends.triton import configs
 
     for table in (configs._HALF, configs._FLOAT):
         for generation in table:

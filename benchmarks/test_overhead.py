@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.machine import threads
 from benchmarks.replay import replay
-from oprd_kernels import cuda, fused_rep_loss, fused_rep_losses, rep_tap
+from oprd_kernels import fused_rep_loss, fused_rep_losses, rep_tap
+from oprd_kernels.backends import cuda
 
 LAYERS = 28
 EMPTY = {

@@ -16,7 +16,7 @@ import torch
 from benchmarks import measure, regimes
 from benchmarks.machine import threads
 from benchmarks.replay import replay
-from oprd_kernels import backends
+from oprd_kernels import native
 
 ALL_THREADS = torch.get_num_threads()
 IDENTITY = ["oprd", "oprd, new gradient", "compile", "eager", "upstream", "copy"]
@@ -110,7 +110,7 @@ def run(setting: Setting) -> tuple[regimes.Case, dict[str, measure.Measured], fl
         return case, measure.measure(case, mode), measure.gemm_flops(dtype)
 
 
-MISSING = backends.native_problem() if regimes.device().type == "cpu" else None
+MISSING = native.problem() if regimes.device().type == "cpu" else None
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

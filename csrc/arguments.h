@@ -216,7 +216,7 @@ class Fields {
 };
 
 // Where a layer's part of the buffer `saved` begins, and what is in it (see
-// oprd_kernels/layout.py).
+// oprd_kernels/saved_buffer.py).
 struct Saved {
   float* stats;
   float* row_stats;

@@ -6,9 +6,9 @@ layers at once, and `rep_tap` does so inside a model.
 
 from oprd_kernels._version import __version__
 from oprd_kernels.api import RepLossStats, fused_rep_loss
-from oprd_kernels.backends import BACKENDS
-from oprd_kernels.multilayer import fused_rep_losses
-from oprd_kernels.protocol import BackendUnavailable
+from oprd_kernels.backends.protocol import BackendUnavailable
+from oprd_kernels.backends.registry import BACKENDS
+from oprd_kernels.multi_layer_loss import fused_rep_losses
 from oprd_kernels.tap import rep_tap
 
 __all__ = [

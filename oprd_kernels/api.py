@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oprd_kernels import backends, ops, reference
+from oprd_kernels import ops
+from oprd_kernels.backends import reference, registry
 from oprd_kernels.call import LossCall
 from oprd_kernels.validate import check_call
 
@@ -114,7 +115,7 @@ def fused_rep_loss(
         reduction=reduction,
         denominator=denominator,
     )
-    chosen = backends.choose(backend, (call,))
+    chosen = registry.choose(backend, (call,))
     stats: Any
     if inplace:
         _check_inplace(call, chosen, student, teacher)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from oprd_kernels import backends, cuda, native
+from oprd_kernels import native
 from oprd_kernels._version import __version__
-from oprd_kernels.triton_backend import generation
+from oprd_kernels.backends import cuda, registry
+from oprd_kernels.backends.triton import generation
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "vllm")
 
@@ -77,7 +78,7 @@ def report() -> str:
     else:
         lines.append(f"  cuda       missing: {problem}")
     gpu = torch.device("cuda" if gpus else "cpu")
-    problem = backends.unavailable("triton", gpu)
+    problem = registry.unavailable("triton", gpu)
     lines.append(f"  triton     {f'missing: {problem}' if problem else 'live: ' + _triton(gpu)}")
     lines.append("  reference  live: plain PyTorch, any device, and float64")
     lines += ["GPU tests on record:", *(f"  {line}" for line in tested(gpus))]

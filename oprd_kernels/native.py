@@ -12,8 +12,8 @@ from types import ModuleType
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from oprd_kernels.backends.protocol import BackendUnavailable
 from oprd_kernels.call import GradCall, LossCall
-from oprd_kernels.protocol import BackendUnavailable
 
 _BUILD_REPORT = Path(__file__).with_name("_build_report.json")
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack, is_grad_enabled
 from torch.compiler import is_compiling
 
-from oprd_kernels import backends
+from oprd_kernels.backends import registry
 from oprd_kernels.call import GradCall, LossCall
 
 LIBRARY = torch.library.Library("oprd", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 DEVICES = ("CPU", "CUDA")
-"""Dispatch keys; which kernels run is the ops' last argument, a name of `backends.BACKENDS`."""
+"""Dispatch keys; which kernels run is the ops' last argument, a name of `registry.BACKENDS`."""
 
 LOSS_ARGUMENTS = (
     "Tensor student, Tensor teacher, Tensor? student_proj, Tensor? teacher_proj, "
@@ -50,7 +50,7 @@ LIBRARY.define(
 
 def _rep_loss(*arguments):
     *fields, backend = arguments
-    return backends.get(backend).forward(LossCall(*fields))
+    return registry.get(backend).forward(LossCall(*fields))
 
 
 @torch.library.register_fake("oprd::rep_loss", lib=LIBRARY)
@@ -61,13 +61,13 @@ def _rep_loss_fake(*arguments):
         call.student.new_empty(
             (call.num_rows,) if call.reduction == "none" else (), dtype=torch.float32
         ),
-        call.student.new_empty(backends.get(backend).saved_size(call), dtype=torch.float32),
+        call.student.new_empty(registry.get(backend).saved_size(call), dtype=torch.float32),
     )
 
 
 def _rep_loss_grad(grad, accumulate, grad_loss, *arguments):
     *fields, backend = arguments
-    backends.get(backend).backward_(GradCall(*fields), grad, accumulate, grad_loss)
+    registry.get(backend).backward_(GradCall(*fields), grad, accumulate, grad_loss)
 
 
 @torch.library.register_fake("oprd::rep_loss_grad_", lib=LIBRARY)
@@ -77,7 +77,7 @@ def _rep_loss_grad_fake(grad, *_arguments):
 
 def _rep_loss_grad_proj(grad_loss, *arguments):
     *fields, backend = arguments
-    return backends.get(backend).grad_proj(GradCall(*fields), grad_loss)
+    return registry.get(backend).grad_proj(GradCall(*fields), grad_loss)
 
 
 @torch.library.register_fake("oprd::rep_loss_grad_proj", lib=LIBRARY)
@@ -96,7 +96,7 @@ def _identity_call(student, teacher, weights, denominator, kind, reduction) -> L
 def _rep_loss_in_place(student, teacher, *arguments):
     *options, backend = arguments
     call = _identity_call(student, teacher, *options)
-    return backends.get(backend).forward(call, grad=teacher)
+    return registry.get(backend).forward(call, grad=teacher)
 
 
 @torch.library.register_fake("oprd::rep_loss_in_place_", lib=LIBRARY)
@@ -121,7 +121,7 @@ def runs_directly() -> bool:
 def forward(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
     """Loss and ``saved`` from inside an autograd.Function."""
     if runs_directly():
-        return backends.get(backend).forward(call)
+        return registry.get(backend).forward(call)
     return torch.ops.oprd.rep_loss(*call, backend)
 
 
@@ -129,7 +129,7 @@ def rep_loss_in_place(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
     """Loss and ``saved`` of a call without projectors and row indices, leaving the gradient in the
     teacher's memory."""
     if runs_directly():
-        return backends.get(backend).forward(call, grad=call.teacher)
+        return registry.get(backend).forward(call, grad=call.teacher)
     return torch.ops.oprd.rep_loss_in_place_(*call[:2], *call[7:], backend)
 
 
@@ -179,7 +179,7 @@ def grad_student(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
             new = torch.empty if rows is None else torch.zeros
             into = new(shape, dtype=dtype, device=grad_loss.device)
     if runs_directly():
-        backends.get(backend).backward_(call, into, accumulate, grad_loss)
+        registry.get(backend).backward_(call, into, accumulate, grad_loss)
     else:
         torch.ops.oprd.rep_loss_grad_(into, accumulate, grad_loss, *call, backend)
     return into
@@ -189,7 +189,7 @@ def grad_proj(ctx, grad_loss: Tensor) -> Tensor:
     """The gradient with respect to student_proj."""
     call, backend = _grad_call(ctx)
     if runs_directly():
-        return backends.get(backend).grad_proj(call, grad_loss)
+        return registry.get(backend).grad_proj(call, grad_loss)
     return torch.ops.oprd.rep_loss_grad_proj(grad_loss, *call, backend)
 
 
@@ -223,7 +223,7 @@ class RepLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, student_proj, call, backend, want_saved):
         """``call``: holds the two tensors before it, which are given for their gradients."""
-        loss, saved = backends.get(backend).forward(call)
+        loss, saved = registry.get(backend).forward(call)
         trains_proj = student_proj is not None and ctx.needs_input_grad[1]
         save_for_grad(ctx, call, saved, backend, trains_proj)
         ctx.set_materialize_grads(False)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd_kernels import backends, ops, reference
+from oprd_kernels import ops
 from oprd_kernels.api import RepLossStats
+from oprd_kernels.backends import reference, registry
 from oprd_kernels.ownership import may_add_into
 from oprd_kernels.validate import check_call
 
@@ -61,7 +62,7 @@ def rep_tap(
         reduction=reduction,
         denominator=denominator,
     )
-    chosen = backends.choose(backend, (call,))
+    chosen = registry.choose(backend, (call,))
     if chosen == "reference":
         tapped = h
         loss, *stats = reference.rep_loss(call)

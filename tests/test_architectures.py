@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from oprd_kernels import cuda
+from oprd_kernels.backends import cuda
 
 SCRIPT = Path(__file__).parents[1] / "csrc/cuda/architectures.cmake"
 NVCC_13 = "sm_75\nsm_80\nsm_86\nsm_89\nsm_90\nsm_100\nsm_103\nsm_120\n"

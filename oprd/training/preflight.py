@@ -31,7 +31,7 @@ from oprd.models.loading import load_config, load_tokenizer, teacher_path
 from oprd.models.lora import check_targets
 from oprd.observability.trackers import check_trackers
 from oprd.tokenizers.alignment import Aligner
-from oprd_kernels import backends
+from oprd_kernels.backends import registry
 
 
 @dataclass
@@ -88,7 +88,7 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
     found.resume = find_candidates(cfg, output_dir(cfg))
     found.notes += found.resume.notes
     device, backend = check_device(cfg.device), cfg.distill.backend
-    if backend != "auto" and (reason := backends.unavailable(backend, device)):
+    if backend != "auto" and (reason := registry.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
 
     check_trackers(cfg.logging)

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from oprd_kernels import backends, triton_backend
+from oprd_kernels.backends import registry
+from oprd_kernels.backends import triton as triton_backend
 from tests.kernels import emulation
 
-FUSED = [b for b in backends.BACKENDS if b != "reference"]
+FUSED = [b for b in registry.BACKENDS if b != "reference"]
 
 if triton_backend.INTERPRETED:
     from benchmarks import interpreter
@@ -29,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each fused backend in turn; skipped, with the reason, where it can't run."""
     if request.param == "cuda":
         request.getfixturevalue("emulated")
-    if reason := backends.unavailable(request.param, torch.device("cpu")):
+    if reason := registry.unavailable(request.param, torch.device("cpu")):
         pytest.skip(reason)
     return request.param
 
@@ -47,6 +48,6 @@ def compiled_backend(backend: str) -> str:
 def zeroed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """opcheck compares all of ``saved``, also what lies between its parts, which nobody writes."""
     if triton_backend.INTERPRETED:
-        from oprd_kernels.triton_backend import backend
+        from oprd_kernels.backends.triton import backend
 
         monkeypatch.setattr(backend, "new_floats", lambda shape, device: torch.zeros(shape))

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from oprd_kernels import cuda
+from oprd_kernels.backends import cuda
 from oprd_kernels.call import GradCall, LossCall
 
 ROOT = Path(__file__).parents[2]

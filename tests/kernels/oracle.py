@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from oprd_kernels import BackendUnavailable, fused_rep_loss, rep_tap
-from oprd_kernels.reference import unit
+from oprd_kernels.backends.reference import unit
 
 TENSORS = ("student", "teacher", "student_proj", "teacher_proj", "teacher_mean")
 EPS32 = torch.finfo(torch.float32).eps

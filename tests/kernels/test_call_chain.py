@@ -10,14 +10,15 @@ import torch
 import oprd_kernels
 from oprd_kernels import (
     BackendUnavailable,
-    backends,
-    cuda,
     fused_rep_loss,
     fused_rep_losses,
-    layout,
     native,
     validate,
 )
+from oprd_kernels import (
+    saved_buffer as layout,
+)
+from oprd_kernels.backends import cuda, registry
 from oprd_kernels.call import GradCall, LossCall
 
 PACKAGE = Path(oprd_kernels.__file__).parent
@@ -46,7 +47,7 @@ def test_modules_import_without_cycles():
         for name, path in modules.items()
     }
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("oprd_kernels.call") < order.index("oprd_kernels.backends")
+    assert order.index("oprd_kernels.call") < order.index("oprd_kernels.backends.registry")
     assert order[-1] in ("oprd_kernels", "oprd_kernels.doctor")
 
 
@@ -150,9 +151,9 @@ def test_native_functions_say_what_they_were_not_given():
 
 def test_saved_begins_with_the_statistics_whatever_the_backend(backend):
     call = LossCall(S, T)
-    loss, saved = backends.get(backend).forward(call)
-    assert backends.get(backend).name == backend
-    assert saved.shape == (backends.get(backend).saved_size(call),)
+    loss, saved = registry.get(backend).forward(call)
+    assert registry.get(backend).name == backend
+    assert saved.shape == (registry.get(backend).saved_size(call),)
     assert loss.shape == ()
     cosine = torch.nn.functional.cosine_similarity(S, T).mean()
     norms = [x.norm(dim=-1).mean() for x in (S, T)]

@@ -4,8 +4,8 @@ the common suite: bytes moved, any schedule, vectors of 16 bytes, the variants f
 import pytest
 import torch
 
+from oprd_kernels.backends.cuda import BACKEND as CUDA
 from oprd_kernels.call import GradCall, LossCall
-from oprd_kernels.cuda import BACKEND as CUDA
 from tests.kernels.oracle import Case, assert_no_worse_than_torch, run
 
 pytestmark = pytest.mark.usefixtures("emulated")

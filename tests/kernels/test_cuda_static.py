@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_code, gpu_cuda
-from oprd_kernels import backends, cuda, doctor, native
+from oprd_kernels import doctor, native
+from oprd_kernels.backends import cuda, registry
 from oprd_kernels.call import LossCall
 
 
@@ -65,10 +66,10 @@ def test_two_blocks_of_the_projection_fit_an_sm(reports):
 def test_without_a_gpu_the_backend_says_so(monkeypatch):
     monkeypatch.setattr(cuda.BACKEND, "machine", None)
     cuda.installation_problem.cache_clear()
-    assert "NVIDIA GPU, not on cpu" in backends.unavailable("cuda", torch.device("cpu"))
+    assert "NVIDIA GPU, not on cpu" in registry.unavailable("cuda", torch.device("cpu"))
     if native.cuda_problem():
         pytest.skip("the native module here has no CUDA kernels")
-    assert "driver" in backends.unavailable("cuda", torch.device("cuda"))
+    assert "driver" in registry.unavailable("cuda", torch.device("cuda"))
     assert "cuda       missing: " in doctor.report()
     call, out = LossCall(torch.zeros(1, 4), torch.zeros(1, 4)), torch.zeros(16)
     with pytest.raises(RuntimeError, match="oprd CUDA: cudaGetDevice: "):
@@ -82,6 +83,6 @@ def test_a_build_without_cuda_is_explained(monkeypatch):
     monkeypatch.setattr(native, "_module", Native())
     monkeypatch.setattr(native, "build_report", lambda: {"native": None, "cuda": "no nvcc"})
     cuda.installation_problem.cache_clear()
-    problem = backends.unavailable("cuda", torch.device("cuda"))
+    problem = registry.unavailable("cuda", torch.device("cuda"))
     cuda.installation_problem.cache_clear()
     assert "the CUDA kernels are not installed (no nvcc). Install the CUDA toolkit" in problem

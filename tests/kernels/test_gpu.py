@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from oprd_kernels import backends, fused_rep_loss, fused_rep_losses, rep_tap
+from oprd_kernels import fused_rep_loss, fused_rep_losses, rep_tap
+from oprd_kernels.backends import registry
+from oprd_kernels.backends.protocol import BackendUnavailable
 from tests.kernels.oracle import Case, assert_no_worse_than_torch
 from tests.kernels.test_rep_loss import DTYPES, KINDS, make_case
 
@@ -52,9 +54,9 @@ def one_thread_a_worker():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[b for b in backends.BACKENDS if b not in ("cpu", "reference")])
+@pytest.fixture(params=[b for b in registry.BACKENDS if b not in ("cpu", "reference")])
 def gpu_backend(request):
-    if reason := backends.unavailable(request.param, torch.device("cuda")):
+    if reason := registry.unavailable(request.param, torch.device("cuda")):
         pytest.skip(reason)
     return request.param
 
@@ -62,7 +64,7 @@ def gpu_backend(request):
 def check(case, backend, through_tap=False):
     try:
         assert_no_worse_than_torch(case, backend, through_tap, device="cuda")
-    except backends.BackendUnavailable as reason:
+    except BackendUnavailable as reason:
         pytest.skip(str(reason))
 
 
@@ -142,7 +144,7 @@ def test_layers_at_once_are_the_layers_one_by_one(gpu_backend, dtype, rank):
     single = [{f"{name}_proj": column[i] for name, column in lists.items()} for i in range(5)]
     try:
         losses = fused_rep_losses(students, teachers, backend=gpu_backend, **plural)
-    except backends.BackendUnavailable as reason:
+    except BackendUnavailable as reason:
         pytest.skip(str(reason))
     wanted = [
         fused_rep_loss(s, t, backend=gpu_backend, **one)
@@ -339,7 +341,7 @@ def make_work(request, gpu_backend):
 
     try:
         make(0).call()
-    except backends.BackendUnavailable as reason:
+    except BackendUnavailable as reason:
         pytest.skip(str(reason))
     return make
 
@@ -430,7 +432,7 @@ def test_a_student_with_other_strides_is_its_contiguous_copy(gpu_backend, layout
     dense = pair_work(student.contiguous(), work.inputs[1], gpu_backend)
     try:
         found = work.call()
-    except backends.BackendUnavailable as reason:
+    except BackendUnavailable as reason:
         pytest.skip(str(reason))
     for ours, wanted in zip(found, dense.call(), strict=True):
         assert_same_to_rounding(ours, wanted)

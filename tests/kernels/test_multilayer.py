@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from oprd_kernels import cuda, fused_rep_loss, fused_rep_losses
+from oprd_kernels import fused_rep_loss, fused_rep_losses
+from oprd_kernels.backends import cuda
 
 LAYERS = 3
 

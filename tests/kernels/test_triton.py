@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from oprd_kernels import triton_backend
+from oprd_kernels.backends import triton as triton_backend
 from tests.kernels.oracle import assert_no_worse_than_torch, run
 from tests.kernels.test_rep_loss import make_case
 
@@ -13,8 +13,8 @@ if not triton_backend.INTERPRETED:
     pytest.skip("TRITON_INTERPRET is not set: these count accesses", allow_module_level=True)
 
 from benchmarks import gpu_traffic, interpreter
-from oprd_kernels.triton_backend import backend, configs, identity, launches
-from oprd_kernels.triton_backend.operands import RANK_BLOCK
+from oprd_kernels.backends.triton import backend, configs, identity, launches
+from oprd_kernels.backends.triton.operands import RANK_BLOCK
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

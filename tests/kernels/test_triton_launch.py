@@ -1,4 +1,4 @@
-"""Kernels launched directly (`oprd_kernels.triton_backend.launch`) get what Triton's own launcher
+"""Kernels launched directly (`oprd_kernels.backends.triton.launch`) get what Triton's own launcher
 gives them, on a stubbed CUDA driver (`tests.kernels.stub_driver`)."""
 
 import json

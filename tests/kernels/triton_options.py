@@ -10,8 +10,8 @@ import itertools
 import torch
 
 from benchmarks.gpu_triton import compile_only
+from oprd_kernels.backends.triton import BACKEND as TRITON
 from oprd_kernels.call import GradCall, LossCall
-from oprd_kernels.triton_backend import BACKEND as TRITON
 
 M, D = 64, 96
 NONE = (None, None, None)

@@ -192,7 +192,7 @@ def _record_launches(stub: Stub, active: Any) -> None:
 def _take_cpu_tensors() -> None:
     import torch
 
-    from oprd_kernels.triton_backend import backend, launch
+    from oprd_kernels.backends.triton import backend, launch
 
     gpu = torch.device("cuda", 0)
     launch_on = launch.Launch.__call__

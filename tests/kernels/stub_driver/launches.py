@@ -27,8 +27,8 @@ def cases() -> dict[str, Case]:
     """Calls by name. "misaligned .." and "large .." are for Triton, each time."""
     import torch
 
+    from oprd_kernels.backends.triton import BACKEND
     from oprd_kernels.call import GradCall, LossCall
-    from oprd_kernels.triton_backend import BACKEND
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found: dict[str, Case] = {}
@@ -194,7 +194,7 @@ class Pool:
 
 def forget() -> None:
     """What is remembered of earlier calls, compiled kernels aside."""
-    from oprd_kernels.triton_backend import backend, configs, geometry, launch, operands
+    from oprd_kernels.backends.triton import backend, configs, geometry, launch, operands
 
     for module in (backend, configs, geometry, launch, operands):
         for value in vars(module).values():
@@ -208,7 +208,7 @@ def main() -> None:
         stub = stub_driver.install(Path(folder), record=True)
         from triton.runtime.errors import OutOfResources
 
-        from oprd_kernels.triton_backend import backend, launch
+        from oprd_kernels.backends.triton import backend, launch
 
         backend.new_floats = pool = Pool()
         ordinary = [0]

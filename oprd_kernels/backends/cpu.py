@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oprd_kernels import native
 from oprd_kernels.call import GradCall, LossCall, num_rows
-from oprd_kernels.layout import RowsLayout, coefficients, dz_of, new_layers, new_outputs
+from oprd_kernels.saved_buffer import RowsLayout, coefficients, dz_of, new_layers, new_outputs
 
 BLAS_RANK = 32
 """Above this rank the products with the projectors are BLAS's, on slices of rows."""
@@ -18,7 +18,7 @@ SLICE = 1024
 
 
 class CpuBackend(RowsLayout):
-    """C++, with AVX2 where the processor has it; see `oprd_kernels.protocol.Backend`."""
+    """C++, with AVX2 where the processor has it; see `oprd_kernels.backends.protocol.Backend`."""
 
     name = "cpu"
 

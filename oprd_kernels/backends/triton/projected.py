@@ -11,7 +11,7 @@ ranks (r padded).
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.operands import (
+from oprd_kernels.backends.triton.operands import (
     add_products,
     magnitude,
     power_of_2,
@@ -19,7 +19,7 @@ from oprd_kernels.triton_backend.operands import (
     rounded,
     terms_of,
 )
-from oprd_kernels.triton_backend.pair import (
+from oprd_kernels.backends.triton.pair import (
     gradient_factor,
     launched,
     pair_gradient,
@@ -27,8 +27,8 @@ from oprd_kernels.triton_backend.pair import (
     row_starts,
     row_weights,
 )
-from oprd_kernels.triton_backend.reduction import finish, leave_sums
-from oprd_kernels.triton_backend.saved import ALIGN, HEAD, aligned_rows
+from oprd_kernels.backends.triton.reduction import finish, leave_sums
+from oprd_kernels.backends.triton.saved import ALIGN, HEAD, aligned_rows
 
 BOTH = tl.constexpr(2)
 """Both sides in one launch of `project`."""

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oprd_kernels import backends, ops, reference
+from oprd_kernels import ops
 from oprd_kernels.api import RepLossStats
+from oprd_kernels.backends import reference, registry
 from oprd_kernels.call import GradCall, LossCall
 from oprd_kernels.ops import DEVICES, LIBRARY, TAGS
 from oprd_kernels.validate import check_calls
@@ -53,7 +54,7 @@ def _loss_calls(arguments: Sequence) -> list[LossCall]:
 
 def _rep_losses(*arguments):
     *fields, backend = arguments
-    return backends.get(backend).forward_layers(_loss_calls(fields))
+    return registry.get(backend).forward_layers(_loss_calls(fields))
 
 
 @torch.library.register_fake("oprd::rep_losses", lib=LIBRARY)
@@ -61,7 +62,7 @@ def _rep_losses_fake(*arguments):
     *fields, backend = arguments
     calls = _loss_calls(fields)
     student, layers = calls[0].student, len(calls)
-    size = max(backends.get(backend).saved_size(call) for call in calls)
+    size = max(registry.get(backend).saved_size(call) for call in calls)
     return (
         student.new_empty(layers, dtype=torch.float32),
         student.new_empty((layers, size), dtype=torch.float32),
@@ -74,7 +75,7 @@ def _rep_losses_grad(grads, grad_losses, *arguments):
     nothing = [None] * len(grads)
     layers = zip(*(column or nothing for column in columns), strict=True)
     calls = [GradCall(*layer, *shared) for layer in layers]
-    backends.get(backend).backward_layers_(calls, grads, grad_losses)
+    registry.get(backend).backward_layers_(calls, grads, grad_losses)
 
 
 for _device in DEVICES:
@@ -126,13 +127,13 @@ def _gradients(ctx, grad_losses: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     layer_fields = zip(saved.unbind(), students, teachers, projs, strict=True)
     calls = [GradCall(*fields, *shared) for fields in layer_fields]
     if ops.runs_directly():
-        backends.get(backend).backward_layers_(calls, grads, grad_losses)
+        registry.get(backend).backward_layers_(calls, grads, grad_losses)
     else:
         torch.ops.oprd.rep_losses_grad_(grads, grad_losses, *_columns(calls, 4), *shared, backend)
     if not trains_proj:
         return grads, []
     if ops.runs_directly():
-        grad_proj = backends.get(backend).grad_proj
+        grad_proj = registry.get(backend).grad_proj
         return grads, [grad_proj(*pair) for pair in zip(calls, grad_losses, strict=True)]
     grad_proj = torch.ops.oprd.rep_loss_grad_proj
     return grads, [grad_proj(g, *call, backend) for g, call in zip(grad_losses, calls, strict=True)]
@@ -166,7 +167,7 @@ class RepLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, calls, backend, *trained):
         """``trained``: the students, then the projectors if there are any."""
-        losses, saved = backends.get(backend).forward_layers(calls)
+        losses, saved = registry.get(backend).forward_layers(calls)
         trains_proj = any(ctx.needs_input_grad[2 + len(calls) :])
         _save_for_grad(ctx, calls, saved, backend, trains_proj)
         ctx.set_materialize_grads(False)
@@ -238,7 +239,7 @@ def fused_rep_losses(
         reduction=reduction,
         denominator=denominator,
     )
-    chosen = backends.choose(backend, calls)
+    chosen = registry.choose(backend, calls)
     if chosen == "reference":
         pairs = [reference.rep_loss(call) for call in calls]
         losses, stats = (torch.stack(column) for column in zip(*pairs, strict=True))

@@ -59,7 +59,7 @@ def coefficients(
 
 
 class RowsLayout:
-    """The native backends' layout, and what of a `oprd_kernels.protocol.Backend` follows from it
+    """The native backends' layout, and what of a backend (`backends.protocol`) follows from it
     alone."""
 
     def saved_size(self, call: LossCall) -> int:

@@ -2,7 +2,7 @@
 
 HEAD floats: the batch statistics, then a ticket of the reduction. Then, for rows compared as they
 are, four arrays over rows: 1 / |s| (0 for a row that gets no gradient), 1 / |t|, 1 - cos, the loss.
-After a projection `oprd_kernels.triton_backend.operands.Plan` says what follows. Sections begin at
+After a projection `oprd_kernels.backends.triton.operands.Plan` says what follows. Sections begin at
 multiples of ALIGN floats.
 """
 

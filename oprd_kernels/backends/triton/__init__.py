@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from oprd_kernels.protocol import Backend
+    from oprd_kernels.backends.protocol import Backend
 
 
 class _Missing:
@@ -36,7 +36,7 @@ class _Missing:
 
 BACKEND: Backend
 try:
-    from oprd_kernels.triton_backend.backend import INTERPRETED, TritonBackend, generation
+    from oprd_kernels.backends.triton.backend import INTERPRETED, TritonBackend, generation
 
     BACKEND = TritonBackend()
 except ImportError as error:  # no wheel for this platform

@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.pair import launched
-from oprd_kernels.triton_backend.saved import HEAD, aligned, aligned_rows, ticket_of
+from oprd_kernels.backends.triton.pair import launched
+from oprd_kernels.backends.triton.saved import HEAD, aligned, aligned_rows, ticket_of
 
 PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
 """Products of bfloat16 terms that stand for one of float32 numbers."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oprd_kernels import native
 from oprd_kernels.call import GradCall, LossCall
-from oprd_kernels.layout import RowsLayout, new_layers, new_outputs
+from oprd_kernels.saved_buffer import RowsLayout, new_layers, new_outputs
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """As csrc/rep_loss.h has them."""
@@ -76,7 +76,7 @@ def _has_dense_rows(x: Tensor) -> bool:
 
 
 class CudaBackend(RowsLayout):
-    """See `oprd_kernels.protocol.Backend`. A launch that fails raises a RuntimeError that names the
+    """See `protocol.Backend`. A launch that fails raises a RuntimeError that names the
     kernel, the shape and what CUDA says."""
 
     name = "cuda"

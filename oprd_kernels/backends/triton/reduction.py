@@ -7,8 +7,8 @@ order of programs, whoever it is.
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.pair import inverse, launched, row_weights
-from oprd_kernels.triton_backend.saved import (
+from oprd_kernels.backends.triton.pair import inverse, launched, row_weights
+from oprd_kernels.backends.triton.saved import (
     HEAD,
     SCALE,
     SUMS,

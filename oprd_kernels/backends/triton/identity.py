@@ -11,7 +11,7 @@ layer.
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.pair import (
+from oprd_kernels.backends.triton.pair import (
     MSE,
     SHRINK,
     gradient_factor,
@@ -21,7 +21,7 @@ from oprd_kernels.triton_backend.pair import (
     mean_over,
     row_starts,
 )
-from oprd_kernels.triton_backend.saved import HEAD, SCALE, aligned_rows, layer_saved, ticket_of
+from oprd_kernels.backends.triton.saved import HEAD, SCALE, aligned_rows, layer_saved, ticket_of
 
 
 @triton.jit

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.compiler import is_compiling
 
-from oprd_kernels import cpu, cuda
+from oprd_kernels.backends import cpu, cuda
+from oprd_kernels.backends.protocol import Backend, BackendUnavailable
 from oprd_kernels.call import LossCall
 from oprd_kernels.native import problem as native_problem
-from oprd_kernels.protocol import Backend, BackendUnavailable
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """In the order ``backend="auto"`` prefers them."""
@@ -32,9 +32,9 @@ def get(name: str) -> Backend:
 
 @functools.cache
 def _triton() -> Any:
-    from oprd_kernels import triton_backend  # Triton takes long to import, and may be missing
+    from oprd_kernels.backends import triton  # takes long to import, and may be missing
 
-    return triton_backend
+    return triton
 
 
 def unavailable(name: str, device: torch.device) -> str | None:

@@ -4,14 +4,14 @@ L2, D elements at a time."""
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.identity import (
+from oprd_kernels.backends.triton.identity import (
     add_piece,
     gradient_piece,
     of_layer,
     put_row,
     reduction_factor,
 )
-from oprd_kernels.triton_backend.pair import (
+from oprd_kernels.backends.triton.pair import (
     SHRINK,
     gradient_factor,
     inverse_norm,
@@ -19,7 +19,7 @@ from oprd_kernels.triton_backend.pair import (
     mean_over,
     row_starts,
 )
-from oprd_kernels.triton_backend.saved import layer_saved
+from oprd_kernels.backends.triton.saved import layer_saved
 
 
 @triton.jit

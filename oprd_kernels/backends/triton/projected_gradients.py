@@ -7,7 +7,7 @@ at a time, K ranks (r padded).
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend.operands import (
+from oprd_kernels.backends.triton.operands import (
     add_products,
     magnitude,
     power_of_2,
@@ -15,8 +15,8 @@ from oprd_kernels.triton_backend.operands import (
     rounded,
     terms_of,
 )
-from oprd_kernels.triton_backend.pair import launched, row_starts, row_weights
-from oprd_kernels.triton_backend.saved import HEAD, SCALE, aligned_rows
+from oprd_kernels.backends.triton.pair import launched, row_starts, row_weights
+from oprd_kernels.backends.triton.saved import HEAD, SCALE, aligned_rows
 
 
 @triton.jit

@@ -14,26 +14,26 @@ import torch
 import triton
 import triton.language as tl
 
-from oprd_kernels.triton_backend import configs
-from oprd_kernels.triton_backend.geometry import Form, geometry
-from oprd_kernels.triton_backend.identity import identity_backward, identity_forward
-from oprd_kernels.triton_backend.identity_wide import identity_forward_wide
-from oprd_kernels.triton_backend.launch import Kernel, Launch
-from oprd_kernels.triton_backend.operands import (
+from oprd_kernels.backends.triton import configs
+from oprd_kernels.backends.triton.geometry import Form, geometry
+from oprd_kernels.backends.triton.identity import identity_backward, identity_forward
+from oprd_kernels.backends.triton.identity_wide import identity_forward_wide
+from oprd_kernels.backends.triton.launch import Kernel, Launch
+from oprd_kernels.backends.triton.operands import (
     PRODUCTS,
     RANK_BLOCK,
     next_power_of_2,
     plan,
     prepare,
 )
-from oprd_kernels.triton_backend.projected import BOTH, compare, project, projected_forward
-from oprd_kernels.triton_backend.projected_gradients import (
+from oprd_kernels.backends.triton.projected import BOTH, compare, project, projected_forward
+from oprd_kernels.backends.triton.projected_gradients import (
     half_backward,
     projector_gradient,
     tiled_backward,
 )
-from oprd_kernels.triton_backend.reduction import reduce_rows
-from oprd_kernels.triton_backend.saved import ALIGN, SUMS, aligned
+from oprd_kernels.backends.triton.reduction import reduce_rows
+from oprd_kernels.backends.triton.saved import ALIGN, SUMS, aligned
 
 KIND_CODES = {"mse": 0, "nmse": 1, "cosine": 2}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

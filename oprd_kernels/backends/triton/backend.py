@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oprd_kernels.call import GradCall, LossCall, num_rows
-from oprd_kernels.triton_backend.geometry import form
-from oprd_kernels.triton_backend.launches import (
+from oprd_kernels.backends.triton.geometry import form
+from oprd_kernels.backends.triton.launches import (
     INTERPRETED,
     MAX_CHUNKS,
     identity_backward_launch,
@@ -21,8 +20,9 @@ from oprd_kernels.triton_backend.launches import (
     projected_backward_launch,
     projector_gradient_launches,
 )
-from oprd_kernels.triton_backend.operands import Plan, plan
-from oprd_kernels.triton_backend.saved import HEAD, SUMS, TICKET, aligned
+from oprd_kernels.backends.triton.operands import Plan, plan
+from oprd_kernels.backends.triton.saved import HEAD, SUMS, TICKET, aligned
+from oprd_kernels.call import GradCall, LossCall, num_rows
 
 MAX_LAYERS = 32
 """Layers in one launch: their addresses are parameters of the kernel."""
@@ -83,7 +83,7 @@ def float32_precision(*dtypes: torch.dtype) -> str:
 
 
 class TritonBackend:
-    """`oprd_kernels.protocol.Backend` by the kernels of this package."""
+    """`oprd_kernels.backends.protocol.Backend` by the kernels of this package."""
 
     name = "triton"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple, TypeVar
 
-from oprd_kernels.triton_backend.operands import RANK_BLOCK, next_power_of_2
+from oprd_kernels.backends.triton.operands import RANK_BLOCK, next_power_of_2
 
 MAX_PIECES = 8
 """Pieces of a row that a program keeps in registers."""

@@ -1,0 +1,1 @@
+"""The implementations of one contract (`protocol`), and which of them can run (`registry`)."""

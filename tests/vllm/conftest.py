@@ -11,7 +11,7 @@ from oprd.demo.task import make_tokenizer
 from oprd.engines.vllm.engine import VllmEngine
 from oprd.models.loading import demo_path
 from oprd.models.weights import full_weights
-from tests.oprd.tiny import make_model
+from tests.support.tiny import make_model
 
 
 def pytest_collection_modifyitems(items):

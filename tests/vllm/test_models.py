@@ -6,7 +6,7 @@ import torch
 from oprd.config import MAX_LOGPROB_GAP, LoraConfig
 from oprd.engines.logprob_gap import logprob_gap
 from oprd.models.lora import add_adapter
-from tests.oprd.tiny import make_model
+from tests.support.tiny import make_model
 from tests.vllm.conftest import start_engine
 
 pytestmark = pytest.mark.vllm

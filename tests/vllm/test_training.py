@@ -17,7 +17,7 @@ from oprd.engines.logprob_gap import logprob_gap
 from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import ConfigError
 from oprd.training.trainer import TrainingStopped, train
-from tests.oprd.tiny import make_model
+from tests.support.tiny import make_model
 from tests.vllm.conftest import start_engine
 
 pytestmark = pytest.mark.vllm

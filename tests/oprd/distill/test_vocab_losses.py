@@ -1,0 +1,178 @@
+"""OPD's objectives against their definitions in float64, and the two ways to compute them."""
+
+import pytest
+import torch
+
+from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
+from oprd.models.lm_head import LMHead, multiply
+from tests.support.tiny import make_model
+
+FORMS = ("top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward")
+M, V, D = 13, 40, 8
+
+
+@pytest.fixture
+def logits():
+    torch.manual_seed(0)
+    student, teacher = (2 * torch.randn(M, V, dtype=torch.float64) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.randint(V, (M,))
+
+
+def gradient(loss, student):
+    return torch.autograd.grad(loss.sum(), student)[0]
+
+
+def test_top1_is_the_policy_gradient_of_the_sampled_log_ratio(logits):
+    student, teacher, tokens = logits
+    losses = VocabLoss("top1").row_losses(student, teacher, tokens)
+    log_p = student.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    log_q = teacher.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    assert torch.allclose(losses, log_p - log_q)
+    expected = gradient((log_p - log_q).detach() * log_p, student)
+    assert torch.allclose(gradient(losses, student), expected)
+
+
+def test_expected_top1_gradient_is_that_of_the_full_kl(logits):
+    """Theory (1): E_p[u s] = grad KL(p||q), enumerating the vocabulary."""
+    student, teacher, _ = logits
+    p = student.detach().softmax(-1)
+    expected = torch.zeros_like(student)
+    for v in range(V):
+        losses = VocabLoss("top1").row_losses(student, teacher, torch.full((M,), v))
+        expected += p[:, v, None] * gradient(losses, student)
+    full = gradient(VocabLoss("full").row_losses(student, teacher, None), student)
+    assert torch.allclose(expected, full)
+
+
+@pytest.mark.parametrize("form", ["topk", "topk_advantage", "topk_raw"])
+def test_top_k_of_the_whole_vocabulary_is_the_full_kl(logits, form):
+    student, teacher, tokens = logits
+    full = gradient(VocabLoss("full").row_losses(student, teacher, tokens), student)
+    losses = VocabLoss(form, k=V).row_losses(student, teacher, tokens)
+    assert torch.allclose(gradient(losses, student), full)
+
+
+def test_identity_between_the_two_top_k_gradients(logits):
+    """g_code = grad KL(p_bar||q_bar) + E_p_bar[log p - log q] grad log sum_S p."""
+    student, teacher, tokens = logits
+    k = 5
+    code = gradient(VocabLoss("topk_advantage", k).row_losses(student, teacher, tokens), student)
+    renormalised = gradient(VocabLoss("topk", k).row_losses(student, teacher, tokens), student)
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    top = student.topk(k).indices
+    ratio = (log_p - log_q).gather(-1, top).detach()
+    mean = (log_p.gather(-1, top).softmax(-1).detach() * ratio).sum(-1)
+    mass = gradient(mean * log_p.gather(-1, top).logsumexp(-1), student)
+    assert torch.allclose(code, renormalised + mass)
+
+
+def test_teachers_support(logits):
+    student, teacher, tokens = logits
+    top = teacher.topk(3).indices
+    log_p = student.gather(-1, top).log_softmax(-1)
+    log_q = teacher.gather(-1, top).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    losses = VocabLoss("topk", 3, "teacher").row_losses(student, teacher, tokens)
+    assert torch.allclose(losses, expected)
+
+
+def test_full_forward_is_torchs_kl(logits):
+    student, teacher, tokens = logits
+    losses = VocabLoss("full_forward").row_losses(student, teacher, tokens)
+    expected = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert torch.allclose(losses, expected)
+
+
+def test_top_k_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="always 0"):
+        VocabLoss("topk", k=1)
+
+
+def both_ways(loss, dtype, chunk, weighted, bias=False, softcap=None):
+    """(loss, d states, d weight, d bias) from the whole and in chunks."""
+    torch.manual_seed(0)
+    base = torch.randn(M, D, dtype=torch.float64).to(dtype)
+    weight0 = torch.randn(V, D, dtype=torch.float64).to(dtype)
+    bias0 = torch.randn(V, dtype=torch.float64).to(dtype) if bias else None
+    teacher = torch.randn(M, V + 3, dtype=torch.float64).to(dtype)
+    tokens = torch.randint(V, (M,))
+    weights = torch.rand(M) if weighted else None
+    results = []
+    for in_chunks in (False, True):
+        h, w = base.clone().requires_grad_(), weight0.clone().requires_grad_()
+        b = None if bias0 is None else bias0.clone().requires_grad_()
+        head = LMHead(w, b, softcap)
+        if in_chunks:
+            value = chunked(loss, h, head, lambda at: teacher[at], tokens, weights, 7.0, chunk)
+        else:
+            out = h @ w.T if b is None else h @ w.T + b
+            out = out if softcap is None else softcap * (out / softcap).tanh()
+            rows = torch.arange(M)
+            value = materialised(loss, out[None], teacher[None], rows, tokens, weights, 7.0)
+        (3 * value).backward()
+        results.append([value.detach(), h.grad, w.grad] + ([] if b is None else [b.grad]))
+    return results
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("form", FORMS)
+def test_chunks_give_the_same_loss_and_gradients(form, chunk, weighted):
+    whole, parts = both_ways(VocabLoss(form, k=4), torch.float32, chunk, weighted)
+    for expected, got in zip(whole, parts, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_bias_and_softcap(softcap):
+    whole, parts = both_ways(VocabLoss("full"), torch.float32, 4, True, True, softcap)
+    for expected, got in zip(whole, parts, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_second_backward_of_the_chunked_loss_raises():
+    h = torch.randn(M, D, requires_grad=True)
+    teacher = torch.randn(M, V)
+    head = LMHead(torch.randn(V, D))
+    tokens = torch.zeros(M, dtype=torch.int64)
+    value = chunked(VocabLoss("full"), h, head, lambda at: teacher[at], tokens, None, 1.0)
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="allows one backward"):
+        value.backward()
+
+
+def test_no_tensor_of_rows_by_vocabulary(peak_bytes):
+    m, v, d = 8192, 8192, 16
+    h, weight = torch.randn(m, d, requires_grad=True), torch.randn(v, d)
+    teacher_h, teacher_w = torch.randn(m, d), torch.randn(v, d)
+    tokens = torch.zeros(m, dtype=torch.int64)
+    head = LMHead(weight)
+
+    def teacher_logits(at):
+        return teacher_h[at] @ teacher_w.T
+
+    def run():
+        chunked(VocabLoss("full"), h, head, teacher_logits, tokens, None, 1.0, 64).backward()
+
+    run()
+    assert peak_bytes(run) < m * v * 4 / 4
+
+
+def test_head_of_a_model():
+    model = make_model("llama")
+    head = LMHead.of(model)
+    assert head.weight is model.get_output_embeddings().weight
+    states = torch.randn(3, model.config.hidden_size)
+    expected = model.lm_head(states)
+    products = multiply(states, head.operand(states).T)
+    assert torch.allclose(head.logits(products), expected, atol=1e-6)
+
+
+def test_models_that_scale_their_logits_are_refused():
+    model = make_model("llama")
+    model.config.logit_scale = 0.5
+    with pytest.raises(ValueError, match=r"logit_scale=0\.5"):
+        LMHead.of(model)

@@ -1,8 +1,8 @@
 """``pytest -m gpu``: the fused backends on a real GPU, by the same rule as everywhere.
 
 Nearly all of the time is Triton's compilation. So kinds, dtypes, reductions and ranks are not run
-in every combination, but so that every two of them meet (tests/benchmarks/test_on_gpu.py holds that), each
-case once for the loss and once through the tap.
+in every combination, but so that every two of them meet (tests/benchmarks/test_on_gpu.py holds
+that), each case once for the loss and once through the tap.
 """
 
 import os

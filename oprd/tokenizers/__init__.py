@@ -1,1 +1,1 @@
-"""One text in the tokens of two tokenizers."""
+"""Alignment of one text between the tokens of two tokenizers."""

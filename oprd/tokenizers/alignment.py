@@ -1,22 +1,24 @@
-"""One response, two tokenizers: which tokens of student and teacher end at the same byte.
+"""Alignment of one response between a student's and a teacher's tokenizer, by bytes.
 
-The student samples token ids. A teacher with another tokenizer must read the same *text* as its own
-tokens; the two can be compared where a token of each ends at the same byte of the response. Other
-positions are left unsupervised: nothing is interpolated or guessed.
+The student samples token ids. A teacher with another tokenizer reads the same *text* as its own
+tokens. The two are compared where a student token and a teacher token end at the same byte of the
+response. All other positions are unsupervised: nothing is interpolated or guessed.
 
-What is done with the parts of a response:
+Each part of a response is handled as follows:
 
-- Text: the exact bytes of the student's tokens, a leading space included, become teacher tokens.
-  They are encoded on their own, as a continuation (no BOS, no dummy prefix space), and joined after
-  the teacher's prompt: tokens never merge across that border, as they could not while sampling.
-- The student's final EOS: pairs with the token that ends the teacher's turn.
-- A special token inside the response: pairs with the teacher's added token of the same content
-  if there is one (``<think>``); otherwise the teacher does not see it, and it is unpaired. Text
-  that merely spells a special token stays text.
-- Bytes that are no UTF-8: as single-byte tokens, where the teacher has them, else pairing ends.
-  The beginning of a character at the end of a response cut short is left out, unpaired.
-- Text that the teacher's normalizer changes (NFC, say): pairs only where the change is known to
-  have begun or ended; tokens within it are unpaired. An unknown token is never paired itself.
+- Text: the exact bytes of the student's tokens, including a leading space, are encoded as teacher
+  tokens. They are encoded on their own, as a continuation (no BOS, no dummy prefix space), and
+  appended to the teacher's prompt. Tokens never merge across the border between prompt and
+  response, because they could not merge there while sampling.
+- Final EOS: the student's EOS is paired with the token that ends the teacher's turn.
+- Special tokens: a special token inside the response is paired with the teacher's added token of
+  the same content if there is one (``<think>``). Otherwise the teacher does not read it, and it is
+  unpaired. Text that merely spells a special token stays text.
+- Invalid UTF-8: each byte becomes a single-byte teacher token. If the teacher lacks such a token,
+  pairing stops there. If a truncated response ends inside a character, the bytes of that character
+  are left out and unpaired.
+- Normalized text: if the teacher's normalizer (NFC, for example) changes characters, tokens inside
+  the changed span are not compared. An unknown token is never paired.
 """
 
 from __future__ import annotations
@@ -42,15 +44,16 @@ Pairs = Literal["stable", "all"]
 
 
 class Aligner:
-    """Pairs the responses of one student with the tokens of one teacher.
+    """A callable that aligns responses of one student with the tokens of one teacher.
 
     Args:
-        student, teacher: their tokenizers.
-        pairs: ``stable``: inside a number only where the teacher's tokens end whichever digit
-            follows (`oprd.tokenizers.digit_boundaries`); ``all``: wherever tokens of both end.
+        student, teacher: the tokenizers.
+        pairs: ``stable``: inside a number, pair tokens only where the teacher's tokens end
+            whichever digit follows (`oprd.tokenizers.digit_boundaries`); ``all``: pair tokens
+            wherever tokens of both end.
 
     Raises:
-        ConfigError: for a tokenizer whose tokens' bytes aren't known, by name.
+        ConfigError: if the bytes of a tokenizer's tokens cannot be determined.
     """
 
     def __init__(
@@ -74,13 +77,15 @@ class Aligner:
         student_end_ids: Collection[int] | None = None,
         teacher_end_id: int | None = None,
     ) -> Reading:
-        """How the teacher reads one rollout.
+        """Return the teacher's tokens for one rollout, and their pairing with the student's.
 
         Args:
-            response_ids: what the student sampled, EOS included if it was reached.
+            response_ids: token ids that the student sampled, including EOS if it was reached.
             prompt_ids: the prompt in the teacher's tokens (`oprd.data.prompts.Prompt.teacher_ids`).
-            student_end_ids: tokens that end the student's response; None: its tokenizer's EOS.
-            teacher_end_id: what ends the teacher's turn (`end_of_turn`); None: its tokenizer's EOS.
+            student_end_ids: tokens that end the student's response. None: the EOS token of the
+                student's tokenizer.
+            teacher_end_id: the token that ends the teacher's turn (`end_of_turn`). None: the EOS
+                token of the teacher's tokenizer.
         """
         response = list(response_ids)
         ends = {self.student_end} if student_end_ids is None else student_end_ids
@@ -91,7 +96,7 @@ class Aligner:
             body, self.student_bytes, self.teacher_bytes, complete=ended
         )
         pairs = self._supervised(body, zip(ours_at, theirs_at, strict=True))
-        if ended and whole:  # else the teacher would end a turn whose text it has not read
+        if ended and whole:  # otherwise the teacher would end a turn that it has only read in part
             pairs.append((len(body), len(theirs)))
             theirs = [*theirs, end]
         return Reading(list(prompt_ids), theirs, pairs)
@@ -101,7 +106,7 @@ class Aligner:
     ) -> list[tuple[int, int]]:
         if self.boundaries is None:
             return list(pairs)
-        # A special token, which spells nothing, ends the word before it.
+        # A special token spells nothing, but it ends the word before it.
         spelled = [b"\n" if s is None else s for s in map(self.student_bytes.spell, body)]
         ends = list(accumulate(map(len, spelled)))
         text = b"".join(spelled)
@@ -112,15 +117,16 @@ class Aligner:
 def align_text(
     ids: Sequence[int], student: TokenBytes, teacher: TokenBytes, complete: bool
 ) -> tuple[list[int], list[int], list[int], bool]:
-    """Pair by bytes.
+    """Encode a response as teacher tokens, and find the tokens of both that end at the same byte.
 
     Args:
         ids: the student's tokens, without the final EOS.
-        complete: whether the response ended by itself. If not, it may end inside a character.
+        complete: True if the response ended with EOS. A response that did not may end inside a
+            character.
 
     Returns:
-        The teacher's tokens; student positions and teacher positions that end together; and
-        whether the teacher's tokens are certain to cover all of the text.
+        The teacher's tokens; the paired student positions; the teacher positions they are paired
+        with; and whether the teacher's tokens are certain to cover the whole text.
     """
     theirs: list[int] = []
     ours_at: list[int] = []
@@ -154,8 +160,12 @@ def align_text(
 
 
 def _encode(data: bytes, teacher: TokenBytes, complete: bool) -> tuple[list[int], np.ndarray, bool]:
-    """Teacher tokens of bytes, where each ends (int64; UNCERTAIN: not known), and whether the
-    tokens cover everything."""
+    """Encode bytes as teacher tokens.
+
+    Returns:
+        The tokens; the byte offset at which each ends, int64, UNCERTAIN if it is not known; and
+        whether the tokens cover all of ``data``.
+    """
     tokens: list[int] = []
     ends: list[np.ndarray] = []
     start = 0
@@ -167,10 +177,10 @@ def _encode(data: bytes, teacher: TokenBytes, complete: bool) -> tuple[list[int]
             stop, after = start + error.start, start + error.end
             text = data[start:stop].decode()
             if not complete and error.reason == "unexpected end of data":
-                after = stop  # cut inside a character: the rest of it may have been sampled next
-        ids, found, covered = _encode_text(text, teacher)
+                after = stop  # truncated inside a character: these bytes are left out
+        ids, text_ends, covered = _encode_text(text, teacher)
         tokens += ids
-        ends.append(np.where(found == UNCERTAIN, UNCERTAIN, found + start))
+        ends.append(np.where(text_ends == UNCERTAIN, UNCERTAIN, text_ends + start))
         if not covered:
             return tokens, np.concatenate(ends), False
         stray = data[stop:after]
@@ -206,16 +216,29 @@ def _encode_text(text: str, teacher: TokenBytes) -> tuple[list[int], np.ndarray,
 def _walk(
     encoding: Encoding, spelled: list[bytes | None], expected: bytes, text: str | None
 ) -> tuple[np.ndarray, bool]:
-    """Ends of tokens that do not spell ``expected`` to the letter: up to the first that spells
-    something else, and past unknown ones, whose length the offsets give (if there is a text
-    that they refer to) and the bytes after them must confirm."""
+    """Find where tokens end that do not spell ``expected`` exactly.
+
+    The walk stops at the first token that spells something else. The length of an unknown token is
+    taken from the offsets of ``encoding``. It is trusted only if the tokens after it spell the rest
+    of ``expected``.
+
+    Args:
+        spelled: the bytes of each token; None for an unknown token.
+        expected: the bytes that all tokens together should spell.
+        text: the text that the offsets refer to. None: the offsets cannot be used, and the walk
+            stops at an unknown token.
+
+    Returns:
+        The end of each token, int64, UNCERTAIN if it is not known; and whether the walk reached
+        the end of ``expected``.
+    """
     ends = np.full(len(spelled), UNCERTAIN, np.int64)
-    position = confirmed = 0
+    position = last_unknown = 0
     for j, piece in enumerate(spelled):
         if piece is None:
             if text is None:
                 break
-            confirmed = j
+            last_unknown = j
             position = len(text[: encoding.offsets[j][1]].encode())
         elif expected.startswith(piece, position):
             position += len(piece)
@@ -225,14 +248,20 @@ def _walk(
     else:
         if position == len(expected):
             return ends, True
-    if None in spelled[: confirmed + 1]:  # nothing after it showed that the length was right
+    if None in spelled[: last_unknown + 1]:  # its length could not be confirmed
         ends[spelled.index(None) :] = UNCERTAIN
     return ends, False
 
 
 def _origin(text: str, teacher: TokenBytes) -> np.ndarray | None:
-    """For each byte offset of the decoded text that of the original, UNCERTAIN inside what the
-    normalizer changed; None if its changes can't be told apart piece by piece."""
+    """Map each byte offset of the normalized text to a byte offset of ``text``.
+
+    Offsets inside a span that the normalizer changed map to UNCERTAIN.
+
+    Returns:
+        The offsets, int64; or None if normalizing the text piece by piece gives another result
+        than normalizing it as a whole.
+    """
     offsets: list[int] = [0]
     start, joined = 0, []
     known: dict[str, str] = {}
@@ -252,8 +281,11 @@ def _origin(text: str, teacher: TokenBytes) -> np.ndarray | None:
 
 
 def _clusters(text: str) -> list[str]:
-    """Pieces that normal forms change independently: a character with the marks and conjoining
-    jamo that follow it, and runs of white space."""
+    """Split text into pieces that Unicode normal forms change independently.
+
+    A piece is a character with the marks and conjoining jamo that follow it, or a run of white
+    space.
+    """
     pieces: list[str] = []
     for c in text:
         mark = unicodedata.category(c)[0] == "M" or 0x1160 <= ord(c) < 0x1200
@@ -271,7 +303,10 @@ def _common_prefix(a: bytes, b: bytes) -> int:
 
 
 def _last_of_each(ends: np.ndarray) -> np.ndarray:
-    """Of several tokens with one end (one of them spells nothing), only the last has it."""
+    """Set the end of every token but the last to UNCERTAIN where consecutive tokens share an end.
+
+    Consecutive tokens share an end if the later ones spell nothing.
+    """
     again = np.zeros(len(ends), bool)
     again[:-1] = ends[:-1] == ends[1:]
     return np.where(again, UNCERTAIN, ends)
@@ -279,12 +314,13 @@ def _last_of_each(ends: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the teacher reads in place of a rollout's tokens: after another prompt, say.
+    """The token ids that the teacher reads for a rollout, where they differ from the student's.
 
     Attributes:
         prompt_ids, response_ids: the teacher's token ids.
-        pairs: (i, j): the student's i-th response token and the teacher's j-th end at the same
-            place of the text; both increase. None: they are the same tokens.
+        pairs: (i, j): the student's i-th response token and the teacher's j-th response token end
+            at the same place in the text. Both indices increase. None: the response tokens are
+            the same.
     """
 
     prompt_ids: list[int]

@@ -1,15 +1,17 @@
-"""Does a teacher's tokenizer give away what the student writes next?
+"""Boundaries inside numbers at which a teacher's tokens reveal what the student writes next.
 
-A tokenizer that has ``"42"`` as one token shows a lone ``"4"`` only where no digit follows. A
-teacher that reads a lone ``"4"`` therefore knows that the number has ended, which the student, a
-digit a token, could not know when it decided so; and where the student goes on, the two are not
-compared there. Supervised in such places, the student is told again and again that it was right to
-stop, and never the opposite. (Of language models in general: Phan et al., 2024, tokenization bias.)
+A tokenizer that has ``"42"`` as one token produces a lone ``"4"`` only where no digit follows. A
+teacher that reads a lone ``"4"`` therefore knows that the number has ended. A student that writes
+one digit a token could not know this when it decided to stop. If the student goes on instead, no
+teacher token ends there, and the two are not compared. Supervision at such a boundary would only
+ever tell the student that it was right to stop, and never the opposite. (Phan et al., 2024,
+describe this tokenization bias for language models in general.)
 
-So a boundary inside a number is *stable* if whatever digit could follow, the teacher's tokens end
-there all the same. Only numbers are looked at: there tokenizers differ by design (Qwen and Gemma
-take digits one at a time, Llama 3 and Phi-4 in groups of three). Words are cut alike, and a
-continuation that another tokenizer would merge exists for nearly every word but seldom follows.
+A boundary inside a number is therefore *stable* if the teacher's tokens end there whichever digit
+follows. Only numbers are checked, because tokenizers differ there by design: Qwen and Gemma take
+digits one at a time, Llama 3 and Phi-4 in groups of three. Words are cut alike: for nearly every
+word there is a continuation that another tokenizer would merge with it, but that continuation
+seldom follows.
 """
 
 from __future__ import annotations
@@ -21,18 +23,19 @@ from itertools import accumulate
 from oprd.tokenizers.token_bytes import TokenBytes
 
 NUMBER = re.compile(rb" ?[0-9]+\Z")
-"""The digits that a text ends in, with the space before them, which may be part of their first
-token."""
+"""The digits at the end of a text, with the space before them: the space may be part of the first
+digit's token."""
 
 LONGEST = 64
-"""Bytes of a number that are read. Boundaries further inside a longer one are called unstable."""
+"""The most bytes of a number that are checked. Boundaries further inside a longer number count as
+unstable."""
 
 
 class Boundaries:
-    """Which boundaries inside numbers, between tokens of a student and a teacher, are stable.
+    """The stable boundaries inside numbers for one student tokenizer and one teacher tokenizer.
 
     Args:
-        student, teacher: their tokenizers.
+        student, teacher: the bytes of their tokens, and their encoders.
     """
 
     def __init__(self, student: TokenBytes, teacher: TokenBytes) -> None:
@@ -40,10 +43,10 @@ class Boundaries:
         self._known: dict[str, bool] = {}
 
     def stable(self, text: bytes) -> bool:
-        """Whether the boundary after ``text``, at which tokens of both end, is stable.
+        """Return whether the boundary after ``text``, at which tokens of both end, is stable.
 
-        Continuations that the student's own tokenizer would not write from there do not count: its
-        tokens say that much themselves.
+        A digit that the student's own tokenizer would merge with the text before it is not counted:
+        the student's tokens, too, reveal that such a digit does not follow.
         """
         number = NUMBER.search(text[-LONGEST - 1 :])
         if number is None:
@@ -60,6 +63,6 @@ class Boundaries:
 
 
 def _splits(before: str, after: str, tokenizer: TokenBytes) -> bool:
-    """Whether a token ends between the two (ASCII) when they are one text."""
+    """Return whether a token ends after ``before`` in ``before + after`` (both ASCII)."""
     ids = tokenizer.encoder.encode(before + after, add_special_tokens=False).ids
     return len(before) in accumulate(len(tokenizer.spell(i) or b"") for i in ids)

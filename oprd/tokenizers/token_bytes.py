@@ -1,21 +1,21 @@
-"""What a tokenizer's tokens spell, byte for byte, read from its tokenizer.json.
+"""The exact bytes that each token of a tokenizer spells, read from its tokenizer.json.
 
-`decode` cannot tell: it strips a leading space, drops special tokens and turns the pieces of a
-character into replacement characters. The decoder that a tokenizer declares says how each token
-becomes bytes. The families it describes:
+`decode` does not give these bytes: it strips a leading space, drops special tokens and turns the
+pieces of a character into replacement characters. They follow from the decoder that the tokenizer
+declares. The supported families are:
 
-- byte-level (GPT-2, Qwen, Llama-3, DeepSeek): a character of a token stands for a byte;
+- byte-level (GPT-2, Qwen, Llama-3, DeepSeek): each character of a token stands for a byte;
 - byte-fallback (Llama-2, Gemma, Phi-3): ``▁`` is a space, ``<0xE2>`` is a byte;
 - metaspace (T5, Unigram models without byte fallback): ``▁`` is a space;
 - plain: tokens are the text, as in a character-level tokenizer.
 
-Everything else (WordPiece, ``</w>`` suffixes, decoders that clean up) is refused by name.
+All other tokenizers (WordPiece, ``</w>`` suffixes, decoders that clean up) raise an error that
+names the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,11 @@ from oprd.errors import ConfigError
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The 256 characters by which byte-level vocabularies write bytes, and the bytes they stand
-    for: printable Latin-1 characters stand for themselves, the rest for U+0100 onwards."""
+    """Return the 256 characters that byte-level vocabularies write for bytes, with those bytes.
+
+    Printable Latin-1 characters stand for themselves. The characters from U+0100 onwards stand for
+    the other bytes.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -39,7 +42,13 @@ FALLBACK = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a decoder turns a token's name into bytes."""
+    """The rules by which a decoder turns a token's name into bytes.
+
+    Attributes:
+        byte_level: each character of a name stands for a byte.
+        byte_fallback: names such as ``<0xE2>`` stand for a byte.
+        replacements: (old, new) strings that are replaced in a name, in order.
+    """
 
     byte_level: bool
     byte_fallback: bool
@@ -47,7 +56,7 @@ class Spelling:
 
     @property
     def family(self) -> str:
-        """One of the families above."""
+        """Return the name of the tokenizer's family, as in the module's description."""
         if self.byte_level:
             return "byte-level"
         if self.byte_fallback:
@@ -55,17 +64,17 @@ class Spelling:
         return "metaspace" if self.replacements else "plain"
 
     def replace(self, text: str) -> str:
-        """Text with the decoder's replacements made (``▁`` to a space)."""
+        """Return ``text`` with the decoder's replacements applied (``▁`` becomes a space)."""
         for old, new in self.replacements:
             text = text.replace(old, new)
         return text
 
     def spell(self, token: str) -> bytes:
-        """The bytes of a token of the vocabulary (not of an added one)."""
+        """Return the bytes of a token of the vocabulary (not of an added token)."""
         if self.byte_level:
             try:
                 return bytes([ALPHABET[c] for c in token])
-            except KeyError:  # a name outside the alphabet: the decoder, too, takes it as text
+            except KeyError:  # as the decoder does for a name outside the alphabet
                 return token.encode()
         if self.byte_fallback and token in FALLBACK:
             return FALLBACK[token]
@@ -74,18 +83,18 @@ class Spelling:
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """A tokenizer as bytes.
+    """The bytes of all tokens of a tokenizer, and an encoder for continuations.
 
     Attributes:
-        spelling: the family's rules.
-        table: by token id, the bytes it spells; None for special tokens, unknown-token markers
-            and ids without a token.
-        special: special tokens by what is written for them, and their ids.
-        added: the same for all added tokens, special or not.
-        single: ids of the tokens that spell one byte on its own.
-        encoder: a copy of the tokenizer that encodes text as the continuation of something: no
-            dummy prefix space, no truncation, no padding; and text that spells a special
-            token stays text.
+        spelling: the rules of the tokenizer's family.
+        table: token id -> bytes; None for special tokens, unknown-token markers and ids without a
+            token.
+        special: content -> id of the special tokens.
+        added: content -> id of all added tokens, special or not.
+        single: byte -> id of the token that spells just this byte.
+        encoder: a copy of the tokenizer that encodes a text as the continuation of another text:
+            no dummy prefix space, no truncation, no padding. Text that spells a special token
+            stays text.
     """
 
     spelling: Spelling
@@ -96,32 +105,39 @@ class TokenBytes:
     encoder: Tokenizer
 
     def spell(self, token: int) -> bytes | None:
-        """The bytes of a token id; None as in `table`, or beyond it (a padded embedding row)."""
+        """Return the bytes of a token id.
+
+        Return None where `table` has None, and for an id beyond it (a padded embedding row).
+        """
         return self.table[token] if 0 <= token < len(self.table) else None
 
     def as_decoded(self, text: str) -> str:
-        """What the tokens of ``text`` spell if none is unknown: normalised, and with ``▁``, where
-        it is an ordinary character of the text, read back as the space it now stands for."""
+        """Return what the tokens of ``text`` spell, provided none of them is unknown.
+
+        The text is normalised. The decoder's replacements then apply to the text's own characters
+        too: a ``▁`` in the text becomes a space.
+        """
         if self.encoder.normalizer is not None:
             text = self.encoder.normalizer.normalize_str(text)
         return self.spelling.replace(text)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, who: str = "given") -> TokenBytes:
-    """The bytes of every token. Takes up to seconds for a large vocabulary: call it once.
+    """Compute the bytes of every token. A large vocabulary takes up to seconds: call this once.
 
     Args:
-        tokenizer: a fast one (with a backend of the `tokenizers` library).
-        who: "student", "teacher", for messages.
+        tokenizer: a fast tokenizer (one with a backend of the `tokenizers` library).
+        who: "student's" or "teacher's", for error messages.
 
     Raises:
-        ConfigError: for a tokenizer of another kind, by its name.
+        ConfigError: if the tokenizer has no such backend or belongs to no supported family.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ConfigError(
             f"the {who} tokenizer ({type(tokenizer).__name__}) has no backend of the `tokenizers` "
-            "library, which says what its tokens spell: use one with a tokenizer.json"
+            "library, so the exact bytes of its tokens are not known. Use a tokenizer with a "
+            "tokenizer.json"
         )
     state = json.loads(backend.to_str())
     spelling = _spelling(state, who)
@@ -131,7 +147,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, who: str = "given") -> Token
     for name, i in vocab.items():
         table[i] = None if name == unknown else spelling.spell(name)
     single = {b[0]: i for i, b in enumerate(table) if b is not None and len(b) == 1}
-    if spelling.byte_fallback:  # "\n" and <0x0A> may both be there: the second is the byte
+    if spelling.byte_fallback:  # if both "\n" and <0x0A> exist, <0x0A> is the single byte
         single |= {byte[0]: vocab[name] for name, byte in FALLBACK.items() if name in vocab}
     special: dict[str, int] = {}
     added: dict[str, int] = {}
@@ -143,28 +159,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, who: str = "given") -> Token
         if is_special:
             table[i] = None
             special[content] = i
-        elif content not in vocab:  # Gemma's runs of ▁ are both: there the decoder's rule holds
+        elif content not in vocab:  # Gemma's runs of ▁ are in both: the rule above applies to them
             table[i] = spelling.replace(content).encode()
     return TokenBytes(spelling, table, special, added, single, _continuation_encoder(state))
-
-
-def token_byte_spans(
-    tokenizer: PreTrainedTokenizerBase | TokenBytes, ids: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Where each token begins and ends in the bytes that all of them spell.
-
-    A special token, or an id that spells nothing, is an empty span.
-
-    Raises:
-        ConfigError: as `token_bytes`.
-    """
-    known = tokenizer if isinstance(tokenizer, TokenBytes) else token_bytes(tokenizer)
-    spans, position = [], 0
-    for token in ids:
-        end = position + len(known.spell(token) or b"")
-        spans.append((position, end))
-        position = end
-    return spans
 
 
 def _unknown_token(model: dict[str, Any]) -> str | None:
@@ -176,9 +173,9 @@ def _unknown_token(model: dict[str, Any]) -> str | None:
 def _spelling(state: dict[str, Any], who: str) -> Spelling:
     def refuse(what: str) -> ConfigError:
         return ConfigError(
-            f"the {who} tokenizer {what}, so the exact bytes of its tokens are not known. Known "
-            "are byte-level BPE, BPE or Unigram with ▁ for spaces (with or without byte fallback), "
-            "and plain text tokens"
+            f"the {who} tokenizer {what}, so the exact bytes of its tokens are not known. "
+            "Supported tokenizers are byte-level BPE, BPE or Unigram with ▁ for spaces (with or "
+            "without byte fallback), and tokenizers whose tokens are plain text"
         )
 
     model = state["model"]
@@ -203,7 +200,7 @@ def _spelling(state: dict[str, Any], who: str) -> Spelling:
             case {"type": "Replace", "pattern": {"String": old}, "content": new}:
                 replacements.append((old, new))
             case {"type": "Fuse"} | {"type": "Strip", "content": " ", "start": 0 | 1, "stop": 0}:
-                pass  # Strip: the dummy prefix of a whole text, which a response does not have
+                pass  # Strip removes the dummy prefix of a whole text; a response has none
             case _:
                 raise refuse(f"has the decoder {json.dumps(decoder)}")
     if byte_level and (byte_fallback or replacements):
@@ -225,7 +222,7 @@ def _continuation_encoder(state: dict[str, Any]) -> Tokenizer:
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer that puts no space before a text."""
+    """Return a normalizer or pre-tokenizer without the step that puts a space before a text."""
     match part:
         case {"type": "Sequence"}:
             key = "normalizers" if "normalizers" in part else "pretokenizers"

@@ -1,4 +1,4 @@
-"""Files that are on the disk as a whole or not at all, whatever happens while they are written."""
+"""Atomic file writes: a crash leaves a file on disk either complete or absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNFINISHED = ".tmp"
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a directory's entries, are on the disk."""
+    """Flush a file, or the entries of a directory, to the disk (``fsync``)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -20,7 +20,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """`sync` everything below a directory, and the directory."""
+    """Flush a directory and everything below it to the disk."""
     for root, _, names in os.walk(directory):
         for name in names:
             sync(Path(root, name))
@@ -28,7 +28,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file that is whole or not there, whatever happens."""
+    """Write a file atomically: a crash leaves it complete or absent."""
     unfinished = file.with_name(file.name + UNFINISHED)
     with unfinished.open("wb") as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
@@ -39,5 +39,5 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """`write_whole` of a value."""
+    """Write a value as JSON, atomically (see `write_whole`)."""
     write_whole(file, json.dumps(value, indent=1) + "\n")

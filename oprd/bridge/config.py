@@ -9,6 +9,7 @@ from oprd import distributed
 from oprd.bridge.sgd import SgdConfig
 from oprd.config import (
     DataConfig,
+    DistillConfig,
     RolloutConfig,
     StudentConfig,
     TeacherConfig,
@@ -46,9 +47,9 @@ class FitConfig:
     rank: int = 8
     prompts: int = 2000
     layers: str | list[int] = "all"
-    positions: Positions = "all"
-    k: int = 2000
-    shift: Shift = "before"
+    positions: Positions = DistillConfig.positions
+    k: int = DistillConfig.k
+    shift: Shift = DistillConfig.shift
     held_out: float = 0.1
     solver: Literal["ridge", "sgd"] = "ridge"
     ridge: float = 1e-6

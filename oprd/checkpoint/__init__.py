@@ -1,12 +1,13 @@
-"""Checkpoints, by `torch.distributed.checkpoint`, and the student's files.
+"""Checkpoints of a run, written with `torch.distributed.checkpoint`, and the student's files.
 
-A run's ``checkpoints/`` holds a directory for each, complete from the moment it has its name:
+The run's ``checkpoints/`` directory holds one directory per checkpoint. A checkpoint's directory
+gets its name only once it is complete:
 
     step_00000040/__0_0.distcp  ..   tensors: model, optimizer, each rank's random state
-    step_00000040/.metadata          torch.distributed.checkpoint's index of them
-    step_00000040/student/           configuration and tokenizer, so that it can be exported
-    step_00000040/checkpoint.json    everything else, and size and CRC-32 of the other files
-    best.json                        which one checkpoint.keep_best keeps
+    step_00000040/.metadata          torch.distributed.checkpoint's index of the tensors
+    step_00000040/student/           configuration and tokenizer, needed to export the student
+    step_00000040/checkpoint.json    everything else; size and CRC-32 of the other files
+    best.json                        the checkpoint that checkpoint.keep_best keeps
 """
 
 from oprd.checkpoint.files import Checkpoint, Torn, find, newest

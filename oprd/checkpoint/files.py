@@ -1,4 +1,4 @@
-"""Checkpoints as directories: their names, whether they are whole, which are kept."""
+"""Checkpoint directories: naming, integrity checks, completion and deletion."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ NAME = re.compile(r"step_(\d{8,})")
 CHUNK = 1 << 22
 
 Digests = dict[str, list[int]]
-"""By path below the checkpoint: size in bytes and CRC-32."""
+"""Size in bytes and CRC-32 of each file, by path relative to the checkpoint."""
 
 
 class Torn(ValueError):
-    """A checkpoint that is not whole; the message says what is wrong with it."""
+    """A checkpoint is incomplete or damaged; the message says how."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that looks whole.
+    """A checkpoint whose files are present with the right sizes.
 
     Attributes:
-        path: its directory.
-        document: what is in ``checkpoint.json``.
+        path: the checkpoint's directory.
+        document: the content of ``checkpoint.json``.
     """
 
     path: Path
@@ -41,46 +41,46 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps made."""
+        """Number of optimizer steps made."""
         return self.document["step"]
 
 
 def step_name(step: int) -> str:
-    """The directory of a step's checkpoint."""
+    """Return the name of the checkpoint directory for a step."""
     return f"step_{step:08d}"
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint, after a look at the sizes of its files.
+    """Read a checkpoint's document and check the sizes of its files.
 
     Raises:
-        Torn: if something is missing, cut off or of another format.
+        Torn: if a file is missing or truncated, or if the format is not `FORMAT`.
     """
     file = path / DOCUMENT
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Torn(f"no {DOCUMENT}: it was not finished") from None
+        raise Torn(f"no {DOCUMENT}: the checkpoint was not finished") from None
     except (OSError, ValueError) as error:
         raise Torn(f"{DOCUMENT} can't be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         given = document.get("format") if isinstance(document, dict) else None
-        raise Torn(f"it has format {given}, this version reads {FORMAT}")
+        raise Torn(f"its format is {given}, but this version reads format {FORMAT}")
     for name, (size, _) in document["files"].items():
         try:
-            found = (path / name).stat().st_size
+            actual = (path / name).stat().st_size
         except OSError:
             raise Torn(f"{name} is missing") from None
-        if found != size:
-            raise Torn(f"{name} has {found} bytes of {size}")
+        if actual != size:
+            raise Torn(f"{name} has {actual} bytes of {size}")
     return Checkpoint(path, document)
 
 
 def verify(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Compare the contents of some of its files with their checksums.
+    """Compare the contents of the named files with their recorded checksums.
 
     Raises:
-        Torn: naming the first file that differs.
+        Torn: if a file differs; the message names the first one.
     """
     files = checkpoint.document["files"]
     for name in names:
@@ -89,8 +89,12 @@ def verify(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 
 def find(directory: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """The checkpoints of a ``checkpoints`` directory that look whole, newest first; and what is
-    wrong with the others."""
+    """Find the checkpoints in a ``checkpoints`` directory.
+
+    Returns:
+        The checkpoints that `read` accepts, newest first, and for each other one the reason why
+        `read` rejects it.
+    """
     good, torn = [], {}
     for path in directory.iterdir() if directory.is_dir() else ():
         if not NAME.fullmatch(path.name) or not path.is_dir():
@@ -103,12 +107,12 @@ def find(directory: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
 
 
 def newest(directory: Path) -> Checkpoint | None:
-    """The newest that looks whole."""
+    """Return the newest checkpoint that `read` accepts, or None."""
     return next(iter(find(directory)[0]), None)
 
 
 def read_best(directory: Path) -> dict[str, Any] | None:
-    """The metric, its value and the step of the best checkpoint, if that is still there."""
+    """Return metric, value and step of the best checkpoint; None if that checkpoint is gone."""
     try:
         best = json.loads((directory / BEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -117,7 +121,7 @@ def read_best(directory: Path) -> dict[str, Any] | None:
 
 
 def crc32(file: Path) -> int:
-    """Of a file's contents."""
+    """Compute the CRC-32 of a file's contents."""
     value = 0
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -126,21 +130,27 @@ def crc32(file: Path) -> int:
 
 
 def digests(directory: Path, files: Iterable[Path]) -> Digests:
-    """Size and checksum of each file."""
+    """Compute the size and checksum of each file."""
     return {str(f.relative_to(directory)): [f.stat().st_size, crc32(f)] for f in files}
 
 
 def complete(unfinished: Path, path: Path, document: Mapping[str, Any]) -> None:
-    """Give a checkpoint its document and its name, in this order, when all else is on the disk."""
+    """Write a checkpoint's document, then give the checkpoint its final name.
+
+    Call this once all other files are on the disk.
+    """
     write_json(unfinished / DOCUMENT, document)
-    if path.exists():  # a torn one, or of a run that has been begun again
+    if path.exists():  # damaged, or left by an earlier start of this run
         remove(path)
     unfinished.rename(path)
     sync(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint. It loses its name first: half of one must not look like one."""
+    """Delete a checkpoint.
+
+    The directory is renamed first, so that a partly deleted checkpoint is not taken for one.
+    """
     going = path.with_name(f"{path.name}.going{UNFINISHED}")
     shutil.rmtree(going, ignore_errors=True)
     path.rename(going)
@@ -148,7 +158,7 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what a crash while writing or deleting has left."""
+    """Delete the leftovers of a crash during a write or a deletion."""
     for path in directory.glob(f"*{UNFINISHED}") if directory.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path)
@@ -157,7 +167,7 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int | None, also: int | None) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and that of step ``also``."""
+    """Delete all checkpoints except the newest ``keep_last`` and the one of step ``also``."""
     if keep_last is None:
         return
     steps = sorted((c.step for c in find(directory)[0]), reverse=True)
@@ -167,7 +177,7 @@ def prune(directory: Path, keep_last: int | None, also: int | None) -> None:
 
 
 def set_aside(path: Path, label: str) -> Path:
-    """Rename a file or directory to ``<name>.<label>-<n>``, a name not in use; returns that."""
+    """Rename a file or directory to an unused ``<name>.<label>-<n>``; return the new path."""
     number = 1
     while (other := path.with_name(f"{path.name}.{label}-{number}")).exists():
         number += 1

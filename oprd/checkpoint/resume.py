@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint, whether it is of this run, and the files beyond it."""
+"""Resuming a run: choose a checkpoint, check its settings, set later files aside."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ FREE = (
     *("fsdp.reshard_after_forward", "fsdp.shard_size", "fsdp.cpu_offload", "packing"),
     *("rollout.engine", "rollout.vllm", "watchdog", "logging"),
 )
-"""Settings, or sections, that a resumed run may have otherwise, besides attn_implementation: they
-decide where and how it is computed and what is shown. ``steps`` too: the schedule of the learning
-rate is then the new one."""
+"""Settings and sections that may differ when a run is resumed, besides attn_implementation. They
+decide where and how the run is computed and what is shown. ``steps`` may differ too; the learning
+rate then follows the schedule of the new value."""
 
 
 @dataclass
 class Candidates:
-    """What a run could go on from.
+    """The checkpoints that a run could resume from.
 
     Attributes:
-        checkpoints: that look whole, the newest first; none: it begins at the beginning.
-        torn: what is wrong with others.
-        notes: what the user should know.
+        checkpoints: those with all files at the right sizes, newest first. If empty, the run starts
+            from step 0.
+        torn: for each other checkpoint, the reason why it can't be used.
+        notes: messages for the user.
     """
 
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -49,72 +50,80 @@ class Candidates:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a run has written into a directory."""
+    """Return whether a run has written into a directory."""
     return any((directory / name).exists() for name in (METRICS, CHECKPOINTS))
 
 
 def locate(path: str | Path) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """The checkpoints that a path means, newest first: one, or those of a run's directory; and what
-    is wrong with others there.
+    """Find the checkpoints at a path: a single checkpoint, or a run's directory.
+
+    Returns:
+        The checkpoints that `files.read` accepts, newest first, and for each other one the reason
+        why it is rejected.
 
     Raises:
-        ConfigError: if there is nothing there, or none of them is whole.
+        ConfigError: if there is no checkpoint at the path, or none is complete.
     """
     path = Path(path)
     if (path / CHECKPOINTS).is_dir():
-        found, torn = files.find(path / CHECKPOINTS)
+        checkpoints, torn = files.find(path / CHECKPOINTS)
     elif files.NAME.fullmatch(path.name) or (path / files.DOCUMENT).exists():
         try:
-            found, torn = [files.read(path)], {}
+            checkpoints, torn = [files.read(path)], {}
         except Torn as error:
-            found, torn = [], {path: str(error)}
+            checkpoints, torn = [], {path: str(error)}
     else:
-        found, torn = [], {}
-    if not found:
+        checkpoints, torn = [], {}
+    if not checkpoints:
         why = "; ".join(f"{p.name}: {reason}" for p, reason in torn.items())
         raise ConfigError(
             f"no whole checkpoint at {path}{f' ({why})' if why else ''}: expected a run's directory"
-            " with checkpoints/step_.. in it, or one of those"
+            " that contains checkpoints/step_.., or one such checkpoint"
         )
-    return found, torn
+    return checkpoints, torn
 
 
 def find_candidates(cfg: TrainConfig, directory: Path) -> Candidates:
-    """What ``cfg.resume`` asks to go on from, compared with the configuration.
+    """Find the checkpoints that ``cfg.resume`` names and compare the newest with ``cfg``.
 
     Args:
-        directory: the run's.
+        directory: the run's directory.
 
     Raises:
-        ConfigError: if there is nothing where something must be, or it is of another run.
+        ConfigError: if a required checkpoint is missing, or if it belongs to a run with other
+            settings.
     """
     if cfg.resume is None:
         return Candidates()
     if cfg.resume == "auto":
-        found, torn = files.find(directory / CHECKPOINTS)
-        if torn and not found:
+        checkpoints, torn = files.find(directory / CHECKPOINTS)
+        if torn and not checkpoints:
             locate(directory)
     else:
-        found, torn = locate(cfg.resume)
-    candidates = Candidates(found, torn)
+        checkpoints, torn = locate(cfg.resume)
+    candidates = Candidates(checkpoints, torn)
     candidates.notes += [f"{p} is not whole and left out: {why}" for p, why in torn.items()]
-    if found:
-        candidates.notes += _check_settings(cfg, found[0])
+    if checkpoints:
+        candidates.notes += _check_settings(cfg, checkpoints[0])
     return candidates
 
 
 def settings(cfg: TrainConfig) -> dict[str, Any]:
-    """A configuration as JSON has it."""
+    """Return a configuration as plain JSON values."""
     return json.loads(json.dumps(asdict(cfg)))
 
 
 def differences(old: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
-    """What differs between a checkpoint's settings and a configuration and must not, by dotted
-    name with both values. An option that the checkpoint's version did not have was at its default.
+    """List the settings that differ from a checkpoint's although they must not.
+
+    An option that the checkpoint's version of oprd did not have counts as its default.
+
+    Returns:
+        For each such setting, its dotted name with both values.
     """
     ours = _flat(settings(cfg))
     theirs = _flat(old)
-    defaults = _flat(settings(TrainConfig()) | {"objectives": {}})  # of which all are named
+    defaults = _flat(settings(TrainConfig()) | {"objectives": {}})  # every objective is named
     free = (*FREE, *cfg.checkpoint.allow_changes)
     differing = []
     for name in sorted(ours.keys() | theirs.keys()):
@@ -129,9 +138,11 @@ def differences(old: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
 
 
 def same_evaluation(old: Mapping[str, Any], cfg: TrainConfig) -> bool:
-    """Whether a checkpoint's evaluations are what a configuration's would be: of sets that are
-    called alike, sampled and graded alike. An option that its version did not have was at its
-    default."""
+    """Return whether a configuration would evaluate as the checkpoint's run did.
+
+    The sets must have the same names and be sampled and graded in the same way. An option that the
+    checkpoint's version of oprd did not have counts as its default.
+    """
 
     defaults = settings(TrainConfig())["eval"]
 
@@ -145,43 +156,44 @@ def same_evaluation(old: Mapping[str, Any], cfg: TrainConfig) -> bool:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def _check_settings(cfg: TrainConfig, checkpoint: Checkpoint) -> list[str]:
-    """Raises where a run would become another one; returns notes."""
+    """Raise if the settings differ where they must not; return notes for the user."""
     old = checkpoint.document["settings"]
     if differing := differences(old, cfg):
         raise ConfigError(
             f"the checkpoint {checkpoint.path} is of a run with other settings: "
-            f"{'; '.join(differing)}. Take its values, begin in a new output_dir, or name what may "
-            "differ in checkpoint.allow_changes"
+            f"{'; '.join(differing)}. Use its values, choose a new output_dir, or list the settings "
+            "that may differ in checkpoint.allow_changes"
         )
     if checkpoint.step > cfg.steps:
         raise ConfigError(
             f"the checkpoint {checkpoint.path} has made {checkpoint.step} steps already, more than "
-            f"steps={cfg.steps}: raise it, or resume from an earlier checkpoint"
+            f"steps={cfg.steps}: raise steps, or resume from an earlier checkpoint"
         )
     if old["steps"] != cfg.steps:
         return [
             f"steps was {old['steps']} and is {cfg.steps}: from step {checkpoint.step + 1} on the "
-            "learning rate follows the schedule of the new one"
+            "learning rate follows the new schedule"
         ]
     return []
 
 
 def choose(candidates: Candidates, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest candidate whose files have the checksums that they were written with; None if
-    there was none to begin with. Collective: each rank reads a share of the files.
+    """Return the newest candidate whose files match their checksums; None without candidates.
+
+    Collective: each rank reads a share of the files.
 
     Raises:
-        ConfigError: if all of them are damaged.
+        ConfigError: if all candidates are damaged.
     """
     for checkpoint in candidates.checkpoints:
         names = sorted(checkpoint.document["files"])
@@ -193,25 +205,26 @@ def choose(candidates: Candidates, say: Callable[[str], None]) -> Checkpoint | N
         if dist.is_initialized():
             own, problems = problems[0], [None] * dist.get_world_size()
             dist.all_gather_object(problems, own)
-        found = [p for p in problems if p is not None]
-        if not found:
+        damage = next((p for p in problems if p is not None), None)
+        if damage is None:
             return checkpoint
-        candidates.torn[checkpoint.path] = found[0]
-        say(f"{checkpoint.path} is damaged and left out: {found[0]}")
+        candidates.torn[checkpoint.path] = damage
+        say(f"{checkpoint.path} is damaged and left out: {damage}")
     if candidates.checkpoints:
         raise ConfigError(
-            f"all {len(candidates.checkpoints)} checkpoints are damaged ({candidates.torn}): begin "
-            "in a new output_dir"
+            f"all {len(candidates.checkpoints)} checkpoints are damaged ({candidates.torn}): "
+            "choose a new output_dir"
         )
     return None
 
 
 def tidy(directory: Path, checkpoint: Checkpoint | None, candidates: Candidates) -> list[str]:
-    """Make a run's directory what it was when the checkpoint was written; rank 0 only. What came
-    later is renamed, not deleted.
+    """Restore a run's directory to its state when the checkpoint was written; rank 0 only.
+
+    Later files are renamed, not deleted.
 
     Returns:
-        What was renamed, for the user.
+        A message for the user about each renamed file.
     """
     notes = []
     checkpoints = directory / CHECKPOINTS
@@ -226,13 +239,15 @@ def tidy(directory: Path, checkpoint: Checkpoint | None, candidates: Candidates)
     if checkpoint is not None and checkpoint.path.parent.absolute() == checkpoints.absolute():
         kept = checkpoint.document["metrics_bytes"]
     if (rest := cut(directory / METRICS, kept)) is not None:
-        notes.append(f"what {METRICS} held of later steps is now in {rest.name}")
+        notes.append(f"the lines of {METRICS} from later steps are now in {rest.name}")
     return notes
 
 
 def write_config(directory: Path, cfg: TrainConfig) -> None:
-    """Write a run's configuration to ``config.yaml``; one that says something else is kept under
-    another name."""
+    """Write a run's configuration to ``config.yaml``.
+
+    An existing file with other content is kept under another name.
+    """
     file, content = directory / "config.yaml", to_yaml(cfg).encode()
     if file.exists() and file.read_bytes() != content:
         files.set_aside(file, "before")
@@ -240,7 +255,7 @@ def write_config(directory: Path, cfg: TrainConfig) -> None:
 
 
 def cut(file: Path, size: int) -> Path | None:
-    """Move all but the first ``size`` bytes of a file into another one; returns that, if any."""
+    """Move all but the first ``size`` bytes of a file to a new file; return its path, if any."""
     if not file.exists() or file.stat().st_size <= size:
         return None
     number = 1
@@ -254,10 +269,11 @@ def cut(file: Path, size: int) -> Path | None:
 
 
 def done_already(cfg: TrainConfig, directory: Path) -> Summary | None:
-    """The summary of the run in a directory, if it has made ``cfg.steps`` steps to its end.
+    """Return the summary of the run in a directory if it finished after ``cfg.steps`` steps.
 
     Raises:
-        ConfigError: if it ended after fewer or more, and there is nothing to go on from.
+        ConfigError: if the run finished after another number of steps and left no checkpoint to
+            resume from.
     """
     summary = read_summary(directory)
     if summary is None or summary.interrupted:
@@ -268,6 +284,6 @@ def done_already(cfg: TrainConfig, directory: Path) -> Summary | None:
     if newest(directory / CHECKPOINTS) is None:
         raise ConfigError(
             f"output_dir {directory} holds a run that ended after {summary.steps} steps and kept "
-            f"no checkpoint to go on from to steps={cfg.steps}: choose a new directory"
+            f"no checkpoint to resume from, but steps={cfg.steps}: choose a new directory"
         )
     return None

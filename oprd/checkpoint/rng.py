@@ -1,4 +1,4 @@
-"""The random states of a rank, as one tensor."""
+"""A rank's random states as one tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def capture(device: torch.device) -> Tensor:
-    """Python's, NumPy's and torch's (of the CPU and of a GPU) as a uint8 tensor on the CPU."""
+    """Return the random states of Python, NumPy and torch (CPU and GPU) as a uint8 CPU tensor."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -25,7 +25,7 @@ def capture(device: torch.device) -> Tensor:
 
 
 def restore(captured: Tensor, device: torch.device) -> None:
-    """Set what `capture` has returned. A GPU's state is set where there is one in it."""
+    """Set the random states that `capture` returned, including a GPU's if it was captured."""
     state = json.loads(captured.numpy().tobytes())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -1,4 +1,4 @@
-"""A run's checkpoints: when they are due, what is in them, which is the best."""
+"""A run's checkpoints: when to write one, what it contains, which one is the best."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from oprd.config import TrainConfig
 from oprd.errors import ConfigError
 
 MOMENTS = 2
-"""Of AdamW, each as large as the weights."""
+"""Number of AdamW's moments; each is as large as the weights."""
 
 
 class RunCheckpoints:
-    """Writes the checkpoints of a run and, at its start, loads one.
+    """Writer of a run's checkpoints, and loader of the one that the run resumes from.
 
     Attributes:
-        last: the newest that is complete.
-        failure: why the last attempt to write one failed; None if it did not.
+        last: path of the newest complete checkpoint.
+        failure: the reason why the last write failed; None if it succeeded.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class RunCheckpoints:
         """Collective.
 
         Args:
-            directory: the run's.
-            device: of this rank's computations.
-            resumed: what it goes on from.
-            say: shows the user a line.
+            directory: the run's directory.
+            device: the device that this rank computes on.
+            resumed: the checkpoint that the run resumes from, if any.
+            say: called with each line to show to the user.
         """
         self.cfg, self.directory, self.say = cfg, directory / CHECKPOINTS, say
         self.student, self.device, self.resumed = student, device, resumed
@@ -67,34 +67,34 @@ class RunCheckpoints:
         )
 
     def load(self, optimizer: Optimizer) -> None:
-        """Student, optimizer and random states as the checkpoint has them; collective.
+        """Load student, optimizer and random states from the checkpoint; collective.
 
-        Ranks that the run did not have before get random states from its seed.
+        A rank that has no random state in the checkpoint is seeded from the run's seed.
 
         Raises:
             ConfigError: if the checkpoint is of another model.
         """
         assert self.resumed is not None
-        found = state.load(
+        random_state = state.load(
             self.resumed.path, self.student, optimizer, distributed.rank(), self._writer.group
         )
-        if found is not None:
-            rng.restore(found, self.device)
+        if random_state is not None:
+            rng.restore(random_state, self.device)
         else:
             distributed.seed_everything(self.cfg.seed + 7919 * self.resumed.step)
         ranks, before = distributed.world_size(), self.resumed.document["ranks"]
         if ranks != before:
             self.say(
                 f"note: the checkpoint was written by {before} ranks and goes on with {ranks}: the "
-                "prompts are the same, what is sampled is not"
+                "prompts stay the same, but the sampled responses change"
             )
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far; then a checkpoint is due."""
+        """Return whether an evaluation is the best so far; a checkpoint is then due."""
         metric = self.cfg.checkpoint.keep_best
         if metric is None or metric not in metrics:
             return False
-        self.finish()  # what is in writing may be the best
+        self.finish()  # a failed write of the best one resets self.best
         value = metrics[metric]
         if self.best is not None and value <= self.best["value"]:
             return False
@@ -102,19 +102,20 @@ class RunCheckpoints:
         return True
 
     def due(self, step: int) -> bool:
-        """Whether it is time for a checkpoint, whatever evaluations say."""
+        """Return whether a checkpoint is due at this step, regardless of evaluations."""
         every = self.cfg.checkpoint.every
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def save(
         self, step: int, optimizer: Optimizer, random: Tensor, progress: Mapping[str, Any]
     ) -> None:
-        """Begin to write a checkpoint, unless this step has one; collective. A failure is said when
-        it is known, by this or by `poll` or `finish`.
+        """Start writing a checkpoint, unless this step has one already; collective.
+
+        `save`, `poll` and `finish` report a failed write to the user once it is known.
 
         Args:
-            random: this rank's random state, by `oprd.checkpoint.rng.capture`.
-            progress: JSON: what the run needs besides.
+            random: this rank's random state, from `oprd.checkpoint.rng.capture`.
+            progress: further JSON values that the run needs to resume.
         """
         self.finish()
         if self.last is not None and self.last.name == files.step_name(step):
@@ -136,24 +137,26 @@ class RunCheckpoints:
             self.finish()
 
     def poll(self) -> None:
-        """Say what came of a write that has ended.
+        """Record the outcome of a write that has ended since the last call.
+
+        A full or failing disk is reported to the user as a warning.
 
         Raises:
-            Exception: what went wrong, if it was not for want of room or a failing disk.
+            Exception: any other error of the write.
         """
         self._settle(self._writer.finished)
 
     def finish(self) -> Path | None:
-        """Wait for the write under way; returns the newest complete checkpoint.
+        """Wait for the current write and return the newest complete checkpoint.
 
         Raises:
-            Exception: as `poll`.
+            Exception: see `poll`.
         """
         self._settle(self._writer.wait)
         return self.last
 
     def close(self) -> None:
-        """Wait, whatever comes of it, and end."""
+        """Wait for the current write, ignore its outcome, and stop the writer."""
         self._writer.close()
 
     def _settle(self, ask: Callable[[], Path | None]) -> None:
@@ -162,7 +165,7 @@ class RunCheckpoints:
         except WriteFailed as error:
             self.failure = str(error)
             self.best = files.read_best(self.directory)
-            self.say(f"warning: {error}. The last complete one: {self.last or 'none'}")
+            self.say(f"warning: {error}. The last complete checkpoint: {self.last or 'none'}")
             return
         if path is not None:
             self.last, self.failure = path, None
@@ -172,7 +175,10 @@ class RunCheckpoints:
             write_best(self.directory, self.best)
 
     def _known_best(self) -> dict[str, Any] | None:
-        """The best when the checkpoint was written, if it is still what is asked for."""
+        """Return the best checkpoint that the resumed one recorded, and update `BEST` to match.
+
+        It is None if that checkpoint is gone or ``checkpoint.keep_best`` names another metric.
+        """
         best = None if self.resumed is None else self.resumed.document["best"]
         if best is not None and (
             best["metric"] != self.cfg.checkpoint.keep_best
@@ -188,7 +194,7 @@ class RunCheckpoints:
 
 
 def model_files(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """By name, what Hugging Face's layout has besides weights."""
+    """Return the files of Hugging Face's layout other than the weights, by name."""
     with tempfile.TemporaryDirectory() as directory:
         student.config.save_pretrained(directory)
         if student.can_generate():
@@ -201,10 +207,10 @@ def check_shared(directory: Path, device: torch.device, patience_s: float = 30.0
     """Check that every rank sees the run's directory, where all write their shards. Collective.
 
     Args:
-        patience_s: seconds until a network file system must show what rank 0 has written.
+        patience_s: seconds that a network file system may take to show a file of rank 0.
 
     Raises:
-        ConfigError: on all ranks, if one does not.
+        ConfigError: on all ranks, if one rank does not see the directory.
     """
     token = directory / distributed.from_rank_0(f".{uuid.uuid4().hex}")
     if distributed.rank() == 0:
@@ -218,19 +224,19 @@ def check_shared(directory: Path, device: torch.device, patience_s: float = 30.0
         token.unlink()
     if missing:
         raise ConfigError(
-            f"output_dir {directory} is not the same for all ranks: those of several nodes need a "
-            "directory on a file system that they share"
+            f"output_dir {directory} is not the same for all ranks: with several nodes, choose a "
+            "directory on a file system that all of them share"
         )
 
 
 def check_space(cfg: TrainConfig, directory: Path, student: nn.Module) -> None:
-    """Whether what the run will keep fits on the disk.
+    """Check that the checkpoints and the final student fit on the disk.
 
     Args:
-        directory: the run's; exists.
+        directory: the run's existing directory.
 
     Raises:
-        ConfigError: with the sizes.
+        ConfigError: if they don't fit; the message gives the sizes.
     """
     c = cfg.checkpoint
     size = (1 + MOMENTS) * state.num_bytes(state.model_tensors(student))
@@ -238,17 +244,17 @@ def check_space(cfg: TrainConfig, directory: Path, student: nn.Module) -> None:
     if c.keep_best is not None:
         every = min(s.every for s in cfg.eval.sets.values() if s.every)
         number += -(-cfg.steps // every)
-    if c.keep_last is not None:  # and the one in writing
+    if c.keep_last is not None:  # plus the one being written
         number = min(number, c.keep_last + 1 + (c.keep_best is not None))
     model = state.num_bytes(dict(student.named_parameters()))
-    kept = files.find(directory / CHECKPOINTS)[0]  # which newer ones replace
+    kept = files.find(directory / CHECKPOINTS)[0]  # newer checkpoints replace these
     there = sum(size for c in kept for size, _ in c.document["files"].values())
     needed = number * size + model - there
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConfigError(
             f"output_dir {directory} has {free / 1e9:.2f} GB free, and the run needs "
-            f"{needed / 1e9:.2f} GB more: {number} checkpoint(s) of {size / 1e9:.2f} GB, one of "
-            f"them in writing, and the student of {model / 1e9:.2f} GB. Make room, keep fewer "
+            f"{needed / 1e9:.2f} GB more: {number} checkpoint(s) of {size / 1e9:.2f} GB, "
+            f"including the one being written, and the student of {model / 1e9:.2f} GB. Make room, keep fewer "
             "(checkpoint.keep_last), or choose another output_dir"
         )

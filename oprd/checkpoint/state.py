@@ -1,8 +1,8 @@
-"""Model and optimizer as named tensors, plain or sharded, and back.
+"""Conversion of model and optimizer to named tensors, plain or sharded, and back.
 
-Not by `torch.distributed.checkpoint.state_dict`: its optimizer helpers make up state for parameters
-that have none (an untied LM head, which OPRD gives no gradient), by a step of their own. An
-optimizer's hyperparameters are left out: they are the configuration's.
+`torch.distributed.checkpoint.state_dict` is not used: its optimizer helpers take a step of their
+own to create state for parameters that have none (an untied LM head gets no gradient from OPRD).
+The optimizer's hyperparameters are not saved, since they come from the configuration.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Tensors = dict[str, Tensor]
 
 
 def model_tensors(model: nn.Module) -> Tensors:
-    """What training changes: parameters that are trained (tied ones once) and buffers."""
-    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    """Return what training changes: trainable parameters (tied ones once) and buffers."""
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     state = model.state_dict(keep_vars=True)
-    found |= {n: t for n, t in state.items() if n not in parameters}
-    return {MODEL + name: tensor.detach() for name, tensor in found.items()}
+    tensors |= {n: t for n, t in state.items() if n not in parameters}
+    return {MODEL + name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> Tensors:
-    """The optimizer's state by parameter; nothing for those that have none."""
+    """Return the optimizer's state by parameter; parameters without state are omitted."""
     return {
         f"{OPTIMIZER}{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -45,21 +45,21 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> Tensors:
 
 
 def num_bytes(tensors: Tensors) -> int:
-    """Of the whole tensors, over all ranks."""
+    """Return the bytes of the tensors, summed over all shards."""
     return sum(math.prod(t.shape) * t.element_size() for t in tensors.values())
 
 
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Name, shape and dtype of everything in a checkpoint.
+    """Return name, shape and dtype of every tensor in a checkpoint.
 
-    ``.metadata`` is a pickle: load no checkpoint of a source that you don't trust.
+    ``.metadata`` is a pickle: don't load checkpoints from a source that you don't trust.
     """
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: m for name, m in stored.items() if isinstance(m, TensorStorageMetadata)}
 
 
 def read_tensors(path: Path, into: Tensors, group: dist.ProcessGroup | None = None) -> None:
-    """Fill tensors, sharded in any way, from a checkpoint; collective over ``group``, if given."""
+    """Fill tensors, however sharded, from a checkpoint; collective over ``group``, if given."""
     quiet_dcp()
     state: dict[str, Any] = dict(into)
     reader = dcp.FileSystemReader(path)
@@ -67,7 +67,7 @@ def read_tensors(path: Path, into: Tensors, group: dist.ProcessGroup | None = No
 
 
 def quiet_dcp() -> None:
-    """torch warns of a single process on every call."""
+    """Silence torch's warning about a single process, which it repeats on every call."""
     warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single")
 
 
@@ -78,10 +78,10 @@ def load(
     rank: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | None:
-    """Load a checkpoint into a model and an optimizer that are built already, sharded as they are.
+    """Load a checkpoint into an existing model and optimizer, keeping their sharding.
 
     Returns:
-        The random state of ``rank``; None if there was no such rank.
+        The random state of ``rank``; None if the checkpoint has none for this rank.
 
     Raises:
         ConfigError: if the checkpoint is of another model.
@@ -105,7 +105,7 @@ def load(
 
 
 def _like(stored: TensorStorageMetadata, parameter: Tensor) -> Tensor:
-    """Room for an entry of the optimizer's state: sharded as its parameter, if of that shape."""
+    """Allocate an entry of the optimizer's state, sharded like its parameter if shapes agree."""
     if stored.size == parameter.shape:
         return torch.zeros_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
     return torch.zeros(stored.size, dtype=stored.properties.dtype)
@@ -114,7 +114,7 @@ def _like(stored: TensorStorageMetadata, parameter: Tensor) -> Tensor:
 def _set_state(optimizer: Optimizer, state: dict[Tensor, dict[str, Tensor]]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     values = {i: state[p] for i, p in enumerate(parameters) if p in state}
-    # By torch, which knows on what device each entry belongs.
+    # load_state_dict moves each entry to the device that it belongs on.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": values, "param_groups": groups})
 

@@ -1,4 +1,4 @@
-"""Saving the student so that `from_pretrained` loads it."""
+"""Export of the student to a directory that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def save_student(
     """Write model and tokenizer in Hugging Face's layout; collective, rank 0 writes.
 
     A LoRA student is merged, so that it loads like any other; its adapter goes into ``adapter/``.
-    Into a directory beside it first, and then renamed: ``directory`` is whole or not there. Rank 0
-    holds one whole copy of the weights in main memory meanwhile.
+    The files go to a temporary directory, which is then renamed, so that ``directory`` is never
+    half-written. Rank 0 meanwhile holds one full copy of the weights in main memory.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in full_weights(student):

@@ -1,4 +1,4 @@
-"""Writing checkpoints: beside training, whole or not at all."""
+"""Atomic checkpoint writes in a background thread."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from oprd.checkpoint.state import Tensors, num_bytes, quiet_dcp
 
 T = TypeVar("T")
 STUDENT = "student"
-"""Directory in a checkpoint for what a model's files hold besides weights."""
+"""Directory in a checkpoint for the model's files other than weights."""
 
 TORCH_WRITER = "inline_container.cc"
-"""In the error that torch's zip writer raises where a file can't be written. The OSError behind it
-is lost on the way from one rank to the others."""
+"""Text in the error that torch's zip writer raises if it can't write a file. The underlying OSError
+is lost when the error travels from one rank to the others."""
 
 
 class WriteFailed(RuntimeError):
-    """A checkpoint could not be written, for a reason that may pass: no room, an I/O error."""
+    """A checkpoint could not be written because the disk is full or had an I/O error."""
 
 
 class Writer:
-    """Writes a run's checkpoints, one at a time.
+    """Writer of a run's checkpoints, one at a time.
 
-    torch's own `async_save` ends when the tensors are written; here the document, the checksums,
-    the name and the deletion of older ones follow in the same thread. That thread has a gloo group
-    of its own, so that its messages don't mix with those of training.
+    torch's own `async_save` ends once the tensors are written. Here the same thread then adds the
+    checksums and the document, renames the checkpoint and deletes older ones. The thread has its
+    own gloo group, so that its messages don't mix with those of training.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Writer:
         """Collective.
 
         Args:
-            directory: that of all of the run's checkpoints; on a file system that all ranks share.
-            model_files: by name, what is put beside the weights.
+            directory: parent of all of the run's checkpoints, on a file system that all ranks share.
+            model_files: contents of the files to store beside the weights, by name.
         """
         self.directory, self.asynchronous, self.keep_last = directory, asynchronous, keep_last
         self.model_files = model_files
@@ -63,7 +63,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Path] | None = None
         gpu = device.type == "cuda"
-        # Its pinned memory is kept from one checkpoint to the next.
+        # One stager for all checkpoints, so that its pinned memory is reused.
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=gpu,
@@ -75,11 +75,13 @@ class Writer:
         quiet_dcp()
 
     def write(self, tensors: Tensors, document: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint; collective. `wait` or `finished` tell what came of the one
-        before: ask first.
+        """Start writing a checkpoint; collective.
+
+        Call `wait` or `finished` first to collect the outcome of the previous write.
 
         Args:
-            tensors: free to be changed once this returns.
+            tensors: may be modified once an asynchronous `write` returns, since they are copied;
+                otherwise only after `wait`.
             document: JSON; has ``step`` and ``best`` (None, or metric, value and step).
         """
         assert self._writing is None, "the last write's end has not been asked for"
@@ -88,19 +90,19 @@ class Writer:
         self._writing = self._thread.submit(self._write, tensors, document)
 
     def finished(self) -> Path | None:
-        """The checkpoint whose writing has ended since this was last asked.
+        """Return the checkpoint if its write has ended since the last call, without waiting.
 
         Raises:
-            WriteFailed: as `wait`.
+            WriteFailed: see `wait`.
         """
         return self.wait() if self._writing is not None and self._writing.done() else None
 
     def wait(self) -> Path | None:
-        """The checkpoint in writing, when it is complete; None if there is none.
+        """Wait for the current write and return its checkpoint; None if there is no write.
 
         Raises:
-            WriteFailed: if there was no room or the disk failed; nothing is left of it.
-            Exception: anything else that has gone wrong.
+            WriteFailed: if the disk is full or failed; the partial checkpoint is deleted.
+            Exception: any other error of the write.
         """
         if self._writing is None:
             return None
@@ -109,11 +111,11 @@ class Writer:
         except Exception:
             self._writing = None
             raise
-        self._writing = None  # but not if a signal ended the wait: it goes on from staged tensors
+        self._writing = None  # not if a signal ended the wait: the write continues
         return path
 
     def close(self) -> None:
-        """Wait for the thread. What it was writing is lost to the caller: `wait` first."""
+        """Wait for the thread to end. Call `wait` first to learn the outcome of the current write."""
         self._thread.shutdown(wait=True)
         self._stager.close()
 
@@ -122,7 +124,7 @@ class Writer:
         unfinished = path.with_name(path.name + UNFINISHED)
         try:
             self._on_rank_0(lambda: self._make_room(unfinished, num_bytes(tensors)))
-            # One rank needs no group; torch's files are synchronised by its writer.
+            # FileSystemWriter itself calls fsync on its files.
             dcp.save(
                 dict(tensors),
                 storage_writer=dcp.FileSystemWriter(unfinished),
@@ -176,7 +178,7 @@ class Writer:
         self._agree(what if distributed.rank() == 0 else lambda: None)
 
     def _agree(self, what: Callable[[], T]) -> list[T]:
-        """What each rank's call returned; all raise what one raised."""
+        """Run a call on every rank and return all results; an error on one is raised on all."""
         try:
             outcome: tuple[T | None, Exception | None] = (what(), None)
         except OSError as error:
@@ -194,23 +196,23 @@ class Writer:
 
 
 def write_best(directory: Path, best: Mapping[str, Any]) -> None:
-    """Note which checkpoint is the best so far."""
+    """Record which checkpoint is the best so far."""
     if files.read_best(directory) != best:
         write_json(directory / files.BEST, best)
 
 
 def _cause(error: BaseException) -> Exception:
-    """What lies behind an error of `torch.distributed.checkpoint`: the first OSError, if any."""
+    """Return the cause of a `torch.distributed.checkpoint` error: the first OSError, if any."""
     pending, seen = [error], []
     while pending:
-        found = pending.pop(0)
-        if isinstance(found, OSError):
-            return found
-        if found in seen:
+        current = pending.pop(0)
+        if isinstance(current, OSError):
+            return current
+        if current in seen:
             continue
-        seen.append(found)
-        if isinstance(found, CheckpointException):
-            pending += [inner for inner, _ in found.failures.values()]
-        pending += [e for e in (found.__cause__, found.__context__) if e is not None]
+        seen.append(current)
+        if isinstance(current, CheckpointException):
+            pending += [inner for inner, _ in current.failures.values()]
+        pending += [e for e in (current.__cause__, current.__context__) if e is not None]
     inner = next((e for e in seen if isinstance(e, Exception)), None)
     return inner or RuntimeError(str(error))

@@ -16,7 +16,7 @@ from oprd.config.models import (
     StudentConfig,
     TeacherConfig,
 )
-from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
+from oprd.config.objectives import OBJECTIVES, DistillConfig, DistillOptions, OpdConfig
 from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig, check_sampling
 from oprd.config.train import TrainConfig, check_values
@@ -32,6 +32,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DistillConfig",
+    "DistillOptions",
     "EvalConfig",
     "EvalSetConfig",
     "FsdpConfig",

@@ -5,12 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from oprd.config.types import Form, Positions, Reduction, Shift
+from oprd.config.types import BackendName, Form, Kind, Positions, Reduction, Shift
 
 
-@dataclass
-class DistillConfig:
-    """The representation loss.
+@dataclass(frozen=True)
+class DistillOptions:
+    """The representation loss: which hidden states are compared, and how.
+
+    These are the defaults of `oprd.attach`, and the paper's. `oprd_kernels.fused_rep_loss`, which
+    knows nothing of layers and tokens, defaults to ``nmse``, whose scale does not depend on the
+    states' norms.
+
+    Attributes:
+        kind: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d of
+            ``cosine``.
+        layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks counted from 0.
+        positions: ``all``, ``last``, ``last_k`` or ``first_k`` response tokens.
+        k: for ``last_k`` and ``first_k``.
+        shift: ``after``: the state that has read the token; ``before``: the one that predicts it.
+        reduction: ``token-mean`` or ``seq-mean`` over the global batch.
+        backend: of the kernels: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
+    """
+
+    kind: Kind = "mse"
+    layers: str | list[int] = "all"
+    positions: Positions = "last_k"
+    k: int = 2000
+    shift: Shift = "after"
+    reduction: Reduction = "token-mean"
+    backend: BackendName = "auto"
+
+
+@dataclass(frozen=True)
+class DistillConfig(DistillOptions):
+    """The representation loss, as `oprd.config.DistillOptions`. The demo answers in five tokens, of
+    which the first matters most, so all tokens are supervised there, by the state that predicts
+    them.
 
     Attributes:
         kind: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d of
@@ -22,16 +52,11 @@ class DistillConfig:
         reduction: ``token-mean`` or ``seq-mean`` over the global batch.
         backend: of the kernels: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
         init_head_from_teacher: copy the teacher's LM head into the student before training. OPRD
-            itself gives an untied head no gradient. (Ours, not the paper's.)
+            itself gives an untied head no gradient. (Not in the paper.)
     """
 
-    kind: Literal["mse", "nmse", "cosine"] = "mse"
-    layers: str | list[int] = "all"
     positions: Positions = "all"
-    k: int = 2000
     shift: Shift = "before"
-    reduction: Reduction = "token-mean"
-    backend: Literal["auto", "cuda", "triton", "cpu", "reference"] = "auto"
     init_head_from_teacher: bool = False
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+BackendName = Literal["auto", "cuda", "triton", "cpu", "reference"]
+Kind = Literal["mse", "nmse", "cosine"]
 Positions = Literal["all", "last", "last_k", "first_k"]
 Shift = Literal["after", "before"]
 Reduction = Literal["token-mean", "seq-mean"]

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from oprd.bridge.bank import Bridge
 from oprd.bridge.project import Projectors
-from oprd.config.types import Positions, Reduction, Shift
+from oprd.config import DistillOptions
+from oprd.config.types import BackendName, Kind, Positions, Reduction, Shift
 from oprd.data.collate import Batch
 from oprd.data.supervision import supervise
 from oprd.distill.taps import Board, RepOutput, TapSession, tapped_class
@@ -41,28 +42,21 @@ class Distiller:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        *,
-        layers: LayerSpec,
-        kind: str,
-        positions: Positions,
-        k: int,
-        shift: Shift,
-        reduction: Reduction,
-        backend: str,
+        options: DistillOptions,
         bridge: Bridge | None = None,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-        self.student, self.layers = find_decoder(student), layers
+        if options.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {options.kind!r}")
+        self.student, self.options = find_decoder(student), options
         self._take_teacher(teacher, bridge)
-        self.kind, self.backend = kind, backend
-        self.positions, self.k, self.shift, self.reduction = positions, k, shift, reduction
         self._board = Board()
         self._points = [self._add_tap(i, block) for i, (block, _) in enumerate(self.pairs)]
 
     def _take_teacher(self, teacher: nn.Module, bridge: Bridge | None) -> None:
         teacher_decoder = find_decoder(teacher)
-        self.pairs = pair_layers(self.layers, self.student.num_layers, teacher_decoder.num_layers)
+        self.pairs = pair_layers(
+            self.options.layers, self.student.num_layers, teacher_decoder.num_layers
+        )
         if bridge is not None:
             ours, theirs = (
                 ModelInfo(d.width, d.num_layers) for d in (self.student, teacher_decoder)
@@ -187,8 +181,8 @@ class Distiller:
             "rows": rows,
             "weights": weights,
             "denominator": denominator,
-            "kind": self.kind,
-            "backend": self.backend,
+            "kind": self.options.kind,
+            "backend": self.options.backend,
         }
         project = None if self.projectors is None else self._student_proj
         session = TapSession(teacher_states, options, project)
@@ -258,8 +252,9 @@ class Distiller:
                 f"partner has shape {tuple(partner.shape)} and input_ids {tuple(input_ids.shape)}: "
                 "they must be equal, as in the Batch that oprd.data.collate.collate makes"
             )
+        o = self.options
         chosen = supervise(
-            response_mask.bool(), self.positions, self.k, self.shift, self.reduction, partner,
+            response_mask.bool(), o.positions, o.k, o.shift, o.reduction, partner,
             position_ids_BT=position_ids,
         )  # fmt: skip
         read = reading or Batch(input_ids, attention_mask, response_mask, position_ids=position_ids)
@@ -276,13 +271,13 @@ def attach(
     student: nn.Module,
     teacher: nn.Module,
     *,
-    layers: LayerSpec = "all",
-    kind: str = "mse",
-    positions: Positions = "last_k",
-    k: int = 2000,
-    shift: Shift = "after",
-    reduction: Reduction = "token-mean",
-    backend: str = "auto",
+    layers: LayerSpec = DistillOptions.layers,
+    kind: Kind = DistillOptions.kind,
+    positions: Positions = DistillOptions.positions,
+    k: int = DistillOptions.k,
+    shift: Shift = DistillOptions.shift,
+    reduction: Reduction = DistillOptions.reduction,
+    backend: BackendName = DistillOptions.backend,
     bridge: Bridge | None = None,
 ) -> Distiller:
     """Put OPRD's taps on a student and prepare its teacher.
@@ -305,15 +300,6 @@ def attach(
     Raises:
         ValueError: if the two do not fit together, saying what would.
     """
-    return Distiller(
-        student,
-        teacher,
-        layers=layers,
-        kind=kind,
-        positions=positions,
-        k=k,
-        shift=shift,
-        reduction=reduction,
-        backend=backend,
-        bridge=bridge,
-    )
+    blocks = layers if isinstance(layers, str) else list(layers)
+    options = DistillOptions(kind, blocks, positions, k, shift, reduction, backend)
+    return Distiller(student, teacher, options, bridge)

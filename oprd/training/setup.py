@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from oprd import distributed
 from oprd.bridge import load_bridge
 from oprd.config import StudentConfig, TeacherConfig, TrainConfig
-from oprd.distill.distiller import Distiller, attach
+from oprd.distill.distiller import Distiller
 from oprd.distill.objectives import REP, Objectives
 from oprd.distributed.fsdp import is_sharded, make_mesh, shard
 from oprd.models.compile import compile_layers
@@ -145,16 +145,4 @@ class Builder:
         bridge = None if b.path is None else load_bridge(b.path, b.rank)
         if distillers:
             return next(iter(distillers.values())).with_teacher(teacher, bridge)
-        d = self.cfg.distill
-        return attach(
-            self.student,
-            teacher,
-            layers=d.layers,
-            kind=d.kind,
-            positions=d.positions,
-            k=d.k,
-            shift=d.shift,
-            reduction=d.reduction,
-            backend=d.backend,
-            bridge=bridge,
-        )
+        return Distiller(self.student, teacher, self.cfg.distill, bridge)

@@ -50,7 +50,7 @@ def fit_config(path, teacher, **changes):
 def run_config(directory, teacher, bridge, **changes):
     cfg = small_run(directory, teacher=TeacherConfig(teacher), **changes)
     cfg.bridge = BridgeConfig(str(bridge))
-    cfg.distill.kind = "nmse"
+    cfg.distill = replace(cfg.distill, kind="nmse")
     return cfg
 
 

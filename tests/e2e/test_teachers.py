@@ -248,7 +248,7 @@ def test_mistakes_are_explained(tmp_path):
     both.data.train = PromptsConfig("demo:val.jsonl")
     refused(both, "both teacher and teachers are given")
     refused(both, "both data.train and data.sources are given")
-    both.distill.init_head_from_teacher = True
+    both.distill = DistillConfig(init_head_from_teacher=True)
     refused(both, "init_head_from_teacher needs one teacher")
     wide = small_run(tmp_path / "y")
     wide.data.train.teacher_prompt = "{answer}={prompt}"

@@ -4,7 +4,9 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from oprd.checkpoint.state import stored_tensors
-from oprd.config import EvalSetConfig, TrainConfig
+from oprd.config import DistillOptions, EvalSetConfig, TrainConfig
 from oprd.observability.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +28,11 @@ def set_options(cfg: C, changes: Mapping[str, Any]) -> C:
     """``{"optim__lr": 1e-3}`` sets ``cfg.optim.lr``."""
     for name, value in changes.items():
         *path, last = name.split("__")
-        target = cfg
-        for part in path:
-            target = getattr(target, part)
-        setattr(target, last, value)
+        target = reduce(getattr, path, cfg)
+        if isinstance(target, DistillOptions):  # frozen
+            setattr(reduce(getattr, path[:-1], cfg), path[-1], replace(target, **{last: value}))
+        else:
+            setattr(target, last, value)
     return cfg
 
 

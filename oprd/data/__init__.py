@@ -1,1 +1,1 @@
-"""From prompts to batches of rollouts: what the models read, and which tokens are supervised."""
+"""Prompts, rollouts and batches: what the models read, and which tokens are supervised."""

@@ -1,4 +1,4 @@
-"""Prompts and chats to token ids."""
+"""Encoding of prompts, plain text or chats, to token ids."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from oprd.errors import ConfigError
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> int:
-    """The token that its chat template writes after an assistant's message (``<|im_end|>``,
-    ``<end_of_turn>``, ..), which need not be EOS. Without a template, or a special token there:
-    EOS."""
+    """Return the special token that the chat template writes after an assistant's message.
+
+    It (``<|im_end|>``, ``<end_of_turn>``, ..) need not be the EOS token. Return the EOS token if
+    the tokenizer has no chat template, or if the template writes no special token there.
+    """
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
     mark = "The answer is four"
@@ -23,14 +25,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, **template_options: Any) -> 
     text = tokenizer.apply_chat_template(messages, tokenize=False, **template_options)
     after = text.rpartition(mark)[2].lstrip() if mark in text else ""
     added = tokenizer.added_tokens_decoder.items()
-    found = [(t.content, i) for i, t in added if t.special and after.startswith(t.content)]
-    return max(found, key=lambda f: len(f[0]))[1] if found else tokenizer.eos_token_id
+    ends = [(t.content, i) for i, t in added if t.special and after.startswith(t.content)]
+    return max(ends, key=lambda end: len(end[0]))[1] if ends else tokenizer.eos_token_id
 
 
 def with_suffix(prompt: Any, suffix: str) -> Any:
-    """The prompt, text or chat messages, with ``suffix`` at the end of its text or of its last
-    user message, unless it is there already, be it with the doubled braces of a published set
-    (``\\boxed{{}}``)."""
+    """Append ``suffix`` to a text prompt, or to the last user message of a chat.
+
+    A prompt that ends in the suffix already is returned unchanged, also if the suffix has the
+    doubled braces of a published data set there (``\\boxed{{}}``).
+    """
     if isinstance(prompt, str):
         text = prompt.rstrip()
         if not suffix or text.replace("{{}}", "{}").endswith(suffix.strip()):
@@ -51,10 +55,16 @@ def encode_prompt(
     where: str,
     who: str = "student",
 ) -> list[int]:
-    """Token ids of a prompt, through the chat template where ``cfg`` asks for that.
+    """Encode a prompt to token ids, through the chat template if ``cfg.chat_template`` says so.
+
+    Args:
+        prompt: text, or a list of chat messages.
+        where: file and line of the prompt, for error messages.
+        who: "student" or "teacher", for error messages.
 
     Raises:
-        ConfigError: for something that is no prompt, or a tokenizer without a chat template.
+        ConfigError: if ``prompt`` is neither text nor a chat, or if the chat template is needed
+            and the tokenizer has none.
     """
     is_chat = isinstance(prompt, list)
     if is_chat and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
@@ -83,7 +93,7 @@ def encode_prompt(
 
 
 def uses_template(prompt: Any, cfg: DataConfig) -> bool:
-    """Whether `encode_prompt` renders this prompt through the chat template."""
+    """Return whether `encode_prompt` renders this prompt through the chat template."""
     if isinstance(prompt, list):
         return cfg.chat_template != "never"
     return cfg.chat_template == "always"

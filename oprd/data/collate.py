@@ -18,16 +18,17 @@ from oprd.tokenizers.alignment import Reading
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts padded on the right, or packed: one after another in a single row, B = 1.
+    """Rollouts padded on the right, or packed one after another into a single row (B = 1).
 
     Attributes:
         input_ids: (B, T) int64.
         attention_mask: (B, T) int64; None when packed.
-        response_mask: (B, T) bool.
-        reading: the same rollouts as the teacher reads them, T' tokens wide; None: as they are.
-        partner: (B, T) int64: by state of the student, the row of the teacher's (B * T', d) states
-            that has read the same text; -1 where there is none. None without ``reading``.
-        position_ids: (1, T) int64 when packed, beginning at 0 for each rollout; else None.
+        response_mask: (B, T) bool, True for response tokens.
+        reading: the same rollouts in the teacher's tokens, T' tokens wide. None: the teacher reads
+            this batch.
+        partner: (B, T) int64: for each state of the student, the row of the teacher's (B * T', d)
+            states that has read the same text; -1 if there is none. None without ``reading``.
+        position_ids: (1, T) int64 when packed, beginning at 0 for each rollout; otherwise None.
     """
 
     input_ids: Tensor
@@ -39,7 +40,7 @@ class Batch:
 
     @property
     def for_teacher(self) -> Batch:
-        """What the teacher reads."""
+        """The batch that the teacher reads."""
         return self if self.reading is None else self.reading
 
 
@@ -50,14 +51,17 @@ def collate(
     teacher_pad_id: int | None = None,
     packed: bool = False,
 ) -> Batch:
-    """One batch. A token is masked for its place, never for being the padding id: where pad and EOS
-    are one token, the EOS of a response still counts.
+    """Combine rollouts into one batch.
+
+    A token is masked by its position, never because it has the padding id. Where the pad and EOS
+    tokens are the same, the EOS of a response still counts.
 
     Args:
-        rollouts: none of them make a batch of one padding token without a response, for a rank
-            that must run something and has nothing.
-        teacher_pad_id: of a teacher with another tokenizer.
-        packed: one row, without padding, instead of one row a rollout.
+        rollouts: the rollouts. If empty, the batch is a single padding token without a response:
+            every rank must run the model, even a rank without rollouts.
+        pad_id: padding token id of the student.
+        teacher_pad_id: padding token id of a teacher with another tokenizer.
+        packed: put all rollouts into one row without padding, instead of one row a rollout.
     """
     if not rollouts:
         reading = None if teacher_pad_id is None else Reading([teacher_pad_id], [])
@@ -76,7 +80,7 @@ def collate(
         pairs = theirs.pairs
         if pairs is None:
             pairs = [(j, j) for j in range(len(ours.response_ids))]
-        # The prompts' last states precede the same text too: they predict its first token.
+        # The last states of the two prompts are paired too: they predict the response's first token
         mine, its = torch.tensor([(-1, -1), *pairs]).T
         begin, its_begin = start + len(ours.prompt_ids), their_start + len(theirs.prompt_ids)
         partner[begin + mine] = its_begin + its
@@ -87,7 +91,7 @@ def collate(
 def _pad(
     rollouts: Sequence[Rollout | Reading], pad_id: int, device: torch.device | str
 ) -> tuple[Batch, list[int]]:
-    """The batch, and where each rollout begins in its flattened tokens."""
+    """Return a padded batch, and where each rollout begins in the batch's flattened tokens."""
     length = max(len(r) for r in rollouts)
     ids = torch.full((len(rollouts), length), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
@@ -103,7 +107,7 @@ def _pad(
 def _pack(
     rollouts: Sequence[Rollout | Reading], _pad_id: int, device: torch.device | str
 ) -> tuple[Batch, list[int]]:
-    """As `_pad`, without padding."""
+    """Return a packed batch, and where each rollout begins in it. ``_pad_id`` is not used."""
     lengths = [len(r) for r in rollouts]
     ids = torch.tensor([[t for r in rollouts for t in (*r.prompt_ids, *r.response_ids)]])
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

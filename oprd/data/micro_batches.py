@@ -1,7 +1,7 @@
-"""Which rank runs which rollouts, and in what micro-batches.
+"""Assignment of rollouts to ranks and micro-batches.
 
-All ranks' rollouts are dealt out anew, so that no rank waits long for another: under FSDP2 they go
-through the layers together, and every rank must run as many micro-batches as the others.
+The rollouts of all ranks are redistributed so that no rank waits long for another. Under FSDP2 all
+ranks go through the layers together, so every rank must run the same number of micro-batches.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from oprd.data.rollout import Rollout
 from oprd.models.decoder import Decoder
 
 Plan = list[list[list[Rollout]]]
-"""By rank, its micro-batches. All ranks have the same number; a batch may be empty, and `collate`
-makes something of it that can be run."""
+"""Micro-batches by rank. All ranks have the same number of micro-batches. A micro-batch may be
+empty: `collate` turns it into a batch of one padding token."""
 
 
 def attention_share(decoder: Decoder) -> float:
-    """By what part of itself a token's work grows with each token of its sequence.
+    """Return the fraction by which a token's work grows with each token of its sequence.
 
-    A layer of P parameters does 2 P FLOPs for a token, and attention, causal and a wide, 2 a for
-    each token of the sequence on average: the share is a / P. It does not know of sliding windows
-    or of experts that are not chosen.
+    A layer of P parameters takes 2 P FLOPs a token. Causal attention of width a takes another 2 a
+    FLOPs for each token of the sequence, on average. The share is a / P. Sliding windows and
+    experts that are not chosen are not taken into account.
     """
     config = decoder.backbone.config.get_text_config()
     heads = config.num_attention_heads
@@ -32,7 +32,7 @@ def attention_share(decoder: Decoder) -> float:
 
 @dataclass
 class _Bin:
-    """A micro-batch in the making; its rollouts come longest first."""
+    """A micro-batch under construction. Its rollouts are ordered longest first."""
 
     rollouts: list[Rollout]
     tokens: int
@@ -41,7 +41,7 @@ class _Bin:
     @classmethod
     def of(cls, rollouts: list[Rollout], packed: bool, share: float) -> _Bin:
         lengths = [r.longest for r in rollouts]
-        if not packed:  # each as long as the longest
+        if not packed:  # all are padded to the longest
             lengths = [max(lengths, default=0)] * len(lengths)
         return cls(rollouts, sum(lengths), sum(round(n * (1 + share * n)) for n in lengths))
 
@@ -52,9 +52,13 @@ class _Bin:
 
 
 def batch_work(batch: Sequence[Rollout], packed: bool, share: float = 0.0) -> int:
-    """What a micro-batch costs, in tokens at the beginning of a sequence, padding included.
+    """Return the cost of a micro-batch, padding included.
+
+    The unit is the cost of one token at the beginning of a sequence.
 
     Args:
+        batch: the rollouts.
+        packed: True if the batch is packed, not padded.
         share: see `attention_share`.
     """
     return _Bin.of(list(batch), packed, share).work
@@ -67,23 +71,27 @@ def plan(
     packed: bool = False,
     share: float = 0.0,
 ) -> Plan:
-    """Deal rollouts out to ranks and micro-batches.
+    """Assign rollouts to ranks and micro-batches.
 
-    There are as few micro-batches as will hold everything, times a whole number for each rank, and
-    then the largest of them is made as small as possible: a search over the size that is allowed,
-    each tried by first-fit decreasing (MULTIFIT; Coffman, Garey and Johnson, 1978). Without packing
-    only rollouts that are next to each other by length share a batch. The i-th micro-batches of the
-    ranks, which run at the same time, are of like size.
+    The number of micro-batches is the smallest multiple of ``ranks`` that holds all rollouts. The
+    cost of the largest micro-batch is then made as small as possible: a binary search over the
+    allowed cost, where first-fit decreasing tries each candidate (MULTIFIT; Coffman, Garey and
+    Johnson, 1978). Without packing, a micro-batch holds only rollouts that are adjacent in length.
+    The i-th micro-batches of all ranks run at the same time, and are of similar cost.
 
-    The result depends on the arguments alone: every rank that calls it with the same ones finds the
-    same plan.
+    The result depends on the arguments alone: all ranks that pass the same arguments get the same
+    plan.
 
     Args:
-        rollouts: of all ranks (`oprd.distributed.gather`), for one teacher.
-        max_tokens: of a micro-batch, padding included; by the longer of the two models' inputs. A
-            longer single rollout is a batch of its own.
-        packed: batches will be packed, not padded.
-        share: how a token's work grows with its sequence (`attention_share`); 0: not at all.
+        rollouts: rollouts of all ranks (`oprd.distributed.gather`), for one teacher.
+        ranks: number of ranks.
+        max_tokens: maximum tokens in a micro-batch, padding included, counted on the longer of the
+            two models' inputs. A single rollout that is longer gets a micro-batch of its own.
+        packed: True if batches will be packed, not padded.
+        share: growth of a token's work with its sequence (`attention_share`); 0: none.
+
+    Returns:
+        The micro-batches of each rank.
     """
     ordered = sorted(rollouts, key=lambda r: r.longest, reverse=True)
     bins = _fill(ordered, max_tokens, None, packed, share)
@@ -114,15 +122,18 @@ def plan(
 def micro_batches(
     rollouts: Sequence[Rollout], max_tokens: int, packed: bool = False
 ) -> list[list[Rollout]]:
-    """One rank's plan for rollouts of its own."""
+    """Divide the rollouts of one rank into micro-batches, see `plan`."""
     return plan(rollouts, 1, max_tokens, packed)[0]
 
 
 def _fill(
     ordered: Sequence[Rollout], max_tokens: int, budget: int | None, packed: bool, share: float
 ) -> list[_Bin]:
-    """Bins of at most ``max_tokens`` tokens and ``budget`` work (None: any), but for single
-    rollouts. Padded, the first of a bin sets what every other costs."""
+    """Fill bins of at most ``max_tokens`` tokens and ``budget`` work (None: no limit).
+
+    A single rollout that exceeds a limit gets a bin of its own. If batches are padded, every
+    rollout of a bin costs as much as its first, the longest.
+    """
     bins: list[_Bin] = []
     for rollout in ordered:
         one = _Bin.of([rollout], packed, share)
@@ -138,15 +149,18 @@ def _fill(
 
 
 def _spread(bins: list[_Bin], most: int, packed: bool, share: float) -> None:
-    """Halve the largest bins until there are ``most``, or one for each rollout: no rank should be
-    idle while another has two rollouts."""
+    """Split the largest bins in two, until there are ``most`` bins or one bin a rollout.
+
+    Otherwise a rank could be idle while another has two rollouts.
+    """
     while len(bins) < most:
         shared = [b for b in bins if len(b.rollouts) > 1]
         if not shared:
             return
         largest = max(shared, key=lambda b: b.work)
         bins.remove(largest)
-        # Packed: every other one, as both halves should cost the same; padded: like lengths.
+        # Packed: alternate rollouts, so that both parts cost the same. Padded: keep similar
+        # lengths together, which saves padding.
         half = (len(largest.rollouts) + 1) // 2
         order = largest.rollouts
         parts = (order[::2], order[1::2]) if packed else (order[:half], order[half:])

@@ -1,4 +1,4 @@
-"""Prompts: from JSONL, parquet or the hub to token ids."""
+"""Loading of prompts from JSONL, parquet or the hub, and their encoding to token ids."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready for generation.
+    """An encoded prompt, ready for generation.
 
     Attributes:
-        source: which `oprd.config.TrainConfig.teachers` are chosen by.
-        teacher_ids: what the teacher reads instead, in its own tokens; None: the same.
-        teacher_end_id: the token that ends a teacher's turn, if its tokenizer is another.
+        token_ids: the prompt in the student's tokens.
+        answer: the reference answer; None in training.
+        source: the prompt's source, by which its teacher is chosen
+            (`oprd.config.TrainConfig.teachers`).
+        teacher_ids: the prompt that the teacher reads, in its own tokens. None: ``token_ids``.
+        teacher_end_id: the token that ends the teacher's turn, if the teacher has another
+            tokenizer.
     """
 
     token_ids: list[int]
@@ -45,9 +49,9 @@ class PromptSet:
     """The prompts of one `PromptsConfig`.
 
     Attributes:
-        prompts: what is left.
-        dropped: how many were left out for their length.
-        repeated: how many were left out for standing there already.
+        prompts: the prompts that were kept.
+        dropped: number of prompts dropped because they are too long.
+        repeated: number of prompts dropped because they are duplicates.
     """
 
     prompts: list[Prompt]
@@ -59,10 +63,13 @@ class PromptSet:
 
 
 def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
-    """The rows of a file or hub data set, and a function that says where row i stands.
+    """Load the rows of a file or a hub data set.
+
+    Returns:
+        The rows, and a function that maps the index of a row to its file and line.
 
     Raises:
-        ConfigError: naming file and line, for a missing or empty file or a line that isn't JSON.
+        ConfigError: if the file is missing or empty, or if a line isn't JSON (with its number).
     """
     path = demo_path(cfg.path)
     suffix = Path(path).suffix
@@ -97,14 +104,14 @@ def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The innermost cause, which `datasets` wraps in errors that say little."""
+    """Return the innermost cause: `datasets` wraps it in errors that say little."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _jsonl_lines(file: Path) -> list[int]:
-    """The line number of every row, each checked to be a JSON object."""
+    """Return the line number of every row. Raise if a line isn't a JSON object."""
     numbers = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -123,10 +130,10 @@ def _jsonl_lines(file: Path) -> list[int]:
 
 
 def get_field(row: dict[str, Any], name: str, where: str) -> Any:
-    """``row["a"]["b"]`` for "a.b".
+    """Return ``row["a"]["b"]`` for the name "a.b".
 
     Raises:
-        ConfigError: if it isn't there, with the place and the fields that are.
+        ConfigError: if the row has no such field. The message lists the fields that it has.
     """
     value: Any = row
     for part in name.split("."):
@@ -141,11 +148,14 @@ FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
 
 def privileged(prompt: Any, template: str, row: dict[str, Any], where: str) -> Any:
-    """The prompt, text or chat messages, as the teacher reads it: the text (of the last user
-    message) put into ``template``, with any other field of the row.
+    """Build the teacher's prompt from ``template``.
+
+    ``{prompt}`` in the template is replaced by the text of the prompt, or of the last user message
+    of a chat. Any other ``{name}`` is replaced by that field of the row.
 
     Raises:
-        ConfigError: if the row lacks a field that the template names.
+        ConfigError: if the row lacks a field that the template names, or if a chat has no user
+            message.
     """
 
     def fill(text: str) -> str:
@@ -159,7 +169,7 @@ def privileged(prompt: Any, template: str, row: dict[str, Any], where: str) -> A
         return fill(prompt)
     last = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
     if last is None:
-        raise ConfigError(f"{where}: a chat without a user's message: teacher_prompt needs one")
+        raise ConfigError(f"{where}: the chat has no user message, which teacher_prompt needs")
     message = prompt[last] | {"content": fill(prompt[last]["content"])}
     return [*prompt[:last], message, *prompt[last + 1 :]]
 
@@ -172,28 +182,30 @@ def load_prompts(
     name: str = "",
     teacher_tokenizers: Tokenizers = NO_TOKENIZERS,
 ) -> PromptSet:
-    """Read and tokenise a set of prompts.
+    """Load and tokenise a set of prompts.
 
     Args:
-        source: which one.
-        cfg: chat template, suffix, and what to do with long prompts.
-        tokenizer: the student's.
-        for_evaluation: then every row needs an answer and counts. In training a prompt that is
-            given several times counts once (DAPO-Math-17k is published with 100 copies of each).
-        name: the prompts' source, unless their rows say it.
-        teacher_tokenizers: by source (or "", for every source), of teachers that do not share the
-            student's: their prompts are put through these, and through their chat templates.
+        source: where the prompts are, and the names of their fields.
+        cfg: chat template, suffix, length limits, and what to do with longer prompts.
+        tokenizer: the student's tokenizer.
+        for_evaluation: if True, every row needs an answer, and duplicates are kept. If False (for
+            training), duplicates are dropped (DAPO-Math-17k is published with 100 copies of each
+            prompt).
+        name: the source of the prompts, unless ``source.source_field`` gives one for each row.
+        teacher_tokenizers: the tokenizers of teachers that do not share the student's, by source
+            ("": for every source). These teachers' prompts are encoded with them, and with their
+            chat templates.
 
     Raises:
-        ConfigError: saying where (file and line) and what.
+        ConfigError: if the prompts can't be loaded or encoded. The message names file and line.
     """
     rows, place = load_rows(source)
     prompts: list[Prompt] = []
     seen: set[str] = set()
     dropped = repeated = 0
     turn_ends = {
-        of: end_of_turn(other, **cfg.chat_template_kwargs)
-        for of, other in teacher_tokenizers.items()
+        key: end_of_turn(other, **cfg.chat_template_kwargs)
+        for key, other in teacher_tokenizers.items()
     }
     for index, row in enumerate(rows):
         where = place(index)
@@ -210,33 +222,35 @@ def load_prompts(
         answer = None
         if for_evaluation:
             answer = str(get_field(row, source.answer_field, where))
-        of = name
+        prompt_source = name
         if source.source_field is not None:
-            of = str(get_field(row, source.source_field, where))
-        key = of if of in teacher_tokenizers else ""
+            prompt_source = str(get_field(row, source.source_field, where))
+        key = prompt_source if prompt_source in teacher_tokenizers else ""
         other = teacher_tokenizers.get(key)
-        told = end = None
+        teacher_ids = end = None
         if source.teacher_prompt is not None or other is not None:
-            told = prompt
+            teacher_prompt = prompt
             if source.teacher_prompt is not None:
-                told = privileged(prompt, source.teacher_prompt, row, where)
-            told = encode_prompt(told, other or tokenizer, cfg, where, "teacher")
+                teacher_prompt = privileged(prompt, source.teacher_prompt, row, where)
+            teacher_ids = encode_prompt(teacher_prompt, other or tokenizer, cfg, where, "teacher")
         if other is not None:
             end = turn_ends[key] if uses_template(prompt, cfg) else other.eos_token_id
         if _too_long("the prompt", ids, "max_prompt_tokens", cfg.max_prompt_tokens, cfg, where) or (
-            told is not None
+            teacher_ids is not None
             and _too_long(
-                "the teacher's prompt", told, "max_teacher_prompt_tokens",
+                "the teacher's prompt", teacher_ids, "max_teacher_prompt_tokens",
                 cfg.teacher_prompt_limit, cfg, where,
             )
         ):  # fmt: skip
             dropped += 1
             continue
-        prompts.append(Prompt(ids, answer, of, told, end))
+        prompts.append(Prompt(ids, answer, prompt_source, teacher_ids, end))
     if not prompts:
         raise ConfigError(
-            f"all {dropped} prompts of {source.path} are longer than data.max_prompt_tokens="
-            f"{cfg.max_prompt_tokens} (or, the teacher's, {cfg.teacher_prompt_limit}): raise it"
+            f"all {dropped} prompts of {source.path} are too long: they exceed "
+            f"data.max_prompt_tokens={cfg.max_prompt_tokens}, or the teacher's prompts exceed "
+            f"{cfg.teacher_prompt_limit} tokens. Raise data.max_prompt_tokens or "
+            "data.max_teacher_prompt_tokens"
         )
     return PromptSet(prompts, dropped, repeated)
 
@@ -246,8 +260,8 @@ def _too_long(
 ) -> bool:
     if len(ids) > limit and cfg.overlong == "error":
         raise ConfigError(
-            f"{where}: {what} has {len(ids)} tokens, more than data.{option}={limit}: raise it, or "
-            "set data.overlong=drop"
+            f"{where}: {what} has {len(ids)} tokens, more than data.{option}={limit}. Raise "
+            f"data.{option}, or set data.overlong=drop"
         )
     return len(ids) > limit
 
@@ -257,14 +271,14 @@ def load_training_prompts(
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizers: Tokenizers = NO_TOKENIZERS,
 ) -> PromptSet:
-    """The prompts of all sources.
+    """Load the training prompts of all sources.
 
     Raises:
-        ConfigError: as `load_prompts`.
+        ConfigError: see `load_prompts`.
     """
     sets = [
         load_prompts(source, cfg, tokenizer, name=name, teacher_tokenizers=teacher_tokenizers)
         for name, source in cfg.training_sets.items()
     ]
-    prompts = [prompt for found in sets for prompt in found.prompts]
+    prompts = [prompt for prompt_set in sets for prompt in prompt_set.prompts]
     return PromptSet(prompts, sum(s.dropped for s in sets), sum(s.repeated for s in sets))

@@ -1,4 +1,4 @@
-"""Rollouts: the responses that the student samples, and what a teacher reads of them."""
+"""Rollouts: responses that the student samples, and the tokens that a teacher reads for them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from oprd.tokenizers.alignment import Aligner, Reading
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt and one response: token ids, EOS included if it was reached.
+    """A prompt and one response, as token ids.
 
     Attributes:
-        truncated: cut at max_new_tokens, before EOS.
-        source: of the prompt, which decides on the teacher.
-        reading: what that teacher reads; None: the same.
-        log_probs: of its tokens at temperature 1, as the engine that sampled them has them; None:
-            it was not asked.
+        prompt_ids: the prompt.
+        response_ids: the response, including EOS if it was reached.
+        truncated: True if the response was cut at max_new_tokens, before EOS.
+        source: the prompt's source, which determines the teacher.
+        reading: the tokens that the teacher reads. None: ``prompt_ids`` and ``response_ids``.
+        log_probs: log-probabilities of the response tokens at temperature 1, from the engine that
+            sampled them. None: they were not requested.
     """
 
     prompt_ids: list[int]
@@ -37,17 +39,19 @@ class Rollout:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer of the two models' inputs."""
+        """Number of tokens in the longer of the two models' inputs."""
         return max(len(self), len(self.reading or ()))
 
 
 def for_teacher(
     rollout: Rollout, prompt: Prompt, aligners: Mapping[str, Aligner], ends: Sequence[int]
 ) -> Rollout:
-    """The rollout with its prompt's source, and what the teacher reads.
+    """Return the rollout with its prompt's source and the teacher's reading filled in.
 
     Args:
-        aligners: by source (or "", for every source), of teachers with other tokenizers.
+        rollout: a rollout of ``prompt``.
+        prompt: its prompt.
+        aligners: aligners for teachers with other tokenizers, by source ("": for every source).
         ends: tokens that end the student's responses.
     """
     reading = None
@@ -65,14 +69,24 @@ def for_teacher(
 def rollout_metrics(
     rollouts: Sequence[Rollout], device: torch.device, aligned: bool
 ) -> dict[str, Any]:
-    """Lengths of the responses, ``rollout/tokens`` with their prompts, and ``align/ratio`` if a
-    teacher has another tokenizer (``aligned``)."""
+    """Compute metrics of the rollouts of all ranks. Collective.
+
+    Args:
+        rollouts: this rank's rollouts.
+        device: device of the collectives.
+        aligned: True if a teacher has another tokenizer.
+
+    Returns:
+        ``response_length/*``; ``rollout/tokens``, the number of tokens including prompts; and, if
+        ``aligned``, ``align/ratio``: the share of response tokens that are paired with a teacher
+        token, over the rollouts whose teacher has another tokenizer (1 if there are none).
+    """
     lengths = [len(r.response_ids) for r in rollouts]
     readings = [(r.reading, n) for r, n in zip(rollouts, lengths, strict=True)]
     paired = [(len(g.pairs), n) for g, n in readings if g is not None and g.pairs is not None]
     sums = [sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
     sums += [sum(len(r) for r in rollouts), sum(p for p, _ in paired), sum(n for _, n in paired)]
-    length, responses, truncated, tokens, pairs, of = distributed.sum_over_ranks(sums, device)
+    length, responses, truncated, tokens, pairs, pairable = distributed.sum_over_ranks(sums, device)
     metrics = {
         "response_length/mean": length / responses,
         "response_length/max": distributed.max_over_ranks(float(max(lengths, default=0)), device),
@@ -80,5 +94,5 @@ def rollout_metrics(
         "rollout/tokens": int(tokens),
     }
     if aligned:
-        metrics["align/ratio"] = pairs / of if of else 1.0
+        metrics["align/ratio"] = pairs / pairable if pairable else 1.0
     return metrics

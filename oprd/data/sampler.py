@@ -1,4 +1,4 @@
-"""Which prompts a step takes."""
+"""The order in which training steps take prompts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from oprd.errors import ConfigError
 
 
 class PromptSampler(Iterator[list[int]]):
-    """Endless batches of prompt indices: every epoch a new permutation, a batch may span two.
+    """An endless iterator over batches of prompt indices.
 
-    Its position is how many were drawn, over all ranks: any number of them can go on from there.
+    Every epoch is a new permutation, and a batch may span two epochs. The position is the number of
+    prompts drawn over all ranks, so that a run can resume with another number of ranks.
     """
 
     def __init__(self, num_prompts: int, batch_size: int, seed: int) -> None:
@@ -29,25 +30,25 @@ class PromptSampler(Iterator[list[int]]):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position, as JSON."""
+        """Return the position, which can be written as JSON."""
         return {"drawn": self.drawn, "num_prompts": self.num_prompts, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position.
+        """Move to the position ``state``.
 
         Raises:
-            ConfigError: if it is one in another sequence of prompts.
+            ConfigError: if ``state`` is a position in another sequence of prompts.
         """
         ours = {"num_prompts": self.num_prompts, "seed": self.seed}
         theirs = {name: state[name] for name in ours}
         if ours != theirs:
             raise ConfigError(
-                f"the checkpoint's position is in another sequence of prompts: {theirs} there, "
-                f"{ours} here: the files that data names have changed. Restore them, or begin in a "
-                "new output_dir"
+                f"the checkpoint's position is in another sequence of prompts: the checkpoint has "
+                f"{theirs}, this run has {ours}. The files that data names have changed. Restore "
+                "them, or begin in a new output_dir"
             )
         self._generator.manual_seed(self.seed)
         epochs, position = divmod(state["drawn"], self.num_prompts)
-        for _ in range(epochs + 1):  # each permutation follows from the one before
+        for _ in range(epochs + 1):  # a permutation depends on the generator's state after the last
             permutation = torch.randperm(self.num_prompts, generator=self._generator).tolist()
         self._pool, self.drawn = permutation[position:], state["drawn"]

@@ -1,4 +1,4 @@
-"""Which tokens of a rollout are supervised, and which hidden states stand for them.
+"""Selection of the supervised tokens of a batch, and of the hidden states compared for them.
 
 Shapes: B sequences of T tokens, M supervised tokens.
 """
@@ -18,11 +18,11 @@ class Supervision:
     """The supervised tokens of a batch.
 
     Attributes:
-        rows: (M,) int64, the rows of the (B * T, d) hidden states that are compared.
-        teacher_rows: (M,) int64, the rows of the teacher's states that these are compared with.
-        weights: (M,) float32 for ``seq-mean``, None for ``token-mean`` (all 1).
-        total: what this batch adds to the denominator of the mean: its supervised tokens
-            (``token-mean``) or its sequences that have any (``seq-mean``).
+        rows: (M,) int64, the rows of the student's (B * T, d) hidden states that are compared.
+        teacher_rows: (M,) int64, the rows of the teacher's states that they are compared with.
+        weights: (M,) float32 for ``seq-mean``; None for ``token-mean`` (all weights are 1).
+        total: this batch's contribution to the denominator of the mean: the number of supervised
+            tokens (``token-mean``), or of sequences with a supervised token (``seq-mean``).
     """
 
     rows: Tensor
@@ -32,12 +32,15 @@ class Supervision:
 
 
 def sequence_numbers(response_mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
-    """(B * T,) int64: which sequence each token belongs to, counted from 0 over the batch.
+    """Return the sequence that each token belongs to, counted from 0 over the batch.
 
     Args:
-        response_mask_BT: of the batch, for its shape.
-        position_ids_BT: of packed sequences: another one begins wherever a position is not one more
-            than that before it. None: every row is one sequence.
+        response_mask_BT: the batch's response mask; only its shape and device are used.
+        position_ids_BT: position ids of packed sequences. A new sequence begins wherever a position
+            is not one more than the position before it. None: every row is one sequence.
+
+    Returns:
+        (B * T,) int64.
     """
     begins_BT = torch.zeros_like(response_mask_BT, dtype=torch.bool)
     begins_BT[:, 0] = True
@@ -49,11 +52,18 @@ def sequence_numbers(response_mask_BT: Tensor, position_ids_BT: Tensor | None = 
 def supervised_tokens(
     response_mask_N: Tensor, sequence_N: Tensor, positions: Positions, k: int
 ) -> Tensor:
-    """(N,) bool: the response tokens that ``positions`` picks of each sequence, k_eff = min(k,
-    their number).
+    """Select the response tokens that ``positions`` names in each sequence.
+
+    A sequence with fewer than k response tokens contributes all of them: k_eff = min(k, number of
+    response tokens).
 
     Args:
-        sequence_N: see `sequence_numbers`.
+        response_mask_N: (N,) bool, True for response tokens.
+        sequence_N: (N,) int64, see `sequence_numbers`.
+        positions, k: see `supervise`.
+
+    Returns:
+        (N,) bool.
     """
     if positions == "all":
         return response_mask_N
@@ -75,23 +85,25 @@ def supervise(
     partner_BT: Tensor | None = None,
     position_ids_BT: Tensor | None = None,
 ) -> Supervision:
-    """Pick the supervised states of a batch.
+    """Select the supervised states of a batch.
 
     Args:
-        response_mask_BT: True for the student's own tokens, its first EOS included.
+        response_mask_BT: True for the tokens that the student sampled, including its first EOS.
         positions: ``all``, ``last``, ``last_k`` or ``first_k`` tokens of each response.
-        k: for ``last_k`` and ``first_k``.
-        shift: ``after``: the state once token y_t has been read (what the paper's results were
-            made with); ``before``: the state that predicts y_t, one position earlier (the paper's
-            text).
-        reduction: ``token-mean``: every token counts the same; ``seq-mean``: every rollout does
-            (Eq. 6 to the letter).
-        partner_BT: where the teacher has other rows: by state of the student, the teacher's row, or
-            -1: such a state is not supervised. None: the same rows.
-        position_ids_BT: of packed sequences, see `sequence_numbers`. None: every row is one.
+        k: number of tokens for ``last_k`` and ``first_k``.
+        shift: ``after``: the state after token y_t has been read (the paper's results use this);
+            ``before``: the state that predicts y_t, one position earlier (the paper's text says
+            this).
+        reduction: ``token-mean``: every token has the same weight; ``seq-mean``: every rollout has
+            the same weight (Eq. 6 exactly).
+        partner_BT: for each state of the student, the row of the teacher's states to compare it
+            with. States with -1 are not supervised. None: the teacher has the same rows.
+        position_ids_BT: position ids of packed sequences, see `sequence_numbers`. None: every row
+            is one sequence.
 
     Raises:
-        ValueError: if ``before`` meets a response that starts at position 0: nothing precedes it.
+        ValueError: if ``shift`` is ``before`` and a response starts at position 0, where no state
+            precedes it.
     """
     sequence_N = sequence_numbers(response_mask_BT, position_ids_BT)
     chosen_N = supervised_tokens(response_mask_BT.flatten(), sequence_N, positions, k)

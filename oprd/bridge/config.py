@@ -13,7 +13,6 @@ from oprd.config import (
     RolloutConfig,
     StudentConfig,
     TeacherConfig,
-    check_sampling,
 )
 from oprd.config.types import Positions, Shift
 from oprd.errors import Problems
@@ -73,7 +72,8 @@ def check_values(cfg: FitConfig) -> None:
     """
     problems = Problems()
     need = problems.need
-    check_sampling(problems, cfg.data, cfg.rollout)
+    cfg.data.check(problems)
+    cfg.rollout.check(problems)
     problems.need_at_least_one(
         {
             "rank": cfg.rank,

@@ -20,7 +20,7 @@ from oprd.cli.parser import Parser, run_command
 from oprd.config import EvalConfig, TrainConfig
 from oprd.distributed import run_main
 from oprd.errors import ConfigError
-from oprd.memory_plan.config import PlanConfig, check_plan
+from oprd.memory_plan.config import PlanConfig
 
 if TYPE_CHECKING:
     from oprd.observability.summary import Summary
@@ -125,7 +125,7 @@ def _dry_run(parser: Parser, parsed: Namespace, plan: PlanConfig) -> None:
                 print(f"not checked: {name}: {item}")
         print(conclusion(any(unchecked.values()), f"the stages {', '.join(parsed.stages)}"))
         return
-    check_plan(plan)
+    plan.check()
     if not dry_run(to_config(parser.instantiate(parsed)), plan):
         sys.exit(1)
 

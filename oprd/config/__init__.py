@@ -18,7 +18,7 @@ from oprd.config.models import (
 )
 from oprd.config.objectives import OBJECTIVES, DistillConfig, DistillOptions, OpdConfig
 from oprd.config.optim import OptimConfig
-from oprd.config.rollout import RolloutConfig, check_sampling
+from oprd.config.rollout import RolloutConfig
 from oprd.config.train import TrainConfig, check_values
 from oprd.config.vllm import MAX_LOGPROB_GAP, VllmConfig
 from oprd.config.watchdog import LengthWatch, LossWatch, WatchdogConfig
@@ -49,6 +49,5 @@ __all__ = [
     "TrainConfig",
     "VllmConfig",
     "WatchdogConfig",
-    "check_sampling",
     "check_values",
 ]

@@ -34,22 +34,21 @@ class CheckpointConfig:
     asynchronous: bool = True
     allow_changes: list[str] = field(default_factory=list)
 
-
-def check_checkpoint(problems: Problems, cfg: CheckpointConfig, evaluation: EvalConfig) -> None:
-    """What is wrong with its values."""
-    problems.need(cfg.every >= 0, f"checkpoint.every must not be negative, got {cfg.every}")
-    problems.need_at_least_one({"checkpoint.keep_last": cfg.keep_last})
-    if cfg.keep_best is None:
-        return
-    match = BEST.fullmatch(cfg.keep_best)
-    sets: Mapping = evaluation.sets
-    k = evaluation.samples
-    known = [f"val/{name}/avg@{k}" for name, source in sets.items() if source.every]
-    problems.need(
-        match is not None
-        and match["set"] in sets
-        and sets[match["set"]].every > 0
-        and int(match["k"]) == k,
-        f"checkpoint.keep_best={cfg.keep_best} is no accuracy measured during training: expected "
-        f"one of {known or 'none, as no eval.sets.<name>.every is set'} (or best@{k})",
-    )
+    def check(self, problems: Problems, evaluation: EvalConfig) -> None:
+        """Note every value that is out of range, or names no metric of ``evaluation``."""
+        problems.need(self.every >= 0, f"checkpoint.every must not be negative, got {self.every}")
+        problems.need_at_least_one({"checkpoint.keep_last": self.keep_last})
+        if self.keep_best is None:
+            return
+        match = BEST.fullmatch(self.keep_best)
+        sets: Mapping = evaluation.sets
+        k = evaluation.samples
+        known = [f"val/{name}/avg@{k}" for name, source in sets.items() if source.every]
+        problems.need(
+            match is not None
+            and match["set"] in sets
+            and sets[match["set"]].every > 0
+            and int(match["k"]) == k,
+            f"checkpoint.keep_best={self.keep_best} is no accuracy measured during training: "
+            f"expected one of {known or 'none, as no eval.sets.<name>.every is set'} (or best@{k})",
+        )

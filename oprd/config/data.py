@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oprd.errors import Problems
+
 
 @dataclass
 class PromptsConfig:
@@ -69,6 +71,21 @@ class DataConfig:
         """Tokens."""
         return self.max_teacher_prompt_tokens or self.max_prompt_tokens
 
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        problems.need_at_least_one(
+            {
+                "data.max_prompt_tokens": self.max_prompt_tokens,
+                "data.max_teacher_prompt_tokens": self.max_teacher_prompt_tokens,
+                "data.train.limit": self.train.limit,
+            }
+            | {f"data.sources.{name}.limit": s.limit for name, s in self.sources.items()}
+        )
+        problems.need(
+            not self.sources or self.train == DataConfig().train,
+            "both data.train and data.sources are given: leave one of them out",
+        )
+
 
 @dataclass
 class EvalSetConfig(PromptsConfig):
@@ -110,3 +127,30 @@ class EvalConfig:
     max_new_tokens: int = 5
     batch_size: int = 500
     teacher: bool = True
+
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        need = problems.need
+        problems.need_at_least_one(
+            {
+                "eval.samples": self.samples,
+                "eval.max_new_tokens": self.max_new_tokens,
+                "eval.batch_size": self.batch_size,
+            }
+            | {f"eval.sets.{name}.limit": s.limit for name, s in self.sets.items()}
+        )
+        for name, source in self.sets.items():
+            need(
+                source.every >= 0,
+                f"eval.sets.{name}.every must not be negative, got {source.every}",
+            )
+        need(0 < self.top_p <= 1, f"eval.top_p must lie in (0, 1], got {self.top_p}")
+        need(
+            self.temperature >= 0,
+            f"eval.temperature must not be negative, got {self.temperature}",
+        )
+        need(
+            self.temperature > 0 or self.samples == 1,
+            f"eval.samples is {self.samples} at eval.temperature 0: greedy samples are all the "
+            "same",
+        )

@@ -41,43 +41,42 @@ class FsdpConfig:
         """Whether models are sharded when there are so many ranks."""
         return self.mode == "always" or (self.mode == "auto" and ranks > 1)
 
+    def check(
+        self, problems: Problems, autocast: str | None, ranks: int, own_teacher: bool
+    ) -> None:
+        """Note what these ranks can't do.
 
-def check_fsdp(
-    problems: Problems, fsdp: FsdpConfig, autocast: str | None, ranks: int, own_teacher: bool
-) -> None:
-    """What can't be done.
-
-    Args:
-        autocast: the run's.
-        ranks: that it is started with.
-        own_teacher: whether a teacher is a model of its own, not the student.
-    """
-    need = problems.need
-    problems.need_at_least_one({"fsdp.shard_size": fsdp.shard_size})
-    on = fsdp.active(ranks)
-    wanted = {
-        "param_dtype": fsdp.param_dtype is not None,
-        "shard_size": fsdp.shard_size is not None,
-        "cpu_offload": fsdp.cpu_offload,
-        "teacher=offloaded": fsdp.teacher == "offloaded",
-    }
-    for name, given in wanted.items():
+        Args:
+            autocast: the run's.
+            ranks: that it is started with.
+            own_teacher: whether a teacher is a model of its own, not the student.
+        """
+        need = problems.need
+        problems.need_at_least_one({"fsdp.shard_size": self.shard_size})
+        on = self.active(ranks)
+        wanted = {
+            "param_dtype": self.param_dtype is not None,
+            "shard_size": self.shard_size is not None,
+            "cpu_offload": self.cpu_offload,
+            "teacher=offloaded": self.teacher == "offloaded",
+        }
+        for name, given in wanted.items():
+            need(
+                on or not given,
+                f"fsdp.{name} is asked for, but FSDP is off (fsdp.mode={self.mode}, {ranks} rank"
+                f"{'s' * (ranks > 1)}): set fsdp.mode=always",
+            )
         need(
-            on or not given,
-            f"fsdp.{name} is asked for, but FSDP is off (fsdp.mode={fsdp.mode}, {ranks} rank"
-            f"{'s' * (ranks > 1)}): set fsdp.mode=always",
+            autocast is None or self.param_dtype is None,
+            f"autocast={autocast} and fsdp.param_dtype={self.param_dtype} are two ways to mix "
+            "precisions: choose one",
         )
-    need(
-        autocast is None or fsdp.param_dtype is None,
-        f"autocast={autocast} and fsdp.param_dtype={fsdp.param_dtype} are two ways to mix "
-        "precisions: choose one",
-    )
-    if fsdp.shard_size is not None and fsdp.shard_size >= 1:
+        if self.shard_size is not None and self.shard_size >= 1:
+            need(
+                ranks % self.shard_size == 0,
+                f"fsdp.shard_size={self.shard_size} does not divide the {ranks} ranks",
+            )
         need(
-            ranks % fsdp.shard_size == 0,
-            f"fsdp.shard_size={fsdp.shard_size} does not divide the {ranks} ranks",
+            self.teacher == "sharded" or own_teacher,
+            f"fsdp.teacher={self.teacher}, but the teacher is the student itself, which is sharded",
         )
-    need(
-        fsdp.teacher == "sharded" or own_teacher,
-        f"fsdp.teacher={fsdp.teacher}, but the teacher is the student itself, which is sharded",
-    )

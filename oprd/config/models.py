@@ -36,6 +36,26 @@ class LoraConfig:
         """The entries that are not at their defaults."""
         return [name for name, value in vars(self).items() if value != getattr(LoraConfig(), name)]
 
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        problems.need_at_least_one(
+            {"student.lora.rank": self.rank, "student.lora.alpha": self.alpha}
+        )
+        problems.need(
+            0 <= self.dropout < 1, f"student.lora.dropout must lie in [0, 1), got {self.dropout}"
+        )
+        problems.need(
+            bool(self.target_modules),
+            "student.lora.target_modules is empty: name layers or all-linear",
+        )
+        if self.rank is None:
+            given = self.given
+            problems.need(
+                not given,
+                f"student.lora.{', '.join(given)} given without student.lora.rank: give a rank, 16 "
+                "say",
+            )
+
 
 @dataclass
 class StudentConfig:
@@ -109,20 +129,3 @@ class BridgeConfig:
 
     path: str | None = None
     rank: int | None = None
-
-
-def check_lora(problems: Problems, lora: LoraConfig) -> None:
-    """What is wrong with its numbers."""
-    problems.need_at_least_one({"student.lora.rank": lora.rank, "student.lora.alpha": lora.alpha})
-    problems.need(
-        0 <= lora.dropout < 1, f"student.lora.dropout must lie in [0, 1), got {lora.dropout}"
-    )
-    problems.need(
-        bool(lora.target_modules), "student.lora.target_modules is empty: name layers or all-linear"
-    )
-    if lora.rank is None:
-        given = lora.given
-        problems.need(
-            not given,
-            f"student.lora.{', '.join(given)} given without student.lora.rank: give a rank, 16 say",
-        )

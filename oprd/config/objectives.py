@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from oprd.config.types import BackendName, Form, Kind, Positions, Reduction, Shift
+from oprd.errors import Problems
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class DistillConfig(DistillOptions):
     shift: Shift = "before"
     init_head_from_teacher: bool = False
 
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        problems.need_at_least_one({"distill.k": self.k})
+
 
 OBJECTIVES: dict[str, Form | None] = {
     "oprd": None,
@@ -94,3 +100,21 @@ class OpdConfig:
         form = OBJECTIVES[objective]
         assert form is not None
         return form
+
+    def check(self, problems: Problems, objectives: Collection[str]) -> None:
+        """Note every value that is out of range, for the ``objectives`` of a run."""
+        problems.need_at_least_one({"opd.k": self.k, "opd.chunk_tokens": self.chunk_tokens})
+        problems.need(
+            "opd_topk" not in objectives or self.k >= 2,
+            f"opd.k must be at least 2 for opd_topk, got {self.k}: on one "
+            "token the loss is always 0. Use opd_top1",
+        )
+
+
+def check_weights(problems: Problems, weights: Mapping[str, float]) -> None:
+    """Note unknown objectives and weights that are not above 0."""
+    need = problems.need
+    need(bool(weights), f"objectives is empty: name at least one of {[*OBJECTIVES]}")
+    for name, weight in weights.items():
+        need(name in OBJECTIVES, f"objectives: {name!r} is not one of {[*OBJECTIVES]}")
+        need(weight > 0, f"objectives.{name} must be above 0, got {weight}: leave it out instead")

@@ -27,15 +27,22 @@ class OptimConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     max_grad_norm: float | None = 1.0
 
-
-def check_optim(problems: Problems, o: OptimConfig) -> None:
-    """What is wrong with its numbers."""
-    need = problems.need
-    need(o.lr > 0, f"optim.lr must be above 0, got {o.lr}")
-    need(all(0 <= b < 1 for b in o.betas), f"optim.betas must lie in [0, 1), got {o.betas}")
-    need(o.weight_decay >= 0, f"optim.weight_decay must not be negative, got {o.weight_decay}")
-    need(0 <= o.warmup_ratio <= 1, f"optim.warmup_ratio must lie in [0, 1], got {o.warmup_ratio}")
-    need(
-        o.max_grad_norm is None or o.max_grad_norm > 0,
-        f"optim.max_grad_norm must be above 0 or null, got {o.max_grad_norm}",
-    )
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        need = problems.need
+        need(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
+        need(
+            all(0 <= b < 1 for b in self.betas), f"optim.betas must lie in [0, 1), got {self.betas}"
+        )
+        need(
+            self.weight_decay >= 0,
+            f"optim.weight_decay must not be negative, got {self.weight_decay}",
+        )
+        need(
+            0 <= self.warmup_ratio <= 1,
+            f"optim.warmup_ratio must lie in [0, 1], got {self.warmup_ratio}",
+        )
+        need(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"optim.max_grad_norm must be above 0 or null, got {self.max_grad_norm}",
+        )

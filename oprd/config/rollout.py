@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from oprd.config.data import DataConfig
-from oprd.config.vllm import VllmConfig, check_vllm_values
+from oprd.config.vllm import VllmConfig
 from oprd.errors import Problems
 
 
@@ -33,23 +32,19 @@ class RolloutConfig:
     engine: Literal["generate", "vllm"] = "generate"
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
-
-def check_sampling(problems: Problems, data: DataConfig, rollout: RolloutConfig) -> None:
-    """What is wrong with the numbers by which prompts are read and responses sampled."""
-    problems.need_at_least_one(
-        {
-            "rollout.prompts_per_step": rollout.prompts_per_step,
-            "rollout.responses_per_prompt": rollout.responses_per_prompt,
-            "rollout.max_new_tokens": rollout.max_new_tokens,
-            "rollout.batch_size": rollout.batch_size,
-            "data.max_prompt_tokens": data.max_prompt_tokens,
-            "data.max_teacher_prompt_tokens": data.max_teacher_prompt_tokens,
-            "data.train.limit": data.train.limit,
-        }
-    )
-    problems.need(
-        rollout.temperature > 0,
-        f"rollout.temperature must be above 0, got {rollout.temperature}: rollouts are sampled",
-    )
-    problems.need(0 < rollout.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {rollout.top_p}")
-    check_vllm_values(problems, rollout.vllm)
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        problems.need_at_least_one(
+            {
+                "rollout.prompts_per_step": self.prompts_per_step,
+                "rollout.responses_per_prompt": self.responses_per_prompt,
+                "rollout.max_new_tokens": self.max_new_tokens,
+                "rollout.batch_size": self.batch_size,
+            }
+        )
+        problems.need(
+            self.temperature > 0,
+            f"rollout.temperature must be above 0, got {self.temperature}: rollouts are sampled",
+        )
+        problems.need(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
+        self.vllm.check(problems)

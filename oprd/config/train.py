@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
-from oprd.config.checkpoint import CheckpointConfig, check_checkpoint
+from oprd.config.checkpoint import CheckpointConfig
 from oprd.config.data import DataConfig, EvalConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.config.logging import LoggingConfig
-from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig, check_lora
-from oprd.config.objectives import OBJECTIVES, DistillConfig, OpdConfig
-from oprd.config.optim import OptimConfig, check_optim
-from oprd.config.rollout import RolloutConfig, check_sampling
-from oprd.config.watchdog import WatchdogConfig, check_watchdog
+from oprd.config.models import BridgeConfig, StudentConfig, TeacherConfig
+from oprd.config.objectives import DistillConfig, OpdConfig, check_weights
+from oprd.config.optim import OptimConfig
+from oprd.config.rollout import RolloutConfig
+from oprd.config.watchdog import WatchdogConfig
 from oprd.errors import Problems
 
 
@@ -86,108 +86,54 @@ class TrainConfig:
 
 
 def check_values(cfg: TrainConfig) -> None:
-    """Everything that is wrong with the numbers themselves.
+    """Check every value that needs no model, file or device to be checked.
 
     Raises:
-        ConfigError: listing all of it.
+        ConfigError: listing everything that is wrong.
     """
     problems = Problems()
-    need = problems.need
-    check_sampling(problems, cfg.data, cfg.rollout)
-    at_least_one = {
-        "steps": cfg.steps,
-        "log_every": cfg.log_every,
-        "micro_batch_tokens": cfg.micro_batch_tokens,
-        "distill.k": cfg.distill.k,
-        "bridge.rank": cfg.bridge.rank,
-        "opd.k": cfg.opd.k,
-        "opd.chunk_tokens": cfg.opd.chunk_tokens,
-        "eval.samples": cfg.eval.samples,
-        "eval.max_new_tokens": cfg.eval.max_new_tokens,
-        "eval.batch_size": cfg.eval.batch_size,
-    }
-    at_least_one |= {f"bridges.{name}.rank": b.rank for name, b in cfg.bridges.items()}
-    at_least_one |= {f"data.sources.{name}.limit": s.limit for name, s in cfg.data.sources.items()}
-    at_least_one |= {f"eval.sets.{name}.limit": s.limit for name, s in cfg.eval.sets.items()}
-    problems.need_at_least_one(at_least_one)
-    not_negative = {f"eval.sets.{name}.every": s.every for name, s in cfg.eval.sets.items()}
-    for name, value in not_negative.items():
-        need(value >= 0, f"{name} must not be negative, got {value}")
-    e = cfg.eval
-    need(0 < e.top_p <= 1, f"eval.top_p must lie in (0, 1], got {e.top_p}")
-    need(e.temperature >= 0, f"eval.temperature must not be negative, got {e.temperature}")
-    need(
-        e.temperature > 0 or e.samples == 1,
-        f"eval.samples is {e.samples} at eval.temperature 0: greedy samples are all the same",
+    problems.need_at_least_one(
+        {
+            "steps": cfg.steps,
+            "log_every": cfg.log_every,
+            "micro_batch_tokens": cfg.micro_batch_tokens,
+        }
     )
-    need(bool(cfg.objectives), f"objectives is empty: name at least one of {[*OBJECTIVES]}")
-    for name, weight in cfg.objectives.items():
-        need(name in OBJECTIVES, f"objectives: {name!r} is not one of {[*OBJECTIVES]}")
-        need(weight > 0, f"objectives.{name} must be above 0, got {weight}: leave it out instead")
-    if cfg.bridge.path is None:
-        need(cfg.bridge.rank is None, "bridge.rank is given without bridge.path")
-    else:
-        need(
-            "oprd" in cfg.objectives,
-            f"bridge.path={cfg.bridge.path} is given, but objectives {[*cfg.objectives]} compare "
-            "no hidden states: add oprd, or leave the bridge out",
-        )
-        need(
-            len(cfg.teachers) < 2,
-            f"bridge.path={cfg.bridge.path} is fitted for one teacher, and teachers has "
-            f"{len(cfg.teachers)}: give each its own in bridges",
-        )
-    if cfg.bridges:
-        need(
-            cfg.bridges.keys() == cfg.teachers.keys(),
-            f"bridges has {', '.join(cfg.bridges)}, and teachers "
-            f"{', '.join(cfg.teachers) or 'nothing'}: name one bridge for each of teachers",
-        )
-        need(
-            all(b.path for b in cfg.bridges.values()),
-            "bridges: each needs a path",
-        )
-        for a, b in combinations(cfg.bridges.keys() & cfg.teachers.keys(), 2):
-            need(
-                cfg.teachers[a] != cfg.teachers[b] or cfg.bridges[a] == cfg.bridges[b],
-                f"teachers.{a} and teachers.{b} are one model with different bridges: give both "
-                "the same",
-            )
-        need(cfg.bridge == BridgeConfig(), "both bridge and bridges are given: leave one out")
-        need(
-            "oprd" in cfg.objectives,
-            f"bridges are given, but objectives {[*cfg.objectives]} compare no hidden states: add "
-            "oprd, or leave the bridges out",
-        )
-    if "opd_topk" in cfg.objectives:
-        need(
-            cfg.opd.k >= 2,
-            f"opd.k must be at least 2 for opd_topk, got {cfg.opd.k}: on one "
-            "token the loss is always 0. Use opd_top1",
-        )
+    problems.need(
+        cfg.resume != "auto" or cfg.output_dir is not None,
+        "resume=auto needs an output_dir: there it looks for checkpoints",
+    )
+    cfg.data.check(problems)
+    cfg.rollout.check(problems)
+    cfg.eval.check(problems)
+    check_weights(problems, cfg.objectives)
+    cfg.distill.check(problems)
+    cfg.opd.check(problems, cfg.objectives)
+    cfg.checkpoint.check(problems, cfg.eval)
+    cfg.student.lora.check(problems)
+    cfg.optim.check(problems)
+    cfg.watchdog.check(problems)
+    _check_teachers(problems, cfg)
+    _check_bridges(problems, cfg)
+    _check_engine(problems, cfg)
+    problems.refuse()
+
+
+def _check_teachers(problems: Problems, cfg: TrainConfig) -> None:
+    """Note teachers that the student or the other options leave no room for."""
+    need, teachers = problems.need, cfg.all_teachers.values()
     need(
         not cfg.teachers or cfg.teacher == TeacherConfig(),
         "both teacher and teachers are given: leave one of them out",
     )
-    need(
-        not cfg.data.sources or cfg.data.train == DataConfig().train,
-        "both data.train and data.sources are given: leave one of them out",
-    )
     if cfg.distill.init_head_from_teacher:
         need(
-            len(cfg.teachers) < 2 and not any(t.is_self for t in cfg.all_teachers.values()),
+            len(cfg.teachers) < 2 and not any(t.is_self for t in teachers),
             "distill.init_head_from_teacher needs one teacher that is not the student itself",
         )
-    need(
-        cfg.resume != "auto" or cfg.output_dir is not None,
-        "resume=auto needs an output_dir: there it looks for checkpoints",
-    )
-    check_checkpoint(problems, cfg.checkpoint, cfg.eval)
-    lora = cfg.student.lora
-    check_lora(problems, lora)
-    if lora.rank is None:
+    if cfg.student.lora.rank is None:
         need(
-            not any(t.path == "self:base" for t in cfg.all_teachers.values()),
+            not any(t.path == "self:base" for t in teachers),
             "the teacher self:base is the student without its adapter, and student.lora.rank is "
             "null: give a rank, or take self:start",
         )
@@ -197,14 +143,58 @@ def check_values(cfg: TrainConfig) -> None:
             "distill.init_head_from_teacher changes weights that an adapter does not hold: leave "
             "it off with student.lora",
         )
-    check_optim(problems, cfg.optim)
-    check_watchdog(problems, cfg.watchdog)
-    v, limit = cfg.rollout.vllm, cfg.watchdog.timeout_s
+
+
+def _check_bridges(problems: Problems, cfg: TrainConfig) -> None:
+    """Note bridges that do not go with the teachers or the objectives."""
+    need, bridges, teachers = problems.need, cfg.bridges, cfg.teachers
+    problems.need_at_least_one(
+        {"bridge.rank": cfg.bridge.rank}
+        | {f"bridges.{name}.rank": b.rank for name, b in bridges.items()}
+    )
+    compares_states = "oprd" in cfg.objectives
+    if cfg.bridge.path is None:
+        need(cfg.bridge.rank is None, "bridge.rank is given without bridge.path")
+    else:
+        need(
+            compares_states,
+            f"bridge.path={cfg.bridge.path} is given, but objectives {[*cfg.objectives]} compare "
+            "no hidden states: add oprd, or leave the bridge out",
+        )
+        need(
+            len(teachers) < 2,
+            f"bridge.path={cfg.bridge.path} is fitted for one teacher, and teachers has "
+            f"{len(teachers)}: give each its own in bridges",
+        )
+    if not bridges:
+        return
     need(
+        bridges.keys() == teachers.keys(),
+        f"bridges has {', '.join(bridges)}, and teachers {', '.join(teachers) or 'nothing'}: name "
+        "one bridge for each of teachers",
+    )
+    need(all(b.path for b in bridges.values()), "bridges: each needs a path")
+    for a, b in combinations(bridges.keys() & teachers.keys(), 2):
+        need(
+            teachers[a] != teachers[b] or bridges[a] == bridges[b],
+            f"teachers.{a} and teachers.{b} are one model with different bridges: give both "
+            "the same",
+        )
+    need(cfg.bridge == BridgeConfig(), "both bridge and bridges are given: leave one out")
+    need(
+        compares_states,
+        f"bridges are given, but objectives {[*cfg.objectives]} compare no hidden states: add "
+        "oprd, or leave the bridges out",
+    )
+
+
+def _check_engine(problems: Problems, cfg: TrainConfig) -> None:
+    """Note a watchdog that would end a run whose engine is still starting."""
+    v, limit = cfg.rollout.vllm, cfg.watchdog.timeout_s
+    problems.need(
         cfg.rollout.engine != "vllm"
         or limit is None
         or limit > max(v.start_timeout, v.step_timeout),
         f"watchdog.timeout_s={limit} must be above start_timeout={v.start_timeout} and "
         f"step_timeout={v.step_timeout} of rollout.vllm, or it ends runs whose engine is starting",
     )
-    problems.refuse()

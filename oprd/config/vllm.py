@@ -54,23 +54,22 @@ class VllmConfig:
     step_timeout: float = 300
     max_restarts: int = 1
 
-
-def check_vllm_values(problems: Problems, v: VllmConfig) -> None:
-    """What is wrong with its numbers."""
-    where = "rollout.vllm."
-    at_least_one = ("tensor_parallel_size", "max_model_len", "max_num_seqs", "gap_tokens")
-    problems.need_at_least_one({where + name: getattr(v, name) for name in at_least_one})
-    for name in ("gap_responses", "max_restarts"):
-        value = getattr(v, name)
-        problems.need(value >= 0, f"{where}{name} must not be negative, got {value}")
-    for name in ("start_timeout", "step_timeout"):
-        value = getattr(v, name)
-        problems.need(value > 0, f"{where}{name} must be above 0 seconds, got {value}")
-    share = v.gpu_memory_utilization
-    problems.need(
-        0 < share < 1, f"{where}gpu_memory_utilization must lie between 0 and 1, got {share}"
-    )
-    problems.need(
-        v.max_logprob_gap is None or v.max_logprob_gap > 0,
-        f"{where}max_logprob_gap must be above 0 or null, got {v.max_logprob_gap}",
-    )
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        where = "rollout.vllm."
+        at_least_one = ("tensor_parallel_size", "max_model_len", "max_num_seqs", "gap_tokens")
+        problems.need_at_least_one({where + name: getattr(self, name) for name in at_least_one})
+        for name in ("gap_responses", "max_restarts"):
+            value = getattr(self, name)
+            problems.need(value >= 0, f"{where}{name} must not be negative, got {value}")
+        for name in ("start_timeout", "step_timeout"):
+            value = getattr(self, name)
+            problems.need(value > 0, f"{where}{name} must be above 0 seconds, got {value}")
+        share = self.gpu_memory_utilization
+        problems.need(
+            0 < share < 1, f"{where}gpu_memory_utilization must lie between 0 and 1, got {share}"
+        )
+        problems.need(
+            self.max_logprob_gap is None or self.max_logprob_gap > 0,
+            f"{where}max_logprob_gap must be above 0 or null, got {self.max_logprob_gap}",
+        )

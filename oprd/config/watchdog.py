@@ -67,21 +67,23 @@ class WatchdogConfig:
     length: LengthWatch = field(default_factory=LengthWatch)
     timeout_s: float | None = 3600.0
 
-
-def check_watchdog(problems: Problems, w: WatchdogConfig) -> None:
-    """What is wrong with its numbers."""
-    need = problems.need
-    watches: dict[str, LossWatch | LengthWatch] = {"loss": w.loss, "length": w.length}
-    for name, watch in watches.items():
-        problems.need_at_least_one({f"watchdog.{name}.patience": watch.patience})
-        need(watch.factor > 1, f"watchdog.{name}.factor must be above 1, got {watch.factor}")
-    need(w.loss.window >= 5, f"watchdog.loss.window must be at least 5, got {w.loss.window}")
-    problems.need_at_least_one({"watchdog.length.window": w.length.window})
-    need(
-        0 < w.length.truncated <= 1,
-        f"watchdog.length.truncated must lie in (0, 1], got {w.length.truncated}",
-    )
-    need(
-        w.timeout_s is None or w.timeout_s > 0,
-        f"watchdog.timeout_s must be above 0 or null, got {w.timeout_s}",
-    )
+    def check(self, problems: Problems) -> None:
+        """Note every value that is out of range."""
+        need = problems.need
+        watches: dict[str, LossWatch | LengthWatch] = {"loss": self.loss, "length": self.length}
+        for name, watch in watches.items():
+            problems.need_at_least_one({f"watchdog.{name}.patience": watch.patience})
+            need(watch.factor > 1, f"watchdog.{name}.factor must be above 1, got {watch.factor}")
+        need(
+            self.loss.window >= 5,
+            f"watchdog.loss.window must be at least 5, got {self.loss.window}",
+        )
+        problems.need_at_least_one({"watchdog.length.window": self.length.window})
+        need(
+            0 < self.length.truncated <= 1,
+            f"watchdog.length.truncated must lie in (0, 1], got {self.length.truncated}",
+        )
+        need(
+            self.timeout_s is None or self.timeout_s > 0,
+            f"watchdog.timeout_s must be above 0 or null, got {self.timeout_s}",
+        )

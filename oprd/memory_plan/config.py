@@ -24,17 +24,16 @@ class PlanConfig:
     student: Shape | None = None
     teacher: Shape | None = None
 
+    def check(self) -> None:
+        """Check the values.
 
-def check_plan(plan: PlanConfig) -> None:
-    """Its numbers.
-
-    Raises:
-        ConfigError: naming what is wrong with them.
-    """
-    problems = Problems()
-    problems.need_at_least_one({"plan.gpus": plan.gpus})
-    problems.need(
-        plan.memory_gib is None or plan.memory_gib > 0,
-        f"plan.memory_gib must be above 0, got {plan.memory_gib}",
-    )
-    problems.refuse()
+        Raises:
+            ConfigError: listing everything that is wrong.
+        """
+        problems = Problems()
+        problems.need_at_least_one({"plan.gpus": self.gpus})
+        problems.need(
+            self.memory_gib is None or self.memory_gib > 0,
+            f"plan.memory_gib must be above 0, got {self.memory_gib}",
+        )
+        problems.refuse()

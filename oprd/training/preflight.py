@@ -14,7 +14,6 @@ from oprd import distributed
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.checkpoint.resume import Candidates, find_candidates, is_run
 from oprd.config import TrainConfig, check_values
-from oprd.config.fsdp import check_fsdp
 from oprd.data.prompts import Prompt, PromptSet, load_prompts, load_training_prompts
 from oprd.distributed.device import check_device
 from oprd.engines.vllm.preflight import check_vllm
@@ -187,7 +186,7 @@ def _bridge_notes(cfg: TrainConfig, teacher: str, bridge: BridgeInfo) -> list[st
 def _check_world(cfg: TrainConfig, ranks: int) -> None:
     problems = Problems()
     own = any(not teacher.is_self for teacher in cfg.all_teachers.values())
-    check_fsdp(problems, cfg.fsdp, cfg.autocast, ranks, own)
+    cfg.fsdp.check(problems, cfg.autocast, ranks, own)
     problems.refuse()
     if cfg.rollout.prompts_per_step % ranks:
         raise ConfigError(

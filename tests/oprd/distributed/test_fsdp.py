@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oprd.config import TrainConfig
-from oprd.config.fsdp import FsdpConfig, check_fsdp
+from oprd.config.fsdp import FsdpConfig
 from oprd.engines.generate import generate
 from oprd.errors import Problems
 from oprd.models.compile import compile_layers
@@ -137,11 +137,11 @@ def test_layers_are_compiled_in_training_and_left_alone_in_generate():
 )
 def test_what_cannot_be_sharded_is_refused(fsdp, ranks, message):
     problems = Problems()
-    check_fsdp(problems, fsdp, None, ranks, own_teacher=True)
+    fsdp.check(problems, None, ranks, own_teacher=True)
     assert message in "".join(problems.found)
 
 
 def test_two_ways_to_mix_precisions_are_refused():
     problems = Problems()
-    check_fsdp(problems, FsdpConfig(param_dtype="bfloat16"), "bfloat16", 2, own_teacher=False)
+    FsdpConfig(param_dtype="bfloat16").check(problems, "bfloat16", 2, own_teacher=False)
     assert "choose one" in "".join(problems.found)

@@ -1,1 +1,1 @@
-"""Hugging Face models: loading them, what OPRD needs of them, and whether a pair fits."""
+"""Hugging Face models: loading, the parts that OPRD uses, and checks that a pair is compatible."""

@@ -1,4 +1,4 @@
-"""Whether a student and a teacher fit together."""
+"""Checks that a student and a teacher are compatible."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ def check_pair(
     layers: LayerSpec,
     bridged: bool = False,
 ) -> list[tuple[int, int]]:
-    """The layer pairs of two models that OPRD can compare: plainly, or through a bridge.
+    """Check that OPRD can compare two models, and return their layer pairs.
+
+    Args:
+        layers: student layers, as ``distill.layers``.
+        bridged: True if a bridge is used, so that the widths may differ.
 
     Raises:
-        ConfigError: if their widths differ and there is no bridge, or the layers asked for don't
-            exist.
+        ConfigError: if the widths differ and there is no bridge, or if ``layers`` can't be paired
+            (see `pair_layers`).
     """
     s, t = model_info(student), model_info(teacher)
     if not bridged and s.width != t.width:
         raise ConfigError(
             f"the student is {s.width} wide and the teacher {t.width}: without a bridge, OPRD "
-            "compares equal widths. Fit one with oprd-bridge fit and pass it as bridge.path, or "
+            "needs equal widths. Fit a bridge with oprd-bridge fit and pass it as bridge.path, or "
             "choose a teacher of the student's width"
         )
     assert s.layers is not None
@@ -41,7 +45,7 @@ def check_pair(
 
 
 def same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
-    """Whether every token id means the same to both, so that no alignment is needed."""
+    """Return whether every token id means the same to both, so that no alignment is needed."""
     return student.get_vocab() == teacher.get_vocab()
 
 
@@ -50,14 +54,14 @@ def check_vocabularies(
     teacher: PreTrainedTokenizerBase,
     teacher_config: PretrainedConfig,
 ) -> None:
-    """The teacher reads the student's token ids: every one must mean the same to both.
+    """Check that every token id of the student means the same to the teacher.
 
-    Embedding tables padded to different sizes (151,936 and 152,064 rows for the same tokenizer,
-    say) are no obstacle; a table too small for the student's ids, or ids that name other tokens,
-    are.
+    Embedding tables may be padded to different sizes (for example 151,936 and 152,064 rows for the
+    same tokenizer).
 
     Raises:
-        ConfigError: saying how they differ.
+        ConfigError: if ids name different tokens, or if the teacher's embedding table is too small
+            for the student's ids. The message says how the vocabularies differ.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     rows = teacher_config.get_text_config().vocab_size
@@ -91,28 +95,33 @@ def check_vocabularies(
 
 
 def check_student_ids(student: PreTrainedTokenizerBase, teacher: PretrainedConfig) -> None:
-    """Check that a teacher with another tokenizer can be fed the student's token ids at all.
+    """Check that the student's token ids are within a teacher's embedding table.
 
     Raises:
-        ConfigError: if they go beyond its embedding table.
+        ConfigError: if they are not.
     """
     rows, largest = teacher.get_text_config().vocab_size, max(student.get_vocab().values())
     if largest >= rows:
         raise ConfigError(
             f"teacher.reads=student_ids: the student's token id {largest} is beyond the teacher's "
-            f"{rows} embedding rows: use reads=text"
+            f"{rows} embedding rows: use teacher.reads=text"
         )
 
 
 def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, who: str) -> None:
-    """Check that the longest prompt and response fit the model's positions.
+    """Check that the longest prompt and response fit into the model's positions.
+
+    Args:
+        config: the model's configuration.
+        prompt_tokens, new_tokens: maximum length of a prompt and of a response.
+        who: "student" or "teacher", for the error message.
 
     Raises:
-        ConfigError: if they don't.
+        ConfigError: if they don't fit.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise ConfigError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the {limit} positions "
-            f"of the {who}: lower data.max_prompt_tokens or the max_new_tokens"
+            f"of the {who}: lower data.max_prompt_tokens or max_new_tokens"
         )

@@ -1,4 +1,4 @@
-"""`torch.compile` of decoder layers: they are alike, so that one compilation serves all of them."""
+"""`torch.compile` of decoder layers: one compilation serves all layers, because they are alike."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from oprd.models.decoder import find_decoder
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer in place; before it is sharded."""
+    """Compile each decoder layer in place. Call this before the model is sharded."""
     for layer in find_decoder(model).layers:
         layer.compile()
 
 
 @contextmanager
 def eager_layers(model: Any) -> Iterator[None]:
-    """Run layers uncompiled while open: in `generate` the cache grows with every token, and a layer
-    would be compiled again and again."""
+    """Run the layers uncompiled within this context.
+
+    In `generate` the cache grows with every token, and compiled layers would be recompiled again
+    and again.
+    """
     compiled = []
     for layer in find_decoder(model).layers:
         if layer._compiled_call_impl is not None:

@@ -20,9 +20,13 @@ NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 @dataclass(frozen=True)
 class Decoder:
-    """A backbone (no LM head) with its blocks and final norm, by attribute name.
+    """A backbone (a model without its LM head), its blocks and its final norm.
 
-    ``root`` is the whole model that it was found in. ``running`` is entered while it runs.
+    Attributes:
+        backbone: the backbone module.
+        layers_name, norm_name: names of its attributes that hold the blocks and the final norm.
+        root: the whole model that contains the backbone.
+        running: makes the context in which `forward` runs the backbone.
     """
 
     backbone: Any  # an nn.Module; its attributes are the model's own
@@ -49,8 +53,11 @@ class Decoder:
         return self.backbone.config.get_text_config().hidden_size
 
     def state_module(self, block: int, depth: int) -> nn.Module:
-        """What puts out entry ``block`` + 1 of ``hidden_states`` in a model of ``depth`` layers:
-        the block, or for the last one the final norm."""
+        """Return the module whose output is entry ``block`` + 1 of ``hidden_states``.
+
+        This is the block itself, or the final norm for the last block of a model of ``depth``
+        layers.
+        """
         return self.norm if block == depth - 1 else self.layers[block]
 
     def forward(
@@ -59,9 +66,9 @@ class Decoder:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Runs the backbone and returns what it does for its last hidden state, (B, T, d).
+        """Run the backbone and return its last hidden state, (B, T, d).
 
-        Args and raises: see `model_inputs`.
+        See `model_inputs` for the arguments and the errors raised.
         """
         with self.running():
             return self._run(
@@ -70,8 +77,11 @@ class Decoder:
 
     @property
     def _run(self) -> Callable[..., Any]:
-        """What runs the backbone. Under FSDP2 its parameters are gathered by the root, whose own
-        ``forward`` would go on to the LM head: so the root gets a method that ends before it."""
+        """The callable that runs the backbone.
+
+        Under FSDP2 the root gathers the backbone's parameters, but the root's own ``forward`` would
+        also run the LM head. The root therefore gets a method that stops before the head.
+        """
         root, sharded = self.root, isinstance(self.root, FSDPModule)
         if root is self.backbone or not sharded:
             return self.backbone
@@ -84,33 +94,34 @@ class Decoder:
 def model_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None
 ) -> dict[str, Tensor | None]:
-    """What to call a model with, padded or packed.
+    """Build the keyword arguments of a forward pass, for padded or packed sequences.
 
-    Positions count the tokens that ``attention_mask`` keeps, so that padding on either side changes
-    nothing.
+    Positions count the tokens that ``attention_mask`` keeps, so that padding on either side does
+    not change them.
 
     Args:
         input_ids: (B, T) int64.
         attention_mask: (B, T), 0 for padding; None: no padding.
-        position_ids: (1, T) int64, of sequences packed in one row: beginning at 0 for each, which
-            is how transformers tells them apart. None: a row is a sequence.
+        position_ids: (1, T) int64, for sequences packed in one row. The positions of each sequence
+            begin at 0, by which transformers tells the sequences apart. None: every row is one
+            sequence.
 
     Raises:
-        ValueError: if sequences are packed in more than one row (FlashAttention does not tell them
-            apart), or there is a mask too (nothing does).
+        ValueError: if sequences are packed in more than one row (FlashAttention would not keep them
+            apart), or if packed sequences come with a mask (no attention implementation would).
     """
     if position_ids is None:
         if attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     elif attention_mask is not None:
         raise ValueError(
-            "packed sequences (position_ids) go without an attention_mask, under which they would "
-            "see each other: pass None"
+            "packed sequences (position_ids) must be passed without an attention_mask: with a mask "
+            "they would see each other. Pass attention_mask=None"
         )
     elif len(input_ids) != 1:
         raise ValueError(
-            f"packed sequences (position_ids) are one row (1, T), got {tuple(input_ids.shape)}: "
-            "flatten input_ids, response_mask and position_ids"
+            "packed sequences (position_ids) must be one row (1, T), got "
+            f"{tuple(input_ids.shape)}: flatten input_ids, response_mask and position_ids"
         )
     return {
         "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -118,11 +129,11 @@ def model_inputs(
 
 
 def find_decoder(model: Any) -> Decoder:
-    """The decoder inside a Hugging Face model, a backbone or a PEFT wrapper of either.
+    """Find the decoder inside a Hugging Face model, a backbone, or a PEFT wrapper of either.
 
     Raises:
-        ValueError: if no list of blocks followed by a norm is found where Llama, Qwen, Phi, Gemma,
-            GPT-2, GPT-NeoX and their like have it.
+        ValueError: if the model has no list of blocks and final norm under the names that Llama,
+            Qwen, Phi, Gemma, GPT-2, GPT-NeoX and similar models use.
     """
     if isinstance(model, WithoutAdapter):
         return replace(find_decoder(model.adapted), running=model.running)
@@ -145,12 +156,15 @@ def find_decoder(model: Any) -> Decoder:
 def watch(
     decoder: Decoder, blocks: Iterable[int], depth: int, see: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """While open, forward passes of ``decoder``, however it is called, hand over hidden states.
+    """Pass hidden states to ``see`` during forward passes of ``decoder`` within this context.
+
+    This works however the decoder is called.
 
     Args:
-        blocks: counted from 0, see `Decoder.state_module`.
-        depth: the model's layers, of which ``decoder`` may have only the first.
-        see: called with a block's number and its states (B, T, d).
+        decoder: the decoder to watch.
+        blocks: blocks, counted from 0, see `Decoder.state_module`.
+        depth: number of layers of the full model; ``decoder`` may have only the first of them.
+        see: called with the number of a block and its states (B, T, d).
     """
 
     def hook(block: int) -> Callable[..., None]:
@@ -168,11 +182,11 @@ def watch(
 
 
 def cut(decoder: Decoder, num_layers: int) -> Decoder:
-    """The same decoder without the blocks after the first ``num_layers``, and, if any are dropped,
-    without the final norm, which nothing of it would reach.
+    """Return a decoder with the first ``num_layers`` blocks only.
 
-    The modules that remain are shared with ``decoder``, which is left as it was: dropping the
-    reference to it frees the rest.
+    If any block is dropped, the final norm is dropped too: it does not apply to the states of
+    earlier blocks. The remaining modules are shared with ``decoder``, which is not changed.
+    Dropping all references to ``decoder`` frees the other modules.
     """
     if num_layers == decoder.num_layers:
         return decoder
@@ -189,10 +203,10 @@ def cut(decoder: Decoder, num_layers: int) -> Decoder:
 
 
 def first_tensor(output: Tensor | tuple) -> Tensor:
-    """The hidden states in what a block returns: a tensor, or a tuple that begins with it."""
+    """Return the hidden states of a block's output: a tensor, or a tuple that begins with it."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def replace_first(output: Tensor | tuple, h: Tensor) -> Tensor | tuple:
-    """``output`` with other hidden states."""
+    """Return ``output`` with its hidden states replaced by ``h``."""
     return h if isinstance(output, torch.Tensor) else (h, *output[1:])

@@ -1,4 +1,4 @@
-"""What is written down of a model, to recognise it later."""
+"""Descriptions of models, by which a bridge recognises the models that it was fitted for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def model_info(
     path: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ModelInfo:
-    """A model as bridges know it."""
+    """Return the description of a model that bridges store and compare."""
     text = config.get_text_config()
     vocabulary = None if tokenizer is None else fingerprint(tokenizer.get_vocab())
     return ModelInfo(text.hidden_size, text.num_hidden_layers, path, vocabulary)
@@ -26,13 +26,13 @@ def model_info(
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model as a bridge must know it.
+    """The description of a model that bridges store and compare.
 
     Attributes:
         width: d, the hidden size.
-        layers: its depth; None: not known (imported).
-        path: where it was loaded from.
-        vocabulary: `fingerprint` of its tokenizer.
+        layers: number of layers; None: not known (an imported bridge).
+        path: path that the model was loaded from; None: not known.
+        vocabulary: `fingerprint` of the model's tokenizer; None: not known.
     """
 
     width: int
@@ -42,6 +42,6 @@ class ModelInfo:
 
 
 def fingerprint(vocabulary: Mapping[str, int]) -> str:
-    """A tokenizer's tokens and their ids, as a short hash."""
+    """Return a short hash of a tokenizer's tokens and their ids."""
     text = json.dumps(sorted(vocabulary.items(), key=lambda item: (item[1], item[0])))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Which layers are compared, and which teacher layer stands beside which student layer.
+"""Selection of the student layers to compare, and of the teacher layer paired with each.
 
-Layers are counted as blocks, 0 .. L-1. What is compared for block i is entry i + 1 of Hugging
-Face's ``hidden_states``: the block's raw output, except for the last block, whose entry is taken
-after the final norm.
+Layers are counted as blocks, 0 .. L-1. The state compared for block i is entry i + 1 of Hugging
+Face's ``hidden_states``: the block's raw output, or for the last block the output of the final
+norm.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ LayerSpec = str | Sequence[int]
 
 
 def select_layers(spec: LayerSpec, num_layers: int) -> list[int]:
-    """The blocks that ``spec`` names, in ascending order.
+    """Return the blocks that ``spec`` names, in ascending order.
 
     Raises:
-        ValueError: for an unknown word, an empty list, a repeated or out-of-range block.
+        ValueError: if ``spec`` is an unknown word or selects no block, or if it lists a block twice
+            or one that is out of range.
     """
     if isinstance(spec, str):
         words = {
@@ -49,10 +50,11 @@ def select_layers(spec: LayerSpec, num_layers: int) -> list[int]:
 
 
 def corresponding_layer(block: int, student_layers: int, teacher_layers: int) -> int:
-    """The teacher block beside student block ``block``, by relative depth (Eq. 11).
+    """Return the teacher block paired with student block ``block``, by relative depth (Eq. 11).
 
-    With l = block + 1: phi(l) = round((l - 1) / (L_S - 1) * (L_T - 1)) + 1, halves up; the last
-    stands beside the last, and a one-layer student beside the teacher's last.
+    With l = block + 1: phi(l) = round((l - 1) / (L_S - 1) * (L_T - 1)) + 1, halves rounded up. The
+    student's last block is paired with the teacher's last block, also if the student has only one
+    layer.
     """
     if student_layers == 1:
         return teacher_layers - 1
@@ -61,12 +63,13 @@ def corresponding_layer(block: int, student_layers: int, teacher_layers: int) ->
 
 
 def pair_layers(spec: LayerSpec, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
-    """(student block, teacher block) for every selected layer. The correspondence is made on the
-    full stacks and only then selected from.
+    """Return (student block, teacher block) for every selected layer.
+
+    The correspondence is that of the full models; it does not depend on which layers are selected.
 
     Raises:
-        ValueError: as `select_layers`; or if two selected layers would be matched to one layer of
-            a shallower teacher.
+        ValueError: see `select_layers`; also if two selected layers would be paired with the same
+            layer of a shallower teacher.
     """
     pairs = [
         (block, corresponding_layer(block, student_layers, teacher_layers))
@@ -74,16 +77,16 @@ def pair_layers(spec: LayerSpec, student_layers: int, teacher_layers: int) -> li
     ]
     if len({teacher for _, teacher in pairs}) < len(pairs):
         raise ValueError(
-            f"{len(pairs)} student layers are asked for, but the teacher, with {teacher_layers} "
-            f"layers to the student's {student_layers}, would stand for several at once: "
-            f"{pairs}. Name fewer layers, for example layers='last' or "
+            f"{len(pairs)} student layers are selected, but a layer of the teacher, with "
+            f"{teacher_layers} layers to the student's {student_layers}, would be paired with "
+            f"several at once: {pairs}. Select fewer layers, for example layers='last' or "
             f"layers={_distinct(student_layers, teacher_layers)}"
         )
     return pairs
 
 
 def _distinct(student_layers: int, teacher_layers: int) -> list[int]:
-    """The deepest student block for each teacher block."""
+    """Return the deepest student block paired with each teacher block."""
     deepest = {
         corresponding_layer(b, student_layers, teacher_layers): b for b in range(student_layers)
     }

@@ -16,7 +16,8 @@ from transformers import (
 
 from oprd.errors import ConfigError
 
-# Configuration entries by which a model changes its logits after the head in ways not known here.
+# Configuration entries by which a model scales its logits after the head. LMHead does not apply
+# these scales.
 UNKNOWN_SCALES = (
     "logit_scale",
     "logits_scaling",
@@ -26,10 +27,15 @@ UNKNOWN_SCALES = (
 
 @dataclass(frozen=True)
 class LMHead:
-    """Weight (V, d), bias (V,) or None, and the cap that Gemma puts on logits, if any.
+    """The weight, bias and logit cap of an LM head.
 
-    Logits are float32 from the accumulator on: rounded to bfloat16 first, they would be off by up
+    Logits are float32 from the accumulator on. Rounded to bfloat16 first, they would be off by up
     to a percent, and their gradient by more.
+
+    Attributes:
+        weight: (V, d).
+        bias: (V,) or None.
+        softcap: the cap that Gemma applies to logits; None: no cap.
     """
 
     weight: Tensor
@@ -38,10 +44,10 @@ class LMHead:
 
     @classmethod
     def of(cls, model: Any) -> LMHead:
-        """The head of a causal LM.
+        """Return the LM head of a causal LM.
 
         Raises:
-            ValueError: if the model has none, or scales its logits in a way not known here.
+            ValueError: if the model has no LM head, or if it scales its logits after the head.
         """
         head = model.get_output_embeddings()
         if head is None:
@@ -51,39 +57,50 @@ class LMHead:
             if getattr(config, name, None) not in (None, 1, 1.0):
                 raise ValueError(
                     f"{type(model).__name__} scales its logits ({name}={getattr(config, name)}), "
-                    "which the chunked losses do not do; use the materialised ones"
+                    "which the chunked losses do not support: use the materialised losses"
                 )
         cap = getattr(config, "final_logit_softcapping", None)
         return cls(head.weight, getattr(head, "bias", None), cap)
 
     def operand(self, states: Tensor) -> Tensor:
-        """The weight as `multiply` is to take it with such states; once a call, as it is large."""
+        """Return the weight in the dtype that `multiply` needs for these states.
+
+        The result may be a large copy: make it once for all chunks of a call.
+        """
         weight = self.weight.detach()
         on_tensor_cores = states.is_cuda and states.dtype == weight.dtype
         return weight if on_tensor_cores else weight.to(wide_dtype(states.dtype))
 
     def products(self, states_md: Tensor, operand_Vd: Tensor) -> Tensor:
-        """(m, V) in `wide_dtype`, with the `operand` made for such states."""
+        """Return the products of states and weight, (m, V) in `wide_dtype`.
+
+        Args:
+            states_md: (m, d) hidden states.
+            operand_Vd: (V, d), from `operand`.
+        """
         return multiply(states_md, operand_Vd.T)
 
     def backward_states(self, d_products_mV: Tensor, operand_Vd: Tensor) -> Tensor:
-        """(m, d): the gradient of the states from that of their products."""
+        """Return the gradient of the states, (m, d), from the gradient of their products."""
         return multiply(d_products_mV, operand_Vd)
 
     def logits(self, products_mV: Tensor) -> Tensor:
-        """From the products: bias and cap."""
+        """Return the logits: the products with bias and cap applied."""
         logits = products_mV if self.bias is None else products_mV + self.bias.detach()
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums of products of ``dtype`` are kept in: float32, or float64 for itself."""
+    """Return the dtype of sums of products of ``dtype``: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in `wide_dtype`. On a GPU a 16-bit ``b`` keeps its type, for
-    the tensor cores, and ``a`` is rounded to it."""
+    """Return a @ b, accumulated and returned in `wide_dtype`.
+
+    On a GPU a 16-bit ``b`` keeps its dtype so that tensor cores are used, and ``a`` is rounded to
+    that dtype.
+    """
     wide = wide_dtype(b.dtype)
     if a.is_cuda and b.dtype != wide:
         return torch.mm(a.to(b.dtype), b, out_dtype=wide)
@@ -91,7 +108,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 8192) -> None:
-    """total += a @ b in place, without a second tensor of its size."""
+    """Compute total += a @ b in place, without a second tensor of the size of ``total``."""
     if not a.is_cuda or b.dtype == total.dtype:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
         return
@@ -101,16 +118,17 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 8192) -> None:
 
 
 def copy_lm_head(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Give the student the teacher's LM head.
+    """Copy the teacher's LM head into the student.
 
     Raises:
-        ConfigError: if the heads differ in shape, or the student's is tied to its embeddings.
+        ConfigError: if the heads differ in shape, or if the student's head is tied to its
+            embeddings.
     """
     ours, theirs = student.get_output_embeddings(), teacher.get_output_embeddings()
     if ours.weight is student.get_input_embeddings().weight:
         raise ConfigError(
             "distill.init_head_from_teacher: the student's head is tied to its embeddings, which "
-            "OPRD trains: leave the option off"
+            "OPRD trains. Leave the option off"
         )
     if ours.weight.shape != theirs.weight.shape:
         raise ConfigError(

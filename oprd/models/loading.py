@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, and checking that a pair fits together."""
+"""Loading of models, their configurations and tokenizers."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ DEMO = Path(__file__).parents[1] / "demo"
 
 
 def demo_path(path: str) -> str:
-    """``demo:NAME`` is a file or directory that comes with the package."""
+    """Replace ``demo:NAME`` by the path of that file or directory in the package."""
     return str(DEMO / path.removeprefix("demo:")) if path.startswith("demo:") else path
 
 
 def teacher_path(teacher: TeacherConfig, student: StudentConfig) -> str:
-    """Where a teacher's files are: the student's, if that teaches itself."""
+    """Return the path of a teacher's files: the student's path if the student teaches itself."""
     return student.path if teacher.is_self else teacher.path
 
 
 def load_config(path: str) -> PretrainedConfig:
-    """A model's configuration.
+    """Load a model's configuration.
 
     Raises:
-        ConfigError: if there is none at ``path``.
+        ConfigError: if it can't be loaded from ``path``.
     """
     try:
         return AutoConfig.from_pretrained(demo_path(path))
@@ -45,10 +45,10 @@ def load_config(path: str) -> PretrainedConfig:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer; its padding token falls back to EOS.
+    """Load a model's tokenizer. If it has no padding token, EOS becomes the padding token.
 
     Raises:
-        ConfigError: if there is none at ``path``, or it has no EOS token.
+        ConfigError: if it can't be loaded from ``path``, or if it has no EOS token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(demo_path(path))
@@ -75,10 +75,10 @@ def _not_loadable(what: str, path: str, error: Exception) -> ConfigError:
 def load_model(
     cfg: StudentConfig | TeacherConfig, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A causal LM in evaluation mode.
+    """Load a causal LM, in evaluation mode.
 
     Raises:
-        ConfigError: if there is none at its path.
+        ConfigError: if it can't be loaded from ``cfg.path``.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -94,8 +94,10 @@ def load_model(
 def unwritten_model(
     config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A causal LM on the CPU whose weights and buffers hold nothing yet and, until they are
-    written, take no memory."""
+    """Create a causal LM on the CPU with uninitialised weights and buffers.
+
+    They take no memory until they are written.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
@@ -106,13 +108,13 @@ def unwritten_model(
 
 
 def empty_model(cfg: StudentConfig | TeacherConfig) -> PreTrainedModel:
-    """The model that `load_model` would load, as an `unwritten_model`.
+    """Create the model that `load_model` would load, as an `unwritten_model`.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: see `load_config`.
     """
     dtype = getattr(torch, cfg.dtype)
     model = unwritten_model(load_config(cfg.path), dtype, cfg.attn_implementation)
-    with contextlib.suppress(OSError):  # not every model has one
+    with contextlib.suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(demo_path(cfg.path))
     return model.eval()

@@ -1,8 +1,8 @@
-"""LoRA students: a low-rank adapter is trained beside frozen weights (PEFT does the work).
+"""LoRA students: a low-rank PEFT adapter is trained beside frozen weights.
 
-The adapter sits inside the model's own linear layers, so a LoRA student is used as any other is:
-taps, `generate`, gradient checkpointing, LM head. `WithoutAdapter` is the same model with its
-adapter off, a teacher that takes no memory.
+The adapter sits inside the model's own linear layers, so a LoRA student is used like any other:
+taps, `generate`, gradient checkpointing and the LM head all work. `WithoutAdapter` is the same
+model with its adapter off, a teacher that takes no memory.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from oprd.config import LoraConfig
 from oprd.errors import ConfigError, need_package
 
 ADAPTER = "default"
-"""PEFT's name of a model's only adapter."""
+"""The name that PEFT gives to a model's only adapter."""
 
 
 def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
-    """Put a new adapter into ``model``, in float32, and freeze everything else.
+    """Add a new float32 adapter to ``model``, and freeze all other parameters.
 
     Args:
-        cfg: its ``rank`` is not None.
-        seed: of the adapter's weights, so that every rank draws the same ones.
+        model: the model, changed in place.
+        cfg: the adapter's configuration; its ``rank`` is not None.
+        seed: seed of the adapter's weights, so that every rank draws the same weights.
 
     Raises:
-        ConfigError: if PEFT is missing or ``cfg.target_modules`` names no linear layer of a block.
+        ConfigError: if PEFT is missing, or if ``cfg.target_modules`` names no module or one that is
+            not a linear layer inside a block.
     """
     need_package("peft", "peft", "student.lora")
     import peft
@@ -64,27 +66,27 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
     if outside:
         raise ConfigError(
             f"student.lora.target_modules={targets} names {', '.join(outside)}, outside the "
-            "decoder's blocks: name linear layers inside them (q_proj, down_proj, ..), or take "
-            "all-linear"
+            "decoder's blocks: name linear layers inside the blocks (q_proj, down_proj, ..), or "
+            "use all-linear"
         )
-    model.train(model.training)  # PEFT's new layers (dropout) come in training mode
+    model.train(model.training)  # PEFT creates its layers (dropout) in training mode
     for parameter in model.parameters():
         if parameter.requires_grad:  # bfloat16 would round a small learning rate's steps away
             parameter.data = parameter.data.float()
 
 
 def check_targets(config: PretrainedConfig, cfg: LoraConfig) -> None:
-    """Check, without weights, that an adapter fits a model.
+    """Check, without loading weights, that an adapter can be added to a model.
 
     Raises:
-        ConfigError: as `add_adapter`.
+        ConfigError: see `add_adapter`.
     """
     with torch.device("meta"):
         add_adapter(AutoModelForCausalLM.from_config(config), cfg)
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether the model has a LoRA adapter."""
+    """Return whether the model has a LoRA adapter."""
     return any(map(_has_adapter, model.modules()))
 
 
@@ -93,9 +95,11 @@ def _has_adapter(module: nn.Module) -> bool:
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of a state dict in which the adapter is part of the weights, under the names
-    that the model has without one. Merged one at a time; sharded tensors stay sharded. A tensor
-    that has two names (a head tied to the embeddings) comes once, under the first.
+    """Yield name and tensor of the model's state dict with the adapter merged into the weights.
+
+    The names are those of the model without an adapter. Tensors are merged one at a time, and
+    sharded tensors stay sharded. A tensor with two names (a head tied to the embeddings) is yielded
+    once, under its first name.
     """
     adapted = {name: m for name, m in model.named_modules() if _has_adapter(m)}
     seen: set[int] = set()
@@ -114,13 +118,16 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors, whole, as PEFT's files name them. Collective if they are sharded."""
+    """Return the adapter's full tensors, by the names that PEFT uses in files.
+
+    This is a collective operation if the tensors are sharded.
+    """
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(model, adapter_name=ADAPTER).items()
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER).items()
     return {
         f"base_model.model.{name}": (t.full_tensor() if isinstance(t, DTensor) else t).cpu()
-        for name, t in found
+        for name, t in tensors
     }
 
 
@@ -128,8 +135,9 @@ def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path) -> Non
     """Write the adapter so that ``PeftModel.from_pretrained(base, directory)`` loads it.
 
     Args:
-        model: the adapted model.
-        weights: its `adapter_weights`.
+        model: the model with the adapter.
+        weights: the result of `adapter_weights`.
+        directory: created if it does not exist.
     """
     directory.mkdir(parents=True, exist_ok=True)
     contiguous = {name: t.contiguous() for name, t in weights.items()}

@@ -1,4 +1,4 @@
-"""Whether a model keeps sequences that are packed in one row apart."""
+"""Check that a model keeps sequences that are packed in one row apart."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ LENGTH = 8
 
 @torch.no_grad()
 def check_packing(decoder: Decoder, who: str) -> None:
-    """Try it: pack a sequence behind one and behind another, and compare its last hidden states.
+    """Check that a model keeps packed sequences apart, by running it on random token ids.
 
-    They must be the same, but for what packing anything else *after* a sequence changes, which
-    can be rounding alone (experts that get other tokens too); and those of the sequence on its own,
-    compared with what seeing the other would make of it.
+    A sequence is packed behind two different sequences. Two conditions must hold:
+
+    - Its last hidden states are the same behind both. The tolerance is the difference that the
+      choice of a sequence packed *after* it makes, which can only be rounding (experts that get
+      other tokens included).
+    - Its last hidden states are close to those of the sequence on its own. The tolerance is a tenth
+      of the difference that seeing the other sequence makes.
 
     Args:
-        decoder: in evaluation mode. If it is sharded, all ranks call this together.
-        who: it is, for the message.
+        decoder: the model, in evaluation mode. If it is sharded, all ranks must call this together.
+        who: "student" or "teacher", for the error message.
 
     Raises:
-        ConfigError: if sequences see each other, or positions do not begin anew.
+        ConfigError: if packed sequences see each other, or if positions do not restart at 0.
     """
     backbone, device = decoder.backbone, input_device(decoder.root)
     rows = backbone.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
+    generator = torch.Generator().manual_seed(0)  # leaves the run's own random state unchanged
     first, second, third = torch.randint(rows, (3, LENGTH), generator=generator).to(device)
     positions = torch.arange(LENGTH, device=device).repeat(2)[None]
 
     def states(ids: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        found = decoder.forward(ids[None], None, position_ids)[0]
-        return found[:LENGTH], found[-LENGTH:]
+        hidden = decoder.forward(ids[None], None, position_ids)[0]
+        return hidden[:LENGTH], hidden[-LENGTH:]
 
     behind = states(torch.cat([first, second]), positions)[1]
     behind_other = states(torch.cat([third, second]), positions)[1]
@@ -52,7 +56,7 @@ def check_packing(decoder: Decoder, who: str) -> None:
         raise ConfigError(
             f"packing: the {who} ({type(decoder.root).__name__}, attn_implementation "
             f"{backbone.config._attn_implementation}) lets packed sequences see each other. Choose "
-            "flash_attention_2, flex_attention or sdpa as its attn_implementation; if none of them "
+            "flash_attention_2, flex_attention or sdpa as its attn_implementation. If none of them "
             "keeps the sequences apart (a recurrent state never does), set packing: false"
         )
 

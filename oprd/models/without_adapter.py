@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """While open, the model is what it was before it got its adapter (any of PEFT's layers)."""
+    """Switch the model's adapter (any of PEFT's layers) off within this context."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -22,7 +22,8 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     def switch(enabled: bool) -> None:
         for module in on:
             module.enable_adapters(enabled)
-        # PEFT freezes what it switches off. FSDP2 would remember that of a first forward pass.
+        # PEFT freezes the adapters that it switches off, and FSDP2 would keep the requires_grad of
+        # the first forward pass.
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
@@ -34,17 +35,18 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 class WithoutAdapter:
-    """A model with its adapter off, to be used as that model is; it holds no weights of its own.
+    """A view of a model with its adapter off. It is used like the model and holds no weights.
 
-    Everything is the model's, but what runs while this is called, generates, or is a `Decoder`
-    leaves the adapter out.
+    Attributes are read from and written to the model. A call, `generate`, and a `Decoder` made by
+    `find_decoder` run the model without its adapter.
     """
 
     def __init__(self, model: Any) -> None:
         self.__dict__["adapted"] = model
 
     def running(self) -> Any:
-        """The context in which the adapter is off; `find_decoder` hands it to the `Decoder`."""
+        """Return the context in which the adapter is off. `find_decoder` passes this method on to
+        the `Decoder`."""
         return adapter_off(self.adapted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +54,7 @@ class WithoutAdapter:
             return self.adapted(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
+        """Run the model's `generate` without the adapter."""
         with self.running():
             return self.adapted.generate(*args, **kwargs)
 

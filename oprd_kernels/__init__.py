@@ -1,7 +1,7 @@
 """Fused kernels for On-Policy Representation Distillation.
 
-`fused_rep_loss` compares student and teacher hidden states, `fused_rep_losses` those of several
-layers at once, and `rep_tap` does so inside a model.
+`fused_rep_loss` compares the hidden states of a student and a teacher. `fused_rep_losses` compares
+several layers at once. `rep_tap` attaches the loss to hidden states inside a model.
 """
 
 from oprd_kernels._version import __version__

@@ -1,3 +1,3 @@
-"""The version, where a build can read it without importing torch."""
+"""The package version, in a module of its own so that a build can read it without torch."""
 
 __version__ = "0.1.0"

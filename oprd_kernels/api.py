@@ -1,6 +1,6 @@
-"""`fused_rep_loss`: the loss between student and teacher hidden states, forward and backward fused.
+"""`fused_rep_loss`: the loss between student and teacher hidden states, fused forward and backward.
 
-Shapes: M supervised rows (tokens); student dS wide, teacher dT wide; r: projector rank.
+Shapes: M supervised rows (tokens); dS and dT: widths of student and teacher; r: projector rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from oprd_kernels.validate import check_call
 class RepLossStats(NamedTuple):
     """Batch statistics from the same pass as the loss: 0-D float32 tensors without gradient.
 
-    Means are over the rows whose weight is not 0; after a projection they describe z_S and z_T.
+    The means are over the rows whose weight is not 0. With projectors they describe the projected
+    rows z_S and z_T.
     """
 
     cosine: Tensor
@@ -29,7 +30,7 @@ class RepLossStats(NamedTuple):
 
     @classmethod
     def of(cls, stats: Tensor) -> RepLossStats:
-        """From the vector that begins with them; a copy, so as not to keep all of it alive."""
+        """Copy the statistics from the start of ``stats``, so that the rest can be freed."""
         return cls(*stats[:4].clone().unbind())
 
 
@@ -50,57 +51,58 @@ def fused_rep_loss(
     inplace: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, RepLossStats]:
-    """Representation loss between student and teacher hidden states (OPRD, arXiv 2606.06021).
+    """Compute the representation loss of two models' hidden states (OPRD, arXiv 2606.06021).
 
-    With s and t a pair of rows (``student_proj @ s`` and ``teacher_proj @ (t - teacher_mean)`` if
-    projectors are given), D their width and v^ = v / max(|v|, 1e-12):
+    Let s and t be a pair of rows (``student_proj @ s`` and ``teacher_proj @ (t - teacher_mean)`` if
+    projectors are given), D their width, and v^ = v / max(|v|, 1e-12). The loss of the pair is:
 
     - ``"mse"``: |s - t|^2 / D (Eq. 6);
     - ``"nmse"``: |s^ - t^|^2 / D = 2 (1 - cos) / D (Eq. 14);
     - ``"cosine"``: |s^ - t^|^2 / 2 = 1 - cos.
 
-    These differ by large factors (``nmse`` is 2/D of ``cosine``): a coefficient tuned for one does
-    not fit another. The teacher and its projector get no gradient; a student row of norm 0 gets
-    gradient 0 (``nmse``, ``cosine``).
+    The three kinds differ by large factors (``nmse`` is 2/D of ``cosine``), so a coefficient tuned
+    for one does not fit another. The teacher and its projector get no gradient. With ``nmse`` and
+    ``cosine``, a student row of norm 0 gets gradient 0.
 
-    Everything between the inputs and the outputs is float32. Projections on a GPU use tensor cores:
-    for float32 states, `torch.get_float32_matmul_precision` says how exactly, as for PyTorch's
-    products: ``"highest"``: with at most twice the error of float32 arithmetic; ``"high"``: three
-    bfloat16 products (16 bits); ``"medium"``: one (8 bits). For 16-bit states the error is at most
-    an eighth of what rounding the states to their dtype has caused. A backend may always be more
-    exact: the CPU's and, up to rank 16, ``"cuda"``'s are, but for the gradient of a projector
-    that is trained, which is PyTorch's product there.
+    All intermediate values are float32. On a GPU, projections use tensor cores. For float32 states
+    `torch.get_float32_matmul_precision` sets their precision, as it does for PyTorch's own matrix
+    products: ``"highest"`` has at most twice the error of float32 arithmetic; ``"high"`` uses three
+    bfloat16 products (16 bits); ``"medium"`` uses one (8 bits). For 16-bit states the error is at
+    most an eighth of the error from rounding the states to their dtype. A backend may be more
+    exact. The ``"cpu"`` backend is, and so is ``"cuda"`` up to rank 16. The exception is the
+    gradient of a trained projector, which these two backends compute with a PyTorch product.
 
     Args:
         student: (..., dS) float32, bfloat16 or float16, any strides.
-        teacher: (..., dT), or (..., r) if it is already projected. May differ in dtype.
-        student_proj: (r, dS). Trainable: it gets a gradient if it requires one.
+        teacher: (..., dT), or (..., r) if it is already projected. Its dtype may differ.
+        student_proj: (r, dS). It gets a gradient if it requires one.
         teacher_proj: (r, dT).
         teacher_mean: (dT,).
-        rows: (M,) int64: the supervised rows of ``student`` flattened to (N, dS), each at most
-            once. They are picked inside the kernel. Default: all.
-        teacher_rows: (M,) int64: the same for ``teacher``. Default: its rows, in order.
-        weights: (M,), or any shape with M elements. 0 masks the row: whatever it holds, NaN
-            included, nothing of it reaches a result.
+        rows: (M,) int64. The supervised rows of ``student`` flattened to (N, dS), each at most
+            once. The kernel picks these rows itself. Default: all rows.
+        teacher_rows: (M,) int64. The same for ``teacher``. Default: all rows, in order.
+        weights: (M,), or any shape with M elements. A weight of 0 masks the row: nothing in it,
+            NaN included, reaches a result.
         kind: ``"nmse"``, ``"cosine"`` or ``"mse"``.
         reduction: ``"mean"`` (sum of weight * loss over ``denominator``), ``"sum"`` or ``"none"``.
-        denominator: of the mean: a number or 0-D tensor, such as the token count of the global
-            batch. Default: the sum of the weights. If it is 0, so are loss and gradient.
-        backend: ``"auto"``: the first that can do this call of ``"cuda"`` (native CUDA C++),
-            ``"triton"`` (any GPU that Triton supports), ``"cpu"`` (native C++) and
-            ``"reference"`` (plain PyTorch, any device, also float64); or one of these by name.
-        inplace: form the student's gradient in forward, over the teacher's memory, which is lost:
-            no further buffer, and one backward (with upstream gradient 1) at no cost. Needs equal
-            shapes and dtypes, no projector and no row index.
-        return_stats: also return a `RepLossStats`.
+        denominator: Divisor of the mean: a number or 0-D tensor, such as the token count of the
+            global batch. Default: the sum of the weights. If it is 0, loss and gradient are 0.
+        backend: ``"cuda"`` (native CUDA C++), ``"triton"`` (any GPU that Triton supports),
+            ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch, any device, also float64).
+            ``"auto"`` takes the first in this order that supports the call.
+        inplace: Write the student's gradient over the teacher's memory during forward. This
+            destroys the teacher. It needs no further buffer and makes one backward free, with
+            upstream gradient 1. Requires equal shapes and dtypes, no projector and no row index.
+        return_stats: Also return a `RepLossStats`.
 
     Returns:
-        The loss, float32 (float64 on float64 inputs): 0-D, or for ``"none"`` (M,), shaped like
-        ``student``'s leading dimensions if ``rows`` is not given.
+        The loss, float32 (float64 on float64 inputs). It is 0-D, or (M,) for ``"none"``. Without
+        ``rows``, ``"none"`` gives it the leading dimensions of ``student``.
 
     Raises:
-        ValueError, TypeError, IndexError: an argument that does not fit, saying what would.
-        BackendUnavailable: a ``backend`` named that can't run here, saying why.
+        ValueError, TypeError, IndexError: If an argument is invalid. The message says what is
+            expected.
+        BackendUnavailable: If the requested ``backend`` can't run this call. The message says why.
     """
     call = check_call(
         student,
@@ -134,9 +136,9 @@ def _check_inplace(call: LossCall, chosen: str, student: Tensor, teacher: Tensor
     if chosen == "reference":
         problem = "backend 'reference' (chosen by name or by 'auto') has no in-place kernel"
     elif call.student_proj is not None:
-        problem = "a projected loss leaves nothing as wide as the student to write over"
+        problem = "a projected loss does not support writing the gradient over the teacher"
     elif call.rows is not None or call.teacher_rows is not None:
-        problem = "with rows or teacher_rows the teacher's memory is not shaped like the gradient"
+        problem = "with rows or teacher_rows the teacher does not have the gradient's shape"
     elif call.reduction == "none":
         problem = "reduction='none' has no single gradient"
     elif student.shape != teacher.shape or student.dtype != teacher.dtype:
@@ -155,7 +157,10 @@ def _check_inplace(call: LossCall, chosen: str, student: Tensor, teacher: Tensor
 
 
 class _InPlace(torch.autograd.Function):
-    """Gradient-in-forward. `register_autograd` takes no mutating op, hence this."""
+    """The loss with its gradient written during forward.
+
+    An autograd.Function is needed because `register_autograd` does not accept mutating ops.
+    """
 
     @staticmethod
     def forward(ctx, student, call, backend):
@@ -172,7 +177,7 @@ class _InPlace(torch.autograd.Function):
             return None, None, None
         if ctx.grad is None:
             raise RuntimeError(
-                "fused_rep_loss(inplace=True) allows one backward: its buffer now belongs to the "
+                "fused_rep_loss(inplace=True) allows one backward: its buffer has become the "
                 "student's gradient. Use inplace=False to call backward again"
             )
         if grad_loss.device.type != "cpu":
@@ -183,5 +188,5 @@ class _InPlace(torch.autograd.Function):
                 f"other upstream gradient than 1, got {grad_loss.item()}. Use inplace=False, or "
                 "put the factor into weights or denominator"
             )
-        grad, ctx.grad = ctx.grad, None  # no reference kept, so that it need not be copied
+        grad, ctx.grad = ctx.grad, None  # a second reference would make autograd copy it
         return grad, None, None

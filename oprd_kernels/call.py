@@ -1,11 +1,12 @@
-"""A call as it travels from the public functions to the kernels: `LossCall`, and `GradCall` for the
-way back. Flat lists of arguments exist only where `torch.library` wants them, in the ops' schemas;
-their order is that of the fields here. The native code reads these tuples as they are
-(csrc/arguments.h).
+"""The arguments that the public functions pass to the kernels: `LossCall` for the forward pass and
+`GradCall` for the backward pass.
 
-NamedTuples: a frozen dataclass takes ten times as long to make.
+`torch.library` needs flat lists of arguments in the ops' schemas. Their order is the order of the
+fields here. The native code reads these tuples directly (csrc/arguments.h).
 
-Shapes: M supervised rows; student dS wide, teacher dT; r: projector rank.
+Both are NamedTuples because a frozen dataclass takes ten times as long to make.
+
+Shapes: M supervised rows; dS and dT: widths of student and teacher; r: projector rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 def num_rows(x: Tensor, rows: Tensor | None) -> int:
-    """M: how many rows of a (N, d) or (B, T, d) tensor are compared."""
+    """Return M, the number of compared rows of a (N, d) or (B, T, d) tensor."""
     if rows is not None:
         return rows.shape[0]
     shape = x.shape
@@ -25,7 +26,7 @@ def num_rows(x: Tensor, rows: Tensor | None) -> int:
 
 
 class LossCall(NamedTuple):
-    """A call's tensors as the kernels take them, and its options."""
+    """The validated tensors and options of one forward call."""
 
     student: Tensor  # (N, dS) or (B, T, dS)
     teacher: Tensor  # (N', dT) or (B, T, dT)
@@ -41,17 +42,20 @@ class LossCall(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """M."""
+        """The number of compared rows M."""
         return num_rows(self.student, self.rows)
 
     @property
     def rank(self) -> int:
-        """r; 0: the rows are compared as they are."""
+        """The projector rank r, or 0 if the rows are compared without a projection."""
         return 0 if self.student_proj is None else self.student_proj.shape[0]
 
     @property
     def is_double(self) -> bool:
-        """Whether any tensor is float64 (gradcheck, oracles): the projectors then all are."""
+        """Whether student, teacher or projectors are float64, as in gradcheck and test oracles.
+
+        The projectors are either all float64 or all float32, so one of them decides.
+        """
         proj = self.student_proj
         return (
             self.student.dtype is torch.float64
@@ -61,9 +65,11 @@ class LossCall(NamedTuple):
 
 
 class GradCall(NamedTuple):
-    """What the gradient of a `LossCall` needs, with fields of the same names. After a projection it
-    follows from ``saved``: the teacher is None, and so is the student unless student_proj is
-    trained."""
+    """The arguments for the gradient of a `LossCall`, with the same field names.
+
+    After a projection the gradient follows from ``saved``. The teacher is then None, and so is the
+    student unless student_proj is trained.
+    """
 
     saved: Tensor
     student: Tensor | None = None

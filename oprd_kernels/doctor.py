@@ -1,5 +1,8 @@
-"""``oprd-doctor``: the versions here, which backends are live, and why the others are not; and on
-which GPUs the kernels' tests have run, from the file that benchmarks/on_gpu.sh writes."""
+"""``oprd-doctor``: a report on the installation.
+
+The report lists the installed versions, the backends that work, the reasons why the others do not,
+and the GPUs on which the kernel tests have run.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from oprd_kernels.backends.triton import generation
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "datasets", "vllm")
 
 TESTED_ON = Path(__file__).with_name("tested_on.json")
-"""Written by ``bash benchmarks/on_gpu.sh --adopt``: for each GPU the versions, the commit, the date
-and how the tests ended."""
+"""The record of GPU tests that ``bash benchmarks/on_gpu.sh --adopt`` writes: for each GPU the
+versions, the commit, the date and the test results."""
 
 
 def version_of(package: str) -> str:
-    """The installed version, or "not installed"."""
+    """Return the installed version of a package, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -37,8 +40,7 @@ def _triton(device: torch.device) -> str:
 
 
 def tested(gpus: Sequence[str]) -> list[str]:
-    """What is on record of the kernels on GPUs; plainly so where it's nothing for one of ``gpus``,
-    those here."""
+    """Return one line for each recorded GPU test run and for each of ``gpus`` without a record."""
     records = json.loads(TESTED_ON.read_text("utf-8")) if TESTED_ON.exists() else []
     lines = [_record(record) for record in records]
     known = {record["gpu"] for record in records}
@@ -57,7 +59,7 @@ def _record(record: dict[str, Any]) -> str:
 
 
 def report() -> str:
-    """What ``oprd-doctor`` prints."""
+    """Return the text that ``oprd-doctor`` prints."""
     lines = [f"oprd {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"  {package:<13} {version_of(package)}" for package in PACKAGES]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -86,7 +88,7 @@ def report() -> str:
 
 
 def main() -> None:
-    """Entry point of ``oprd-doctor``."""
+    """Print the report; the entry point of ``oprd-doctor``."""
     print(report())
 
 

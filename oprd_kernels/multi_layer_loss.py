@@ -1,9 +1,9 @@
 """`fused_rep_losses`: the losses of several layers in one launch.
 
-For hidden states that are all there at once, as `output_hidden_states=True` gives them. Inside a
-model, `rep_tap` needs neither the list nor the gradients beside it.
+Use this when all hidden states exist at once, as with `output_hidden_states=True`. Inside a model,
+`rep_tap` avoids both the list of states and the separate gradient tensors.
 
-Shapes: L layers, M supervised rows; student dS wide, teacher dT wide; r: projector rank.
+Shapes: L layers; M supervised rows; dS and dT: widths of student and teacher; r: projector rank.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from oprd_kernels.call import GradCall, LossCall
 from oprd_kernels.ops import DEVICES, LIBRARY, TAGS
 from oprd_kernels.validate import check_calls
 
-# As the ops of one layer have it, with a list for what layers do not share; an empty one for what
-# is not used.
+# These schemas follow the one-layer ops, with a list for each argument that differs between layers.
+# The list is empty if the argument is not used.
 LIBRARY.define(
     "rep_losses(Tensor[] student, Tensor[] teacher, Tensor[] student_proj, Tensor[] teacher_proj, "
     "Tensor[] teacher_mean, Tensor? rows, Tensor? teacher_rows, Tensor? weights, "
@@ -37,7 +37,7 @@ LIBRARY.define(
 
 
 def _columns(calls: Sequence[tuple], count: int) -> list[list[Tensor]]:
-    """The first ``count`` fields, which layers do not share, as lists."""
+    """Return the first ``count`` fields, which differ between layers, as one list per field."""
     return [
         [x for x in column if x is not None]
         for column in zip(*(call[:count] for call in calls), strict=True)
@@ -45,7 +45,7 @@ def _columns(calls: Sequence[tuple], count: int) -> list[list[Tensor]]:
 
 
 def _loss_calls(arguments: Sequence) -> list[LossCall]:
-    """What the op's arguments, without the backend, were made of."""
+    """Rebuild the calls from the arguments of the op without the backend."""
     columns, shared = arguments[:5], arguments[5:]
     nothing = [None] * len(columns[0])
     layers = zip(*(column or nothing for column in columns), strict=True)
@@ -91,8 +91,7 @@ def _rep_losses_grad_fake(grad, *_arguments):
 def _save_for_grad(
     ctx, calls: Sequence[LossCall], saved: Tensor, backend: str, trains_proj: bool
 ) -> None:
-    """As `ops.save_for_grad`: after a projection the wide inputs are dropped unless it is
-    trained."""
+    """Keep for backward what `ops.save_for_grad` keeps, for all layers."""
     first = calls[0]
     projected = first.student_proj is not None
     kept = [call.student_proj for call in calls] if projected else []
@@ -107,7 +106,7 @@ def _save_for_grad(
 
 
 def _gradients(ctx, grad_losses: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """With respect to the students and, if they are trained, their projectors."""
+    """Return the gradients of the students and, if they are trained, of their projectors."""
     ops.refuse_double_backward()
     layers, projected, trains_proj, kind, reduction, backend = ctx.options
     saved, rows, teacher_rows, weights, *kept = ctx.saved_tensors
@@ -162,11 +161,11 @@ torch.library.register_autograd(
 
 
 class RepLosses(torch.autograd.Function):
-    """``oprd::rep_losses`` with its gradient, past the dispatcher, as `ops.RepLoss`."""
+    """``oprd::rep_losses`` with its gradient, without the dispatcher, like `ops.RepLoss`."""
 
     @staticmethod
     def forward(ctx, calls, backend, *trained):
-        """``trained``: the students, then the projectors if there are any."""
+        """Compute the losses. ``trained`` holds the students, then any student projectors."""
         losses, saved = registry.get(backend).forward_layers(calls)
         trains_proj = any(ctx.needs_input_grad[2 + len(calls) :])
         _save_for_grad(ctx, calls, saved, backend, trains_proj)
@@ -185,7 +184,7 @@ class RepLosses(torch.autograd.Function):
 
 
 def _rep_losses_of(calls: Sequence[LossCall], backend: str) -> tuple[Tensor, Tensor]:
-    """Losses and ``saved``, differentiable."""
+    """Return the differentiable losses, and ``saved``."""
     if not ops.runs_directly():
         return torch.ops.oprd.rep_losses(*_columns(calls, 5), *calls[0][5:], backend)
     trained: list[Tensor | None] = [call.student for call in calls]
@@ -210,21 +209,23 @@ def fused_rep_losses(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, RepLossStats]:
-    """The losses of L pairs of hidden states, layer by layer those of `fused_rep_loss`.
+    """Compute the `fused_rep_loss` of each of L pairs of hidden states.
 
     Args:
-        students: L tensors (..., dS), alike in all but their values.
+        students: L tensors (..., dS) with the same leading dimensions.
         teachers: L tensors (..., dT), or (..., r).
-        student_projs, teacher_projs, teacher_means: L tensors each; one rank for all layers.
-        rows, teacher_rows, weights, denominator: shared by the layers.
-        reduction: ``"mean"`` or ``"sum"`` over each layer's rows.
-        kind, backend: as `fused_rep_loss`.
-        return_stats: also return a `RepLossStats` of (L,) tensors.
+        student_projs, teacher_projs, teacher_means: L tensors each. All layers have one rank.
+        rows, teacher_rows, weights, denominator: Shared by the layers.
+        reduction: ``"mean"`` or ``"sum"`` over the rows of each layer.
+        kind, backend: The same as in `fused_rep_loss`.
+        return_stats: Also return a `RepLossStats` of (L,) tensors.
 
     Returns:
         (L,) float32 losses. Their mean over layers is OPRD's objective.
 
-    Raises: as `fused_rep_loss`; ValueError also for lists that do not match.
+    Raises:
+        ValueError, TypeError, IndexError, BackendUnavailable: As `fused_rep_loss` does. ValueError
+            is also raised for lists that do not match.
     """
     calls = check_calls(
         students,

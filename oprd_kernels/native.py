@@ -1,4 +1,4 @@
-"""The compiled module, or why it is not there."""
+"""Access to the compiled module ``_native``, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ _BUILD_REPORT = Path(__file__).with_name("_build_report.json")
 
 
 def _import_native() -> tuple[ModuleType | None, str]:
-    """The native module, or why it can't be used. After torch: both then use one OpenMP runtime."""
+    """Return the native module, or None and the reason why it can't be used.
+
+    torch must be imported first, so that both use one OpenMP runtime.
+    """
     try:
-        found = importlib.import_module("oprd_kernels._native")
+        native = importlib.import_module("oprd_kernels._native")
     except ImportError as error:
         return None, build_report().get("native") or str(error)
-    fields = getattr(found, "LOSS_FIELDS", None), getattr(found, "GRAD_FIELDS", None)
+    fields = getattr(native, "LOSS_FIELDS", None), getattr(native, "GRAD_FIELDS", None)
     if fields != (LossCall._fields, GradCall._fields):
         return None, "the native module was built for another version of oprd"
-    return found, ""
+    return native, ""
 
 
 def build_report() -> dict[str, str | None]:
-    """What setup.py recorded: why a part was not built, or None."""
+    """Return the record of setup.py: for each part the reason why it was not built, or None."""
     return json.loads(_BUILD_REPORT.read_text()) if _BUILD_REPORT.exists() else {}
 
 
@@ -39,10 +42,10 @@ _module, _reason = _import_native()
 
 
 def module() -> ModuleType:
-    """The compiled module.
+    """Return the compiled module.
 
     Raises:
-        BackendUnavailable: if it was not built, with the reason and the fix.
+        BackendUnavailable: If the module was not built. The message gives the reason and the fix.
     """
     if _module is None:
         raise BackendUnavailable(problem())
@@ -50,7 +53,7 @@ def module() -> ModuleType:
 
 
 def problem() -> str | None:
-    """Why the native CPU kernels are missing and what to do about it; None if they are there."""
+    """Return why the native CPU kernels are missing and how to fix that, or None if they exist."""
     if _module is not None:
         return None
     return (
@@ -61,11 +64,13 @@ def problem() -> str | None:
 
 
 def need_no_check(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> int:
-    """Whether `oprd_kernels.validate` would take these layers, which have no projectors, as they
-    are. 0: it has to look itself. 1: yes, and they are alike. 2: and each pair has as many rows.
+    """Check layers without projectors for `oprd_kernels.validate`, in a tenth of its time.
 
-    The checks it makes of ordinary calls, in a tenth of the time; whatever is out of the ordinary,
-    wrong or not, is left to it.
+    Only ordinary calls pass. `validate` has to check everything else, valid or not.
+
+    Returns:
+        0 if `validate` has to check the layers itself; 1 if all layers are valid as given and
+        alike; 2 if, in addition, student and teacher have the same number of rows.
     """
     if _module is None or is_compiling():
         return 0
@@ -73,7 +78,7 @@ def need_no_check(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> int
 
 
 def cuda_problem() -> str | None:
-    """Why the native module has no CUDA kernels and what to do about it; None if it has."""
+    """Return why the native module has no CUDA kernels and how to fix that, or None if it does."""
     if reason := problem():
         return reason
     if hasattr(module(), "cuda_forward"):
@@ -87,6 +92,6 @@ def cuda_problem() -> str | None:
 
 if _module is None:
     warnings.warn(
-        f"oprd_kernels: {problem()} Until then the slower PyTorch reference is used.",
+        f"oprd_kernels: {problem()} Until then oprd uses the slower PyTorch reference.",
         stacklevel=2,
     )

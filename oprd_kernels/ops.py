@@ -1,12 +1,12 @@
 """The kernels as PyTorch operators, namespace ``oprd``: schemas, fake kernels, autograd.
 
-``oprd::rep_loss``            forward: loss, and what backward needs of it (``saved``)
-``oprd::rep_loss_grad_``      its gradient with respect to student, written or added into a buffer
-``oprd::rep_loss_grad_proj``  its gradient with respect to student_proj
-``oprd::rep_loss_in_place_``  forward that leaves the student's gradient in the teacher's memory
+``oprd::rep_loss``            the loss, and the buffer ``saved`` that backward needs
+``oprd::rep_loss_grad_``      the gradient of student, written or added into a buffer
+``oprd::rep_loss_grad_proj``  the gradient of student_proj
+``oprd::rep_loss_in_place_``  the loss, with the student's gradient written over the teacher
 
-Their arguments are the fields of `LossCall` or `GradCall` in order, and a backend's name. Where
-nothing listens to the dispatcher (`runs_directly`) the backend is called past it.
+Their arguments are the fields of `LossCall` or `GradCall` in order, and the name of a backend. If
+nothing observes the dispatcher (`runs_directly`), the backend is called without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from oprd_kernels.call import GradCall, LossCall
 LIBRARY = torch.library.Library("oprd", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 DEVICES = ("CPU", "CUDA")
-"""Dispatch keys; which kernels run is the ops' last argument, a name of `registry.BACKENDS`."""
+"""Dispatch keys. The last argument of an op, a name of `registry.BACKENDS`, selects the kernels."""
 
 LOSS_ARGUMENTS = (
     "Tensor student, Tensor teacher, Tensor? student_proj, Tensor? teacher_proj, "
@@ -113,29 +113,36 @@ for _device in DEVICES:
 
 
 def runs_directly() -> bool:
-    """Whether nothing listens to the dispatcher: no compiler, no fake tensors, no mode. The kernels
-    may then be called past it, which halves the overhead of a call."""
+    """Return whether nothing observes the dispatcher: no compiler, no fake tensors, no mode.
+
+    The kernels may then be called without the dispatcher, which halves the overhead of a call.
+    """
     return not is_compiling() and _len_torch_dispatch_stack() == 0
 
 
 def forward(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved`` from inside an autograd.Function."""
+    """Return the loss and ``saved``, without gradients, for use inside an autograd.Function."""
     if runs_directly():
         return registry.get(backend).forward(call)
     return torch.ops.oprd.rep_loss(*call, backend)
 
 
 def rep_loss_in_place(call: LossCall, backend: str) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved`` of a call without projectors and row indices, leaving the gradient in the
-    teacher's memory."""
+    """Return the loss and ``saved``, and write the student's gradient over the teacher.
+
+    The call must have no projectors and no row indices.
+    """
     if runs_directly():
         return registry.get(backend).forward(call, grad=call.teacher)
     return torch.ops.oprd.rep_loss_in_place_(*call[:2], *call[7:], backend)
 
 
 def save_for_grad(ctx, call: LossCall, saved: Tensor, backend: str, trains_proj: bool) -> None:
-    """Keep what `grad_student` and `grad_proj` need and no more: after a projection the wide inputs
-    are dropped, unless the projector itself is trained."""
+    """Keep the tensors that `grad_student` and `grad_proj` need.
+
+    After a projection the hidden states are not kept. The exception is the student, which the
+    gradient of a trained projector needs.
+    """
     student, teacher, proj, _, _, rows, teacher_rows, weights, _, kind, reduction = call
     ctx.options = kind, reduction, backend
     if proj is not None:
@@ -143,13 +150,13 @@ def save_for_grad(ctx, call: LossCall, saved: Tensor, backend: str, trains_proj:
         kept = student if trains_proj else None
         ctx.save_for_backward(saved, kept, None, proj, rows, teacher_rows, weights)
     elif rows is None and teacher_rows is None and weights is None:
-        ctx.save_for_backward(saved, student, teacher)  # each one more takes time, None too
+        ctx.save_for_backward(saved, student, teacher)  # every further argument costs time
     else:
         ctx.save_for_backward(saved, student, teacher, None, rows, teacher_rows, weights)
 
 
 def _grad_call(ctx) -> tuple[GradCall, str]:
-    """The tensors as `save_for_grad` kept them, or what hooks made of them; and the backend."""
+    """Return the call that `save_for_grad` kept, after any saved-tensor hooks, and its backend."""
     kind, reduction, backend = ctx.options
     tensors = ctx.saved_tensors
     if len(tensors) == 3:
@@ -158,7 +165,7 @@ def _grad_call(ctx) -> tuple[GradCall, str]:
 
 
 def refuse_double_backward() -> None:
-    """The kernels have no second derivative; say so instead of returning a wrong graph."""
+    """Raise if autograd builds a graph of the backward pass: the kernels have no derivative."""
     if is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             "fused_rep_loss has no second derivative (create_graph=True): use "
@@ -167,7 +174,7 @@ def refuse_double_backward() -> None:
 
 
 def grad_student(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
-    """The gradient with respect to student: added into ``into``, or in a new tensor."""
+    """Return the gradient of student, added into ``into`` or in a new tensor."""
     call, backend = _grad_call(ctx)
     accumulate = into is not None
     if into is None:
@@ -186,7 +193,7 @@ def grad_student(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def grad_proj(ctx, grad_loss: Tensor) -> Tensor:
-    """The gradient with respect to student_proj."""
+    """Return the gradient of student_proj."""
     call, backend = _grad_call(ctx)
     if runs_directly():
         return registry.get(backend).grad_proj(call, grad_loss)
@@ -217,12 +224,15 @@ torch.library.register_autograd(
 
 
 class RepLoss(torch.autograd.Function):
-    """``oprd::rep_loss`` with its gradient: what `register_autograd` makes of the op, at a third of
-    the overhead."""
+    """``oprd::rep_loss`` with its gradient, at a third of the overhead of `register_autograd`."""
 
     @staticmethod
     def forward(ctx, student, student_proj, call, backend, want_saved):
-        """``call``: holds the two tensors before it, which are given for their gradients."""
+        """Compute the loss of ``call``.
+
+        ``student`` and ``student_proj`` are also in ``call``. They are separate arguments so that
+        autograd sees them.
+        """
         loss, saved = registry.get(backend).forward(call)
         trains_proj = student_proj is not None and ctx.needs_input_grad[1]
         save_for_grad(ctx, call, saved, backend, trains_proj)
@@ -244,8 +254,8 @@ class RepLoss(torch.autograd.Function):
 
 
 def rep_loss(call: LossCall, backend: str, want_saved: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss and, if wanted, ``saved``, differentiable."""
+    """Return the differentiable loss and, if wanted, ``saved``."""
     if not runs_directly():
         return torch.ops.oprd.rep_loss(*call, backend)
-    found = RepLoss.apply(call.student, call.student_proj, call, backend, want_saved)
-    return found if want_saved else (found, None)
+    result = RepLoss.apply(call.student, call.student_proj, call, backend, want_saved)
+    return result if want_saved else (result, None)

@@ -1,9 +1,9 @@
-"""Whether a gradient may be added to where it is.
+"""A check whether a gradient tensor may be modified in place.
 
-Autograd hands one tensor to several places: to both branches of an addition, to a hook that keeps
-it, as a view of another gradient. Writing into such a tensor would corrupt the other holders'
-values. Whether there are any shows in three counts, compared with what they are for a gradient
-that surely has no other holder, measured once on a graph where that is known.
+Autograd may hand one tensor to several holders: to both branches of an addition, to a hook that
+keeps it, or as a view of another gradient. Writing into such a tensor would corrupt the values of
+the other holders. Three reference counts show whether there are any. They are compared with the
+counts of a gradient without other holders, measured once on a small graph.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def _counts(grad: Tensor) -> tuple[int, int, int]:
-    """References to the Python object, to the tensor, and to its storage."""
+    """Return the reference counts of the Python object, the tensor and its storage."""
     storage = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
     return sys.getrefcount(grad), grad._use_count(), storage  # type: ignore[attr-defined]
 
 
 class _Probe(torch.autograd.Function):
-    """Records the counts of the gradient that reaches it, as `rep_tap`'s backward would see it."""
+    """Identity that records the counts of its incoming gradient, as `rep_tap` would see them."""
 
     @staticmethod
     def forward(ctx, x: Tensor, record: list) -> Tensor:
@@ -37,8 +37,11 @@ class _Probe(torch.autograd.Function):
 
 @functools.cache
 def _exclusive_counts() -> tuple[int, int, int] | None:
-    """The counts of a gradient that a multiplication has just made for the probe alone; None if
-    this version of torch does not tell, or if they would not tell it from a shared one."""
+    """Return the counts of a gradient without other holders.
+
+    None if this version of torch does not expose the counts, or if a gradient with two holders has
+    a smaller count.
+    """
     record: list[tuple[int, int, int]] = []
     try:
         with torch.enable_grad():
@@ -53,9 +56,9 @@ def _exclusive_counts() -> tuple[int, int, int] | None:
 
 
 def may_add_into(grad: Tensor) -> bool:
-    """Whether nobody but the caller, a backward function, holds ``grad``'s memory.
+    """Return whether the calling backward function is the only holder of ``grad``'s memory.
 
-    To be called with the gradient in one local variable of the caller and nowhere else.
+    The caller must hold the gradient in exactly one local variable.
     """
     if torch.is_grad_enabled() or grad.layout != torch.strided or grad._is_view():
         return False
@@ -64,6 +67,6 @@ def may_add_into(grad: Tensor) -> bool:
     baseline = _exclusive_counts()
     if baseline is None:
         return False
-    # One more Python reference than the probe's: this function's own argument.
+    # The argument of this function is one more Python reference than the probe had.
     python, tensor, storage = _counts(grad)
     return python - 1 <= baseline[0] and tensor <= baseline[1] and storage <= baseline[2]

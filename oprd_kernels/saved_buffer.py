@@ -1,11 +1,11 @@
-"""The float32 buffer ``saved`` that carries everything from forward to backward.
+"""The float32 buffer ``saved`` that carries intermediate results from forward to backward.
 
-It begins with the batch statistics (STATS). The rest is its backend's own; the native backends have
+It begins with the batch statistics (STATS floats). Each backend defines the rest. The native
+backends store:
 
-row statistics (3, M) | row losses (M), unless they are the result themselves | dz (M, r), if there
-is a projection.
-
-Row statistics: 1 / |s| (0 for a row that gets no gradient), 1 / |t|, 1 - cos.
+- row statistics (3, M): 1 / |s| (0 for a row that gets no gradient), 1 / |t|, 1 - cos;
+- row losses (M), unless the reduction is "none", where they are the result;
+- dz (M, r), if there is a projection.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from torch import Tensor
 from oprd_kernels.call import GradCall, LossCall, num_rows
 
 STATS = 5
-"""Floats at the start of ``saved``: mean cosine, mean student norm, mean teacher norm, number of
-rows whose weight is not 0, the factor the reduction puts on every row."""
+"""Number of floats at the start of ``saved``: mean cosine, mean student norm, mean teacher norm,
+number of rows whose weight is not 0, and the factor by which the reduction multiplies each row."""
 SCALE = 4
 ROW_STATS = 3
 
 _PROJ_CHUNK = 1024
-"""Rows of student upcast to float32 at a time."""
+"""Number of student rows that `RowsLayout.grad_proj` converts to float32 at a time."""
 
 
 def new_outputs(call: LossCall, size: int) -> tuple[Tensor, Tensor]:
-    """Loss and ``saved``, not yet written. Of the ways to say it the quickest: allocations are most
-    of what a call costs."""
+    """Allocate the loss and ``saved``.
+
+    Allocations are most of the cost of a call, so this uses the fastest forms of ``new_empty``.
+    """
     student = call.student
     if student.dtype is torch.float32:
         saved = student.new_empty(size)
@@ -39,36 +41,35 @@ def new_outputs(call: LossCall, size: int) -> tuple[Tensor, Tensor]:
 
 
 def new_layers(call: LossCall, layers: int, size: int) -> tuple[Tensor, Tensor]:
-    """The losses of so many layers like ``call``, and their ``saved``, one a row."""
+    """Allocate the losses of ``layers`` layers like ``call``, and a ``saved`` row for each."""
     saved = call.student.new_empty((layers, size), dtype=torch.float32)
     return saved.new_empty(layers), saved
 
 
 def dz_of(saved: Tensor, m: int, rank: int) -> Tensor:
-    """The (M, r) part of one layer's ``saved``."""
+    """Return dz (M, r), which is the last part of one layer's ``saved``."""
     return saved[saved.shape[0] - m * rank :].view(m, rank)
 
 
 def coefficients(
     grad_loss: Tensor, saved: Tensor, weights: Tensor | None, at: slice = slice(None)
 ) -> Tensor:
-    """(M,) or (): what the chain rule multiplies each row's dz by."""
+    """Return the factor (M,) or () by which the chain rule multiplies each row of dz."""
     value = grad_loss[at] if grad_loss.dim() else grad_loss
     value = value * saved[SCALE]
     return value if weights is None else value * weights[at]
 
 
 class RowsLayout:
-    """The native backends' layout, and what of a backend (`backends.protocol`) follows from it
-    alone."""
+    """The layout of ``saved`` in the native backends, and the methods that depend on it alone."""
 
     def saved_size(self, call: LossCall) -> int:
-        """Floats in ``saved``."""
+        """Return the number of floats in ``saved``."""
         row = ROW_STATS if call.reduction == "none" else ROW_STATS + 1
         return STATS + (row + call.rank) * call.num_rows
 
     def grad_proj(self, call: GradCall, grad_loss: Tensor) -> Tensor:
-        """The gradient with respect to student_proj, summed over rows in chunks by BLAS."""
+        """Return the gradient of student_proj, summed by BLAS over chunks of rows."""
         student, proj, rows, weights = call.student, call.student_proj, call.rows, call.weights
         assert student is not None
         assert proj is not None
@@ -83,7 +84,7 @@ class RowsLayout:
             chunk = slice(start, start + _PROJ_CHUNK)
             h = flat[chunk] if rows is None else flat[rows[chunk]]
             h = h.float()
-            # 0 * NaN, of a masked row or where there is nothing to learn from, would be NaN.
+            # Zero masked rows, and all rows if the scale is 0: there, 0 * NaN would be NaN.
             live = learns if weights is None else (weights[chunk] != 0)[:, None] & learns
             h = torch.where(live, h, 0.0)
             grad.addmm_(scaled[chunk].T, h)

@@ -1,8 +1,8 @@
-"""`rep_tap`: the loss at a point that hidden states flow through, inside a model.
+"""`rep_tap`: the representation loss, attached to hidden states inside a model.
 
-Forward leaves the states as they are. Backward adds the loss's gradient, on the supervised rows
-only, to the gradient that flows through anyway. Written as a loss beside the model, the same thing
-costs a zero-filled tensor as large as all hidden states, and an addition of the two.
+Forward returns the states unchanged. Backward adds the gradient of the loss, on the supervised rows
+only, to the gradient that flows back through the states. A loss computed outside the model would
+also need a zero-filled tensor as large as all hidden states, and the addition of both gradients.
 """
 
 from __future__ import annotations
@@ -35,19 +35,22 @@ def rep_tap(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> tuple[Any, ...]:
-    """Attach the representation loss to the hidden states ``h`` as they pass.
+    """Attach the representation loss to the hidden states ``h``.
 
-    ``h, loss = rep_tap(h, teacher, ...)``: compute on with the ``h`` returned, and add ``loss`` to
-    what ``backward`` is called on. The value and every gradient are those of `fused_rep_loss` with
-    the same arguments. In backward the gradient is added where it is if nobody else holds that
-    tensor, otherwise to a copy.
+    Call ``h, loss = rep_tap(h, teacher, ...)``, continue the model with the returned ``h``, and add
+    ``loss`` to the loss on which ``backward`` is called. The value and all gradients equal those of
+    `fused_rep_loss` with the same arguments. Backward adds to the incoming gradient in place if
+    nothing else holds that tensor, and to a copy otherwise.
 
-    Args: as `fused_rep_loss`, ``h`` being its ``student``.
+    Args:
+        h: The hidden states; ``student`` in `fused_rep_loss`. All other arguments are those of
+            `fused_rep_loss`.
 
     Returns:
-        ``h`` unchanged; the loss; with ``return_stats`` its `RepLossStats`.
+        ``h`` unchanged, the loss, and with ``return_stats`` its `RepLossStats`.
 
-    Raises: as `fused_rep_loss`.
+    Raises:
+        ValueError, TypeError, IndexError, BackendUnavailable: As `fused_rep_loss` does.
     """
     call = check_call(
         h,
@@ -95,7 +98,7 @@ class _RepTap(torch.autograd.Function):
         needs_student, needs_proj, _, _, _ = ctx.needs_input_grad
         d_student = None
         if needs_student:
-            # Compiled, the graph is functional, and the compiler knows who else reads grad_h.
+            # A compiled graph is functional, and the compiler knows all other readers of grad_h.
             compiling = torch.compiler.is_compiling()
             if grad_h is not None and not compiling and not may_add_into(grad_h):
                 grad_h = grad_h.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""One place where the arguments of every backend are checked and brought to one form."""
+"""Validation of the public functions' arguments, and their conversion to the form of `LossCall`."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def check_call(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> LossCall:
-    """Check the arguments of `fused_rep_loss` and bring them to one form.
+    """Check the arguments of `fused_rep_loss` and convert them to a `LossCall`.
 
     Raises:
-        ValueError, TypeError, IndexError: naming the argument, what was given and what is expected.
+        ValueError, TypeError, IndexError: If an argument is invalid. The message names the
+            argument, its value and what is expected.
     """
     if denominator is not None or kind not in KINDS or reduction not in REDUCTIONS:
         _check_options(kind, reduction, denominator)
@@ -87,12 +88,13 @@ def check_calls(
     reduction: str,
     denominator: float | Tensor | None,
 ) -> list[LossCall]:
-    """Check the arguments of `fused_rep_losses`: what the layers share once, and of each layer what
-    is its own.
+    """Check the arguments of `fused_rep_losses` and convert them to one `LossCall` per layer.
+
+    Shared arguments are checked once, the tensors of each layer separately.
 
     Raises:
-        ValueError, TypeError, IndexError: as `check_call`; ValueError also for lists that do not
-            match and for layers that are not alike.
+        ValueError, TypeError, IndexError: As `check_call` does. ValueError is also raised for lists
+            that do not match and for layers that differ in their rows or rank.
     """
     layers = len(students)
     if layers == 0:
@@ -152,9 +154,7 @@ def _check_options(kind: str, reduction: str, denominator: float | Tensor | None
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if denominator is not None and reduction != "mean":
-        raise ValueError(
-            f"denominator only means something for reduction='mean', got reduction={reduction!r}"
-        )
+        raise ValueError(f"denominator requires reduction='mean', got reduction={reduction!r}")
 
 
 def _states(
@@ -164,7 +164,7 @@ def _states(
     teacher_proj: Tensor | None,
     teacher_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The states and projectors of one layer, as `LossCall` has them."""
+    """Check the states and projectors of one layer and return them in the form of `LossCall`."""
     device = student.device if isinstance(student, Tensor) else None
     student_shape = _shape("student", student, device)
     teacher_shape = _shape("teacher", teacher, device)
@@ -184,22 +184,22 @@ def _states(
                 _shape(name, x, device, PROJECTOR_DIMS[name])
                 double = double or x.dtype is torch.float64
         _check_projection(d_student, d_teacher, student_proj, teacher_proj, teacher_mean)
-        # Projectors are small; the kernels take them as contiguous float32.
+        # Kernels take contiguous float32 projectors; they are small, so converting them is cheap.
         exact = torch.float64 if double else torch.float32
-        student_proj = student_proj.to(exact).contiguous()  # its gradient comes back the same way
+        student_proj = student_proj.to(exact).contiguous()  # autograd converts its gradient back
         if teacher_proj is not None:
             teacher_proj = teacher_proj.detach().to(exact).contiguous()
         if teacher_mean is not None:
             teacher_mean = teacher_mean.detach().to(exact).contiguous()
     if teacher is student:
         raise ValueError(
-            "student and teacher are the same tensor: the loss is 0 and would teach nothing"
+            "student and teacher are the same tensor: the loss is always 0, and so is its gradient"
         )
-    # Kernels read memory, which of x.conj().imag is yet to be negated.
+    # Kernels read memory directly. A lazily negated tensor (x.conj().imag) stores other values.
     if not torch.compiler.is_compiling():
         student = student.resolve_neg() if student.is_neg() else student
         teacher = teacher.resolve_neg() if teacher.is_neg() else teacher
-    if teacher.requires_grad:  # saved for backward, it would keep its whole graph alive
+    if teacher.requires_grad:  # otherwise saving it for backward would keep its graph alive
         teacher = teacher.detach()
     if len(student_shape) not in (2, 3):
         student = _as_rows(student)
@@ -216,7 +216,7 @@ def _shared(
     weights: Tensor | None,
     denominator: float | Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """What layers have in common: which rows, their weights, the denominator."""
+    """Check the arguments that all layers share: row indices, weights and denominator."""
     m, m_teacher = num_rows(student, None), num_rows(teacher, None)
     if rows is not None:
         rows = _row_index("rows", rows, m, student.device)
@@ -226,8 +226,8 @@ def _shared(
         m_teacher = teacher_rows.shape[0]
     if m != m_teacher:
         raise ValueError(
-            f"student gives {m} rows and teacher {m_teacher}: they are paired in order. Pass rows "
-            "to pick the student's, and teacher_rows to pick the teacher's"
+            f"student has {m} rows and teacher {m_teacher}, but rows are paired in order. Pass "
+            "rows to select rows of the student, and teacher_rows to select rows of the teacher"
         )
     if weights is not None:
         weights = _weights(weights, m, student.device)
@@ -239,8 +239,8 @@ def _shared(
 def _shape(
     name: str, x: Tensor, device: torch.device | None, dims: int | None = None
 ) -> Sequence[int]:
-    """The shape of ``x``, which is checked."""
-    # First what is true of all but wrong calls, at the least cost.
+    """Check ``x`` and return its shape."""
+    # The fast path for ordinary valid tensors. `_explain` does the full check.
     if type(x) in PLAIN_TENSORS and x.dtype in DTYPES and x.layout is torch.strided:
         shape = x.shape
         if (
@@ -256,7 +256,7 @@ def _shape(
 
 
 def _explain(name: str, x: Tensor, device: torch.device | None, dims: int | None) -> None:
-    """Raise for what is wrong with ``x``; return if it is a tensor subclass that will do."""
+    """Raise if ``x`` is invalid; return if it is a usable tensor subclass."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if type(x).__name__ == "DTensor":
@@ -287,12 +287,12 @@ def _explain(name: str, x: Tensor, device: torch.device | None, dims: int | None
 def _refuse_identity(
     d_student: int, d_teacher: int, teacher_proj: Tensor | None, teacher_mean: Tensor | None
 ) -> None:
-    """Raise for what is wrong with a call without student_proj."""
+    """Raise the error for an invalid call without student_proj."""
     if teacher_proj is not None or teacher_mean is not None:
         raise ValueError(
             "teacher_proj and teacher_mean need student_proj: without it student and teacher are "
-            "compared as they are. To compare with a teacher projected to the student's width, "
-            "project it yourself and pass the result as teacher"
+            "compared without a projection. To compare with a teacher projected to the student's "
+            "width, project it yourself and pass the result as teacher"
         )
     raise ValueError(
         f"student is {d_student} wide and teacher {d_teacher}: pass student_proj (r, "
@@ -337,7 +337,7 @@ def _check_projection(
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(..., d) as (N, d) or (B, T, d): a view wherever the strides allow one."""
+    """Reshape (..., d) to (N, d) or (B, T, d), as a view wherever the strides allow one."""
     if x.dim() == 1:
         return x[None]
     return x if x.dim() <= 3 else x.flatten(0, -3)
@@ -349,7 +349,7 @@ def _row_index(name: str, index: Tensor, num_rows: int, device: torch.device) ->
         raise TypeError(f"{name} must be a 1-D int64 tensor of row numbers, got {got}")
     if index.device != device:
         raise ValueError(f"{name} is on {index.device}, student on {device}: move them together")
-    # On a GPU the check would wait for the device, so it is made on request only.
+    # On a GPU the check waits for the device, so it runs only with OPRD_CHECK=1.
     may_read = index.is_cpu and not torch.compiler.is_compiling()
     if index.numel() and (may_read or os.environ.get("OPRD_CHECK") == "1"):
         check_row_values(name, index, num_rows, unique=name == "rows")
@@ -357,7 +357,7 @@ def _row_index(name: str, index: Tensor, num_rows: int, device: torch.device) ->
 
 
 def check_row_values(name: str, index: Tensor, num_rows: int, unique: bool) -> None:
-    """Raise if a row number is out of [0, num_rows), or, where it matters, given twice."""
+    """Raise if a row number is not in [0, num_rows), or if ``unique`` and a number is repeated."""
     low, high = torch.aminmax(index)
     if low < 0 or high >= num_rows:
         raise IndexError(
@@ -368,8 +368,8 @@ def check_row_values(name: str, index: Tensor, num_rows: int, unique: bool) -> N
         steps_up = (index[1:] > index[:-1]).all()
         if not steps_up and index.unique().numel() != index.numel():
             raise ValueError(
-                f"{name} names a row twice: each supervised row of the student may be picked once "
-                "(sum the weights, or average the targets, of a repeated row)"
+                f"{name} names a row twice: each row of the student may be selected at most once. "
+                "For a repeated row, sum its weights or average its targets"
             )
 
 

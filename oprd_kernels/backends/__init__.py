@@ -1,1 +1,1 @@
-"""The implementations of one contract (`protocol`), and which of them can run (`registry`)."""
+"""The kernel backends: their interface (`protocol`), implementations and selection (`registry`)."""

@@ -1,4 +1,4 @@
-"""Launches the native CPU kernels on calls that `oprd_kernels.validate` has accepted."""
+"""The CPU backend, which launches the native C++ kernels on validated calls."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from oprd_kernels.call import GradCall, LossCall, num_rows
 from oprd_kernels.saved_buffer import RowsLayout, coefficients, dz_of, new_layers, new_outputs
 
 BLAS_RANK = 32
-"""Above this rank the products with the projectors are BLAS's, on slices of rows."""
+"""Above this rank, BLAS computes the products with the projectors, on slices of rows."""
 SLICE = 1024
-"""Rows in a slice: their float32 copies and products stay in the last-level cache."""
+"""Number of rows in a slice. Their float32 copies and products stay in the last-level cache."""
 
 
 class CpuBackend(RowsLayout):
-    """C++, with AVX2 where the processor has it; see `oprd_kernels.backends.protocol.Backend`."""
+    """The C++ kernels, with AVX2 if the processor supports it.
+
+    See `oprd_kernels.backends.protocol.Backend` for the methods.
+    """
 
     name = "cpu"
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why not, on tensors of ``device``."""
+        """Return why this backend can't run on ``device``, or None if it can."""
         if device.type != "cpu":
             return f"the cpu backend takes tensors on the CPU, not on {device}"
         return native.problem()
 
     def unsupported(self, call: LossCall) -> str | None:
-        """Nothing is."""
+        """Return None: this backend supports every call."""
         return None
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss and ``saved``."""
+        """Return the loss and ``saved``."""
         loss, saved = new_outputs(call, self.saved_size(call))
         if call.rank > BLAS_RANK:
             _forward_slices(call, loss, saved)
@@ -43,7 +46,7 @@ class CpuBackend(RowsLayout):
         return loss, saved
 
     def backward_(self, call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
-        """``grad`` may have any of the supported dtypes."""
+        """Write or add the gradient of the student; ``grad`` may have any supported dtype."""
         proj = call.student_proj
         if proj is not None and proj.shape[0] > BLAS_RANK:
             _backward_slices(call, proj, grad, accumulate, grad_loss)
@@ -52,7 +55,7 @@ class CpuBackend(RowsLayout):
             native.module().backward((call,), (grad,), accumulate, grad_loss, threads)
 
     def forward_layers(self, calls: Sequence[LossCall]) -> tuple[Tensor, Tensor]:
-        """In one launch, unless the products are BLAS's."""
+        """Return the losses and ``saved``, from one launch unless BLAS does the products."""
         losses, saved = new_layers(calls[0], len(calls), self.saved_size(calls[0]))
         if calls[0].rank > BLAS_RANK:
             for call, loss, one in zip(calls, losses, saved, strict=True):
@@ -64,7 +67,7 @@ class CpuBackend(RowsLayout):
     def backward_layers_(
         self, calls: Sequence[GradCall], grads: Sequence[Tensor], grad_losses: Tensor
     ) -> None:
-        """In one launch, unless the products are BLAS's."""
+        """Write the gradients of all students, in one launch unless BLAS does the products."""
         proj = calls[0].student_proj
         if proj is not None and proj.shape[0] > BLAS_RANK:
             for call, grad, grad_loss in zip(calls, grads, grad_losses, strict=True):
@@ -78,8 +81,10 @@ BACKEND = CpuBackend()
 
 
 class _Slices:
-    """Slices of the rows of a tensor as float32 matrices, less ``mean``: views where they are that
-    already, else copies in one buffer."""
+    """Slices of the rows of a tensor as float32 matrices, minus ``mean`` if it is given.
+
+    A slice is a view if the tensor allows one, and otherwise a copy in one shared buffer.
+    """
 
     def __init__(self, x: Tensor, index: Tensor | None, m: int, mean: Tensor | None = None) -> None:
         self.x, self.index, self.mean = x, index, mean

@@ -1,8 +1,8 @@
-"""Launches the CUDA C++ kernels on calls that `oprd_kernels.validate` has accepted.
+"""The CUDA backend, which launches the CUDA C++ kernels on validated calls.
 
-They run on the current stream of the tensors' device, allocate nothing and never wait for the
-device: a call may be captured in a CUDA graph. What they do not do (`CudaBackend.unsupported`:
-dtypes in a mix, a last stride other than 1, a rank above 16) the Triton backend does.
+The kernels run on the current stream of the tensors' device. They allocate nothing and never wait
+for the device, so a call can be captured in a CUDA graph. They do not support mixed dtypes, a last
+stride other than 1, or a rank above 16 (`CudaBackend.unsupported`). The Triton backend does.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from oprd_kernels.call import GradCall, LossCall
 from oprd_kernels.saved_buffer import RowsLayout, new_layers, new_outputs
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""As csrc/rep_loss.h has them."""
+"""The values of DType in csrc/rep_loss.h."""
 MAX_RANK = 16
-"""Larger products are for tensor cores, which the Triton kernels use."""
+"""The largest supported rank. Above it, the Triton backend's tensor-core kernels are used."""
 
 
 class Machine(NamedTuple):
-    """What the kernels run on. Tests put an emulation in a GPU's place (`CudaBackend.machine`)."""
+    """The device and native functions that `CudaBackend` uses.
+
+    Tests set `CudaBackend.machine` to an emulation.
+    """
 
     device_type: str
     kernels: Any  # cuda_forward, cuda_backward and cuda_scratch of the native module
@@ -35,14 +38,14 @@ class Machine(NamedTuple):
 
 @functools.cache
 def gpu() -> Machine:
-    """The native module's kernels on NVIDIA GPUs."""
-    # As torch's own generated code has it: torch.cuda.current_stream() makes an object.
+    """Return the native module's kernels on NVIDIA GPUs."""
+    # torch's generated code uses this function too; torch.cuda.current_stream() makes an object.
     return Machine("cuda", native.module(), torch._C._cuda_getCurrentRawStream)
 
 
 @functools.cache
 def installation_problem() -> str | None:
-    """Why the CUDA kernels can't be used on this machine at all; None if they can."""
+    """Return why this machine can't run the CUDA kernels at all, or None if it can."""
     if reason := native.cuda_problem():
         return reason
     runtime, driver, problem = native.module().cuda_facts()
@@ -53,14 +56,14 @@ def installation_problem() -> str | None:
 
 
 def version_name(number: int) -> str:
-    """CUDA's 12080 as "12.8"; 0 is what a machine without a driver has."""
+    """Format a CUDA version number: 12080 is "12.8", and 0 (no driver) is "none"."""
     return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
 
 
 @functools.cache
 def _capability_problem(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    # "80,90", as csrc/cuda/architectures.cmake has it; of "90a" the number, whoever built that.
+    # The format is "80,90" (csrc/cuda/architectures.cmake). The suffix of "90a" is ignored.
     built_for = re.findall(r"\d+", native.module().cuda_architectures.replace(".", ""))
     oldest = min(map(int, built_for), default=0)
     if major * 10 + minor >= oldest:
@@ -76,15 +79,17 @@ def _has_dense_rows(x: Tensor) -> bool:
 
 
 class CudaBackend(RowsLayout):
-    """See `protocol.Backend`. A launch that fails raises a RuntimeError that names the
-    kernel, the shape and what CUDA says."""
+    """The CUDA C++ kernels; see `protocol.Backend` for the methods.
+
+    A failed launch raises a RuntimeError with the kernel, the shape and CUDA's error message.
+    """
 
     name = "cuda"
     machine: Machine | None = None
-    """In place of `gpu`."""
+    """Replaces `gpu` in tests."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why not, on tensors of ``device``."""
+        """Return why this backend can't run on ``device``, or None if it can."""
         if self.machine is not None and device.type == self.machine.device_type:
             return None
         if device.type != "cuda" or torch.version.hip is not None:
@@ -92,7 +97,7 @@ class CudaBackend(RowsLayout):
         return installation_problem() or _capability_problem(device)
 
     def unsupported(self, call: LossCall) -> str | None:
-        """Why this is a call for another backend."""
+        """Return why this backend does not support ``call``, or None if it does."""
         student, teacher = call.student, call.teacher
         if student.dtype is not teacher.dtype:
             return (
@@ -106,14 +111,14 @@ class CudaBackend(RowsLayout):
         return None
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss and ``saved``."""
+        """Return the loss and ``saved``."""
         loss, saved = new_outputs(call, self.saved_size(call))
         self._forward((call,), grad, loss, saved)
         return loss, saved
 
     def backward_(self, call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
-        """``grad`` has the student's dtype."""
-        if not _has_dense_rows(grad):  # what flows through a tap has whatever strides it comes with
+        """Write or add the gradient of the student; ``grad`` has the student's dtype."""
+        if not _has_dense_rows(grad):  # the gradient that reaches a tap may have any strides
             dense = grad.contiguous()
             self._backward((call,), (dense,), accumulate, grad_loss)
             grad.copy_(dense)
@@ -121,7 +126,7 @@ class CudaBackend(RowsLayout):
             self._backward((call,), (grad,), accumulate, grad_loss)
 
     def forward_layers(self, calls: Sequence[LossCall]) -> tuple[Tensor, Tensor]:
-        """One call of the native code."""
+        """Return the losses and ``saved``, from one call of the native code."""
         losses, saved = new_layers(calls[0], len(calls), self.saved_size(calls[0]))
         self._forward(calls, None, losses, saved)
         return losses, saved
@@ -129,7 +134,7 @@ class CudaBackend(RowsLayout):
     def backward_layers_(
         self, calls: Sequence[GradCall], grads: Sequence[Tensor], grad_losses: Tensor
     ) -> None:
-        """One call of the native code."""
+        """Write the gradients of all students, in one call of the native code."""
         self._backward(calls, grads, False, grad_losses)
 
     def _forward(
@@ -156,7 +161,10 @@ class CudaBackend(RowsLayout):
 
 
 def _scratch_size(cuda_scratch: Any, calls: Sequence[LossCall]) -> int:
-    """Doubles that forward works in: the sums of parts of the rows, and projectors' terms."""
+    """Return the number of doubles of scratch that forward needs.
+
+    The scratch holds partial sums over the rows and the terms of the projectors.
+    """
     first = calls[0]
     student, rank = first.student, first.rank
     if not rank:

@@ -1,4 +1,4 @@
-"""What a fused backend is to the rest of the package."""
+"""The interface of a fused backend."""
 
 from __future__ import annotations
 
@@ -12,52 +12,58 @@ from oprd_kernels.call import GradCall, LossCall
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name that cannot run here, or not this call."""
+    """Raised if a backend requested by name can't run on this machine or can't do the call."""
 
 
 class Backend(Protocol):
-    """Kernels for calls that `oprd_kernels.validate` has accepted.
+    """The kernels for calls that `oprd_kernels.validate` has accepted.
 
-    ``saved`` is a float32 buffer that begins with the batch statistics (`layout.STATS` floats) and
-    is otherwise the backend's own: it comes back in `GradCall`.
+    ``saved`` is a float32 buffer that begins with the batch statistics (`saved_buffer.STATS`
+    floats). The backend defines the rest, and gets the buffer back in `GradCall`.
     """
 
     @property
     def name(self) -> str:
-        """As in `oprd_kernels.BACKENDS`."""
+        """The name in `oprd_kernels.BACKENDS`."""
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why no kernel of this backend can run on tensors of ``device``; None if it can."""
+        """Return why this backend can't run on ``device``, or None if it can."""
 
     def unsupported(self, call: LossCall) -> str | None:
-        """Why this backend can't do a call that others can; None if it can."""
+        """Return why this backend does not support ``call``, or None if it does."""
 
     def saved_size(self, call: LossCall) -> int:
-        """Floats in ``saved``. Shapes and dtypes alone are looked at, the former perhaps symbolic:
-        the ops' fake kernels ask as well."""
+        """Return the number of floats in ``saved``.
+
+        The result may depend on shapes and dtypes only. Shapes may be symbolic, because the fake
+        kernels of the ops call this method too.
+        """
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss and ``saved``.
+        """Return the loss and ``saved``.
 
         ``grad``, if given, receives the gradient of the reduced loss with respect to
-        ``call.student``; it may be ``call.teacher`` itself.
+        ``call.student``. It may be ``call.teacher`` itself.
         """
 
     def backward_(self, call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
-        """Writes (or adds) the gradient of the loss into the supervised rows of ``grad``.
+        """Write the gradient of the loss to the supervised rows of ``grad``, or add it to them.
 
-        ``grad`` has the student's shape; other rows are not touched. ``grad_loss`` is a float32
+        ``grad`` has the student's shape. Its other rows are not touched. ``grad_loss`` is a float32
         scalar, or (M,) for reduction "none".
         """
 
     def grad_proj(self, call: GradCall, grad_loss: Tensor) -> Tensor:
-        """(r, dS): the gradient with respect to student_proj; ``call.student`` is there."""
+        """Return the gradient (r, dS) of student_proj; ``call.student`` is not None."""
 
     def forward_layers(self, calls: Sequence[LossCall]) -> tuple[Tensor, Tensor]:
-        """(L,) losses, and each layer's ``saved`` in a row of a matrix as wide as the largest. The
-        calls differ in their states and projectors only; reduction "none" is not among them."""
+        """Return the losses (L,), and a matrix with the ``saved`` of each layer in a row.
+
+        The matrix is as wide as the largest ``saved``. The calls differ only in their states and
+        projectors, and their reduction is not "none".
+        """
 
     def backward_layers_(
         self, calls: Sequence[GradCall], grads: Sequence[Tensor], grad_losses: Tensor
     ) -> None:
-        """Writes the gradients of sum_l grad_losses[l] * loss[l] with respect to the students."""
+        """Write the gradients of sum_l grad_losses[l] * loss[l] with respect to the students."""

@@ -1,8 +1,9 @@
-"""The representation loss in plain PyTorch: the oracle of the tests, the baseline of the
-benchmarks, and the ``backend="reference"`` that runs on any device.
+"""The representation loss in plain PyTorch: the ``"reference"`` backend, which runs on any device.
 
-Shapes: M supervised rows; student rows dS wide, teacher rows dT; r: projector rank.
-Computed in float64 if any input is float64, else in float32.
+It is also the oracle of the tests and the baseline of the benchmarks. It computes in float64 if any
+input is float64, else in float32.
+
+Shapes: M supervised rows; dS and dT: widths of student and teacher rows; r: projector rank.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from torch import Tensor
 from oprd_kernels.call import LossCall
 
 EPS = 1e-12
-"""Norms are clamped from below to this, as `torch.nn.functional.normalize` does."""
+"""The lower bound of norms, as in `torch.nn.functional.normalize`."""
 
 
 def unit(v_MD: Tensor) -> Tensor:
-    """v / max(|v|, EPS) row by row; a row whose norm is at most EPS passes no gradient on."""
+    """Return v / max(|v|, EPS) row by row. A row of norm at most EPS gets no gradient."""
     is_zero = v_MD.detach().norm(dim=-1, keepdim=True) <= EPS
     norm = torch.where(is_zero, torch.ones_like(v_MD), v_MD).norm(dim=-1, keepdim=True)
     return torch.where(is_zero, v_MD.detach() / EPS, v_MD / norm)
 
 
 def row_losses(s_MD: Tensor, t_MD: Tensor, kind: str) -> Tensor:
-    """(M,) losses of pairs of rows: Eq. 6 (``mse``), Eq. 14 (``nmse``), or ``cosine``."""
+    """Return the losses (M,) of pairs of rows: Eq. 6 (``mse``), Eq. 14 (``nmse``) or ``cosine``."""
     width = s_MD.shape[-1]
     if kind == "mse":
         return (s_MD - t_MD).square().sum(-1) / width
@@ -33,14 +34,15 @@ def row_losses(s_MD: Tensor, t_MD: Tensor, kind: str) -> Tensor:
 
 
 def rep_loss(call: LossCall) -> tuple[Tensor, Tensor]:
-    """The loss and its batch statistics.
+    """Compute the loss and its batch statistics.
 
     Args:
-        call: as `oprd_kernels.validate` makes it; float64 too.
+        call: A call that `oprd_kernels.validate` has accepted. It may be float64.
 
     Returns:
-        The loss: () or, for reduction "none", (M,). And (5,), detached: mean cosine, mean student
-        norm, mean teacher norm, number of rows whose weight is not 0, the reduction's factor.
+        The loss, () or (M,) for reduction "none", and the detached statistics (5,): mean cosine,
+        mean student norm, mean teacher norm, number of rows whose weight is not 0, and the factor
+        of the reduction.
     """
     student, teacher, student_proj, teacher_proj, teacher_mean = call[:5]
     rows, teacher_rows, weights, denominator, kind, reduction = call[5:]
@@ -49,7 +51,7 @@ def rep_loss(call: LossCall) -> tuple[Tensor, Tensor]:
     t = teacher.detach().flatten(0, -2)
     t = t if teacher_rows is None else t[teacher_rows]
     valid = None if weights is None else weights != 0
-    if valid is not None:  # `where` before any arithmetic: NaN in a masked row stays there
+    if valid is not None:  # before any arithmetic, so that NaN in a masked row has no effect
         s = torch.where(valid[:, None], s, torch.zeros_like(s))
         t = torch.where(valid[:, None], t, torch.zeros_like(t))
     s, t = s.to(dtype), t.to(dtype)
@@ -75,7 +77,7 @@ def rep_loss(call: LossCall) -> tuple[Tensor, Tensor]:
 def _scale(
     losses: Tensor, weights: Tensor | None, denominator: Tensor | None, reduction: str
 ) -> Tensor:
-    """The factor a reduction puts on every row; 0 if it would divide by 0."""
+    """Return the factor by which the reduction multiplies each row; 0 if it would divide by 0."""
     if reduction != "mean":
         return losses.new_ones(())
     if denominator is None:

@@ -1,4 +1,4 @@
-"""Which implementations can run here, and for those that cannot, why."""
+"""The list of backends, and the choice of one for a call."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from oprd_kernels.call import LossCall
 from oprd_kernels.native import problem as native_problem
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-"""In the order ``backend="auto"`` prefers them."""
+"""All backends, in the order in which ``backend="auto"`` prefers them."""
 
 
 def get(name: str) -> Backend:
-    """The fused backend of that name."""
+    """Return the fused backend of that name."""
     if name == "cuda":
         return cuda.BACKEND
     if name == "cpu":
@@ -32,41 +32,43 @@ def get(name: str) -> Backend:
 
 @functools.cache
 def _triton() -> Any:
-    from oprd_kernels.backends import triton  # takes long to import, and may be missing
+    from oprd_kernels.backends import triton  # imported late: it is slow and may be missing
 
     return triton
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
-    """Why the backend ``name`` can't work on tensors of ``device``; None if it can."""
+    """Return why the backend ``name`` can't run on ``device``, or None if it can."""
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}")
     return None if name == "reference" else get(name).unavailable(device)
 
 
-# What torch.compiler.assume_constant_result does, without the seconds its import takes: a compiler
-# asks once, and need not trace through device properties.
+# The effect of torch.compiler.assume_constant_result, without its import time of seconds: the
+# compiler calls the function once and does not trace through device properties.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _warn_reference(device_type: str, reasons: str) -> None:
     warnings.warn(
-        f"oprd_kernels: no fused kernel can run on {device_type} tensors here, the plain PyTorch "
-        f"reference is used. {reasons} backend='reference' silences this.",
+        f"oprd_kernels: no fused kernel can run on {device_type} tensors here, so oprd uses the "
+        f"plain PyTorch reference. {reasons} Pass backend='reference' to silence this warning.",
         stacklevel=5,
     )
 
 
 def choose(name: str, calls: Sequence[LossCall]) -> str:
-    """The backend to use for a call, or for layers at once: the one named, or the first of BACKENDS
-    that can do them all.
+    """Return the name of the backend to use for a call, or for the calls of several layers.
+
+    This is ``name``, or for "auto" the first of BACKENDS that can do all calls.
 
     Raises:
-        BackendUnavailable: if the one named can't run, or can't do this call, with the reason.
-        ValueError: if there is no backend of that name.
-        RuntimeError: under a torch.func transform, which kernels can't do.
-        TypeError: for a tensor that only stands for another.
+        BackendUnavailable: If the named backend can't run or does not support the call. The message
+            gives the reason.
+        ValueError: If there is no backend of that name.
+        RuntimeError: Under a torch.func transform, which the kernels do not support.
+        TypeError: For a tensor subclass that wraps another tensor.
     """
     chosen = _first_that_can(calls) if name == "auto" else _named(name, calls)
     if chosen != "reference" and not is_compiling() and maybe_current_level() is not None:
@@ -109,7 +111,7 @@ def _first_that_can(calls: Sequence[LossCall]) -> str:
 
 
 def _is_double(calls: Sequence[LossCall]) -> bool:
-    for call in calls:  # noqa: SIM110 (a generator takes longer than the comparisons)
+    for call in calls:  # noqa: SIM110 (a generator is slower than the comparisons)
         if call.is_double:
             return True
     return False
@@ -123,8 +125,10 @@ def _unsupported(backend: Backend, calls: Sequence[LossCall]) -> str | None:
 
 
 def _refuse_wrappers(calls: Sequence[LossCall]) -> None:
-    """Tensors that are not where their values are. Modes, under which they are met as a matter of
-    course, take calls elsewhere."""
+    """Raise for wrapper tensors, which have no memory of their own.
+
+    Dispatch modes handle such tensors themselves, so nothing is checked under a mode.
+    """
     for call in calls:
         for x in call[:2]:
             if (
@@ -134,8 +138,9 @@ def _refuse_wrappers(calls: Sequence[LossCall]) -> None:
             ):
                 name = type(x).__name__
                 raise TypeError(
-                    f"kernels read memory, which a {name} has not: pass the tensor that it stands "
-                    "for (of an AsyncCollectiveTensor: x.wait()), or backend='reference'"
+                    f"kernels read memory directly, and a {name} has no memory of its own: pass "
+                    "the tensor that it wraps (for an AsyncCollectiveTensor: x.wait()), or "
+                    "backend='reference'"
                 )
 
 

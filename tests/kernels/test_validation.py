@@ -124,7 +124,7 @@ def test_tensors_that_only_stand_for_others(backend):
     plain = torch.randn(3, 8)
     for pair in ((Wrapper(plain), torch.randn(3, 8)), (plain, Wrapper(torch.randn(3, 8)))):
         with pytest.raises(
-            TypeError, match=r"a Wrapper has not: pass the tensor that it stands for"
+            TypeError, match=r"a Wrapper has no memory of its own: pass the tensor that it wraps"
         ):
             fused_rep_loss(*pair, backend=backend)
 

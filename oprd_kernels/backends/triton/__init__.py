@@ -1,14 +1,15 @@
-"""The Triton backend: any GPU that Triton supports.
+"""The Triton backend, for any GPU that Triton supports.
 
-No host synchronisation, nothing but allocations and launches on the current stream, so that a call
-can be captured in a CUDA graph. With TRITON_INTERPRET=1 in the environment before the first import,
-tensors on the CPU go through Triton's interpreter, which is how the kernels are tested where there
-is no GPU; they need the interpreter as `benchmarks.interpreter` puts it right.
+A call only allocates memory and launches kernels on the current stream. It never synchronises with
+the host, so it can be captured in a CUDA graph.
 
-`backend` turns a call into launches (`launches`, `launch`) of kernels: `identity` and
-`identity_wide` compare rows as they are; `operands`, `projected` and `projected_gradients` are the
-Bridge's; `reduction` sums rows. `configs` has their block sizes, `saved` says what is kept from
-forward to backward.
+If TRITON_INTERPRET=1 is set before the first import, Triton's interpreter runs the kernels on CPU
+tensors. The tests use this on machines without a GPU, with the fixes of `benchmarks.interpreter`.
+
+`backend` turns a call into launches (`launches`, `launch`) of kernels. `identity` and
+`identity_wide` compare rows without a projection. `operands`, `projected` and `projected_gradients`
+are the kernels for projected rows, as the Bridge uses them. `reduction` sums over rows. `configs`
+holds the block sizes, and `saved` defines the buffer from forward to backward.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Missing:
-    """Stands for the backend where Triton can't be imported: says so, and is never called."""
+    """A placeholder for the backend if Triton can't be imported."""
 
     name = "triton"
 
@@ -30,7 +31,7 @@ class _Missing:
         self.reason = reason
 
     def unavailable(self, device: torch.device) -> str | None:
-        """The reason."""
+        """Return why Triton can't be imported."""
         return f"triton can't be imported ({self.reason}): pip install triton"
 
 
@@ -44,7 +45,7 @@ except ImportError as error:  # no wheel for this platform
     BACKEND = _Missing(str(error))  # type: ignore[assignment]
 
     def generation(device: torch.device) -> str:
-        """Not to be asked for without Triton."""
+        """Raise ImportError: there is no device generation without Triton."""
         raise ImportError("triton is not installed")
 
 

@@ -1,5 +1,4 @@
-"""From a call to launches of the Triton kernels: memory is allocated, tensors are gathered. What
-the launches are says `launches`."""
+"""`TritonBackend`, which allocates memory and starts the launches that `launches` builds."""
 
 from __future__ import annotations
 
@@ -25,13 +24,16 @@ from oprd_kernels.backends.triton.saved import HEAD, SUMS, TICKET, aligned
 from oprd_kernels.call import GradCall, LossCall, num_rows
 
 MAX_LAYERS = 32
-"""Layers in one launch: their addresses are parameters of the kernel."""
+"""The most layers in one launch, because their addresses are parameters of the kernel."""
 
 
 @functools.cache
 def _generation(index: int) -> str:
-    """The row of `configs` that fits a device best: consumer Blackwell (sm_120) has the shared
-    memory and the tensor-core instructions of the generation before Hopper."""
+    """Return the generation in `configs` that fits a device best.
+
+    Consumer Blackwell (sm_120) has the shared memory and the tensor-core instructions of the
+    generation before Hopper.
+    """
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(index)
@@ -39,7 +41,7 @@ def _generation(index: int) -> str:
 
 
 def generation(device: torch.device) -> str:
-    """The device generation whose configurations are used."""
+    """Return the generation whose configurations are used for a device."""
     return "sm90" if device.type == "cpu" else _generation(device.index or 0)
 
 
@@ -53,63 +55,71 @@ def _too_old(device: torch.device) -> str | None:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units): as many programs keep the device busy."""
+    """Return the number of streaming multiprocessors (compute units) of a device.
+
+    At least as many programs are needed to keep the device busy.
+    """
     if device.type == "cpu":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def new_floats(shape: int | tuple[int, ...], device: torch.device) -> Tensor:
-    """float32 memory, not yet written. What lies between the parts of ``saved`` never is."""
+    """Allocate float32 memory. The gaps between the parts of ``saved`` are never written."""
     return _no_floats(device).new_empty(shape)
 
 
 @functools.cache
 def _no_floats(device: torch.device) -> Tensor:
-    """From which `new_floats` makes others: a third faster than reading a dtype and a device."""
+    """Return an empty tensor from which `new_floats` allocates.
+
+    This is a third faster than passing a dtype and a device.
+    """
     return torch.empty(0, dtype=torch.float32, device=device)
 
 
 def float32_precision(*dtypes: torch.dtype) -> str:
-    """The precision that the user has set for products of float32 matrices, if any of ``dtypes``
-    is that."""
+    """Return the user's precision for products of float32 matrices.
+
+    Without float32 among ``dtypes``, return "highest".
+    """
     if torch.float32 not in dtypes:
         return "highest"
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer name, which the older refuses to tell
+    except RuntimeError:  # the precision was set through the newer API
         newer = torch.backends.cuda.matmul.fp32_precision
         return {"tf32": "high", "bf16": "medium"}.get(newer, "highest")
 
 
 class TritonBackend:
-    """`oprd_kernels.backends.protocol.Backend` by the kernels of this package."""
+    """The Triton kernels; see `oprd_kernels.backends.protocol.Backend` for the methods."""
 
     name = "triton"
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why no kernel of this backend can run on tensors of ``device``; None if it can."""
+        """Return why this backend can't run on ``device``, or None if it can."""
         if INTERPRETED:
             if device.type == "cpu":
                 return None
-            return f"TRITON_INTERPRET=1 is set, which takes tensors on the CPU, not on {device}"
+            return f"with TRITON_INTERPRET=1 it takes tensors on the CPU, not on {device}"
         if device.type != "cuda":
             return f"the triton backend takes tensors on a GPU, not on {device}"
         return _too_old(device)
 
     def unsupported(self, call: LossCall) -> str | None:
-        """None: this backend does every call."""
+        """Return None: this backend supports every call."""
         return None
 
     def saved_size(self, call: LossCall) -> int:
-        """Floats in ``saved``, see `saved` and `operands.Plan`."""
+        """Return the number of floats in ``saved``; see `saved` and `operands.Plan`."""
         m = call.num_rows
         if call.student_proj is None:
             return HEAD.value + 4 * aligned(m) + MAX_CHUNKS * SUMS.value
         return _saved_plan(call.student, call.student_proj).saved_size(m)
 
     def forward(self, call: LossCall, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `Backend.forward`."""
+        """Return the loss and ``saved``, as `Backend.forward` does."""
         m = call.num_rows
         student = call.student
         shape = m if call.reduction == "none" else ()
@@ -123,7 +133,7 @@ class TritonBackend:
         return loss, saved
 
     def backward_(self, call: GradCall, grad: Tensor, accumulate: bool, grad_loss: Tensor) -> None:
-        """As `Backend.backward_`."""
+        """Write or add the gradient of the student, as `Backend.backward_` does."""
         m = num_rows(grad, call.rows)
         if not m:
             return
@@ -134,11 +144,14 @@ class TritonBackend:
             _projected_backward(call, m, grad, accumulate, grad_loss)
 
     def grad_proj(self, call: GradCall, grad_loss: Tensor) -> Tensor:
-        """As `Backend.grad_proj`."""
+        """Return the gradient of student_proj, as `Backend.grad_proj` does."""
         return _projector_gradient(call, grad_loss)
 
     def forward_layers(self, calls: Sequence[LossCall]) -> tuple[Tensor, Tensor]:
-        """As `Backend.forward_layers`: in one launch where rows are compared as they are."""
+        """Return the losses and ``saved``, as `Backend.forward_layers` does.
+
+        Without a projection, alike layers share one launch.
+        """
         first = calls[0]
         m = first.num_rows
         device = first.student.device
@@ -157,7 +170,7 @@ class TritonBackend:
     def backward_layers_(
         self, calls: Sequence[GradCall], grads: Sequence[Tensor], grad_losses: Tensor
     ) -> None:
-        """As `Backend.backward_layers_`."""
+        """Write the gradients of all students, as `Backend.backward_layers_` does."""
         m = num_rows(grads[0], calls[0].rows)
         if not m:
             return
@@ -172,7 +185,10 @@ class TritonBackend:
 
 
 def _alike(calls: Sequence[LossCall] | Sequence[GradCall]) -> list[tuple[int, int]]:
-    """Ranges of calls whose states have the same dtypes and strides: one launch each."""
+    """Return ranges of calls whose states have the same shapes, dtypes and strides.
+
+    Each range is one launch.
+    """
     ranges: list[tuple[int, int]] = []
     begin = 0
     kind = None
@@ -192,7 +208,10 @@ def _alike(calls: Sequence[LossCall] | Sequence[GradCall]) -> list[tuple[int, in
 def _identity(
     calls: Sequence[LossCall], m: int, loss: Tensor, saved: Tensor, size: int, grad: Tensor | None
 ) -> None:
-    """Forward of rows compared as they are. ``size``: floats from layer to layer in ``saved``."""
+    """Launch forward without a projection.
+
+    ``size`` is the number of floats from layer to layer in ``saved``.
+    """
     student, teacher, _, _, _, rows, teacher_rows, weights, denominator, kind, reduction = calls[0]
     device = student.device
     scale, forward, reduce = identity_launches(
@@ -203,7 +222,7 @@ def _identity(
     if m:
         if grad is not None and reduction == "mean" and denominator is None and weights is not None:
             saved[TICKET.value].zero_()
-            scale(device, sums)  # the gradient is formed before all rows have been summed
+            scale(device, sums)  # the gradient needs the scale before all rows have been summed
         students = tuple([call.student for call in calls])
         teachers = tuple([call.teacher for call in calls])
         forward(device, (students, teachers, grad, *sums[:2], rows, teacher_rows, *sums[2:]))
@@ -214,7 +233,7 @@ def _identity_backward(
     calls: Sequence[GradCall], m: int, grads: tuple[Tensor, ...], accumulate: bool,
     grad_loss: Tensor, row_stride: int, layer_stride: int,
 ) -> None:  # fmt: skip
-    """Backward of rows compared as they are."""
+    """Launch backward without a projection."""
     _, student, teacher, _, rows, teacher_rows, weights, kind, _ = calls[0]
     assert student is not None
     assert teacher is not None
@@ -227,18 +246,18 @@ def _identity_backward(
     students = tuple([call.student for call in calls])
     teachers = tuple([call.teacher for call in calls])
     saved = tuple([call.saved for call in calls])
-    states: Any = (students, teachers)  # after a projection alone could they be None
+    states: Any = (students, teachers)  # not None, because there is no projection
     launch(device, (grads, *states, saved, grad_loss, rows, teacher_rows, weights))
 
 
 def _saved_plan(student: Tensor, proj: Tensor) -> Plan:
-    """The plan of ``saved``, which does not depend on the teacher."""
+    """Return the plan of ``saved``, which does not depend on the teacher."""
     rank, width = proj.shape  # plain numbers, also while a compiler traces shapes
     return plan(int(rank), int(width), 0, student.dtype, student.dtype)
 
 
 def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
-    """Forward after a projection."""
+    """Launch forward with a projection."""
     student, teacher, proj, teacher_proj, mean, rows, teacher_rows, weights = call[:8]
     assert proj is not None
     device = student.device
@@ -269,7 +288,7 @@ def _project(call: LossCall, m: int, loss: Tensor, saved: Tensor) -> None:
 def _projected_backward(
     call: GradCall, m: int, grad: Tensor, accumulate: bool, grad_loss: Tensor
 ) -> None:
-    """The gradient of the student after a projection."""
+    """Launch the gradient of the student with a projection."""
     assert call.student_proj is not None
     device = grad.device
     launch = projected_backward_launch(
@@ -280,7 +299,7 @@ def _projected_backward(
 
 
 def _projector_gradient(call: GradCall, grad_loss: Tensor) -> Tensor:
-    """The gradient of the student's projector."""
+    """Return the gradient of the student's projector."""
     student, proj = call.student, call.student_proj
     assert student is not None
     assert proj is not None

@@ -1,9 +1,10 @@
-"""Launch configurations: a small fixed table, by device generation, width and rank.
+"""Launch configurations: a small fixed table by device generation, width and rank.
 
-Nothing is tuned at run time, and nothing recompiled because a batch has another number of rows: few
-rows choose another kernel, not another configuration of one. Chosen by what compiled code says of
-registers, spills and shared memory (``python -m benchmarks.gpu_static``), for sm90 also by what was
-measured there of kernels like these; these have not run on a GPU.
+Nothing is tuned at run time. A batch with another number of rows needs no recompilation, because
+few rows select another kernel rather than another configuration. The values were chosen from the
+registers, spills and shared memory of the compiled code (``python -m benchmarks.gpu_static``), and
+for sm90 also from measurements of similar kernels on such a GPU. The kernels here have not run on a
+GPU.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from typing import NamedTuple, TypeVar
 from oprd_kernels.backends.triton.operands import RANK_BLOCK, next_power_of_2
 
 MAX_PIECES = 8
-"""Pieces of a row that a program keeps in registers."""
+"""The most pieces of a row that a program keeps in registers."""
 MAX_WARPS = 8
 WIDE_BLOCK = 4096
-"""Elements at a time of a row too wide for registers."""
+"""Number of elements processed at a time in a row that is too wide for registers."""
 RESIDENT_RANKS = (16, 32, 64, 128, 256)
-"""At these ranks dz of a program's rows stays on chip while the gradient's columns go by."""
+"""Ranks at which a program keeps dz of its rows on chip while it iterates over the columns of the
+gradient."""
 
 Entry = TypeVar("Entry")
 
 
 class Config(NamedTuple):
-    """Rows, columns and ranks of a program's blocks; warps of 32 threads (64 on AMD)."""
+    """Block sizes of a program in rows, columns and ranks, its warps (32 threads each, 64 on AMD)
+    and its pipeline stages."""
 
     rows: int
     columns: int
@@ -35,7 +38,7 @@ class Config(NamedTuple):
 
 
 class RowConfig(NamedTuple):
-    """A row as ``pieces`` of ``columns`` elements."""
+    """The split of a row into ``pieces`` of ``columns`` elements, and the warps of a program."""
 
     columns: int
     pieces: int
@@ -47,14 +50,17 @@ def _warp_size(generation: str) -> int:
 
 
 def piece(generation: str, itemsize: int, warps: int) -> int:
-    """Elements of which each thread has 16 bytes."""
+    """Return the number of elements in a piece, of which each thread has 16 bytes."""
     return 16 // itemsize * _warp_size(generation) * warps
 
 
 @functools.cache
 def row(generation: str, width: int, itemsize: int) -> RowConfig | None:
-    """As few warps as hold a row, of ``itemsize`` bytes an element, in registers; a thread has 16
-    bytes of each piece. None: no number of warps does."""
+    """Return the configuration with the fewest warps that hold a row in registers.
+
+    An element has ``itemsize`` bytes, and a thread has 16 bytes of each piece. None if even
+    MAX_WARPS warps can't hold the row.
+    """
     warps = 1
     while piece(generation, itemsize, warps) * MAX_PIECES < width:
         warps *= 2
@@ -65,12 +71,12 @@ def row(generation: str, width: int, itemsize: int) -> RowConfig | None:
 
 
 def wide_row(generation: str) -> RowConfig:
-    """A row read again for every use."""
+    """Return the configuration for a row that is read from memory for every use."""
     return RowConfig(WIDE_BLOCK, 1, 512 // _warp_size(generation))
 
 
 # Rows, columns, threads and stages of a program, by generation and ranks. An accumulator of rows x
-# ranks floats is to fit the registers of its threads, twice where both sides are in one program.
+# ranks floats must fit the registers of the threads; two must, if both sides are in one program.
 _HALF = {
     "sm90": {
         8: (128, 64, 128, 4),
@@ -101,7 +107,7 @@ _HALF = {
         128: (64, 32, 256, 2),
     },
 }
-"""`projected_forward` of 16-bit states."""
+"""For `projected_forward` of 16-bit states."""
 _FLOAT = {
     "sm90": {
         16: (128, 64, 256, 3),
@@ -123,16 +129,16 @@ _FLOAT = {
     },
     "gfx942": dict.fromkeys((16, 32, 64, 128), (64, 32, 256, 2)),
 }
-"""`projected_forward`, and `project`, where a side has float32 states."""
+"""For `projected_forward` and `project` if a side has float32 states."""
 _PROJECT = {
     "sm90": (256, 64, 256, 3),
     "sm80": (128, 64, 256, 3),
     "sm100": (128, 64, 256, 3),
     "gfx942": (128, 32, 256, 2),
 }
-"""`project` of RANK_BLOCK ranks of 16-bit states."""
+"""For `project` of 16-bit states with RANK_BLOCK ranks."""
 _FEW = {"sm90": (64, 64, 128, 3), "sm80": (64, 64, 128, 3), "gfx942": (64, 32, 256, 2)}
-"""`project` of few rows of 16-bit states."""
+"""For `project` of few rows of 16-bit states."""
 _RESIDENT = {
     16: (64, 128, 128, 3),
     32: (64, 128, 128, 3),
@@ -140,7 +146,7 @@ _RESIDENT = {
     128: (128, 64, 256, 3),
     256: (128, 128, 256, 2),
 }
-"""`half_backward`."""
+"""For `half_backward`."""
 
 
 def _table(generation: str, table: dict[str, Entry]) -> Entry:
@@ -154,19 +160,22 @@ def _config(values: tuple, ranks: int, generation: str) -> Config:
 
 @functools.cache
 def projection(generation: str, ranks: int, has_float: bool) -> Config:
-    """Forward, both sides in one program. ``has_float``: a side has float32 states."""
+    """Return the configuration of forward with both sides in one program.
+
+    ``has_float`` says that a side has float32 states.
+    """
     return _config(_table(generation, _FLOAT if has_float else _HALF)[ranks], ranks, generation)
 
 
 @functools.cache
 def fuses(ranks: int, has_float: bool) -> bool:
-    """Whether z of both sides fits one program."""
+    """Return whether z of both sides fits in one program."""
     return ranks <= (RANK_BLOCK // 2 if has_float else RANK_BLOCK)
 
 
 @functools.cache
 def project(generation: str, ranks: int, has_float: bool, few: bool) -> Config:
-    """Forward, one side a program, ``ranks`` of them at a time."""
+    """Return the configuration of forward with one side per program, ``ranks`` ranks at a time."""
     if few and not has_float:
         return _config(_table(generation, _FEW), ranks, generation)
     if ranks == RANK_BLOCK and not has_float:
@@ -176,7 +185,10 @@ def project(generation: str, ranks: int, has_float: bool, few: bool) -> Config:
 
 @functools.cache
 def comparison(generation: str, ranks: int) -> Config:
-    """Comparing what `project` has left; ``ranks`` is a power of two."""
+    """Return the configuration of `compare`, which runs after `project`.
+
+    ``ranks`` must be a power of two.
+    """
     rows = max(min(4096 // ranks, 128), 1)
     threads = min(max(rows * ranks // 16, 128), 512)
     return _config((rows, 0, threads, 1), ranks, generation)
@@ -184,9 +196,9 @@ def comparison(generation: str, ranks: int) -> Config:
 
 @functools.cache
 def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
-    """Backward of bfloat16 states, ``ranks`` of RESIDENT_RANKS."""
+    """Return the configuration of backward for bfloat16 states; ``ranks`` is in RESIDENT_RANKS."""
     rows, columns, threads, stages = _RESIDENT[ranks]
-    if ranks == 256 and generation == "sm80":  # as the least shared memory of that generation
+    if ranks == 256 and generation == "sm80":  # fits the least shared memory of that generation
         rows, columns = 64, 64
     elif ranks == 256 and accumulate:
         columns = 64
@@ -197,7 +209,7 @@ def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
 
 @functools.cache
 def tiled_backward(generation: str, ranks: int) -> Config:
-    """Backward of all other states."""
+    """Return the configuration of backward for all other states."""
     if generation in ("sm90", "sm100"):
         return _config((128, 64, 256, 2), min(ranks, 64), generation)
     return _config((64, 64, 256, 2), min(ranks, 32), generation)
@@ -205,6 +217,9 @@ def tiled_backward(generation: str, ranks: int) -> Config:
 
 @functools.cache
 def projector_gradient(generation: str, ranks: int) -> Config:
-    """The gradient of the projector: rows at a time, columns and ranks of a program."""
+    """Return the configuration of the projector's gradient.
+
+    It holds the rows processed at a time, and the columns and ranks of a program.
+    """
     values = (32, 64, 256, 2) if generation == "gfx942" else (64, 128, 256, 2)
     return _config(values, min(ranks, 64), generation)

@@ -1,4 +1,4 @@
-"""How kernels are told where the rows of their tensors are."""
+"""The kernel parameters that describe where the rows of tensors are."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
-"""What a launch depends on of a tensor besides where it is: shape, strides, dtype. A plain tuple,
-as every call makes several."""
+"""The properties of a tensor, other than its address, that determine a launch: shape, strides and
+dtype. It is a plain tuple because every call makes several."""
 
 
 def form(x: Tensor) -> Form:
-    """The form of ``x``."""
+    """Return the form of ``x``."""
     return x.shape, x.stride(), x.dtype
 
 
 class Geometry(NamedTuple):
-    """Of the tensors of one launch.
+    """The geometry of the tensors of one launch.
 
     Attributes:
-        strides: for each tensor: rows per outer index, outer, row and last stride; the middle two
-            in units of ``unit`` elements.
-        unit: a power of two up to 16 that divides all these strides.
-        flat: whether one stride says where every row is.
-        dense: whether all last strides are 1.
+        strides: For each tensor: rows per outer index, outer stride, row stride and last stride.
+            The outer and row strides are in units of ``unit`` elements.
+        unit: A power of two up to 16 that divides all outer and row strides.
+        flat: Whether a single row stride gives the position of every row.
+        dense: Whether all last strides are 1.
     """
 
     strides: tuple[int, ...]
@@ -35,13 +35,13 @@ class Geometry(NamedTuple):
 
 
 def geometry(*forms: Form | None) -> Geometry:
-    """The geometry of tensors (N, d) or (B, T, d); of None, as if it were not there."""
-    found: list[tuple[int, int, int, int]] = []
+    """Return the geometry of tensors (N, d) or (B, T, d). None stands for an absent tensor."""
+    places: list[tuple[int, int, int, int]] = []
     flat = dense = True
     bits = 0
     for x in forms:
         if x is None:
-            found.append((1, 0, 0, 1))
+            places.append((1, 0, 0, 1))
             continue
         shape, strides, _ = x
         inner, row, last = shape[-2], strides[-2], strides[-1]
@@ -57,11 +57,11 @@ def geometry(*forms: Form | None) -> Geometry:
         if last != 1 and shape[-1] > 1:
             dense = False
         bits |= row | outer
-        found.append((inner or 1, outer, row, last))
+        places.append((inner or 1, outer, row, last))
     unit = 16 if not bits & 15 else 8 if not bits & 7 else 4 if not bits & 3 else 1
     if not dense:
         unit = 1
     return Geometry(
-        tuple([n for i, o, r, last in found for n in (i, o // unit, r // unit, last)]),
+        tuple([n for i, o, r, last in places for n in (i, o // unit, r // unit, last)]),
         unit, flat, dense,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Rows compared as they are: statistics, and the gradient in forward or in backward.
+"""Kernels without a projection: statistics, and the gradient in forward or in backward.
 
-A program has one row of both tensors in registers, as N pieces of D elements, where they stay
-between their uses: global memory is read once, and a row of up to 2,048 16-bit elements is one
-warp's, without a barrier. Rows too wide for that are in `identity_wide`.
+A program keeps one row of both tensors in registers between uses, as N pieces of D elements. Global
+memory is thus read once. One warp holds a row of up to 2,048 16-bit elements, without a barrier.
+`identity_wide` handles rows that are too wide for registers.
 
-Layers: tensors come as tuples, one a layer, all of the same shape and strides; program_id(1) is the
-layer.
+Tensors are passed as tuples with one tensor per layer, all of the same shape and strides.
+program_id(1) is the layer.
 """
 
 import triton
@@ -26,7 +26,7 @@ from oprd_kernels.backends.triton.saved import HEAD, SCALE, aligned_rows, layer_
 
 @triton.jit
 def of_layer(tensors):
-    """The tensor of the layer that is program_id(1)."""
+    """Return the tensor of layer program_id(1)."""
     layer = tl.program_id(1)
     at = tensors[0]
     for n in tl.static_range(1, len(tensors)):
@@ -37,7 +37,7 @@ def of_layer(tensors):
 @triton.jit
 def load_row(row, last, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
              DENSE: tl.constexpr):  # fmt: skip
-    """N pieces of a row; 0 past its end, and everywhere unless ``live``."""
+    """Load N pieces of a row: 0 past its end, and 0 everywhere unless ``live``."""
     pieces = ()
     for n in tl.static_range(N):
         d_D = n * D + tl.arange(0, D)
@@ -52,7 +52,7 @@ def load_row(row, last, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.conste
 @triton.jit
 def store_piece(row, last, n, piece_D, live, WIDTH: tl.constexpr, D: tl.constexpr,
                 DENSE: tl.constexpr):  # fmt: skip
-    """Piece n of a row, rounded to what the row holds, if ``live``."""
+    """Store piece n of a row, rounded to the row's dtype, if ``live``."""
     d_D = n * D + tl.arange(0, D)
     at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
     value_D = piece_D.to(row.dtype.element_ty)
@@ -64,7 +64,7 @@ def store_piece(row, last, n, piece_D, live, WIDTH: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def row_squares(pieces, factor, D: tl.constexpr, N: tl.constexpr):
-    """The sum of (factor * x)^2."""
+    """Return the sum of (factor * x)^2."""
     sum_D = tl.zeros((D,), tl.float32)
     for n in tl.static_range(N):
         x_D = pieces[n].to(tl.float32) * factor
@@ -74,7 +74,7 @@ def row_squares(pieces, factor, D: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def add_piece(s_D, t_D, inv_s, inv_t, distance_D, radial_D, KIND: tl.constexpr):
-    """With a piece of a row added: the squared distance, and s^ . (s^ - t^)."""
+    """Add a piece of a row to the squared distance and to s^ . (s^ - t^)."""
     unit_D = s_D * inv_s
     e_D = unit_D - t_D * inv_t
     radial_D = tl.fma(unit_D, e_D, radial_D)
@@ -85,7 +85,7 @@ def add_piece(s_D, t_D, inv_s, inv_t, distance_D, radial_D, KIND: tl.constexpr):
 
 @triton.jit
 def row_stats(s, t, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr, KIND: tl.constexpr):
-    """Loss, 1 / |s| (0 for a row of norm 0), 1 / |t|, 1 - cos."""
+    """Return the loss, 1 / |s| (0 for a row of norm 0), 1 / |t| and 1 - cos."""
     s_squares, t_squares = row_squares(s, 1.0, D, N), row_squares(t, 1.0, D, N)
     s_factor = tl.where(s_squares == float("inf"), SHRINK, 1.0)
     t_factor = tl.where(t_squares == float("inf"), SHRINK, 1.0)
@@ -100,14 +100,14 @@ def row_stats(s, t, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr, KIND:
             s[n].to(tl.float32), t[n].to(tl.float32), inv_s, inv_t, distance_D, radial_D, KIND
         )
     loss = mean_over(tl.sum(distance_D, axis=0), WIDTH, KIND)
-    # A student row without a direction: cosine 0, gradient 0.
+    # A student row of norm 0 has no direction: its cosine and its gradient are 0.
     one_minus_cos = tl.where(zero, 1.0, tl.sum(radial_D, axis=0))
     return loss, tl.where(zero, 0.0, inv_s), inv_t, one_minus_cos
 
 
 @triton.jit
 def gradient_piece(s_D, t_D, inv_s, inv_t, one_minus_cos, factor, KIND: tl.constexpr):
-    """`pair.pair_gradient` of a piece of one row."""
+    """Return `pair.pair_gradient` of a piece of one row."""
     s_D, t_D = s_D.to(tl.float32), t_D.to(tl.float32)
     if KIND == MSE:
         return (s_D - t_D) * factor
@@ -119,8 +119,11 @@ def gradient_piece(s_D, t_D, inv_s, inv_t, one_minus_cos, factor, KIND: tl.const
 
 @triton.jit
 def put_row(loss, saved, i, m, weight, row_loss, inv_s, inv_t, one_minus_cos, EACH: tl.constexpr):
-    """Store a row's results; of a masked row, zeros. EACH: the losses, weighted, are the result.
-    The first program also readies the ticket for the reduction that follows."""
+    """Store the results of a row, or zeros for a masked row.
+
+    With EACH, the weighted row losses are the final result. The first program also resets the
+    ticket for the reduction that follows.
+    """
     live = weight != 0
     size = aligned_rows(m)
     row = saved + HEAD + i
@@ -137,8 +140,10 @@ def put_row(loss, saved, i, m, weight, row_loss, inv_s, inv_t, one_minus_cos, EA
 
 @triton.jit
 def reduction_factor(saved, denominator, weights, m, MEAN: tl.constexpr):
-    """What the reduction multiplies every row by. What follows from the sum of the weights has been
-    put into ``saved`` by a launch before this one."""
+    """Return the factor by which the reduction multiplies each row.
+
+    If the factor depends on the sum of the weights, an earlier launch has stored it in ``saved``.
+    """
     if not MEAN:
         return tl.full((), 1.0, tl.float32)
     elif denominator is not None:
@@ -157,8 +162,11 @@ def identity_forward(
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, WIDTH: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and losses of rows. With ``grad`` (of one layer; the teacher's own memory,
-    perhaps) also the gradient of the reduced loss."""
+    """Compute the statistics and losses of rows.
+
+    With ``grad``, also compute the gradient of the reduced loss. ``grad`` requires a single layer,
+    and may be the memory of the teacher.
+    """
     i = tl.program_id(0)
     saved = layer_saved(saved, saved_size)
     weight = tl.full((), 1.0, tl.float32)
@@ -192,8 +200,10 @@ def identity_backward(
     KIND: tl.constexpr, ACCUMULATE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Write, or ACCUMULATE, the gradient in the supervised rows of ``grads``; program_id(2) takes N
-    pieces of a row."""
+    """Write the gradient to the supervised rows of ``grads``, or add it with ACCUMULATE.
+
+    program_id(2) selects N pieces of a row.
+    """
     i = tl.program_id(0)
     saved = of_layer(saved)
     weight = tl.full((), 1.0, tl.float32)
@@ -232,7 +242,7 @@ def identity_backward(
 @triton.jit
 def load_part(row, last, begin, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
               DENSE: tl.constexpr):  # fmt: skip
-    """`load_row`, from column ``begin`` on where one program does not have the whole row."""
+    """Call `load_row`, or load N pieces from column ``begin`` if programs share the row."""
     if WIDTH <= N * D:
         return load_row(row, last, live, WIDTH, D, N, DENSE)
     else:
@@ -247,7 +257,7 @@ def load_part(row, last, begin, live, WIDTH: tl.constexpr, D: tl.constexpr, N: t
 @triton.jit
 def store_part(row, last, begin, n, piece_D, live, WIDTH: tl.constexpr, D: tl.constexpr,
                N: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
-    """`store_piece`, likewise."""
+    """Call `store_piece`, or store piece n after column ``begin`` if programs share the row."""
     if WIDTH <= N * D:
         store_piece(row, last, n, piece_D, live, WIDTH, D, DENSE)
     else:

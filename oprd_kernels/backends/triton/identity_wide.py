@@ -1,5 +1,7 @@
-"""`identity.identity_forward` for rows wider than registers hold: read again for every use, out of
-L2, D elements at a time."""
+"""`identity.identity_forward` for rows that are too wide for registers.
+
+A row is read again for every use, from L2, D elements at a time.
+"""
 
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from oprd_kernels.backends.triton.saved import layer_saved
 
 @triton.jit
 def load_columns(row, last, d_D, live, WIDTH: tl.constexpr, DENSE: tl.constexpr):
-    """Columns d of a row, as float32."""
+    """Load columns d of a row as float32."""
     at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
     return tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0).to(tl.float32)
 
@@ -32,7 +34,7 @@ def load_columns(row, last, d_D, live, WIDTH: tl.constexpr, DENSE: tl.constexpr)
 @triton.jit
 def wide_squares(row, last, factor, live, WIDTH: tl.constexpr, D: tl.constexpr,
                  DENSE: tl.constexpr):  # fmt: skip
-    """The sum of (factor * x)^2 over a row."""
+    """Return the sum of (factor * x)^2 over a row."""
     sum_D = tl.zeros((D,), tl.float32)
     for begin in range(0, WIDTH, D):
         x_D = load_columns(row, last, begin + tl.arange(0, D), live, WIDTH, DENSE) * factor
@@ -48,7 +50,7 @@ def identity_forward_wide(
     KIND: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, WIDTH: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """As `identity.identity_forward`, with the same parameters; N does not matter here."""
+    """Compute `identity.identity_forward` with the same parameters; N is not used."""
     i = tl.program_id(0)
     saved = layer_saved(saved, saved_size)
     weight = tl.full((), 1.0, tl.float32)

@@ -1,10 +1,10 @@
-"""Launches Triton kernels with little work on the host.
+"""Launches of Triton kernels with little work on the host.
 
-Triton's own launcher looks at every argument anew: what it is, how it is aligned, whether that
-means another compiled kernel. That takes tens of microseconds. Here a kernel's parameters are all
-pointers, then scalars that are not specialised, then constants; so the constants, the pointers'
-dtypes and their alignment name the compiled kernel, and it is called with plain addresses.
-`tests.kernels.test_triton_launch` compares what the driver gets either way.
+At each launch, Triton's own launcher inspects the type and the alignment of every argument to
+select a compiled kernel. That takes tens of microseconds. The kernels here take pointers, then
+scalars that are not specialised, then constants. The constants, the dtypes of the pointers and
+their alignment therefore identify the compiled kernel, which is called with plain addresses.
+`tests.kernels.test_triton_launch` checks that the driver receives the same from both launchers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 Pointer = Tensor | tuple[Tensor, ...] | None
 
 DIRECT_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
-"""Triton releases whose compiled kernels take what `Launch` gives them: 3.6 and 3.9 by test, those
-between by reading."""
+"""Triton releases whose compiled kernels accept the arguments of `Launch`. 3.6 and 3.9 were tested;
+the source of the releases between them was read."""
 PACKED_VERSIONS = ("3.9",)
-"""Of these, those whose native launcher is known to take what `_ready` gives it, so that the Python
-around it, which allocates scratch memory for kernels that need some, can be left out too."""
+"""The releases of DIRECT_VERSIONS whose native launcher accepts the arguments of `_ready`. There,
+Triton's Python wrapper, which allocates scratch memory for kernels that need it, is skipped too."""
 DIRECT = (
     triton.__version__.rpartition(".")[0] in DIRECT_VERSIONS
     and torch.version.hip is None
@@ -32,13 +32,13 @@ DIRECT = (
 
 
 _RUNTIME = triton.knobs.runtime
-# Of a torch built for GPUs.
+# These functions exist only in a torch built for GPUs.
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def launches_are_watched() -> bool:
-    """Whether a profiler has asked Triton to be told of launches."""
+    """Return whether a profiler has registered hooks for Triton launches."""
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
     return (enter is not None and bool(getattr(enter, "calls", True))) or (
         leave is not None and bool(getattr(leave, "calls", True))
@@ -46,14 +46,14 @@ def launches_are_watched() -> bool:
 
 
 class Kernel:
-    """A kernel to launch.
+    """A Triton kernel and its compiled variants.
 
     Args:
-        fn: the ``triton.jit`` function.
+        fn: The ``triton.jit`` function.
 
     Attributes:
-        ready: by constants, warps and stages, and then by what `Launch` finds of the pointers:
-            a compiled kernel.
+        ready: The compiled kernels. The first key is (constants, warps, stages). The second key
+            holds the device index and the dtypes of the pointers.
     """
 
     def __init__(self, fn: Any) -> None:
@@ -61,7 +61,7 @@ class Kernel:
         self.ready: dict[tuple, dict[tuple, _Ready]] = {}
 
     def misaligned(self, addresses: list[Any]) -> bool:
-        """Whether an address makes another kernel than one that is a multiple of 16 bytes."""
+        """Return whether an address needs another kernel because it is not a multiple of 16."""
         for param, address in zip(self.fn.params, addresses, strict=False):
             if address is not None and not param.do_not_specialize_on_alignment:
                 several = address if type(address) is tuple else (address,)
@@ -71,12 +71,12 @@ class Kernel:
 
 
 class _Ready(NamedTuple):
-    """A compiled kernel, as it is called: grid, stream, ``options``, arguments."""
+    """A compiled kernel. ``run`` takes the grid, the stream, ``options`` and the arguments."""
 
     run: Any
     options: tuple
     packed: bool  # whether the arguments are one tuple
-    kernel: Any  # held, as it unloads its code when nobody does
+    kernel: Any  # kept alive, because its code is unloaded when it is freed
 
 
 def _ready(kernel: Any) -> _Ready:
@@ -94,15 +94,15 @@ def _ready(kernel: Any) -> _Ready:
 
 
 class Launch:
-    """All of a launch but where its tensors are: to be kept for calls of the same shapes.
+    """A launch without the addresses of its tensors, reusable for calls of the same shapes.
 
     Args:
-        kernel: what to launch.
-        grid: programs.
-        scalars: parameters after the pointers, in order.
-        constants: parameters after the scalars, in order.
-        warps: of a program.
-        stages: of its loops.
+        kernel: The kernel to launch.
+        grid: The number of programs in each dimension.
+        scalars: The parameters after the pointers, in order.
+        constants: The parameters after the scalars, in order.
+        warps: The number of warps of a program.
+        stages: The number of pipeline stages of its loops.
     """
 
     __slots__ = (
@@ -117,7 +117,7 @@ class Launch:
         self._kernel, self._grid, self._scalars, self._constants = kernel, grid, scalars, constants
         self._options = warps, stages
         self._numbers = (*scalars, *constants)
-        self._fits = DIRECT and max(scalars) < 2**31  # larger ones make another kernel
+        self._fits = DIRECT and max(scalars) < 2**31  # larger scalars need another kernel
         self._ready = kernel.ready.setdefault((constants, warps, stages), {})
 
     def __call__(self, device: torch.device, pointers: tuple[Pointer, ...]) -> None:
@@ -146,7 +146,7 @@ class Launch:
                 bits |= address
                 addresses.append(address)
                 key.append(pointer.dtype)
-        if bits & 15 and self._kernel.misaligned(addresses):  # another kernel: Triton knows which
+        if bits & 15 and self._kernel.misaligned(addresses):  # Triton selects the other kernel
             self._by_triton(device, pointers)
             return
         pattern = tuple(key)

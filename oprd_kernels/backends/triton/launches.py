@@ -1,7 +1,7 @@
-"""What the launches of a call are: grids, scalars, constants and configurations of kernels.
+"""The launches of a call: grids, scalars, constants and configurations of its kernels.
 
-They follow from a call's options and the forms of its tensors (`geometry.Form`), and are remembered
-for the calls last seen.
+They depend on the options of the call and the forms of its tensors (`geometry.Form`). The launches
+of the most recent calls are cached.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ KIND_CODES = {"mse": 0, "nmse": 1, "cosine": 2}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = triton.knobs.runtime.interpret
 MAX_CHUNKS = 64
-"""Programs that the reduction of rows compared as they are takes."""
+"""The most programs of the reduction without a projection."""
 CHUNK = 1024
-"""Rows that they sum at a time."""
+"""Number of rows that such a program sums at a time."""
 KEPT = 512
-"""Calls of other shapes whose launches are remembered."""
+"""Number of different calls whose launches are cached."""
 
 Launches = TypeVar("Launches")
 
@@ -56,18 +56,17 @@ PROJECTOR_GRADIENT = Kernel(projector_gradient)
 
 
 def kept(build: Callable[..., Launches]) -> Callable[..., Launches]:
-    """Remembers what launches ``build`` made of its arguments; not in the interpreter, where tests
-    change block sizes."""
+    """Cache the results of ``build``, except in the interpreter, where tests change block sizes."""
     return build if INTERPRETED else functools.lru_cache(KEPT)(build)
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def half_float_products(dtype: torch.dtype, precision: str) -> int:
-    """Products of terms for states, or gradients, that are not bfloat16."""
+    """Return the number of products of terms for states or gradients that are not bfloat16."""
     return PRODUCTS[precision] if dtype is torch.float32 else 3
 
 
@@ -76,7 +75,7 @@ def _row_config(arch: str, width: int, *forms: Form | None) -> configs.RowConfig
 
 
 class IdentityLaunches(NamedTuple):
-    """Forward of rows compared as they are."""
+    """The launches of forward without a projection."""
 
     scale: Launch  # sums the weights
     forward: Launch
@@ -130,7 +129,7 @@ def identity_backward_launch(
     config = _row_config(arch, width, student, teacher, grad)
     parts = 1
     if config is None or (accumulate and config.warps == 1 and config.pieces > 4):
-        # Three tensors: half the pieces.
+        # Backward that accumulates reads three tensors, so a program holds half as many pieces.
         warps = 4 if config is None else 1
         itemsize = max(student[2].itemsize, teacher[2].itemsize, grad[2].itemsize)
         columns = configs.piece(arch, itemsize, warps)
@@ -149,12 +148,12 @@ def identity_backward_launch(
 
 
 class ProjectLaunches(NamedTuple):
-    """Forward after a projection."""
+    """The launches of forward with a projection."""
 
     work_size: int
     prepare: Launch
     projects: list[Launch]
-    compare: Launch | None  # None: what projects has compared too
+    compare: Launch | None  # None if the kernel in `projects` also compares
 
 
 @kept
@@ -279,9 +278,9 @@ def projected_backward_launch(
 
 
 class ProjectorGradientLaunches(NamedTuple):
-    """The gradient of the student's projector."""
+    """The launch for the gradient of the student's projector."""
 
-    shape: tuple[int, int, int]  # of the partial sums
+    shape: tuple[int, int, int]  # shape of the partial sums
     launch: Launch
 
 

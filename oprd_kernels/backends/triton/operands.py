@@ -1,20 +1,21 @@
-"""Projectors and dz in the form in which tensor cores multiply by them.
+"""Projectors and dz in the form of tensor-core operands.
 
-A tensor core multiplies 16-bit numbers, and cuts off what is below the last place of its float32
-accumulator. How many terms stand for a number, and where sums leave the accumulator, follows from
-what the data are worth:
+A tensor core multiplies 16-bit numbers and truncates below the last place of its float32
+accumulator. A number is therefore split into 16-bit terms. How many terms are used, and where sums
+leave the accumulator, depends on the precision of the data:
 
-- 16-bit states (bfloat16, float16): rounding them has cost 2^-9 or 2^-12 already. P comes as two
-  terms of the states' own type, scaled by a power of two a rank, `sigma`; the mean as P mu, which
-  is taken from z afterwards, so that a state is never more than one term.
-- float32 states, `torch.get_float32_matmul_precision()`: "highest": three bfloat16 terms hold a
-  float32 exactly; the six products that are not below float32's last place, summed outside the
-  tensor core slice by slice. "high": two terms, three products. "medium": one.
-- dz and P in backward: bfloat16 gradients: one float16 product, dz scaled row by row by powers of
-  two, P rank by rank; float16 gradients: as float32 states at "high"; float32
-  gradients: as float32 states.
+- 16-bit states (bfloat16, float16): rounding the states has already cost 2^-9 or 2^-12. P is split
+  into two terms of the states' dtype, and each rank is scaled by a power of two, `sigma`. The mean
+  is projected to P mu and subtracted from z afterwards, so that a state is always one term.
+- float32 states, by `torch.get_float32_matmul_precision()`: with "highest", three bfloat16 terms
+  hold a float32 exactly. The six products that are not below float32's last place are used, and
+  their sums are added outside the tensor core, slice by slice. "high" uses two terms and three
+  products. "medium" uses one product.
+- dz and P in backward: bfloat16 gradients use one float16 product, with dz scaled by a power of two
+  per row and P by one per rank. float16 gradients are computed like float32 states with "high".
+  float32 gradients are computed like float32 states.
 
-Shapes: K ranks, r padded; D columns at a time; R rows.
+Shapes: K ranks (r padded); D columns at a time; R rows.
 """
 
 from __future__ import annotations
@@ -30,22 +31,23 @@ from oprd_kernels.backends.triton.pair import launched
 from oprd_kernels.backends.triton.saved import HEAD, aligned, aligned_rows, ticket_of
 
 PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
-"""Products of bfloat16 terms that stand for one of float32 numbers."""
+"""Number of bfloat16 products that replace one float32 product, by precision."""
 RANK_BLOCK = 128
-"""Ranks that a program multiplies by at a time, above which it takes blocks of them."""
+"""The most ranks that a program multiplies by at a time. More ranks are split into blocks."""
 MIN_DOT = 16
-"""The least inner dimension of a product."""
+"""The smallest inner dimension of a product."""
 COLUMNS = 128
-"""Operands are padded with zeros to a multiple of so many columns: no load of one is masked."""
+"""Operands are padded with zeros to a multiple of this many columns, so their loads need no mask.
+"""
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least ``n``."""
+    """Return the smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def padded_rank(rank: int, least: int = MIN_DOT) -> int:
-    """A power of two, at ``least``, up to RANK_BLOCK; then whole blocks."""
+    """Pad a rank to a power of two and at least ``least``, or above RANK_BLOCK to whole blocks."""
     if rank <= RANK_BLOCK:
         return max(next_power_of_2(rank), least)
     return -(-rank // RANK_BLOCK) * RANK_BLOCK
@@ -53,19 +55,21 @@ def padded_rank(rank: int, least: int = MIN_DOT) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the parts of ``saved`` and of the workspace of a projection are, in floats.
+    """The positions, in floats, of the parts of ``saved`` and of the workspace with a projection.
 
-    ``saved``: HEAD, then sigma of P_S (K), then P_S's terms for backward (K x width each), then the
-    scales of dz's rows (M, only for bfloat16 gradients), then dz (M, dz_k) in float32, or in
-    float16 and, of the same shape, what that left over: dP needs it, dH does not.
-    Workspace: sigma of P_T, P_T mu (K each), the terms of P_S and P_T, then what depends on the
-    rows: the sums of programs, z.
+    ``saved`` holds, in order: HEAD floats; sigma of P_S (K); the terms of P_S for backward (K x
+    width each); the scales of the rows of dz (M, only for bfloat16 gradients); dz (M, dz_k). dz is
+    float32, or float16 followed by its rounding errors in the same shape, which dP needs and dH
+    does not.
+
+    The workspace holds, in order: sigma of P_T and P_T mu (K each); the terms of P_S and of P_T;
+    the parts whose size depends on the rows, which are the sums of programs and z.
 
     Attributes:
-        k: ranks of the operands.
-        dz_k: ranks of dz.
-        forward_k: ranks that forward multiplies by: 8 will do for 16-bit states, whose two terms
-            make 16 rows.
+        k: Number of ranks of the operands.
+        dz_k: Number of ranks of dz.
+        forward_k: Number of ranks that forward multiplies by. 8 is enough for 16-bit states,
+            because their two terms make 16 rows.
     """
 
     k: int
@@ -81,13 +85,13 @@ class Plan:
     rest: int
 
     def dz_size(self, m: int) -> int:
-        """Floats of the scales and dz of m rows."""
+        """Return the number of floats for the scales and dz of m rows."""
         if self.half_dz:
             return aligned(m) + 2 * aligned(m * self.dz_k // 2)
         return aligned(m * self.dz_k)
 
     def saved_size(self, m: int) -> int:
-        """Floats in ``saved`` for m rows."""
+        """Return the number of floats in ``saved`` for m rows."""
         return self.scales + self.dz_size(m)
 
 
@@ -95,7 +99,7 @@ class Plan:
 def plan(
     rank: int, student_width: int, teacher_width: int, student: torch.dtype, teacher: torch.dtype
 ) -> Plan:
-    """The plan of a call. ``teacher_width`` 0: the teacher is r wide already."""
+    """Return the plan of a call. ``teacher_width`` is 0 if the teacher is already projected."""
     k = padded_rank(rank)
     columns = [-(-width // COLUMNS) * COLUMNS for width in (student_width, teacher_width)]
     half_dz = student is torch.bfloat16
@@ -117,7 +121,10 @@ def plan(
 
 @triton.jit
 def power_of_2(peak):
-    """The power of two at or below ``peak``, clamped so that its inverse is one too; and that."""
+    """Return the power of two at or below ``peak``, and its inverse.
+
+    The power is clamped so that its inverse is a normal float32.
+    """
     bits = peak.to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
     return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
@@ -125,19 +132,19 @@ def power_of_2(peak):
 
 @triton.jit
 def rest_of_dz(m, DZ_K: tl.constexpr):
-    """How far behind dz in float16 is what that left over, in elements."""
+    """Return the offset from the float16 dz to its rounding errors, in elements."""
     return 2 * aligned_rows(m.to(tl.int64) * (DZ_K // 2))
 
 
 @triton.jit
 def magnitude(x):
-    """|x| by its bits: NaN is larger than all numbers."""
+    """Return |x| by clearing its sign bit. The bits of NaN are then larger than of any number."""
     return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def cut(x):
-    """(the upper 16 bits of float32 x as bfloat16, the exact rest): no rounding, no conversion."""
+    """Split float32 x into its upper 16 bits as bfloat16 and the exact rest, without rounding."""
     bits = x.to(tl.int32, bitcast=True)
     high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return high, x - (bits & -65536).to(tl.float32, bitcast=True)
@@ -145,15 +152,18 @@ def cut(x):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """(x rounded to ``dtype``, the rest)."""
+    """Return x rounded to ``dtype``, and the rest."""
     high = x.to(dtype)
     return high, x - high.to(tl.float32)
 
 
 @triton.jit
 def terms_of(x, PRODUCTS: tl.constexpr):
-    """float32 x in three bfloat16 terms; all of it for six products (then two are exact enough
-    for three, and one for one)."""
+    """Split float32 x into three bfloat16 terms.
+
+    The terms are exact for six products. Three products use only the first two, and one product
+    uses only the first.
+    """
     if PRODUCTS == 6:
         high, rest = cut(x)
         middle, rest = cut(rest)
@@ -167,8 +177,11 @@ def terms_of(x, PRODUCTS: tl.constexpr):
 
 @triton.jit
 def add_products(a_high, a_middle, a_low, b_high, b_middle, b_low, z, PRODUCTS: tl.constexpr):
-    """z + a b, small products first. The products of this call are summed by the tensor core, into
-    an accumulator of their own, which then is added to z in float32."""
+    """Return z + a b, with small products first.
+
+    The tensor core sums the products of this call in a separate accumulator, which is then added to
+    z in float32.
+    """
     part = tl.zeros(z.shape, tl.float32)
     if PRODUCTS == 6:
         part = tl.dot(a_low, b_high, part)
@@ -186,7 +199,8 @@ def prepare_side(
     proj, mean, sigma, p_mu, terms, back, k, rank, dtype: tl.constexpr, K: tl.constexpr,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Rank k of one projector: its terms, sigma, P mu; ``back``: its terms for backward."""
+    """Store the terms, sigma and P mu of rank k of one projector, and in ``back`` its terms for
+    backward."""
     peak_B = tl.zeros((B,), tl.float32)
     mu_B = tl.zeros((B,), tl.float64)
     row = proj + k.to(tl.int64) * WIDTH
@@ -225,7 +239,7 @@ def prepare_side(
 
 @triton.jit
 def store_terms(at_B, plane, p_B, inside_B):
-    """The three bfloat16 terms of p, a plane each."""
+    """Store the three bfloat16 terms of p, each in its own plane."""
     high_B, rest_B = rounded(p_B, tl.bfloat16)
     middle_B, rest_B = rounded(rest_B, tl.bfloat16)
     tl.store(at_B, high_B, mask=inside_B)
@@ -240,8 +254,10 @@ def prepare(
     S_WIDTH: tl.constexpr, S_COLUMNS: tl.constexpr, T_WIDTH: tl.constexpr, T_COLUMNS: tl.constexpr,
     OPERAND: tl.constexpr, S_TERMS: tl.constexpr, T_TERMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Rank program_id(0) of both projectors (program_id(1)), as the module says; zeros for ranks
-    from r on. Readies the ticket for the launch that follows."""
+    """Prepare rank program_id(0) of projector program_id(1) as the module docstring describes.
+
+    Ranks from r on are zeros. The first program also resets the ticket for the next launch.
+    """
     k = tl.program_id(0)
     if tl.program_id(1) == 0:
         if k == 0:

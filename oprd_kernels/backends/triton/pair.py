@@ -1,9 +1,12 @@
-"""What the kernels share: where rows are, and the loss of pairs of rows held in registers.
+"""Functions that all kernels share: the positions of rows, and the loss of pairs of rows in
+registers.
 
-The same formulas as csrc/cpu/pair.h. Shapes: R rows of a program, K columns; zeros pad both.
-Compiled with ``enable_fp_fusion=False``: contracted, ``a * x - b * y`` is not 0 for equal products,
-and the gradient of equal rows would not be 0. Where a fused multiply-add is safe, kernels ask for
-it (`tl.fma`).
+The formulas are those of csrc/cpu/pair.h. Shapes: R rows of a program and K columns, both padded
+with zeros.
+
+Kernels are compiled with ``enable_fp_fusion=False``. With contraction, ``a * x - b * y`` would not
+be 0 for equal products, and the gradient of equal rows would not be 0. Where a fused multiply-add
+is safe, kernels use `tl.fma`.
 """
 
 import triton
@@ -14,7 +17,8 @@ NMSE = tl.constexpr(1)
 COSINE = tl.constexpr(2)
 EPS = tl.constexpr(1e-12)
 SHRINK = tl.constexpr(2.0**-80)
-"""For rows whose squares overflow float32: exact, and what it loses is below their last place."""
+"""The scale of rows whose squares overflow float32. Scaling by it is exact, and elements that it
+flushes to zero are below the last place of the sum."""
 
 launched = triton.jit(
     do_not_specialize=[
@@ -37,18 +41,18 @@ launched = triton.jit(
         *("loss", "grad_loss", "rows", "teacher_rows", "weights", "denominator"),
     ],
 )
-"""Decorator of the kernels that are launched (see `launch`): no scalar makes another kernel, nor
-does the alignment of vectors that have one value a row."""
+"""The decorator of kernels that are launched (see `launch`). It keeps Triton from specialising them
+on scalars, and on the alignment of vectors with one value per row."""
 
 
 @triton.jit
 def row_starts(
     index, i_R, in_range_R, inner, outer, stride, UNIT: tl.constexpr, FLAT: tl.constexpr
 ):
-    """Where rows begin, in elements: 64 bits, as tensors may hold more than 2^31.
+    """Return the offsets of rows in elements, in 64 bits because tensors may exceed 2^31 elements.
 
-    Strides come in units of UNIT elements, so that the compiler knows how rows are aligned. FLAT:
-    one stride says where every row is, which spares two divisions a row.
+    Strides are in units of UNIT elements, so that the compiler knows the alignment of rows. With
+    FLAT, one stride gives the position of every row, which saves two divisions per row.
     """
     n_R = i_R.to(tl.int64)
     if index is not None:
@@ -61,7 +65,7 @@ def row_starts(
 
 @triton.jit
 def row_weights(weights, i_R, in_range_R):
-    """The rows' weights; 1 without ``weights``."""
+    """Return the weights of the rows, or 1 without ``weights``."""
     if weights is None:
         return tl.where(in_range_R, 1.0, 0.0)
     else:
@@ -70,13 +74,13 @@ def row_weights(weights, i_R, in_range_R):
 
 @triton.jit
 def inverse(divisor):
-    """1 / divisor; 0 if that is 0."""
+    """Return 1 / divisor, or 0 if ``divisor`` is 0."""
     return tl.where(divisor == 0, 0.0, tl.div_rn(1.0, tl.where(divisor == 0, 1.0, divisor)))
 
 
 @triton.jit
 def inverse_norm(squares, factor):
-    """1 / max(|x|, EPS), and whether |x| <= EPS, from the sum of (factor * x)^2."""
+    """Return 1 / max(|x|, EPS), and whether |x| <= EPS, from the sum of (factor * x)^2."""
     norm = tl.sqrt_rn(squares)
     zero = norm <= EPS  # false for NaN, which stays NaN
     return tl.div_rn(factor, tl.where(zero, EPS, norm)), zero
@@ -84,13 +88,14 @@ def inverse_norm(squares, factor):
 
 @triton.jit
 def mean_over(total, width, KIND: tl.constexpr):
-    """A row's loss from its sum of squared differences."""
+    """Return the loss of a row from its sum of squared differences."""
     return tl.div_rn(total, tl.zeros_like(total) + (2 if KIND == COSINE else width))
 
 
 @triton.jit
 def gradient_factor(inv_s, coefficient, width, KIND: tl.constexpr):
-    """What multiplies s - t (mse), or the tangential part of s^ - t^, to give the gradient."""
+    """Return the factor that turns s - t (mse), or the tangential part of s^ - t^ (other kinds),
+    into the gradient."""
     one = tl.zeros_like(inv_s) + 1.0
     if KIND == MSE:
         return coefficient * tl.div_rn(2.0 * one, width * one)
@@ -102,7 +107,7 @@ def gradient_factor(inv_s, coefficient, width, KIND: tl.constexpr):
 
 @triton.jit
 def inverse_norms(x_RK):
-    """(R,) 1 / max(|x|, EPS), and whether |x| <= EPS."""
+    """Return 1 / max(|x|, EPS) (R,), and whether |x| <= EPS."""
     squares_R = tl.sum(x_RK * x_RK, axis=1)
     overflow_R = squares_R == float("inf")
     factor_R = tl.where(overflow_R, SHRINK, 1.0)
@@ -114,10 +119,10 @@ def inverse_norms(x_RK):
 
 @triton.jit
 def pair_stats(s_RK, t_RK, width, KIND: tl.constexpr):
-    """(R,) loss, 1 / |s|, 1 / |t| and 1 - cos.
+    """Return the loss, 1 / |s|, 1 / |t| and 1 - cos, each (R,).
 
-    1 - cos is measured as s^ . (s^ - t^): without cancellation, and with the very s^ that the
-    gradient uses, whose radial part it removes to rounding.
+    1 - cos is computed as s^ . (s^ - t^), which avoids cancellation. It uses the same rounded s^ as
+    the gradient, so that it removes the radial part of the gradient up to rounding.
     """
     inv_s_R, zero_R = inverse_norms(s_RK)
     inv_t_R, _ = inverse_norms(t_RK)
@@ -127,13 +132,13 @@ def pair_stats(s_RK, t_RK, width, KIND: tl.constexpr):
     if KIND == MSE:
         e_RK = s_RK - t_RK
     loss_R = mean_over(tl.sum(e_RK * e_RK, axis=1), width, KIND)
-    # A student row without a direction: cosine 0, gradient 0.
+    # A student row of norm 0 has no direction: its cosine and its gradient are 0.
     return loss_R, tl.where(zero_R, 0.0, inv_s_R), inv_t_R, tl.where(zero_R, 1.0, one_minus_cos_R)
 
 
 @triton.jit
 def pair_gradient(s_RK, t_RK, inv_s_R, inv_t_R, one_minus_cos_R, factor_R, KIND: tl.constexpr):
-    """factor * (s - t) of the mse; factor * ((s^ - t^) - (1 - cos) s^) of the others."""
+    """Return factor * (s - t) for mse, or factor * ((s^ - t^) - (1 - cos) s^) for other kinds."""
     if KIND == MSE:
         return (s_RK - t_RK) * factor_R[:, None]
     else:

@@ -1,10 +1,10 @@
-"""Rows compared after a projection, forward: z = P h in one pass over the hidden states.
+"""Forward kernels with a projection: z = P h in one pass over the hidden states.
 
-Up to 128 ranks a program takes R rows of both models from the states to dz. For more ranks, whose
-accumulators do not fit, and for few rows, which would leave most of the chip idle, `project` puts z
-into the workspace, in parts of d, and `compare` takes it from there.
+Up to 128 ranks, a program computes dz of R rows from the states of both models. The accumulators of
+more ranks do not fit, and few rows would leave most of the GPU idle. In these cases `project`
+writes z to the workspace, in parts over the columns, and `compare` reads it from there.
 
-How products are formed is said in `operands`. Shapes: R rows of a program, D columns at a time, K
+`operands` describes how products are formed. Shapes: R rows of a program; D columns at a time; K
 ranks (r padded).
 """
 
@@ -31,12 +31,12 @@ from oprd_kernels.backends.triton.reduction import finish, leave_sums
 from oprd_kernels.backends.triton.saved import ALIGN, HEAD, aligned_rows
 
 BOTH = tl.constexpr(2)
-"""Both sides in one launch of `project`."""
+"""The value of SIDE in `project` for both sides in one launch."""
 
 
 @triton.jit
 def load_states(x_R, last, first, width, D: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr):
-    """(R, D) columns first, .. of rows that begin at x; 0 past their end."""
+    """Load D columns from ``first`` on of the rows that begin at x_R; 0 past their end."""
     d_D = first + tl.arange(0, D)
     at_RD = x_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
     if EVEN:
@@ -50,7 +50,7 @@ def project_half(
     x_R, last, terms, k0, begin, end, width, columns, R: tl.constexpr, D: tl.constexpr,
     K: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """(R, K) products of 16-bit states with P / sigma in two terms; ranks from k0 on."""
+    """Return products (R, K) of 16-bit states with the two terms of P / sigma, from rank k0 on."""
     if K <= 32:  # both terms as rows of one operand
         terms_N = terms + (2 * k0 + tl.arange(0, 2 * K)) * columns
         acc_RN = tl.zeros((R, 2 * K), tl.float32)
@@ -77,14 +77,14 @@ def project_float(
     D: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, DENSE: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """(R, K) products of float32 states, less ``mean`` if ``has_mean``, with P; ranks from k0
-    on."""
+    """Return products (R, K) of float32 states, minus ``mean`` if ``has_mean``, with P, from rank
+    k0 on."""
     terms_K = terms + (k0 + tl.arange(0, K)) * columns
     z_RK = tl.zeros((R, K), tl.float32)
     for first in range(begin, end, D):
         d_D = first + tl.arange(0, D)
         h_RD = load_states(x_R, last, first, width, D, EVEN, DENSE)
-        if mean is not None:  # before the product: after it, z would be a difference of large sums
+        if mean is not None:  # subtracted after the product, z would be a difference of large sums
             h_RD -= tl.load(mean + d_D, mask=(d_D < width) & has_mean, other=0.0)[None, :]
         at_KD = terms_K[:, None] + d_D[None, :]
         p_KD = tl.load(at_KD)
@@ -108,8 +108,10 @@ def projection(
     R: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
     DENSE: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """(R, BK) P (x - mean) over columns [begin, end), ranks from k0 on; of 16-bit states
-    (P / sigma) x, which `finished` brings to that."""
+    """Return P (x - mean) (R, BK) over columns [begin, end), from rank k0 on.
+
+    For 16-bit states, return (P / sigma) x, which `finished` completes.
+    """
     x_R = x + row_R
     dtype: tl.constexpr = x.dtype.element_ty
     if dtype == tl.float32:
@@ -127,7 +129,7 @@ def projection(
 
 @triton.jit
 def finished(z_RK, x, mean, sigma, p_mu, k_K, K: tl.constexpr):
-    """P (x - mean) from what `projection` gives, all columns summed."""
+    """Return P (x - mean) from the results of `projection`, summed over all columns."""
     if x.dtype.element_ty != tl.float32:
         z_RK *= tl.load(sigma + k_K, mask=k_K < K, other=0.0)[None, :]
         if mean is not None:
@@ -140,7 +142,7 @@ def put_comparison(
     z_s_RK, z_t_RK, loss, saved, partial, i_R, in_range_R, k_K, m, weight_R, program, RANK, DZ_K,
     SCALES, KIND: tl.constexpr, EACH: tl.constexpr, HALF_DZ: tl.constexpr,
 ):  # fmt: skip
-    """Compare projected rows: leave their sums, and store dz. Masked rows may hold anything."""
+    """Compare projected rows, and store their sums and dz. Masked rows may hold anything."""
     live_R = weight_R != 0
     z_s_RK = tl.where(live_R[:, None], z_s_RK, 0.0)
     z_t_RK = tl.where(live_R[:, None], z_t_RK, 0.0)
@@ -167,7 +169,7 @@ def put_comparison(
 
 @triton.jit
 def load_targets(teacher, row_R, last, k_K, live_R, RANK):
-    """(R, K) rows of a teacher that is r wide already."""
+    """Load rows (R, K) of a teacher that is already projected."""
     at_RK = teacher + row_R[:, None] + k_K.to(tl.int64)[None, :] * last
     return tl.load(at_RK, mask=live_R[:, None] & (k_K < RANK)[None, :], other=0.0).to(tl.float32)
 
@@ -184,13 +186,13 @@ def projected_forward(
     SCALES: tl.constexpr, S_TERMS: tl.constexpr, T_TERMS: tl.constexpr, REST: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
-    """Loss, statistics and dz of R rows in one pass over both."""
+    """Compute loss, statistics and dz of R rows in one pass over student and teacher."""
     i_R = tl.program_id(0) * R + tl.arange(0, R)
     in_range_R = i_R < m
     weight_R = row_weights(weights, i_R, in_range_R)
     live_R = weight_R != 0
     k_K = tl.arange(0, BK)
-    # Masked rows read the first row, so that nothing in the loop depends on the mask.
+    # Masked rows read the first row, so that the loop does not depend on the mask.
     s_R = live_R.to(tl.int64) * row_starts(
         rows, i_R, in_range_R, s_inner, s_outer, s_stride, UNIT, FLAT
     )
@@ -231,11 +233,15 @@ def project(
     S_WIDTH: tl.constexpr, S_COLUMNS: tl.constexpr, T_WIDTH: tl.constexpr, T_COLUMNS: tl.constexpr,
     S_TERMS: tl.constexpr, T_TERMS: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """z[side, part] (z_rows, BLOCKS * BK), whole blocks, of one side over a part of its columns,
-    which are s_part times D.
+    """Compute z[side, part] (z_rows, BLOCKS * BK) of one side over a part of its columns.
 
-    Programs: (blocks of ranks x blocks of rows, ranks first, so that their states are read once;
-    parts; sides: student, teacher). SIDE: of one side alone, 0 or 1, or of BOTH, of one dtype."""
+    A part has s_part * D columns of the student or t_part * D of the teacher. z is stored in whole
+    blocks.
+
+    Programs: (blocks of ranks x blocks of rows, parts, sides). Ranks vary first, so that the states
+    of a block of rows are read once. SIDE is 0 (student) or 1 (teacher), or BOTH, which requires
+    states of one dtype.
+    """
     first_row = tl.program_id(0) // BLOCKS * R
     k0 = tl.program_id(0) % BLOCKS * BK
     part = tl.program_id(1)
@@ -247,7 +253,7 @@ def project(
     if SIDE == BOTH:
         side = tl.program_id(2)
         x = tl.where(side == 0, student, teacher)
-        x_R = s_R + side * (t_R - s_R)  # by arithmetic, which shows how rows are aligned
+        x_R = s_R + side * (t_R - s_R)  # arithmetic keeps the alignment visible to the compiler
         last = tl.where(side == 0, s_last, t_last)
         length = tl.where(side == 0, s_part, t_part) * D
     elif SIDE == 0:
@@ -279,7 +285,7 @@ def project(
 
 @triton.jit
 def sum_parts(z, parts, i_R, live_R, k_K, z_rows, K):
-    """(R, K) z[0] + z[1] + .., in order."""
+    """Return z[0] + z[1] + .. (R, K), added in order."""
     z_RK = tl.zeros((i_R.shape[0], k_K.shape[0]), tl.float32)
     mask_RK = live_R[:, None] & (k_K < K)[None, :]
     for part in range(parts):
@@ -299,8 +305,10 @@ def compare(
     UNIT: tl.constexpr, FLAT: tl.constexpr, SCALES: tl.constexpr, REST: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
-    """Loss, statistics and dz from what `project` has left, K ranks of it. PADDED_K: of the
-    operands; BLOCK: K as a power of two."""
+    """Compute loss, statistics and dz from the z of `project`, which has K ranks.
+
+    PADDED_K is the number of ranks of the operands. BLOCK is K rounded up to a power of two.
+    """
     i_R = tl.program_id(0) * R + tl.arange(0, R)
     in_range_R = i_R < m
     weight_R = row_weights(weights, i_R, in_range_R)

@@ -1,7 +1,7 @@
-"""Rows compared after a projection, backward: dH = (g dz) P and dP = (g dz)' H.
+"""Backward kernels with a projection: dH = (g dz) P and dP = (g dz)' H.
 
-How products are formed is said in `operands`. Shapes: R rows of a program, D columns and BK ranks
-at a time, K ranks (r padded).
+`operands` describes how products are formed. Shapes: R rows of a program; D columns and BK ranks at
+a time; K ranks (r padded).
 """
 
 import triton
@@ -21,7 +21,7 @@ from oprd_kernels.backends.triton.saved import HEAD, SCALE, aligned_rows
 
 @triton.jit
 def coefficients(saved, grad_loss, grad_loss_row, weights, i_R, in_range_R):
-    """(R,) what the chain rule multiplies rows by; and which rows get a gradient."""
+    """Return the chain rule's factors (R,) of the rows, and which rows get a gradient."""
     weight_R = row_weights(weights, i_R, in_range_R)
     scale = tl.load(saved + SCALE)
     active_R = (weight_R != 0) & (scale != 0)
@@ -35,7 +35,10 @@ def put_gradient(
     g_R, last, d_D, acc_RD, in_range_R, active_R, WIDTH: tl.constexpr, D: tl.constexpr,
     DENSE: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write, or add, (R, D) of the gradient. Rows without one get 0, or stay as they are."""
+    """Write or add (R, D) elements of the gradient.
+
+    Rows that get no gradient are set to 0, or left unchanged with ACCUMULATE.
+    """
     at_RD = g_R[:, None] + (d_D if DENSE else d_D.to(tl.int64) * last)[None, :]
     mask_RD = (active_R if ACCUMULATE else in_range_R)[:, None]
     if WIDTH % D != 0:
@@ -55,8 +58,10 @@ def half_backward(
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr, SCALES: tl.constexpr,
     UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """bfloat16 gradients: dz of R rows stays, P streams by; columns from program_id(1) *
-    part * D on."""
+    """Compute bfloat16 gradients: dz of R rows stays on chip while the kernel iterates over P.
+
+    The program starts at column program_id(1) * part * D.
+    """
     i_R = tl.program_id(0) * R + tl.arange(0, R)
     in_range_R = i_R < m
     k_K = tl.arange(0, K)
@@ -65,7 +70,8 @@ def half_backward(
     mask_RK = in_range_R[:, None]
     if DZ_K < K:
         mask_RK = mask_RK & (k_K < DZ_K)[None, :]
-    # P comes as P / sigma: sigma goes to dz, whose rows are brought to float16's range again.
+    # The operand is P / sigma, so dz is multiplied by sigma. Its rows are then scaled back into the
+    # range of float16.
     dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0).to(tl.float32)
     dz_RK *= tl.load(saved + HEAD + k_K)[None, :]
     scale_R, inverse_R = power_of_2(tl.max(magnitude(dz_RK), axis=1))
@@ -92,7 +98,10 @@ def tiled_backward(
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OPERAND: tl.constexpr, SCALES: tl.constexpr,
     UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """Any dtype, any rank: a tile of the gradient, BK ranks at a time. ALL_K: K as a power of 2."""
+    """Compute a tile of the gradient for any dtype and rank, BK ranks at a time.
+
+    ALL_K is K rounded up to a power of 2.
+    """
     tiles: tl.constexpr = (WIDTH + D - 1) // D
     i_R = tl.program_id(0) // tiles * R + tl.arange(0, R)
     in_range_R = i_R < m
@@ -119,7 +128,7 @@ def tiled_backward(
         dz_RK = tl.load(dz + at_RK, mask=mask_RK, other=0.0)
         at_KD = operand + k_K[:, None] * COLUMNS + d_D[None, :]
         p_KD = tl.load(at_KD)
-        if HALF_DZ:  # P comes as P / sigma: sigma, a power of two as is the biggest, goes to dz
+        if HALF_DZ:  # the operand is P / sigma, so dz is multiplied by sigma, a power of two
             sigma_K = tl.load(saved + HEAD + k_K) / biggest
             half_RK = (dz_RK.to(tl.float32) * sigma_K[None, :]).to(tl.float16)
             acc_RD = tl.dot(half_RK, p_KD, acc_RD)
@@ -147,10 +156,12 @@ def projector_gradient(
     PRODUCTS: tl.constexpr, HALF_DZ: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     SCALES: tl.constexpr, UNIT: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """partial[part] (K, COLUMNS) = (g dz)' H over rows [part * chunk, (part + 1) * chunk).
+    """Compute partial[part] (K, COLUMNS) = (g dz)' H over rows [part * chunk, (part + 1) * chunk).
 
-    Programs: (blocks of columns, blocks of ranks, parts). dz in two bfloat16 terms or as float32
-    is; bfloat16 states are one term, others as many as products need."""
+    Programs: (blocks of columns, blocks of ranks, parts). With bfloat16 states, dz is split into
+    two bfloat16 terms and the states are one term. With other states, both are split into as many
+    terms as PRODUCTS requires.
+    """
     d_D = tl.program_id(0) * D + tl.arange(0, D)
     k_K = tl.program_id(1) * BK + tl.arange(0, BK)
     acc_KD = tl.zeros((BK, D), tl.float32)

@@ -1,7 +1,8 @@
-"""From rows to the loss and the batch statistics: sums in a fixed order, in one launch.
+"""The reduction of rows to the loss and the batch statistics, in a fixed order and one launch.
 
-Each program leaves the sums of its rows; the one that draws the last ticket adds them up, in the
-order of programs, whoever it is.
+Each program stores the sums of its rows and draws a ticket. The program with the last ticket adds
+the sums of all programs. It adds them in the order of the programs, so the result does not depend
+on which program is last.
 """
 
 import triton
@@ -32,7 +33,7 @@ def put_sums(partial, program, loss_R, cos_R, s_norm_R, t_norm_R, count_R, weigh
 
 @triton.jit
 def leave_sums(partial, program, weight_R, loss_R, inv_s_R, inv_t_R, one_minus_cos_R):
-    """Store the sums of R rows as those of ``program``. A row of weight 0 counts for nothing."""
+    """Store the sums of R rows as those of ``program``. Rows of weight 0 are left out."""
     valid_R = weight_R != 0
     zero_R = inv_s_R == 0
     s_norm_R = tl.where(zero_R, 0.0, tl.div_rn(1.0, tl.where(zero_R, 1.0, inv_s_R)))
@@ -55,8 +56,11 @@ def finish(
     HAS_WEIGHTS: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, N: tl.constexpr,
     SCALE_ONLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Call after `leave_sums`: the last program writes the loss, unless EACH row's is the result,
-    and the batch statistics; or the reduction's factor alone. Reads N programs' sums at a time."""
+    """Write the loss and the batch statistics if this is the last program to store its sums.
+
+    With EACH, the row losses are the result and no reduced loss is written. With SCALE_ONLY, only
+    the factor of the reduction is written. The sums of N programs are read at a time.
+    """
     last = programs == 1
     if programs > 1:
         tl.debug_barrier()
@@ -73,7 +77,7 @@ def finish(
             n_N = first + tl.arange(0, N)
             there_N = n_N < programs
             at_N = partial + n_N * SUMS
-            # Past L1, which may hold older values.
+            # Bypass L1, which may hold older values.
             loss_N += tl.load(at_N, mask=there_N, other=0.0, cache_modifier=".cg")
             cos_N += tl.load(at_N + 1, mask=there_N, other=0.0, cache_modifier=".cg")
             s_norm_N += tl.load(at_N + 2, mask=there_N, other=0.0, cache_modifier=".cg")
@@ -89,7 +93,8 @@ def finish(
             else:
                 scale = inverse(m.to(tl.float32))
         if not (EACH or SCALE_ONLY):
-            # A denominator of 0 stands for "nothing to learn from": 0, whatever the rows hold.
+            # A denominator of 0 means that there is nothing to learn from. The loss is then 0,
+            # whatever the rows hold.
             tl.store(loss, tl.where(scale == 0, 0.0, tl.sum(loss_N, axis=0) * scale))
         if not SCALE_ONLY:
             count = tl.sum(count_N, axis=0)
@@ -108,9 +113,12 @@ def reduce_rows(
     MEAN: tl.constexpr, EACH: tl.constexpr, B: tl.constexpr, N: tl.constexpr,
     SCALE_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """The reduction of rows compared as they are: program_id(0) sums ``chunk`` of them, B at a
-    time; program_id(1) is the layer. The sums of programs follow the arrays over rows. SCALE_ONLY:
-    the reduction's factor from the weights, before there is anything else to sum."""
+    """Reduce rows that were compared without a projection.
+
+    program_id(0) sums ``chunk`` rows, B at a time; program_id(1) is the layer. The sums of the
+    programs are stored after the arrays over rows. With SCALE_ONLY, only the factor of the
+    reduction is computed from the weights, before the rows have been compared.
+    """
     saved = layer_saved(saved, saved_size)
     size = aligned_rows(m)
     program, programs = tl.program_id(0), tl.num_programs(0)

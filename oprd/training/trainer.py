@@ -17,15 +17,12 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from oprd import distributed
 from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
 from oprd.checkpoint.resume import done_already
 from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
-from oprd.data.collate import collate
-from oprd.data.micro_batches import attention_share, plan
 from oprd.data.rollout import Rollout, for_teacher, rollout_metrics
 from oprd.data.sampler import PromptSampler
 from oprd.distill.objectives import StudentPass
@@ -40,18 +37,20 @@ from oprd.observability.run_log import RunLog
 from oprd.observability.signals import Interrupt
 from oprd.observability.summary import EvalResult, Summary, plain, write_summary
 from oprd.observability.timer import PhaseTimer
-from oprd.training.evaluation import evaluate
+from oprd.training import evaluator
+from oprd.training.batches import global_batch
+from oprd.training.evaluator import AFTER, BEFORE, DURING, Evaluator, Subject
+from oprd.training.inputs import RunInputs
 from oprd.training.loss_watchdog import Alarm, Watchdog, keep_batch, not_finite
 from oprd.training.metrics import (
     loss_metrics,
     memory_metrics,
-    plan_metrics,
     reduced_losses,
     rep_metrics,
     time_metrics,
 )
 from oprd.training.optimizer import fast_forward, make_optimizer
-from oprd.training.preflight import Preflight, output_dir, preflight
+from oprd.training.preflight import output_dir, preflight
 from oprd.training.setup import Builder
 
 
@@ -62,16 +61,16 @@ class TrainingStopped(RuntimeError):
 class Trainer:
     """The state of a run. `run` is the algorithm."""
 
-    def __init__(self, cfg: TrainConfig, checked: Preflight) -> None:
-        assert checked.tokenizer is not None
-        assert checked.train is not None
-        self.cfg, self.checked = cfg, checked
-        self.tokenizer, self.prompts = checked.tokenizer, checked.train.prompts
+    def __init__(self, cfg: TrainConfig, inputs: RunInputs) -> None:
+        assert inputs.tokenizer is not None
+        assert inputs.train is not None
+        self.cfg, self.inputs = cfg, inputs
+        self.tokenizer, self.prompts = inputs.tokenizer, inputs.train.prompts
         w = cfg.watchdog
         self.device = distributed.init(cfg.device, cfg.fsdp.mode == "always", w.timeout_s)
         # The default name holds the time, which ranks need not agree on.
         self.directory = distributed.from_rank_0(output_dir(cfg))
-        self.notes, found = list(checked.notes), distributed.from_rank_0(checked.resume)
+        self.notes, found = list(inputs.notes), distributed.from_rank_0(inputs.resume)
         self.resumed = resume.choose(found, self.notes.append)
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,9 @@ class Trainer:
         self.batches = PromptSampler(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
         self.step = self.evaluated = 0  # the last step made, and the last one evaluated if due
         self.delta_peak_gb: float | None = None
-        self.evaluations: dict[str, dict[str, EvalResult]] = {}
+        self.evaluator = Evaluator(
+            cfg.eval, inputs, self.log, self.timer, self._autocast, self._synced
+        )
         self.closing = contextlib.ExitStack()
         self.closing.callback(self.log.close)
         if self.resumed is not None:
@@ -104,7 +105,7 @@ class Trainer:
         self._load()
         self._between_steps()
         if self.resumed is None:
-            self._evaluate("student before")
+            self._evaluate(BEFORE)
         log.start(self.step)
         with self.interrupt.armed():
             try:
@@ -134,7 +135,7 @@ class Trainer:
             except KeyboardInterrupt:
                 if self.interrupt.aborted:
                     raise
-        if self._evaluate("student after"):
+        if self._evaluate(AFTER):
             self._checkpoint()
         self.checkpoints.finish()
         return self._finish(student)
@@ -144,7 +145,7 @@ class Trainer:
         cfg = self.cfg.rollout
         mine = indices[distributed.rank() :: distributed.world_size()]
         prompts = [self.prompts[i] for i in mine for _ in range(cfg.responses_per_prompt)]
-        with self._current(self.engine), self.timer("rollout"):
+        with self._synced(self.engine), self.timer("rollout"):
             rollouts = self.engine.sample(
                 [p.token_ids for p in prompts],
                 max_new_tokens=cfg.max_new_tokens,
@@ -153,36 +154,27 @@ class Trainer:
             )
         ends = eos_ids(self.student, self.tokenizer)
         return [
-            for_teacher(rollout, prompt, self.checked.aligners, ends)
+            for_teacher(rollout, prompt, self.inputs.aligners, ends)
             for rollout, prompt in zip(rollouts, prompts, strict=True)
         ]
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Teacher states, student gradients, one optimizer step; returns the step's metrics."""
         cfg, device = self.cfg, self.device
-        parts, plans = [], []
-        gathered, share = distributed.gather(rollouts), attention_share(self.objectives.decoder)
-        for name in self.objectives.teachers:
-            own = [r for r in gathered if name in ("", r.source)]
-            plans.append(
-                plan(own, distributed.world_size(), cfg.micro_batch_tokens, cfg.packing, share)
-            )
-            theirs = self.checked.teacher_tokenizers.get(name)
-            pad = None if theirs is None else theirs.pad_token_id
-            for part in plans[-1][distributed.rank()]:
-                batch = collate(part, self.tokenizer.pad_token_id, device, pad, cfg.packing)
-                parts.append((name, batch, self.objectives.supervise(batch)))
-        # Normalised by the whole global batch, so that no split of it changes the loss.
-        totals = self.objectives.totals([chosen for _, _, chosen in parts], device)
-
+        work = global_batch(
+            rollouts, self.objectives, cfg, self.tokenizer.pad_token_id,
+            self.inputs.teacher_tokenizers, device,
+        )  # fmt: skip
         self.student.train()
         outputs, peaks = [], []
-        for name, batch, chosen in parts:
+        for part in work.micro_batches:
             with self.timer("teacher"), self._autocast():
-                teacher = self.objectives.teacher_pass(batch, chosen, name)
+                teacher = self.objectives.teacher_pass(part.batch, part.chosen, part.teacher)
             with self.timer("student update"), PeakMemory(device) as peak:
                 with self._autocast():
-                    out = self.objectives.student_pass(batch, chosen, teacher, totals)
+                    out = self.objectives.student_pass(
+                        part.batch, part.chosen, teacher, work.totals
+                    )
                 out.loss.backward()
             teacher.release()
             outputs.append(out)
@@ -199,12 +191,12 @@ class Trainer:
             self.optimizer.zero_grad()
         self.student.eval()
         metrics = self._metrics(rollouts, outputs, losses, layer_losses, norm, [*peaks, peak])
-        return metrics | plan_metrics(plans, cfg.packing, share)
+        return metrics | work.metrics
 
     # Its parts ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _current(self, engine: Engine) -> Iterator[None]:
+    def _synced(self, engine: Engine) -> Iterator[None]:
         """While open, the engine samples with the student's present weights."""
         try:
             if isinstance(engine, VllmEngine):
@@ -244,12 +236,13 @@ class Trainer:
         self.student = builder.student
         check_space(cfg, self.directory, self.student)
         for name in cfg.all_teachers if cfg.eval.teacher else ():
-            if (who := f"teacher {name}".strip()) in self.evaluations:
+            subject = evaluator.teacher(name)
+            if self.evaluator.is_done(subject):
                 continue
             with self.timer("loading"):
-                teacher = builder.whole_teacher(name)
-            self._evaluate(who, teacher)
-            del teacher
+                model = builder.whole_teacher(name)
+            self.evaluator(subject, self.step, model)
+            del model
         with self.timer("loading"):
             self.objectives = builder.objectives()
             if cfg.packing:
@@ -289,9 +282,9 @@ class Trainer:
             self.notes.append(f"evaluated with other settings, left out: {', '.join(found)}")
             found = {}
         for who, results in found.items():
-            over = who == "student after" and self.step < self.cfg.steps  # it is another student's
+            over = who == AFTER.label and self.step < self.cfg.steps  # it is another student's
             if not over:
-                self.evaluations[who] = {n: EvalResult(**r) for n, r in results.items()}
+                self.evaluator.results[who] = {n: EvalResult(**r) for n, r in results.items()}
 
     def _between_steps(self) -> None:
         """Note what a checkpoint of this step needs and an interrupted rollout would change."""
@@ -307,7 +300,7 @@ class Trainer:
         """Begin to write one of everything, as it was after the last step."""
         progress = {
             "sampler": self.sampler_state,
-            "evaluations": plain(self.evaluations),
+            "evaluations": plain(self.evaluator.results),
             "seconds": dict(self.timer.total),
             "delta_peak_gb": self.delta_peak_gb,
             "watchdog": self.watchdog.state_dict(),
@@ -375,7 +368,7 @@ class Trainer:
         """Of a step, reduced over ranks."""
         metrics: dict[str, Any] = loss_metrics(losses)
         metrics |= {"actor/grad_norm": norm, "actor/lr": self.scheduler.get_last_lr()[0]}
-        metrics |= rollout_metrics(rollouts, self.device, bool(self.checked.aligners))
+        metrics |= rollout_metrics(rollouts, self.device, bool(self.inputs.aligners))
         metrics |= time_metrics(self.timer.take_step(), metrics["rollout/tokens"])
         memory = memory_metrics(peaks, self.device)
         delta = memory.get("mem/actor_update_delta_peak_GB")
@@ -390,50 +383,18 @@ class Trainer:
 
     def _after_step(self) -> None:
         """The evaluation and the checkpoint that are due."""
-        due = [
-            name
-            for name, source in self.cfg.eval.sets.items()
-            if source.every and self.step % source.every == 0 and self.step < self.cfg.steps
-        ]
-        best = self._evaluate("student", names=due)
+        sets = self.evaluator.due(self.step, self.cfg.steps)
+        best = self._evaluate(DURING, sets)
         self.evaluated = self.step
         with self.interrupt.deferred():
             if best or self.checkpoints.due(self.step):
                 self._checkpoint()
             self.checkpoints.poll()
 
-    def _evaluate(
-        self, who: str, model: PreTrainedModel | None = None, names: list[str] | None = None
-    ) -> bool:
-        """On the sets ``names`` (None: all), a teacher, or the student, if no model is given.
-
-        Returns whether the student has never been better (``checkpoint.keep_best``).
-        """
-        sets = self.checked.eval_sets
-        names = list(sets) if names is None else names
-        if not names or who in self.evaluations:
-            return False
-        tokenizer, teacher = self.tokenizer, None
-        if not who.startswith("student"):
-            teacher = who.removeprefix("teacher").strip()  # "teacher" or "teacher <source>"
-            tokenizer = self.checked.teacher_tokenizers.get(teacher, tokenizer)
-        engine = self.engine if model is None else None
-        if engine is None or isinstance(engine, GenerateEngine):
-            size = self.cfg.eval.batch_size
-            engine = GenerateEngine(model or self.student, tokenizer, size, self._autocast)
-        with self._current(engine), self.timer("evaluation"):
-            results = {
-                name: evaluate(engine, tokenizer, self.checked.asked(teacher, name), self.cfg.eval)
-                for name in names
-            }
-        self.timer.take_step()
-        self.log.evaluation(self.step, who, results)
-        if who != "student":
-            self.evaluations[who] = results
-        if who not in ("student", "student after"):
-            return False
-        metrics = {k: v for name, r in results.items() for k, v in r.metrics(name).items()}
-        return self.checkpoints.observe(self.step, metrics)
+    def _evaluate(self, subject: Subject, sets: list[str] | None = None) -> bool:
+        """Evaluate the student; return whether it has never been better (``keep_best``)."""
+        metrics = self.evaluator(subject, self.step, self.student, self.engine, sets)
+        return subject.may_be_best and self.checkpoints.observe(self.step, metrics)
 
     def _save(self, directory: Path) -> Path:
         with self.timer("saving"):
@@ -454,7 +415,7 @@ class Trainer:
             student,
             self.step,
             self.stopped_by is not None,
-            self.evaluations,
+            self.evaluator.results,
             dict(self.timer.total),
             self.delta_peak_gb,
             self.stopped_by,
@@ -473,12 +434,12 @@ def train(cfg: TrainConfig) -> Summary:
         ConfigError: before anything is loaded, if the run could not finish.
         TrainingStopped: if it can't go on; what it had is saved.
     """
-    checked = preflight(cfg)
+    inputs = preflight(cfg)
     if cfg.resume == "auto" and (done := done_already(cfg, output_dir(cfg))) is not None:
         return done
     of_caller = distributed.joined()
     try:
-        trainer = Trainer(cfg, checked)
+        trainer = Trainer(cfg, inputs)
         if distributed.rank() == 0:
             resume.write_config(trainer.directory, cfg)
         with trainer.closing, hang_watchdog.watching(cfg.watchdog.timeout_s, trainer.directory):

@@ -70,7 +70,7 @@ def test_a_bridge_in_mixed_precision_and_beside_other_objectives(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bridge__rank": 9}, r"rank 9 is asked of a bridge of rank 8"),
+        ({"bridge__rank": 9}, r"rank 9 is not available in a bridge of rank 8"),
         ({"bridge__rank": 0}, "bridge.rank must be at least 1"),
         ({"bridge__path": None, "bridge__rank": 2}, r"bridge\.rank is given without bridge\.path"),
         ({"bridge__path": None}, "128 wide and the teacher 48: without a bridge.*oprd-bridge fit"),

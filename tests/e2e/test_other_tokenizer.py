@@ -22,7 +22,7 @@ from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.tokenizers.alignment import Aligner
-from oprd.training import preflight as checks
+from oprd.training.preflight import preflight
 from oprd.training.setup import Builder
 from oprd.training.trainer import train
 from tests.oprd.training.test_trainer import lines, small_run
@@ -119,7 +119,7 @@ def test_other_pairs_than_the_bridges_are_noted(tmp_path, teacher, capsys):
     assert "text, pairs all" in capsys.readouterr().out
 
     def notes(cfg):
-        return [note for note in checks.preflight(cfg).notes if "on pairs" in note]
+        return [note for note in preflight(cfg).notes if "on pairs" in note]
 
     run = run_config(tmp_path / "run", teacher, path)
     (note,) = notes(run)
@@ -148,9 +148,9 @@ def test_student_ids_is_what_public_code_does(tmp_path, teacher):
     assert (info.teacher_input, info.teacher_pairs) == ("student_ids", None)
     run = run_config(tmp_path / "run", teacher, path)
     with pytest.raises(ConfigError, match="read 'student_ids', and this run's reads 'text'"):
-        checks.preflight(run)
+        preflight(run)
     run.teacher.reads = "student_ids"
-    found = checks.preflight(run)
+    found = preflight(run)
     assert not found.aligners
     assert any("mean something else to it" in note for note in found.notes)
     steps = lines(train(run).directory)
@@ -175,7 +175,7 @@ def test_a_bridge_for_each_teacher(tmp_path):
 
     def refused(message):
         with pytest.raises(ConfigError, match=message):
-            checks.preflight(replace(cfg, output_dir=str(tmp_path / "not")))
+            preflight(replace(cfg, output_dir=str(tmp_path / "not")))
 
     cfg.bridges["same"].rank = None
     refused(r"bridges have different ranks \(same: 4, other: 3\).* set bridges.same.rank .* to 3")
@@ -201,7 +201,7 @@ def test_mistakes_are_explained(tmp_path, teacher):
     fit(fit_config(path, teacher))
     cfg = run_config(tmp_path / "run", teacher, path, objectives={"oprd": 1.0, "opd_full": 1.0})
     with pytest.raises(ConfigError, match="opd_full compare distributions over one"):
-        checks.preflight(cfg)
+        preflight(cfg)
     small = tmp_path / "small"
     torch.manual_seed(0)
     shrunk = make_olmo(PAIRS, width=64, layers=2)

@@ -23,7 +23,7 @@ from oprd.config import TrainConfig
 from oprd.errors import ConfigError
 from oprd.observability.run_log import RunLog
 from oprd.observability.summary import EvalResult
-from oprd.training import trainer
+from oprd.training import evaluator
 from oprd.training.trainer import TrainingStopped, train
 from tests.support.runs import (
     ROOT,
@@ -284,7 +284,7 @@ def test_the_best_is_kept_and_exported(tmp_path, monkeypatch):
     def scripted(*_):
         return EvalResult(next(values), 0, None, 1, 0, 1)
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(evaluator, "evaluate", scripted)
     changes = {"steps": 8, "checkpoint__keep_best": "val/val/avg@1", "checkpoint__keep_last": 1}
     directory = tmp_path / "run"
     train(run_for(directory, checkpoint__every=7, **changes))
@@ -299,7 +299,9 @@ def test_the_best_is_kept_and_exported(tmp_path, monkeypatch):
 
 def test_the_last_evaluation_can_be_the_best(tmp_path, monkeypatch):
     values = iter([0.1, 0.5, 0.4, 0.7])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1))
+    monkeypatch.setattr(
+        evaluator, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1)
+    )
     directory = tmp_path / "run"
     train(run_for(directory, checkpoint__every=0, checkpoint__keep_best="val/val/avg@1"))
     assert files.read_best(directory / "checkpoints")["step"] == STEPS
@@ -307,7 +309,9 @@ def test_the_last_evaluation_can_be_the_best(tmp_path, monkeypatch):
 
 def test_a_run_that_goes_on_beyond_its_end_is_evaluated_again(tmp_path, monkeypatch):
     values = iter([0.1, 0.5, 0.7])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1))
+    monkeypatch.setattr(
+        evaluator, "evaluate", lambda *_: EvalResult(next(values), 0, None, 1, 0, 1)
+    )
     options = {"checkpoint__every": 0, "checkpoint__keep_best": "val/val/avg@1"}
     train(run_for(tmp_path / "run", steps=2, **options))
     summary = train(run_for(tmp_path / "run", steps=4, resume="auto", **options))

@@ -21,7 +21,8 @@ from oprd.data.rollout import Rollout, for_teacher
 from oprd.models.loading import load_model
 from oprd.models.weights import full_weights
 from oprd.tokenizers.alignment import Reading
-from oprd.training.preflight import Preflight, preflight
+from oprd.training.inputs import RunInputs
+from oprd.training.preflight import preflight
 from oprd.training.trainer import Trainer
 from tests.oprd.distill.test_attach_with_bridge import make_bridge
 from tests.oprd.training.test_trainer import small_run
@@ -73,7 +74,7 @@ CASES: dict[str, dict] = {
 """By name, what a case changes of `tests.oprd.training.test_trainer.small_run`."""
 
 
-def rollouts(case: str, step: int, checked: Preflight) -> list[Rollout]:
+def rollouts(case: str, step: int, checked: RunInputs) -> list[Rollout]:
     """Of any lengths; in the last step there is one, so that other ranks have nothing (and neither
     has one of two teachers)."""
     rng = random.Random(step)
@@ -111,7 +112,7 @@ def run_case(case: str, directory: Path) -> None:
     trainer.scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, 1.0)
     metrics = []
     for step in range(3):
-        mine = rollouts(case, step, trainer.checked)[distributed.rank() :: world]
+        mine = rollouts(case, step, trainer.inputs)[distributed.rank() :: world]
         metrics.append(trainer._update(mine))
         trainer.step += 1
     weights = {name: tensor.clone() for name, tensor in full_weights(trainer.student)}

@@ -1,0 +1,125 @@
+"""Evaluations during a run: of the teachers, and of the student before, during and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oprd.config import EvalConfig
+from oprd.engines.base import Engine
+from oprd.engines.generate import Autocast, GenerateEngine
+from oprd.observability.run_log import RunLog
+from oprd.observability.summary import EvalResult
+from oprd.observability.timer import PhaseTimer
+from oprd.training.evaluation import evaluate
+from oprd.training.inputs import RunInputs
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that an evaluation is of.
+
+    Attributes:
+        label: its name in logs, checkpoints and the summary.
+        teacher: its name among the run's teachers; None: it is the student.
+        is_kept: whether its results belong to the summary.
+        may_be_best: whether its results may make a checkpoint the best one.
+    """
+
+    label: str
+    teacher: str | None = None
+    is_kept: bool = True
+    may_be_best: bool = False
+
+
+BEFORE = Subject("student before")
+DURING = Subject("student", is_kept=False, may_be_best=True)
+AFTER = Subject("student after", may_be_best=True)
+
+
+def teacher(name: str) -> Subject:
+    """Return the teacher for the prompts of source ``name``, or "" for the only teacher."""
+    return Subject(f"teacher {name}".strip(), teacher=name)
+
+
+class Evaluator:
+    """Evaluates models on a run's sets, logs the results and keeps them for the summary.
+
+    Attributes:
+        results: by label of the subject, then by set.
+    """
+
+    def __init__(
+        self,
+        cfg: EvalConfig,
+        inputs: RunInputs,
+        log: RunLog,
+        timer: PhaseTimer,
+        autocast: Autocast,
+        synced: Callable[[Engine], AbstractContextManager],
+    ) -> None:
+        """
+        Args:
+            inputs: the sets, and each model's tokenizer.
+            synced: a context in which an engine has the present weights.
+        """
+        self.cfg, self.inputs, self.log, self.timer = cfg, inputs, log, timer
+        self.autocast, self.synced = autocast, synced
+        self.results: dict[str, dict[str, EvalResult]] = {}
+
+    def is_done(self, subject: Subject) -> bool:
+        """Return whether results of the subject are there, from before the run was resumed, say."""
+        return subject.label in self.results
+
+    def due(self, step: int, steps: int) -> list[str]:
+        """Return the sets to evaluate the student on after a step that is not the last."""
+        sets = self.inputs.eval_sets
+        return [n for n in sets if (k := self.cfg.sets[n].every) and step % k == 0 and step < steps]
+
+    def __call__(
+        self,
+        subject: Subject,
+        step: int,
+        model: PreTrainedModel,
+        engine: Engine | None = None,
+        sets: Sequence[str] | None = None,
+    ) -> dict[str, float]:
+        """Evaluate, unless that is done already.
+
+        Args:
+            step: optimizer steps made.
+            model: the subject.
+            engine: one that samples from it; None, or a `GenerateEngine`: `generate` in batches of
+                ``eval.batch_size``.
+            sets: None: all.
+
+        Returns:
+            The metrics; empty if there was nothing to do.
+        """
+        names = list(self.inputs.eval_sets) if sets is None else sets
+        if not names or self.is_done(subject):
+            return {}
+        tokenizer = self._tokenizer(subject)
+        if engine is None or isinstance(engine, GenerateEngine):
+            engine = GenerateEngine(model, tokenizer, self.cfg.batch_size, self.autocast)
+        with self.synced(engine), self.timer("evaluation"):
+            results = {
+                name: evaluate(
+                    engine, tokenizer, self.inputs.prompts_for(subject.teacher, name), self.cfg
+                )
+                for name in names
+            }
+        self.timer.take_step()
+        self.log.evaluation(step, subject.label, results)
+        if subject.is_kept:
+            self.results[subject.label] = results
+        return {k: v for name, r in results.items() for k, v in r.metrics(name).items()}
+
+    def _tokenizer(self, subject: Subject) -> PreTrainedTokenizerBase:
+        assert self.inputs.tokenizer is not None
+        if subject.teacher is None:
+            return self.inputs.tokenizer
+        return self.inputs.teacher_tokenizers.get(subject.teacher, self.inputs.tokenizer)

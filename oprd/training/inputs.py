@@ -1,0 +1,109 @@
+"""What a run reads before it begins: tokenizers and prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from oprd.checkpoint.resume import Candidates
+from oprd.config import TrainConfig
+from oprd.data.prompts import Prompt, PromptSet, load_prompts, load_training_prompts
+from oprd.errors import Attempt, ConfigError
+from oprd.tokenizers.alignment import Aligner
+
+
+@dataclass
+class RunInputs:
+    """What the checks loaded on their way, and what they could not check.
+
+    Attributes:
+        tokenizer: the student's.
+        train, eval_sets: tokenised prompts.
+        aligners, teacher_tokenizers, teacher_sets: by teacher, of those with other tokenizers: who
+            pairs tokens, and the evaluation sets in their tokens.
+        layer_pairs: by teacher, (student block, teacher block).
+        resume: the checkpoints that the run can go on from.
+        notes: what the user should know.
+        unchecked: what lies on a hub that is out of reach, or yet to be made; filled by dry runs
+            alone.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train: PromptSet | None = None
+    eval_sets: dict[str, PromptSet] = field(default_factory=dict)
+    aligners: dict[str, Aligner] = field(default_factory=dict)
+    teacher_tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+    teacher_sets: dict[str, dict[str, PromptSet]] = field(default_factory=dict)
+    layer_pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    bridge_ranks: dict[str, int] = field(default_factory=dict)
+    resume: Candidates = field(default_factory=Candidates)
+    notes: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def prompts_for(self, teacher: str | None, name: str) -> list[Prompt]:
+        """The prompts of an evaluation set, for the student (None) or as a teacher is told them."""
+        if teacher is None:
+            return self.eval_sets[name].prompts
+        prompts = self.teacher_sets.get(teacher, self.eval_sets)[name].prompts
+        return [replace(p, token_ids=p.teacher_ids or p.token_ids) for p in prompts]
+
+
+def load_inputs(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt) -> None:
+    """Load the prompts, for training and evaluation, in each model's tokens.
+
+    Args:
+        inputs: has the tokenizers, and gets the prompts.
+
+    Raises:
+        ConfigError: if there is anything wrong with them.
+    """
+    tokenizer = inputs.tokenizer
+    if tokenizer is None:
+        inputs.unchecked.append("the prompts: they need the student's tokenizer")
+        return
+    tokenizers = inputs.teacher_tokenizers
+    inputs.train = attempt(lambda: load_training_prompts(cfg.data, tokenizer, tokenizers))
+    if inputs.train:
+        _check_sources(cfg, inputs.train)
+    for name, source in cfg.eval.sets.items():
+        load = partial(load_prompts, source, cfg.data, tokenizer, for_evaluation=True)
+        prompts = attempt(load)
+        if prompts:
+            inputs.eval_sets[name] = prompts
+        for who, other in tokenizers.items() if cfg.eval.teacher else ():
+            theirs = attempt(partial(load_prompts, source, cfg.data, other, for_evaluation=True))
+            if theirs:
+                inputs.teacher_sets.setdefault(who, {})[name] = theirs
+    train = {"data.sources" if cfg.data.sources else "data.train": inputs.train}
+    for name, prompts in {**train, **inputs.eval_sets}.items():
+        if prompts and prompts.dropped:
+            inputs.notes.append(
+                f"{name}: {prompts.dropped} of {prompts.dropped + len(prompts)} prompts dropped, "
+                f"longer than {cfg.data.max_prompt_tokens} tokens"
+            )
+        if prompts and prompts.repeated:
+            inputs.notes.append(f"{name}: {prompts.repeated} repetitions of prompts left out")
+
+
+def _check_sources(cfg: TrainConfig, train: PromptSet) -> None:
+    """Every source has a teacher, every teacher a source, and something to say."""
+    sources = {p.source for p in train.prompts}
+    if cfg.teachers and (missing := sorted(sources - set(cfg.teachers))):
+        raise ConfigError(
+            f"no teacher for the prompts of {', '.join(missing)}: teachers has "
+            f"{', '.join(cfg.teachers)}"
+        )
+    if cfg.teachers and (idle := sorted(set(cfg.teachers) - sources)):
+        raise ConfigError(
+            f"no prompts for the teacher of {', '.join(idle)}: their sources are "
+            f"{', '.join(sorted(sources))} (data.sources, or source_field)"
+        )
+    selves = {name for name, teacher in cfg.all_teachers.items() if teacher.is_self}
+    blind = {p.source for p in train.prompts if p.teacher_ids is None}
+    if selves and (same := sorted(blind if "" in selves else blind & selves)):
+        raise ConfigError(
+            f"the teacher is the student itself and reads the same prompts ({', '.join(same)}): it "
+            "has nothing to teach. Tell it more by teacher_prompt of these prompts"
+        )

@@ -1,0 +1,215 @@
+"""Whether the models of a run go together: configurations, bridges, tokenizers. No weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from oprd.bridge.bank import BridgeInfo, read_info
+from oprd.config import TrainConfig
+from oprd.distributed.device import check_device
+from oprd.engines.vllm.preflight import check_vllm
+from oprd.errors import Attempt, ConfigError
+from oprd.models.compatibility import (
+    check_length,
+    check_pair,
+    check_student_ids,
+    check_vocabularies,
+    same_vocabulary,
+)
+from oprd.models.info import model_info
+from oprd.models.loading import load_config, load_tokenizer, teacher_path
+from oprd.models.lora import check_targets
+from oprd.tokenizers.alignment import Aligner
+from oprd.training.inputs import RunInputs
+
+
+def check_models(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt, dry_run: bool) -> None:
+    """Check the student beside each teacher; add tokenizers, layer pairs and notes to ``inputs``.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    bridges = _read_bridges(cfg, inputs, dry_run)
+    student = attempt(lambda: load_config(cfg.student.path))
+    if student and cfg.student.lora.rank is not None:
+        check_targets(student, cfg.student.lora)
+    _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
+    if cfg.rollout.engine == "vllm":
+        device = check_device(cfg.device)
+        inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []
+    inputs.tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
+    for name in cfg.all_teachers:
+        _check_teacher(cfg, inputs, name, student, bridges.get(name), attempt)
+
+
+def _read_bridges(cfg: TrainConfig, inputs: RunInputs, dry_run: bool) -> dict[str, BridgeInfo]:
+    """What the teachers' bridges say of themselves, by teacher. One that is yet to be fitted stops
+    no dry run."""
+    bridges, ranks = {}, inputs.bridge_ranks
+    for name, b in cfg.all_bridges.items():
+        if b.path is None:
+            continue
+        if dry_run and not Path(b.path).exists():
+            inputs.unchecked.append(f"the bridge {b.path}: it is not there")
+            continue
+        bridges[name] = info = read_info(b.path)
+        ranks[name] = info.check_rank(b.rank)
+        inputs.notes += _bridge_notes(cfg, name, info)
+    if len(set(ranks.values())) > 1:
+        raise ConfigError(
+            f"bridges have different ranks ({', '.join(f'{n}: {r}' for n, r in ranks.items())}), "
+            f"and losses of another scale: set bridges.{next(iter(ranks))}.rank and the others' to "
+            f"{min(ranks.values())}"
+        )
+    return bridges
+
+
+def _bridge_notes(cfg: TrainConfig, teacher: str, bridge: BridgeInfo) -> list[str]:
+    notes, pairs = [], cfg.all_teachers[teacher].pairs
+    if bridge.shift is not None and bridge.shift != cfg.distill.shift:
+        notes.append(
+            f"the bridge was fitted on states {bridge.shift!r} a token, this run compares those "
+            f"{cfg.distill.shift!r} it (distill.shift)"
+        )
+    if bridge.teacher_pairs not in (None, pairs):
+        option = f"teachers.{teacher}.pairs" if teacher else "teacher.pairs"
+        notes.append(
+            f"the bridge was fitted on pairs {bridge.teacher_pairs!r} of the two tokenizers' "
+            f"tokens, this run compares {pairs!r} ({option})"
+        )
+    return notes
+
+
+def _check_teacher(
+    cfg: TrainConfig,
+    inputs: RunInputs,
+    name: str,
+    student: PretrainedConfig | None,
+    bridge: BridgeInfo | None,
+    attempt: Attempt,
+) -> None:
+    path = teacher_path(cfg.all_teachers[name], cfg.student)
+    teacher = attempt(lambda: load_config(path))
+    is_unread = cfg.all_bridges[name].path is not None and bridge is None
+    if student and teacher:
+        if "oprd" in cfg.objectives and not is_unread:
+            inputs.layer_pairs[name] = _check_states(cfg, student, teacher, bridge)
+        _check_heads(cfg, student, teacher)
+    who = f"teacher of {name}" if name else "teacher"
+    longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
+    _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher)
+    ours, theirs = inputs.tokenizer, attempt(lambda: load_tokenizer(path))
+    if not ours or not theirs or not teacher:
+        return
+    if same_vocabulary(ours, theirs):
+        reads = "shared_ids"
+        check_vocabularies(ours, theirs, teacher)
+        inputs.notes += _vocabulary_notes(student, teacher, ours, theirs)
+    else:
+        reads = cfg.all_teachers[name].reads
+        _check_other_tokenizer(cfg, inputs, name, theirs, teacher)
+    if bridge is not None and student and name in inputs.layer_pairs:
+        bridge.check(
+            model_info(student, tokenizer=ours),
+            model_info(teacher, tokenizer=theirs),
+            inputs.layer_pairs[name],
+        )
+        bridge.check_input(reads)
+
+
+def _check_states(
+    cfg: TrainConfig,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    bridge: BridgeInfo | None,
+) -> list[tuple[int, int]]:
+    """Return the pairs of blocks that are compared."""
+    pairs = check_pair(student, teacher, cfg.distill.layers, bridged=bridge is not None)
+    if bridge is not None:
+        bridge.check(model_info(student), model_info(teacher), pairs)
+    return pairs
+
+
+def _check_heads(cfg: TrainConfig, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    tops = [name for name in cfg.objectives if name.startswith("opd_topk")]
+    rows = min(c.get_text_config().vocab_size for c in (student, teacher))
+    if tops and cfg.opd.k > rows:
+        raise ConfigError(
+            f"opd.k={cfg.opd.k}, but {', '.join(tops)} can't look at more tokens than the "
+            f"vocabulary has, {rows}: set opd.k to that or less, or take opd_full"
+        )
+    widths = [model_info(c).width for c in (student, teacher)]
+    if cfg.distill.init_head_from_teacher and widths[0] != widths[1]:
+        raise ConfigError(
+            f"distill.init_head_from_teacher: the student is {widths[0]} wide and the "
+            f"teacher {widths[1]}, so the teacher's head does not fit: leave it off"
+        )
+
+
+def _check_other_tokenizer(
+    cfg: TrainConfig,
+    inputs: RunInputs,
+    name: str,
+    theirs: PreTrainedTokenizerBase,
+    teacher: PretrainedConfig,
+) -> None:
+    """Check a teacher whose tokenizer is not the student's, and add what it takes to feed it."""
+    ours = inputs.tokenizer
+    assert ours is not None
+    others = [o for o in cfg.objectives if o != "oprd"]
+    if others:
+        raise ConfigError(
+            f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} "
+            f"tokens): {', '.join(others)} compare distributions over one. Train with oprd alone, "
+            "or choose a teacher that shares the student's tokenizer"
+        )
+    if cfg.distill.init_head_from_teacher:
+        raise ConfigError(
+            "distill.init_head_from_teacher: the teacher has another vocabulary: leave it off"
+        )
+    if cfg.all_teachers[name].reads == "student_ids":
+        check_student_ids(ours, teacher)
+        inputs.notes.append(
+            "the teacher reads the student's token ids, which mean something else to it "
+            "(reads=student_ids)"
+        )
+        return
+    inputs.aligners[name] = Aligner(ours, theirs, cfg.all_teachers[name].pairs)
+    inputs.teacher_tokenizers[name] = theirs
+    inputs.notes.append(
+        "the teacher has another tokenizer: it reads the responses' text, compared where tokens of "
+        "both end together (align/ratio)"
+    )
+
+
+def _check_length(
+    cfg: TrainConfig, config: PretrainedConfig | None, who: str, prompt: int, evaluated: bool
+) -> None:
+    if config is not None:
+        new = max(cfg.rollout.max_new_tokens, cfg.eval.max_new_tokens if evaluated else 0)
+        check_length(config, prompt, new, who)
+
+
+def _vocabulary_notes(
+    student: PretrainedConfig | None,
+    teacher: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    notes = []
+    if student is not None:
+        rows = [c.get_text_config().vocab_size for c in (student, teacher)]
+        if rows[0] != rows[1]:
+            notes.append(
+                f"embedding tables of {rows[0]} and {rows[1]} rows for the same {len(tokenizer)} "
+                "tokens: padded differently, which does not matter here"
+            )
+    if tokenizer.eos_token != teacher_tokenizer.eos_token:
+        notes.append(
+            f"the student ends with {tokenizer.eos_token!r}, the teacher with "
+            f"{teacher_tokenizer.eos_token!r}: watch response_length/mean, students have been seen "
+            "to stop ending their responses"
+        )
+    return notes

@@ -65,7 +65,7 @@ def read(path: Path) -> Checkpoint:
         raise Torn(f"{DOCUMENT} can't be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         given = document.get("format") if isinstance(document, dict) else None
-        raise Torn(f"its format is {given}, but this version reads format {FORMAT}")
+        raise Torn(f"it has format {given}, but this version reads format {FORMAT}")
     for name, (size, _) in document["files"].items():
         try:
             actual = (path / name).stat().st_size

@@ -171,8 +171,8 @@ def _check_settings(cfg: TrainConfig, checkpoint: Checkpoint) -> list[str]:
     if differing := differences(old, cfg):
         raise ConfigError(
             f"the checkpoint {checkpoint.path} is of a run with other settings: "
-            f"{'; '.join(differing)}. Use its values, choose a new output_dir, or list the settings "
-            "that may differ in checkpoint.allow_changes"
+            f"{'; '.join(differing)}. Use its values, choose a new output_dir, or list what "
+            "may differ in checkpoint.allow_changes"
         )
     if checkpoint.step > cfg.steps:
         raise ConfigError(

@@ -255,6 +255,6 @@ def check_space(cfg: TrainConfig, directory: Path, student: nn.Module) -> None:
         raise ConfigError(
             f"output_dir {directory} has {free / 1e9:.2f} GB free, and the run needs "
             f"{needed / 1e9:.2f} GB more: {number} checkpoint(s) of {size / 1e9:.2f} GB, "
-            f"including the one being written, and the student of {model / 1e9:.2f} GB. Make room, keep fewer "
-            "(checkpoint.keep_last), or choose another output_dir"
+            f"including the one being written, and the student of {model / 1e9:.2f} GB. Make room, "
+            "keep fewer (checkpoint.keep_last), or choose another output_dir"
         )

@@ -54,7 +54,7 @@ class Writer:
         """Collective.
 
         Args:
-            directory: parent of all of the run's checkpoints, on a file system that all ranks share.
+            directory: parent of the run's checkpoints, on a file system that all ranks share.
             model_files: contents of the files to store beside the weights, by name.
         """
         self.directory, self.asynchronous, self.keep_last = directory, asynchronous, keep_last
@@ -84,7 +84,9 @@ class Writer:
                 otherwise only after `wait`.
             document: JSON; has ``step`` and ``best`` (None, or metric, value and step).
         """
-        assert self._writing is None, "the last write's end has not been asked for"
+        assert self._writing is None, (
+            "the outcome of the last write has not been asked for: call wait"
+        )
         if self.asynchronous:
             tensors = cast(Tensors, self._stager.stage(tensors))
         self._writing = self._thread.submit(self._write, tensors, document)
@@ -115,7 +117,7 @@ class Writer:
         return path
 
     def close(self) -> None:
-        """Wait for the thread to end. Call `wait` first to learn the outcome of the current write."""
+        """Wait for the thread to end. Call `wait` first to get the outcome of the current write."""
         self._thread.shutdown(wait=True)
         self._stager.close()
 

@@ -1,4 +1,4 @@
-"""Ranks of one run (`ranks`) and models sharded over them (`fsdp`)."""
+"""Process groups of a run (`ranks`) and models sharded over its ranks (`fsdp`)."""
 
 from oprd.distributed.ranks import (
     from_rank_0,

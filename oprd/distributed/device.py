@@ -1,4 +1,4 @@
-"""The device that a run asks for."""
+"""Choice of the device that a run computes on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from oprd.errors import ConfigError
 
 
 def check_device(name: str) -> torch.device:
-    """The device that ``device=name`` means.
+    """Return the device that ``device=name`` selects.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

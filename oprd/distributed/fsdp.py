@@ -1,6 +1,6 @@
-"""FSDP2 on Hugging Face decoders: a shard group for each decoder layer, one root for the rest.
+"""FSDP2 for Hugging Face decoders: one shard group per decoder layer, and a root for the rest.
 
-Gradients are added up over ranks and not divided: losses are normalised by global token counts.
+Gradients are summed over ranks, not averaged, since losses are divided by global token counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from oprd.config.fsdp import FsdpConfig
 
 
 def make_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
-    """All ranks: in one dimension, or as (copies, ranks that share one)."""
+    """Arrange all ranks in a mesh: one dimension, or (replicas, ranks that share a replica)."""
     ranks = dist.get_world_size()
     if shard_size is None or shard_size == ranks:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
@@ -45,15 +45,15 @@ def shard(
     *,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard a model in place, with rank 0's weights and buffers.
+    """Shard a model in place, and copy rank 0's weights and buffers to all ranks.
 
     Args:
-        model: a decoder with or without LM head, cut or whole, on the CPU. On ranks but 0 its
-            weights may be anything (`oprd.models.loading.empty_model`).
-        layers: its decoder layers, each of which becomes a shard group.
+        model: a decoder on the CPU, with or without LM head, possibly cut to fewer layers. On other
+            ranks than 0 its weights may have any values (`oprd.models.loading.empty_model`).
+        layers: the model's decoder layers, each of which becomes a shard group.
         cpu_offload: keep the shards in main memory.
     """
-    # A tap's output is a view of the states; nothing writes to it.
+    # A tap's output is a view of the states, which is safe because nothing writes to it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     source = {name: tensor.detach() for name, tensor in _tensors(model) if distributed.rank() == 0}
     policy = MixedPrecisionPolicy(
@@ -67,12 +67,12 @@ def shard(
     for layer in layers:
         fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)
     # The root's own weights (embeddings, final norm, head) are used at both ends of a forward
-    # pass, and after it by the losses that make their own logits.
+    # pass, and after it by losses that compute logits themselves.
     fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # Plain sums, which gloo has too; scaling inside the reduction is NCCL's.
+            # Plain sums: gloo has no reduction that also scales, only NCCL has.
             module.set_force_sum_reduction_for_comms(True)
     if dist.get_world_size() > 1:
         _fill(model, source, device)
@@ -85,7 +85,7 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, source: dict[str, Tensor], device: torch.device) -> None:
-    """Every tensor from rank 0, one whole tensor at a time."""
+    """Copy every tensor from rank 0, one full tensor at a time."""
     for name, tensor in _tensors(model):
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if distributed.rank() == 0:
@@ -101,12 +101,12 @@ def _fill(model: nn.Module, source: dict[str, Tensor], device: torch.device) -> 
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether forward passes of ``model`` are collective."""
+    """Return whether forward passes of ``model`` are collective."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model wants its inputs, also when its shards are offloaded."""
+    """Return the device for a model's inputs, which is the GPU even for offloaded shards."""
     weight = next(model.parameters())
     if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
@@ -114,13 +114,13 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights that no backward pass will free: after a forward without one."""
+    """Free the gathered weights after a forward pass that no backward pass follows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-    """Clip to a global norm over all ranks' shards; returns the norm before clipping."""
+    """Clip gradients to a global norm over all ranks' shards; return the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm or math.inf)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -1,4 +1,4 @@
-"""Ranks: one process a device, started by torchrun; a single process otherwise."""
+"""Ranks of a run: one process per device, started by torchrun, or a single process."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def init(device: str, group: bool = False, timeout_s: float | None = None) -> to
     """Join the process group if torchrun started several ranks, and return this rank's device.
 
     Args:
-        group: make one of this process alone, too: FSDP needs it.
-        timeout_s: of the watchdog for hung ranks. Collectives wait four times as long, since they
-            may have to wait for a slower rank's whole phase and the watchdog says more than they
-            do. None: they wait a month.
+        group: create a process group even for a single process, which FSDP needs.
+        timeout_s: timeout of the hang watchdog. Collectives get four times as long, since they may
+            wait for a slower rank's whole phase and the watchdog's message says more than theirs.
+            If None, they get 30 days.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
@@ -37,12 +37,12 @@ def init(device: str, group: bool = False, timeout_s: float | None = None) -> to
         torch.cuda.set_device(chosen)
     if dist.is_initialized():
         return chosen
-    # Gloo too beside NCCL: for what lives in main memory (offloaded shards, checkpoints).
+    # Gloo beside NCCL, for tensors in main memory (offloaded shards, checkpoints).
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = timedelta(days=30) if timeout_s is None else timedelta(seconds=4 * timeout_s)
         store, rank, ranks = next(dist.rendezvous("env://"))
-        # Names of its own: under an earlier group's, ranks would find that group's addresses.
+        # A new prefix: under an earlier group's keys, ranks would find that group's addresses.
         store = dist.PrefixStore(f"oprd/group/{next(_groups)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     elif group:
@@ -51,24 +51,24 @@ def init(device: str, group: bool = False, timeout_s: float | None = None) -> to
 
 
 def rank() -> int:
-    """This process's rank, 0 when alone."""
+    """Return this process's rank, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of ranks, also before `init`."""
+    """Return the number of ranks, also before `init`."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def joined() -> bool:
-    """Whether this process is in a process group."""
+    """Return whether this process is in a process group."""
     return dist.is_initialized()
 
 
 def wait_for_all() -> None:
-    """Until every rank has come here."""
+    """Wait until every rank has made this call."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -82,9 +82,9 @@ def shutdown() -> None:
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a program's entry point and end the process with its exit code.
 
-    A rank of several ends without the interpreter's own end: there torch's threads, when they still
-    have something to let go of, have been seen to abort it after all work was done ("terminate
-    called without an active exception"; Python ends threads that ask for its lock too late).
+    With several ranks, the interpreter's own shutdown is skipped. During it, torch's threads have
+    been seen to abort the process after all work was done ("terminate called without an active
+    exception"), because Python ends threads that ask for its lock during shutdown.
     """
     code: Any = 0
     try:
@@ -100,7 +100,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
 
 
 def from_rank_0(value: Any) -> Any:
-    """Rank 0's value, which can be pickled, on every rank."""
+    """Return rank 0's value, which must be picklable, on every rank."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -109,7 +109,7 @@ def from_rank_0(value: Any) -> Any:
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sum in double."""
+    """Sum values element-wise over ranks, in float64 (float32 on MPS)."""
     if not dist.is_initialized():
         return list(values)
     dtype = torch.float64 if device.type != "mps" else torch.float32
@@ -119,7 +119,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def max_over_ranks(value: float, device: torch.device) -> float:
-    """The largest of one value a rank."""
+    """Return the largest of the ranks' values."""
     if not dist.is_initialized():
         return value
     tensor = torch.tensor(value, device=device)
@@ -128,14 +128,14 @@ def max_over_ranks(value: float, device: torch.device) -> float:
 
 
 def sum_tensor(tensor: Tensor) -> Tensor:
-    """The ranks' tensors added up, in place."""
+    """Sum a tensor over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(values: Sequence[T]) -> list[T]:
-    """Every rank's values, in the order of the ranks: the same list on all of them."""
+    """Return all ranks' values as one list in rank order, the same on every rank."""
     if not dist.is_initialized():
         return list(values)
     parts: list[list[T]] = [[] for _ in range(dist.get_world_size())]
@@ -144,7 +144,7 @@ def gather(values: Sequence[T]) -> list[T]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the ranks' gradients. Not divided: losses are normalised by global token counts."""
+    """Sum gradients over ranks. No average: losses are divided by global token counts."""
     if not dist.is_initialized():
         return
     for parameter in parameters:
@@ -153,7 +153,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Python, NumPy and torch; ranks sample differently."""
+    """Seed Python, NumPy and torch, differently on each rank."""
     own = seed + 1000003 * rank()
     random.seed(own)
     np.random.seed(own % 2**32)

@@ -1,8 +1,8 @@
-"""What samples responses: Hugging Face's `generate` on the model itself, or vLLM beside it.
+"""Engines that sample responses: Hugging Face's `generate` on the model itself, or vLLM beside it.
 
-    engine.sync(step)            # it has the student's weights after `step` updates
+    engine.sync(step)            # load the student's weights after `step` updates
     rollouts = engine.sample(prompts, max_new_tokens=.., temperature=.., top_p=..)
-    engine.sleep()               # its GPU memory is free for the update
+    engine.sleep()               # free the engine's GPU memory for the update
 
-All of it is collective: every rank makes the same calls, with prompts of its own or none.
+All calls are collective: every rank makes the same ones, each with its own prompts or none.
 """

@@ -1,36 +1,36 @@
-"""What an engine is asked."""
+"""The interface of an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # an engine's process starts without transformers
+if TYPE_CHECKING:  # keeps transformers out of the start of an engine's process
     import torch
 
     from oprd.data.rollout import Rollout
 
 
 class EngineFailure(RuntimeError):
-    """An engine can't go on. The message says what happened, where its log is, what to do."""
+    """An engine failed. The message says what happened, where the log is and what to do."""
 
 
 class Engine(Protocol):
-    """Samples responses to this rank's prompts.
+    """A sampler of responses to this rank's prompts.
 
     Attributes:
-        device: of this rank.
-        policy_version: optimizer steps behind the weights it samples with.
+        device: the device of this rank.
+        policy_version: number of optimizer steps that led to the engine's weights.
     """
 
     device: torch.device
     policy_version: int
 
     def sync(self, version: int) -> None:
-        """Make sure that it samples with the student's present weights, those of step ``version``.
+        """Load the student's current weights, those of step ``version``, if the engine lacks them.
 
         Raises:
-            EngineFailure: if it can't.
+            EngineFailure: if the engine fails.
         """
 
     def sample(
@@ -42,20 +42,22 @@ class Engine(Protocol):
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> list[Rollout]:
-        """One response to each prompt, from the model's own distribution at ``temperature`` and
-        ``top_p``; greedy at temperature 0.
+        """Sample one response to each prompt.
+
+        Responses follow the model's own distribution at ``temperature`` and ``top_p``. Temperature
+        0 decodes greedily.
 
         Args:
-            prompts: token ids; a prompt that is to get n responses comes n times.
-            seed: of the sampling, which then leaves the process's random state as it was; None:
-                that state decides.
+            prompts: token ids; to get n responses, give a prompt n times.
+            seed: seed of the sampling, which then leaves the process's random state unchanged. If
+                None, the process's random state is used.
 
         Raises:
-            EngineFailure: if it can't go on.
+            EngineFailure: if the engine fails.
         """
 
     def sleep(self) -> None:
-        """Give back what memory can be spared until the next `sync`."""
+        """Free the memory that the engine doesn't need until the next `sync`."""
 
     def close(self) -> None:
-        """End it. Nothing can be asked of it any more."""
+        """Shut the engine down for good."""

@@ -1,4 +1,4 @@
-"""From a run's configuration to its engine, and to what its log-prob gap means."""
+"""Construction of a run's engine, and the check of its log-prob gap."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def make_engine(
     say: Callable[[str], None],
     autocast: Autocast,
 ) -> Engine:
-    """Who samples the student's responses. Collective.
+    """Make the engine that samples the student's responses. Collective.
 
     Args:
-        directory: the run's; vLLM's configurations and logs go to ``vllm/rank_N`` there.
-        say: tells the user of rank 0.
-        autocast: the context that the student runs in.
+        directory: the run's directory; vLLM's configurations and logs go to its ``vllm/rank_N``.
+        say: called on rank 0 with each line to show to the user.
+        autocast: makes the autocast context that the student runs in.
 
     Raises:
-        EngineFailure: if it does not start.
+        EngineFailure: if the engine does not start.
     """
     if cfg.rollout.engine == "generate":
         return GenerateEngine(student, tokenizer, cfg.rollout.batch_size, autocast)
@@ -63,7 +63,7 @@ def rollout_gap(
     rollouts: Sequence[Rollout],
     device: torch.device,
 ) -> LogprobGap | None:
-    """`logprob_gap` as the run's configuration has it. Collective."""
+    """Compute `logprob_gap` with the settings of the run. Collective."""
     return logprob_gap(
         student,
         rollouts,
@@ -75,18 +75,18 @@ def rollout_gap(
 
 
 def too_wide(cfg: TrainConfig, gap: LogprobGap, version: int) -> str | None:
-    """What is wrong, if the gap is wider than the run's threshold.
+    """Return an error message if the gap exceeds the run's threshold, else None.
 
     Args:
-        version: the engine's.
+        version: the engine's ``policy_version``.
     """
     limit = max_logprob_gap(cfg)
     if gap.mean <= limit:
         return None
     return (
-        "the vLLM engine samples from other probabilities than the student's: log-probs of "
+        "the vLLM engine samples from other probabilities than the student's: the log-probs of "
         f"{gap.tokens} tokens differ by {gap.mean:.3g} on average (at most {gap.max:.3g}), more "
-        f"than {limit:g}. Either its weights are not those of step {version}, or vLLM computes "
-        "this model otherwise: compare a run with rollout.engine=generate, or, if that is "
-        "rounding, raise rollout.vllm.max_logprob_gap"
+        f"than {limit:g}. Either the engine's weights are not those of step {version}, or vLLM "
+        "computes this model differently. Compare with a run with rollout.engine=generate; if "
+        "only rounding differs, raise rollout.vllm.max_logprob_gap"
     )

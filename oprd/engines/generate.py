@@ -26,7 +26,7 @@ Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 class GenerateEngine:
-    """The model itself, by Hugging Face's `generate`."""
+    """An engine that runs Hugging Face's `generate` on the model itself."""
 
     def __init__(
         self,
@@ -37,8 +37,8 @@ class GenerateEngine:
     ) -> None:
         """
         Args:
-            batch_size: prompts at once; None: all.
-            autocast: the context that the model runs in.
+            batch_size: number of prompts per batch; None: all prompts at once.
+            autocast: makes the autocast context that the model runs in.
         """
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.autocast = batch_size, autocast
@@ -76,14 +76,14 @@ class GenerateEngine:
             )
 
     def sleep(self) -> None:
-        """See `Engine`; the model has nothing to spare."""
+        """See `Engine`. Does nothing: the engine has no memory of its own."""
 
     def close(self) -> None:
         """See `Engine`."""
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's EOS and the model's own."""
+    """Return the tokens that end a response: the EOS tokens of the tokenizer and the model."""
     own = model.generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *own})
@@ -100,15 +100,15 @@ def generate(
     top_p: float = 1.0,
     batch_size: int | None = None,
 ) -> list[Rollout]:
-    """One response to each prompt, by Hugging Face's `generate`.
+    """Sample one response to each prompt with Hugging Face's `generate`.
 
-    Sampling follows the model's own distribution at ``temperature`` and ``top_p``: no other
-    setting of its generation configuration (top-k, penalties, ..) is used.
+    Sampling follows the model's own distribution at ``temperature`` and ``top_p``. Other settings
+    of its generation configuration (top-k, penalties, ..) are ignored.
 
     Args:
         prompts: token ids, not padded.
         temperature: 0 for greedy decoding.
-        batch_size: prompts at once; None: all.
+        batch_size: number of prompts per batch; None: all prompts at once.
     """
     ends = eos_ids(model, tokenizer)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -124,12 +124,12 @@ def generate(
     model.eval()  # in training mode gradient checkpointing would switch the cache off
     own_config, model.generation_config = model.generation_config, config
     rollouts: list[Rollout] = []
-    # A sharded model's forward passes are collective: every rank generates as often as any other,
-    # if need be from a prompt that nobody asked for.
+    # A sharded model's forward passes are collective, so every rank must generate equally often. A
+    # rank with fewer batches than others adds batches with a dummy prompt.
     together = is_sharded(model) and distributed.world_size() > 1
     size = batch_size or max(len(prompts), 1)
     order = list(range(len(prompts)))
-    if size < len(prompts):  # prompts of like length share a batch, for less padding
+    if size < len(prompts):  # batch prompts of similar length to reduce padding
         order.sort(key=lambda i: len(prompts[i]), reverse=True)
     batches = [
         [prompts[i] for i in order[start : start + size]] for start in range(0, len(prompts), size)
@@ -145,12 +145,12 @@ def generate(
         reshard(model)
         model.generation_config = own_config
         model.train(was_training)
-    as_given = dict(zip(order, rollouts, strict=False))  # without those that nobody asked for
+    as_given = dict(zip(order, rollouts, strict=False))  # drops the dummy responses at the end
     return [as_given[i] for i in range(len(prompts))]
 
 
 class _Beat(StoppingCriteria):
-    """Never stops; says that a token has come."""
+    """A stopping criterion that never stops but beats the hang watchdog at every token."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         hang_watchdog.beat()

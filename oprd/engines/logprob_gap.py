@@ -1,5 +1,4 @@
-"""Whether an engine samples from the student's present weights: do both give a token the same
-probability?"""
+"""Check of an engine's weights: do engine and student give a token the same probability?"""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ from oprd.models.decoder import model_inputs
 
 @dataclass(frozen=True)
 class LogprobGap:
-    """|log-prob by the engine - log-prob by the trainer| over tokens of all ranks.
+    """The differences |engine's log-prob - trainer's log-prob| over tokens of all ranks.
 
     Attributes:
-        mean, max: in nats.
-        tokens: compared.
+        mean, max: mean and largest difference in nats.
+        tokens: number of tokens compared.
     """
 
     mean: float
@@ -32,7 +31,7 @@ class LogprobGap:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Under their names in the log."""
+        """Return the differences as metrics."""
         return {"rollout/logprob_gap": self.mean, "rollout/logprob_gap_max": self.max}
 
 
@@ -46,21 +45,21 @@ def logprob_gap(
     pad_id: int,
     device: torch.device,
 ) -> LogprobGap | None:
-    """Compare the log-probs that came with rollouts to the student's own, at temperature 1.
+    """Compare the engine's log-probs in rollouts with the student's own, at temperature 1.
 
-    Collective, with one forward pass on each rank. A response's last tokens depend on all that is
-    before them, so those are compared. A token that the engine gave probability 0 has an infinite
-    gap.
+    Collective, with one forward pass on each rank. The last tokens of each response are compared,
+    since they depend on all tokens before them. A token that the engine gave probability 0 has an
+    infinite gap.
 
     Args:
-        student: as it was when they were sampled.
-        rollouts: this rank's; those without log-probs are passed over.
-        last: tokens of each response, at most.
-        max_tokens: of the batch, padding included; responses beyond it are left out.
-        pad_id: any token.
+        student: the student with the weights that the rollouts were sampled with.
+        rollouts: rollouts of this rank; those without log-probs are skipped.
+        last: number of last tokens to compare in each response, at most.
+        max_tokens: size of the batch including padding, at most; further responses are left out.
+        pad_id: id of any token.
 
     Returns:
-        None if no rank has anything to compare.
+        The gap, or None if no rank has a rollout to compare.
     """
     chosen: list[Rollout] = []
     for rollout in rollouts:
@@ -68,7 +67,7 @@ def logprob_gap(
         if rollout.log_probs and (not chosen or longest * (len(chosen) + 1) <= max_tokens):
             chosen.append(rollout)
     differences = torch.zeros(0)
-    # A rank with nothing to compare runs the student too: its weights may be sharded.
+    # A rank with nothing to compare runs the student too, since its weights may be sharded.
     batch = chosen or [Rollout([pad_id], [pad_id], truncated=True)]
     ours = _log_probs(student, batch, last, pad_id, device)
     if chosen:
@@ -84,8 +83,11 @@ def logprob_gap(
 def _log_probs(
     student: Any, rollouts: Sequence[Rollout], last: int, pad_id: int, device: torch.device
 ) -> list[Tensor]:
-    """Of each response's last tokens. Padded on the left, so that they are the same columns and the
-    logits of those are all that the LM head makes."""
+    """Compute the student's log-probs of each response's last tokens.
+
+    The batch is padded on the left, so that these tokens are in the same columns and the LM head
+    computes the logits of those columns only.
+    """
     length = max(map(len, rollouts))
     ids = torch.full((len(rollouts), length), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
@@ -102,5 +104,5 @@ def _log_probs(
     reshard(student)
     student.train(was_training)
     log_probs = logits[:, :-1].float().log_softmax(-1)
-    of_tokens = log_probs.gather(-1, ids[:, -max(counts) :, None])[..., 0]
-    return [row[len(row) - n :] for row, n in zip(of_tokens, counts, strict=True)]
+    token_log_probs = log_probs.gather(-1, ids[:, -max(counts) :, None])[..., 0]
+    return [row[len(row) - n :] for row, n in zip(token_log_probs, counts, strict=True)]

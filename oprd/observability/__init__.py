@@ -1,1 +1,1 @@
-"""What a run records and shows, and what watches over it while it works."""
+"""Logging, experiment trackers, memory and time measurement, and the hang watchdog."""

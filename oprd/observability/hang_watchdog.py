@@ -1,14 +1,14 @@
-"""A rank that hangs: found by a thread beside each rank's work, which names it and ends the run.
+"""Hang watchdog: a thread on each rank that detects a hung run, reports the rank and ends the run.
 
     with heartbeat.watching(timeout_s, directory):
         heartbeat.beat(step=7)
-        heartbeat.beat("rollout")  # now, and whenever something has moved
+        heartbeat.beat("rollout")  # now, and at every sign of progress
 
-Each rank tells the others its last beat through a store that all of them reach. One that waits in a
-collective does not beat, but the one that it waits for may: the run has come to a halt only when no
-rank has beaten for ``timeout_s``. Native code that keeps the interpreter's lock, or a store beyond
-a cut cable, holds this thread up too: after twice as long Python's faulthandler, which needs
-neither, ends the process.
+Each rank publishes its last beat in a store that all ranks can read. A rank that waits in a
+collective does not beat, but the rank that it waits for may. The run therefore counts as hung only
+if no rank has beaten for ``timeout_s``. Native code that holds the interpreter's lock, or a store
+that can't be reached, blocks the thread too. Python's faulthandler, which needs neither, then ends
+the process after ``2 * timeout_s``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ import torch.distributed as dist
 from oprd import distributed
 
 EXIT_CODE = 124
-"""Of a run that has come to a halt; `timeout`'s."""
+"""Exit code of a hung run, the same as that of the command `timeout`."""
 
 _HUNG = "hung"
-_STDERR = 2  # its descriptor: faulthandler can't write to a stand-in for it
+_STDERR = 2  # the descriptor, since faulthandler can't write to a replaced sys.stderr
 _UNREACHABLE = (RuntimeError, OSError)
-"""What a store raises when its server is gone."""
+"""Errors that a store raises if its server is gone."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Beat:
     """The last sign of life of a rank.
 
     Attributes:
-        rank, host: whose.
-        step: that is being made, counted from 1.
-        phase: what is being done.
-        at: when, in seconds of the wall clock.
-        count: beats in this step so far.
-        place: where the work is now: function, file and line.
-        waits: whether that is in a call to torch.distributed.
+        rank, host: the rank and the name of its machine.
+        step: the current step, counted from 1.
+        phase: the current phase of the step.
+        at: wall-clock time of the beat, in seconds.
+        count: number of beats in this step so far.
+        place: function, file and line that the main thread executes.
+        waits: whether the main thread is in a call to torch.distributed.
     """
 
     rank: int
@@ -65,7 +65,7 @@ class Beat:
 
 
 class Heartbeat:
-    """One rank's, and the thread that watches it."""
+    """The beats of one rank, and the thread that watches them."""
 
     def __init__(
         self, timeout_s: float, directory: Path, rank: int = 0, ranks: int = 1,
@@ -73,30 +73,32 @@ class Heartbeat:
     ) -> None:  # fmt: skip
         """
         Args:
-            timeout_s: without any rank's beat after which the run is ended.
-            directory: receives ``hung/``: a message and the stacks of every rank.
-            store: that all ranks share; None: this is the only one.
+            timeout_s: the run is ended after this many seconds without a beat of any rank.
+            directory: parent of ``hung/``, which receives a message and the stacks of every rank.
+            store: the store that all ranks share; None for a single rank.
         """
         self.timeout_s, self.directory, self.ranks, self.store = timeout_s, directory, ranks, store
         self.interval = min(max(timeout_s / 20, 0.05), 10.0)
         self.last = Beat(rank, socket.gethostname(), at=time.time())
-        self._moved = time.monotonic()  # the wall clock may be set
+        self._moved = time.monotonic()  # monotonic, since the wall clock may be adjusted
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="oprd-heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop the thread and cancel the faulthandler."""
         self._stopped.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, phase: str | None = None, step: int | None = None) -> None:
-        """Something has moved; ``phase`` and ``step`` if they have changed. Costs nothing: telling
-        the others is the thread's work."""
+        """Record a sign of progress, with ``phase`` and ``step`` if they have changed.
+
+        Cheap, since the thread publishes the beat.
+        """
         self._moved = time.monotonic()
         last = self.last
         self.last = replace(
@@ -108,16 +110,16 @@ class Heartbeat:
         )
 
     def _watch(self) -> None:
-        told = None
+        published = None
         while not self._stopped.wait(self.interval):
             faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=_STDERR)
             place, waits = _place_of_main_thread()
             last = replace(self.last, place=place, waits=waits)
-            if last != told and self._tell(last):
-                told = last
+            if last != published and self._tell(last):
+                published = last
             if self._others_say_hung():
                 self._dump_stacks()
-                time.sleep(3 * self.interval)  # the rank that found it ends first, with its message
+                time.sleep(3 * self.interval)  # let the rank with the message end first
                 os._exit(EXIT_CODE)
             if time.monotonic() - self._moved > self.timeout_s:
                 beats = self._everyone(last)
@@ -130,7 +132,7 @@ class Heartbeat:
         with suppress(*_UNREACHABLE):
             self.store.set(str(last.rank), json.dumps(asdict(last)))
             return True
-        return False  # tried again at the next turn
+        return False  # the next turn tries again
 
     def _others_say_hung(self) -> bool:
         with suppress(*_UNREACHABLE):
@@ -138,7 +140,7 @@ class Heartbeat:
         return False
 
     def _everyone(self, own: Beat) -> list[Beat]:
-        """Each rank's last beat, as far as it is known."""
+        """Return the last known beat of each rank."""
         beats = {own.rank: own}
         with suppress(*_UNREACHABLE):
             for key in map(str, range(self.ranks)):
@@ -154,27 +156,28 @@ class Heartbeat:
         if first:
             text = describe(beats, self.ranks, time.time())
             text += (
-                f". No rank has moved for watchdog.timeout_s={self.timeout_s:g} s: the run ends "
-                f"(exit code {EXIT_CODE}). Stacks of all ranks: {self.directory / 'hung'}. Resume "
-                "from the last checkpoint; if a phase may take that long, raise the limit"
+                f". No rank has made progress for watchdog.timeout_s={self.timeout_s:g} s, so the "
+                f"run ends with exit code {EXIT_CODE}. Stacks of all ranks: "
+                f"{self.directory / 'hung'}. Resume from the last checkpoint; if a phase may take "
+                "that long, raise watchdog.timeout_s"
             )
             sys.stderr.write(f"oprd-train: hung: {text}\n")
             sys.stderr.flush()
             with suppress(OSError):
                 (self.directory / "hung" / "message.txt").write_text(text + "\n")
-        time.sleep(2 * self.interval)  # for the others to write their stacks
+        time.sleep(2 * self.interval)  # leave the other ranks time to write their stacks
         os._exit(EXIT_CODE)
 
     def _dump_stacks(self) -> None:
         directory = self.directory / "hung"
-        with suppress(OSError):  # of a disk that is full or gone; the run is to end all the same
+        with suppress(OSError):  # the disk may be full or gone; the run ends anyway
             directory.mkdir(parents=True, exist_ok=True)
             with (directory / f"rank_{self.last.rank}_stacks.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _place_of_main_thread() -> tuple[str, bool]:
-    """Function, file and line; and whether that is in a call to torch.distributed."""
+    """Return the main thread's place, and whether that is in a call to torch.distributed."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "", False
@@ -188,13 +191,14 @@ def _place_of_main_thread() -> tuple[str, bool]:
 
 
 def describe(beats: Sequence[Beat], ranks: int, now: float) -> str:
-    """Who is where, beginning with the rank that the others most likely wait for: one that waits in
-    no collective, and of these the one that is furthest behind.
+    """Describe where each rank is, starting with the one that the others most likely wait for.
+
+    That is the rank furthest behind among those that don't wait in a collective.
 
     Args:
-        beats: of the ranks that are known.
-        ranks: how many there are.
-        now: seconds of the wall clock.
+        beats: the known beats.
+        ranks: total number of ranks.
+        now: wall-clock time in seconds.
     """
     behind = min(beats, key=lambda b: (b.waits, b.step, b.count, b.at))
     waiting = defaultdict(list)
@@ -220,14 +224,17 @@ _current: Heartbeat | None = None
 
 
 def beat(phase: str | None = None, step: int | None = None) -> None:
-    """This process's; nothing where none is watched."""
+    """Record a beat of this process. Does nothing outside `watching`."""
     if _current is not None:
         _current.beat(phase, step)
 
 
 @contextmanager
 def watching(timeout_s: float | None, directory: Path) -> Iterator[None]:
-    """While open, a run that comes to a halt is ended (``os._exit(124)``); None: it is not."""
+    """End the process with ``os._exit(124)`` if the run hangs inside the block.
+
+    Does nothing if ``timeout_s`` is None.
+    """
     global _current
     if timeout_s is None:
         yield
@@ -244,8 +251,10 @@ def watching(timeout_s: float | None, directory: Path) -> Iterator[None]:
 
 
 def _store() -> dist.Store:
-    """A connection of its own to torchrun's store: the process group's own is locked while it
-    waits, for instance for a rank that hangs."""
+    """Open a separate connection to torchrun's store.
+
+    The process group's connection is locked while it waits, for instance for a hung rank.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     server = dist.TCPStore(
         host, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False

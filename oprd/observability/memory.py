@@ -1,5 +1,7 @@
-"""Peak memory of a stretch of work: the kernel's high-water mark on the CPU, the allocator's on a
-GPU. Bytes."""
+"""Peak memory of a block of code, in bytes.
+
+On the CPU this is the kernel's high-water mark of the process, on a GPU the allocator's.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +25,29 @@ def _status_bytes(field: str) -> int:
 
 
 def trim() -> None:
-    """Give memory that is free inside the process back to the system, so that it counts again
-    when it is next used. Takes about a millisecond."""
+    """Return memory that the C library holds unused to the system.
+
+    Its next use then counts towards the peak. Takes about a millisecond.
+    """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _MMAP_LIMIT = 32 * 2**20
-"""Where glibc's own adjustment of the threshold ends."""
+"""Upper limit of glibc's own adjustment of the threshold."""
 
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """While open, a freed tensor leaves the process at once, so that a peak is that of what is
-    alive; otherwise the C library keeps freed memory below 32 MiB in its heap, full of holes. New
-    tensors then need new pages, which takes time: for measuring memory, not seconds.
+    """Return freed tensors to the system at once, so that a peak counts live tensors only.
 
-    Does nothing without glibc. Afterwards the thresholds are those that glibc's own adjustment
-    reaches once a program has freed something large.
+    Otherwise the C library keeps freed blocks below 32 MiB in its fragmented heap. Each new tensor
+    then needs new pages, which takes time: use this to measure memory, not seconds.
+
+    Does nothing without glibc. On exit the thresholds are set to the values that glibc's own
+    adjustment reaches once a program has freed a large block.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -57,11 +62,12 @@ def freed_at_once() -> Iterator[None]:
 
 
 class PeakMemory:
-    """``with PeakMemory(device) as peak: ...``, then ``peak.delta`` (peak minus what was in use at
-    the start), ``peak.peak`` and, on a GPU, ``peak.reserved``.
+    """Context manager that measures the peak memory of its block, in bytes.
 
-    On the CPU "in use" is what is resident once free memory is given back. All three are None
-    where the system does not tell (a CPU run outside Linux).
+    After ``with PeakMemory(device) as peak: ...``, ``peak.peak`` is the peak, ``peak.delta`` the
+    peak minus the memory in use at the start, and ``peak.reserved`` (GPU only) the peak of the
+    allocator's reserved memory. On the CPU "in use" means resident after unused memory was returned
+    to the system. All three are None if the system doesn't report them (a CPU run outside Linux).
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -72,7 +78,7 @@ class PeakMemory:
 
     @property
     def delta(self) -> int | None:
-        """Bytes by which the peak exceeded what was there at the start."""
+        """Bytes by which the peak exceeded the memory in use at the start."""
         if self.peak is None or self.start is None:
             return None
         return max(self.peak - self.start, 0)
@@ -98,20 +104,23 @@ class PeakMemory:
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Memory that new tensors can take: what the GPU has free, or the machine and this process's
-    control group; None where the system does not tell."""
+    """Return the bytes available to new tensors; None if the system doesn't report them.
+
+    On a GPU this is its free memory. On the CPU it is the smaller of the machine's available memory
+    and what this process's control group leaves.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found: list[int] = []
+    limits: list[int] = []
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
+                limits.append(int(line.split()[1]) * 1024)
     with suppress(OSError, ValueError):  # ValueError: no limit ("max")
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - used + int(dict(pairs)["inactive_file"]))
-    return min(found, default=None)
+        limits.append(limit - used + int(dict(pairs)["inactive_file"]))
+    return min(limits, default=None)

@@ -1,4 +1,4 @@
-"""What a run tells: a metrics file, progress on the screen, a closing table. Rank 0 only."""
+"""A run's output on rank 0: metrics file, progress display and closing tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one traini
 
 
 class RunLog:
-    """Writes ``metrics.jsonl`` and shows progress: live on a terminal, plain lines elsewhere."""
+    """Writer of ``metrics.jsonl`` and of progress: live on a terminal, plain lines elsewhere."""
 
     def __init__(self, directory: Path, steps: int, log_every: int, enabled: bool) -> None:
         self.enabled, self.steps, self.log_every = enabled, steps, log_every
@@ -40,18 +40,18 @@ class RunLog:
         """Send all further records to trackers too.
 
         Args:
-            config: the run's, as plain values.
-            step: steps made; above 0 in a run that is resumed.
+            config: the run's configuration, as plain values.
+            step: number of steps already made; above 0 in a resumed run.
         """
         if self.enabled:
             self._trackers = Trackers(cfg, self.directory, config, step, self.say)
 
     def say(self, text: str) -> None:
-        """A line for the user."""
+        """Print a line for the user."""
         self.console.print(text, markup=False)
 
     def start(self, step: int = 0) -> None:
-        """Begin to count steps, after ``step``."""
+        """Start the progress display and the clock after ``step`` steps."""
         self.started, self.first = time.perf_counter(), step
         if self.enabled and self.console.is_terminal:
             self._progress = Progress(
@@ -66,8 +66,10 @@ class RunLog:
             self._progress.start()
 
     def record(self, metrics: dict) -> None:
-        """Append one line to the metrics file, and tell the trackers. On a full disk the line waits
-        in memory for room."""
+        """Append one line to the metrics file and send it to the trackers.
+
+        If the disk is full, the line waits in memory.
+        """
         if self._file:
             self._write(json.dumps(metrics) + "\n")
         if self._trackers:
@@ -77,7 +79,7 @@ class RunLog:
         assert self._file is not None
         try:
             self._file.write(text.encode())
-            self._file.flush()  # what can't be written stays in the buffer and is tried again
+            self._file.flush()  # after an error the text stays in the buffer for the next try
             self._failed = False
         except OSError as error:
             if not self._failed:
@@ -85,7 +87,7 @@ class RunLog:
             self._failed = True
 
     def position(self) -> int:
-        """Bytes of the metrics file; they are on the disk."""
+        """Flush the metrics file to the disk and return its size in bytes."""
         if not self._file:
             return 0
         self._write("")
@@ -114,10 +116,10 @@ class RunLog:
         self.say(f"eval at step {step}, {who}: {shown}")
 
     def closing(self, summary: Summary, teachers: list[str]) -> None:
-        """What a run has come to.
+        """Show the closing tables and where the results are.
 
         Args:
-            teachers: their paths.
+            teachers: paths of the teachers.
         """
         origin = DEMO_ORIGIN if teachers == ["demo:teacher"] else None
         tables = closing_tables(summary.evaluations, summary.phases, summary.delta_peak_gb, origin)
@@ -130,26 +132,26 @@ class RunLog:
         self.say(f"{state}  metrics: {self.directory}/metrics.jsonl")
 
     def close_progress(self) -> None:
-        """Take the live display off the screen."""
+        """Remove the live display from the terminal."""
         if self._progress:
             self._progress.stop()
             self._progress = None
 
     def close(self) -> None:
-        """Stop the display, close the file and the trackers."""
+        """Stop the display, and close the trackers and the file."""
         self.close_progress()
         if self._trackers:
             self._trackers.close()
             self._trackers = None
         if self._file:
             self._write("")
-            with contextlib.suppress(OSError):  # said by the line above
+            with contextlib.suppress(OSError):  # _write has reported it
                 self._file.close()
             self._file = None
 
 
 def step_line(metrics: dict) -> str:
-    """One step in a line."""
+    """Format the metrics of a step as one line."""
     losses = {n: x for n, x in metrics.items() if n.startswith("actor/") and n.endswith("_loss")}
     names = ["loss"] if len(losses) == 1 else [n[len("actor/") : -len("_loss")] for n in losses]
     parts = [f"{n} {x:.4g}" for n, x in zip(names, losses.values(), strict=True)]
@@ -171,13 +173,13 @@ def closing_tables(
     delta_peak: float | None,
     origin: str | None = None,
 ) -> list[Table]:
-    """Accuracy of teacher and student, and where the time went.
+    """Make tables of the models' accuracy and of the seconds by phase.
 
     Args:
-        evaluations: by model ("teacher", "student before", "student after"), then by set.
+        evaluations: results by model ("teacher", "student before", "student after"), then by set.
         phases: seconds by phase.
-        delta_peak: GiB that the student's update took at its peak, None if not measured.
-        origin: what a reader must know of where the models come from.
+        delta_peak: peak memory of the student's update in GiB, None if not measured.
+        origin: caption that says where the models come from.
     """
     tables = []
     if evaluations:

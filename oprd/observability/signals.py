@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training."""
+"""Handling of Ctrl-C and SIGTERM during training."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from collections.abc import Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST = 1.0
-"""Seconds within which a second Ctrl-C is the first one: a terminal sends it to every process, and
-torchrun passes it on to the ranks besides."""
+"""Seconds within which a second SIGINT counts as the same Ctrl-C: a terminal sends it to every
+process, and torchrun forwards it to the ranks as well."""
 
 
 class Interrupt:
-    """A request to end: at once, except while weights change, when the step is finished first.
+    """A request by signal to end the run.
 
-    A second Ctrl-C is never held back. SIGTERM may come as often as a scheduler likes.
+    The first request interrupts at once, except while weights change: then the step is finished
+    first. A second Ctrl-C always interrupts at once. Repeated SIGTERMs are ignored.
 
     Attributes:
-        signum: the signal that asked to end the run; None so far.
-        aborted: by a second Ctrl-C: weights may be half changed.
+        signum: the signal that asked to end the run; None before any.
+        aborted: a second Ctrl-C interrupted the run, so weights may be half updated.
     """
 
     def __init__(self, at_once: bool = True) -> None:
         """
         Args:
-            at_once: if not, no request but a second Ctrl-C interrupts anything: several ranks must
-                end after the same step.
+            at_once: if False, only a second Ctrl-C interrupts, since several ranks must end after
+                the same step.
         """
         self.signum: int | None = None
         self.aborted = False
@@ -35,7 +36,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def armed(self) -> Iterator[None]:
-        """Handle the signals while inside (in the main thread; elsewhere there are none)."""
+        """Handle the signals inside the block. Does nothing outside the main thread."""
         try:
             previous = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
         except ValueError:
@@ -49,7 +50,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold a first request back until the block ends."""
+        """Delay the first request until the block ends."""
         self._deferring = True
         try:
             yield

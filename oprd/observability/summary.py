@@ -1,4 +1,4 @@
-"""How a run ended, in its directory's ``summary.json``."""
+"""The outcome of a run, and its file ``summary.json``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ SUMMARY = "summary.json"
 
 @dataclass
 class Summary:
-    """How a run ended; also written to ``summary.json``.
+    """The outcome of a run; also written to ``summary.json``.
 
     Attributes:
-        directory: the run's.
-        student: the trained model's directory; of an interrupted run the checkpoint's.
-        steps: optimizer steps made.
-        interrupted: whether a signal ended it.
-        evaluations: by model, then by set.
+        directory: the run's directory.
+        student: directory of the trained model; of the last checkpoint if the run was interrupted.
+        steps: number of optimizer steps made.
+        interrupted: whether a signal ended the run.
+        evaluations: results by model, then by set.
         phases: seconds by phase.
-        delta_peak_gb: GiB by which a student update rose above what was there when it began.
-        stopped_by: the number of the signal.
+        delta_peak_gb: largest memory of a student update beyond that in use at its start, in GiB.
+        stopped_by: the number of the signal that ended the run.
     """
 
     directory: Path
@@ -37,7 +37,7 @@ class Summary:
 
 
 def plain(evaluations: dict[str, dict[str, EvalResult]]) -> dict[str, dict[str, dict]]:
-    """As JSON."""
+    """Return evaluations as plain JSON values."""
     return {
         who: {name: r.as_dict() for name, r in results.items()}
         for who, results in evaluations.items()
@@ -45,7 +45,7 @@ def plain(evaluations: dict[str, dict[str, EvalResult]]) -> dict[str, dict[str, 
 
 
 def write_summary(summary: Summary) -> None:
-    """``summary.json`` in the run's directory."""
+    """Write ``summary.json`` to the run's directory."""
     values = {
         "student": str(summary.student),
         "steps": summary.steps,
@@ -58,7 +58,7 @@ def write_summary(summary: Summary) -> None:
 
 
 def read_summary(directory: Path) -> Summary | None:
-    """What `write_summary` has written; None if the run in a directory has not ended."""
+    """Read the file of `write_summary`; return None if the run in the directory has not ended."""
     file = directory / SUMMARY
     if not file.exists():
         return None
@@ -79,23 +79,23 @@ def read_summary(directory: Path) -> Summary | None:
 
 
 def finished(directory: Path) -> bool:
-    """Whether the run in a directory went through to its end."""
+    """Return whether the run in a directory made all of its steps."""
     summary = read_summary(directory)
     return summary is not None and not summary.interrupted
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Means over the prompts of a set.
+    """The results of an evaluation set, as means over its prompts.
 
     Attributes:
         avg: share of right responses (Avg@k, 0..1).
-        best: share of prompts with a right one among k (Best@k).
+        best: share of prompts with a right response among k (Best@k).
         dist_4g: 100 * unique / all whitespace-word 4-grams, pooled over a prompt's responses,
             then averaged; None if no response is four words long.
-        length: mean tokens of a response, EOS included.
-        truncated: share of responses that did not end by themselves.
-        samples: k.
+        length: mean number of tokens of a response, including EOS.
+        truncated: share of responses without a final EOS.
+        samples: k, the number of responses per prompt.
     """
 
     avg: float
@@ -106,7 +106,7 @@ class EvalResult:
     samples: int
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Under the names that the field plots: ``val/<set>/avg@k`` and so on."""
+        """Return the results as metrics named ``val/<set>/avg@k`` and so on."""
         k = self.samples
         values = {
             f"avg@{k}": self.avg,

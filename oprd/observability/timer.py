@@ -1,4 +1,4 @@
-"""Wall-clock seconds by phase."""
+"""Timing of a run's phases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from oprd.observability import hang_watchdog
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase."""
+    """Wall-clock seconds by phase: ``total`` since the start, ``step`` since `take_step`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,7 +22,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time spent inside to ``phase``; waits for the GPU."""
+        """Add the time spent inside the block to ``phase``, including pending work of the GPU."""
         hang_watchdog.beat(phase)
         self._synchronize()
         start = time.perf_counter()
@@ -40,6 +40,6 @@ class PhaseTimer:
             torch.cuda.synchronize(self.device)
 
     def take_step(self) -> dict[str, float]:
-        """The seconds since this was last called."""
+        """Return the seconds by phase since the last call, and reset them."""
         taken, self.step = dict(self.step), defaultdict(float)
         return taken

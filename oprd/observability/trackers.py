@@ -1,5 +1,7 @@
-"""Experiment trackers: TensorBoard, Weights & Biases, Trackio. What goes wrong with one of them is
-said once and never ends a run."""
+"""Experiment trackers: TensorBoard, Weights & Biases, Trackio.
+
+A tracker that fails is reported once, gets no further metrics and never ends a run.
+"""
 
 from __future__ import annotations
 
@@ -13,43 +15,43 @@ from oprd.config import LoggingConfig
 from oprd.errors import need_package
 
 IDENTITY = "tracker_id"
-"""File in a run's directory by which a resumed run is the same one to its trackers."""
+"""File in a run's directory with the name under which trackers recognise a resumed run."""
 
 
 class Tracker(Protocol):
-    """Where numbers go."""
+    """A destination for metrics."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a step."""
+        """Record the metrics of a step."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending metrics and close."""
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/`` of the run's directory."""
+    """TensorBoard event files in ``tensorboard/`` of the run's directory."""
 
     def __init__(
         self, cfg: LoggingConfig, directory: Path, name: str, config: Mapping, step: int
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was written after the checkpoint that is resumed from goes.
+        # A resumed run drops the events of later steps than its checkpoint.
         purge = step + 1 if step else None
         self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A curve for each number."""
+        """Record each number as a curve."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush."""
+        """Flush and close the event file."""
         self.writer.close()
 
 
 class WandB:
-    """Weights & Biases."""
+    """A run on Weights & Biases."""
 
     def __init__(
         self, cfg: LoggingConfig, directory: Path, name: str, config: Mapping, step: int
@@ -60,21 +62,21 @@ class WandB:
             project=cfg.project, name=directory.name, id=name, resume="allow", dir=str(directory),
             config=dict(config),
         )  # fmt: skip
-        # Its own count can't go back to the checkpoint that a run is resumed from.
+        # wandb's own step counter can't go back to the checkpoint that a run is resumed from.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A curve for each number."""
+        """Record each number as a curve."""
         self.run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Upload what is left."""
+        """Upload pending metrics and close the run."""
         self.run.finish()
 
 
 class Trackio:
-    """Trackio, on this machine or where its environment variables say."""
+    """A Trackio run, on this machine or where Trackio's environment variables point."""
 
     def __init__(
         self, cfg: LoggingConfig, directory: Path, name: str, config: Mapping, step: int
@@ -86,11 +88,11 @@ class Trackio:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A curve for each number."""
+        """Record each number as a curve."""
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending metrics and close."""
         self.run.finish()
 
 
@@ -102,10 +104,10 @@ TRACKERS: dict[str, Callable[[LoggingConfig, Path, str, Mapping, int], Tracker]]
 
 
 def check_trackers(cfg: LoggingConfig) -> None:
-    """Check that every tracker's package is there.
+    """Check that the package of every requested tracker is installed.
 
     Raises:
-        ConfigError: naming the extra that installs it.
+        ConfigError: if one is missing; the message names the extra that installs it.
     """
     for name in cfg.report_to:
         need_package(name, name, f"logging.report_to={name}")
@@ -124,10 +126,10 @@ class Trackers:
     ) -> None:
         """
         Args:
-            directory: the run's.
-            config: the run's, as plain values.
-            step: steps made; above 0 in a run that is resumed.
-            say: takes a warning.
+            directory: the run's directory.
+            config: the run's configuration, as plain values.
+            step: number of steps already made; above 0 in a resumed run.
+            say: called with each warning to show to the user.
         """
         self._say = say
         self._open: dict[str, Tracker] = {}
@@ -140,8 +142,11 @@ class Trackers:
                 self._open[kind] = opened
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """A line of ``metrics.jsonl``: its numbers, at its ``step``. A list becomes one number for
-        each place; what is measured of a teacher goes under its name."""
+        """Record the numbers of one line of ``metrics.jsonl`` at its ``step``.
+
+        Each entry of a list becomes a metric of its own. A teacher's metrics get its name as a
+        prefix.
+        """
         who = record.get("model", "student")
         prefix = "" if who.startswith("student") else f"{who.replace(' ', '_')}/"
         values: dict[str, float] = {}
@@ -154,16 +159,16 @@ class Trackers:
             self._tried(kind, tracker.log, record["step"], values)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending metrics and close."""
         for kind, tracker in list(self._open.items()):
             self._tried(kind, tracker.close)
         self._open.clear()
 
     def _tried(self, kind: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """What a call to a tracker returns; one that fails is not called again."""
+        """Call a tracker and return its result; a tracker that fails is not called again."""
         try:
             return call(*arguments)
-        except Exception as error:  # whatever it is, the run is worth more
+        except Exception as error:  # no error of a tracker may end the run
             self._open.pop(kind, None)
             self._say(
                 f"warning: {kind} has failed and gets no more metrics ({type(error).__name__}: "
@@ -173,7 +178,7 @@ class Trackers:
 
 
 def _identity(directory: Path) -> str:
-    """The run's name to its trackers, the same when it is resumed."""
+    """Return the run's name for its trackers, which stays the same when the run is resumed."""
     file = directory / IDENTITY
     if not file.exists():
         plain = re.sub(r"[^\w.-]", "_", directory.name)

@@ -1,1 +1,1 @@
-"""vLLM, in a process of its own beside each rank."""
+"""The vLLM engine: one vLLM process beside each rank."""

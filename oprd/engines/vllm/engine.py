@@ -1,7 +1,7 @@
-"""vLLM as the engine. It runs in a process of its own, one a rank, on the rank's device.
+"""The engine that samples with vLLM, in a separate process per rank on the rank's device.
 
-A process of its own, as vLLM would otherwise rearrange the trainer's threads, allocator and process
-group, and take it along when it dies. In that process nothing is below vLLM (see `worker`).
+In the trainer's process, vLLM would change threads, allocator and process group, and would end the
+trainer when it dies. vLLM starts no further process below the engine's (see `worker`).
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from oprd.engines.vllm.process import EngineProcess, free_port
 
 WORKER = "oprd.engines.vllm.worker"
 TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")
-"""Variables of the trainer's own process group, which the engine is no part of."""
+"""Prefixes of the trainer's process-group variables, which the engine must not inherit."""
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 def trainer_dtypes(cfg: TrainConfig) -> list[DType]:
-    """Of the student's weights and, last, of what it computes in."""
+    """Return the student's dtypes: first that of its weights, last that of its computations."""
     sharded = cfg.fsdp.active(distributed.world_size())
     dtypes = [cfg.student.dtype, cfg.fsdp.param_dtype if sharded else None, cfg.autocast]
     return [dtype for dtype in dtypes if dtype is not None]
 
 
 def engine_dtype(cfg: TrainConfig) -> DType:
-    """The dtype that the engine computes in."""
+    """Return the dtype that the engine computes in."""
     return cfg.rollout.vllm.dtype or trainer_dtypes(cfg)[-1]
 
 
 def max_logprob_gap(cfg: TrainConfig) -> float:
-    """The gap that ends a run."""
+    """Return the mean log-prob gap above which a run ends."""
     given = cfg.rollout.vllm.max_logprob_gap
     dtypes = [engine_dtype(cfg), *trainer_dtypes(cfg)]
     return max(MAX_LOGPROB_GAP[dtype] for dtype in dtypes) if given is None else given
 
 
 def longest_sequence(cfg: TrainConfig) -> int:
-    """Tokens of the longest prompt and response that a run may sample."""
+    """Return the tokens of the longest prompt plus response that a run may sample."""
     new = max(cfg.rollout.max_new_tokens, cfg.eval.max_new_tokens if cfg.eval.sets else 0)
     return cfg.data.max_prompt_tokens + new
 
@@ -57,17 +57,17 @@ def longest_sequence(cfg: TrainConfig) -> int:
 def llm_arguments(
     cfg: VllmConfig, model: Path, dtype: DType, max_model_len: int, on_gpu: bool
 ) -> dict[str, Any]:
-    """Of ``vllm.LLM``.
+    """Return the arguments of ``vllm.LLM``.
 
     Args:
-        model: a directory with a configuration; weights and tokenizer are not looked for.
-        max_model_len: that ``cfg`` does not give.
+        model: a directory with a configuration; weights and tokenizer are not read.
+        max_model_len: used if ``cfg`` has none.
     """
     arguments: dict[str, Any] = {
         "model": str(model),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # none of the model's own settings: see `Engine.sample`
+        "generation_config": "vllm",  # ignore the model's own settings: see `Engine.sample`
         "logprobs_mode": "raw_logprobs",
         "distributed_executor_backend": "external_launcher",
         "tensor_parallel_size": cfg.tensor_parallel_size,
@@ -87,13 +87,13 @@ def llm_arguments(
 def worker_environment(
     device: torch.device, rank: int, ranks: int, port: int, inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables that an engine's process starts with.
+    """Return the environment variables of an engine's process.
 
     Args:
-        rank, ranks: among those that share one copy of the student, which meet at ``port``.
+        rank, ranks: rank and number of ranks in the tensor-parallel group, which meets at ``port``.
     """
     variables = {k: v for k, v in inherited.items() if not k.startswith(TORCHRUN)}
-    # vLLM's sleep needs an allocator of its own, which expandable segments exclude.
+    # vLLM's sleep mode uses its own allocator, which can't be combined with expandable segments.
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         variables.pop(name, None)
     variables |= {
@@ -104,7 +104,7 @@ def worker_environment(
         "MASTER_PORT": str(port),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    # Engines of several ranks would be bound to the same cores; OMP_NUM_THREADS stays in force.
+    # By default all ranks' engines are bound to the same cores. OMP_NUM_THREADS still applies.
     variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     variables.setdefault("VLLM_CPU_KVCACHE_SPACE", str(default_cpu_cache_gib()))
     variables.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -112,14 +112,14 @@ def worker_environment(
 
 
 def default_cpu_cache_gib() -> int:
-    """GiB of KV cache on a CPU: an eighth of the memory, shared by its ranks, at most 16."""
+    """Return the GiB of KV cache on a CPU: 1/8 of memory split over local ranks, from 1 to 16."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, int(memory / 8 / ranks)))
 
 
 class VllmEngine:
-    """See `oprd.engines.Engine`."""
+    """An engine that samples with vLLM (see `oprd.engines.base.Engine`)."""
 
     def __init__(
         self,
@@ -134,24 +134,24 @@ class VllmEngine:
         directory: Path,
         say: Callable[[str], None],
     ) -> None:
-        """Start the engine, which takes the better part of a minute. Collective.
+        """Start the engine, which takes most of a minute. Collective.
 
         Args:
-            model_config: the student's.
-            weights: the student's present ones, each time it is called
+            model_config: the student's configuration.
+            weights: returns the student's current weights
                 (`oprd.models.weights.full_weights`). Collective if they are sharded.
             ends: tokens that end a response.
             dtype: see `engine_dtype`.
-            max_model_len: that ``cfg`` does not give.
-            directory: for its configuration and log.
-            say: where the user is told of a restart.
+            max_model_len: used if ``cfg`` has none.
+            directory: parent of ``rank_N``, which receives the configuration and the log.
+            say: called with a message about each restart.
 
         Raises:
-            EngineFailure: if it does not start.
+            EngineFailure: if the engine does not start.
         """
         self.cfg, self.device, self.ends, self.say = cfg, device, list(ends), say
         self.weights, self.dtype = weights, getattr(torch, dtype)
-        self.policy_version = -1  # random weights
+        self.policy_version = -1  # the weights are still random
         self.restarts = 0
         self._asleep = False
         self._group = _tensor_parallel_group(cfg.tensor_parallel_size)
@@ -165,7 +165,7 @@ class VllmEngine:
         self._start()
 
     def sync(self, version: int) -> None:
-        """See `Engine`. Sends nothing if that is what it has already."""
+        """See `Engine`. Sends nothing if the engine has these weights already."""
         if version == self.policy_version and not self._asleep:
             return
         self._guarded(lambda: self._load(self.weights()), loads=True)
@@ -183,8 +183,8 @@ class VllmEngine:
         """See `Engine`. The first ``gap_responses`` responses come with their log-probs.
 
         Raises:
-            RuntimeError: if it sleeps: `sync` it first.
-            ValueError: if a prompt and its response may be longer than the engine was made for.
+            RuntimeError: if the engine is asleep or has no weights yet; call `sync` first.
+            ValueError: if a prompt plus its response may exceed the engine's maximum length.
         """
         if self._asleep or self.policy_version < 0:
             raise RuntimeError("the engine has no weights: call sync before sample")
@@ -196,16 +196,16 @@ class VllmEngine:
             )
         if seed is None:
             seed = int(torch.randint(2**31, ()))
-        everyones, seed, mine, checked = self._gather(prompts, seed)
+        all_prompts, seed, own, checked = self._gather(prompts, seed)
         sampling = {
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p if temperature > 0 else 1.0,
             "stop_token_ids": self.ends,
         }
-        responses = self._guarded(lambda: self._ask("sample", everyones, sampling, seed, checked))[
-            mine
-        ]
+        responses = self._guarded(
+            lambda: self._ask("sample", all_prompts, sampling, seed, checked)
+        )[own]
         ends = set(self.ends)
         return [
             Rollout(list(prompt), ids, truncated=ids[-1] not in ends, log_probs=log_probs)
@@ -213,7 +213,7 @@ class VllmEngine:
         ]
 
     def sleep(self) -> None:
-        """See `Engine`; only on GPUs."""
+        """See `Engine`. Does nothing on CPUs."""
         if self.device.type == "cuda" and self.cfg.sleep and not self._asleep:
             self._guarded(lambda: self._ask("sleep"))
             self._asleep = True
@@ -226,10 +226,10 @@ class VllmEngine:
 
     @property
     def pid(self) -> int | None:
-        """Of its process."""
+        """Id of the engine's process; None after `close`."""
         return None if self._process is None else self._process.process.pid
 
-    # Its parts ----------------------------------------------------------------------------------
+    # Internals ----------------------------------------------------------------------------------
 
     def _start(self) -> None:
         ranks = self.cfg.tensor_parallel_size
@@ -243,7 +243,7 @@ class VllmEngine:
         self._process.ask("start", self._arguments, timeout=self.cfg.start_timeout)
 
     def _load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        # In its own dtype: a float32 student would be twice as much to send.
+        # Cast first: float32 weights for a bfloat16 engine would be twice as much to send.
         tensors = ((n, t.to(self.dtype) if t.is_floating_point() else t) for n, t in weights)
         self._ask("load", self._asleep, tensors=tensors)
         self._asleep = False
@@ -253,12 +253,13 @@ class VllmEngine:
         return self._process.ask(*message, tensors=tensors, timeout=self.cfg.step_timeout)
 
     def _guarded(self, request: Callable[[], Any], loads: bool = False) -> Any:
-        """The request's answer. Where a rank's engine fails it is restarted, if it may be, and
-        asked again. It needs weights first, and gathering those is collective: all ranks learn of
-        a failure and help.
+        """Make a request and return the answer; restart a failed engine and repeat the request.
+
+        A restarted engine needs weights, and gathering them is collective. All ranks therefore
+        learn of a failure and take part.
 
         Args:
-            loads: the request is itself to load the weights.
+            loads: whether the request itself loads the weights.
         """
         answer, done, recovering, lost = None, False, False, False
         while True:
@@ -272,8 +273,8 @@ class VllmEngine:
             except EngineFailure as error:
                 failure, done = error, False
             lost = failure is not None
-            # Of a tensor-parallel group all engines are lost: those that wait for this one find
-            # out by step_timeout.
+            # A tensor-parallel group loses all of its engines, so it is not restarted. The engines
+            # that wait for this one notice after step_timeout.
             restart = self.cfg.tensor_parallel_size == 1 and self.restarts < self.cfg.max_restarts
             severity = 0.0 if not lost else 1.0 if restart else 2.0
             worst = distributed.max_over_ranks(severity, self.device)
@@ -290,7 +291,7 @@ class VllmEngine:
             recovering = True
 
     def _recover(self, lost: bool) -> None:
-        """Start an engine and give it weights, if this rank's is the one that was lost."""
+        """Restart this rank's engine and load its weights, if it is the engine that was lost."""
         failure = None
         if lost:
             try:
@@ -309,12 +310,12 @@ class VllmEngine:
     def _advice(self) -> str:
         return (
             f"It was restarted {self.restarts} times (rollout.vllm.max_restarts="
-            f"{self.cfg.max_restarts}). Give it more memory, or less to do at once "
+            f"{self.cfg.max_restarts}). Give it more memory, lower the number of sequences at once "
             "(rollout.vllm.max_num_seqs), or sample with rollout.engine=generate"
         )
 
     def _all(self, value: Any) -> list[Any]:
-        """Everyone's, of the ranks that share a copy of the student."""
+        """Gather a value from the ranks of the tensor-parallel group."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.cfg.tensor_parallel_size
@@ -324,24 +325,29 @@ class VllmEngine:
     def _gather(
         self, prompts: Sequence[list[int]], seed: int
     ) -> tuple[list[list[int]], int, slice, list[int]]:
-        """The prompts of all that share a copy, one seed, where among them this rank's are, and
-        which of them are checked: the same requests on all of these ranks, as their engines must
-        schedule alike."""
+        """Gather the prompts of the tensor-parallel group.
+
+        The engines of the group must schedule alike, so all of them get the same requests.
+
+        Returns:
+            The prompts of all ranks of the group, one seed, the slice of this rank's prompts, and
+            the indices of the prompts whose log-probs are checked.
+        """
         gathered = self._all((list(prompts), seed))
-        everyones: list[list[int]] = []
+        all_prompts: list[list[int]] = []
         checked: list[int] = []
-        mine = slice(0)
+        own = slice(0)
         for rank, (theirs, _) in enumerate(gathered):
-            start = len(everyones)
-            everyones += theirs
-            checked += [*range(start, len(everyones))][: self.cfg.gap_responses]
+            start = len(all_prompts)
+            all_prompts += theirs
+            checked += [*range(start, len(all_prompts))][: self.cfg.gap_responses]
             if rank == distributed.rank() % len(gathered):
-                mine = slice(start, len(everyones))
-        return everyones, gathered[0][1], mine, checked
+                own = slice(start, len(all_prompts))
+        return all_prompts, gathered[0][1], own, checked
 
 
 def _tensor_parallel_group(size: int) -> dist.ProcessGroup | None:
-    """This rank's, of ``size`` neighbours. Collective."""
+    """Return this rank's group of ``size`` neighbouring ranks; None for size 1. Collective."""
     own = None
     for start in range(0, distributed.world_size(), size) if size > 1 else ():
         group = dist.new_group([*range(start, start + size)])

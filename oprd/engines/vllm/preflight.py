@@ -1,4 +1,4 @@
-"""What can be found wrong with a run's vLLM engine before any weight is loaded."""
+"""Checks of a run's vLLM engine before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def check_vllm(
     """Check that a vLLM engine can sample from the student.
 
     Args:
-        student: its configuration; None: it could not be read, and is not looked at.
+        student: the student's configuration; None if it could not be read: it is not checked.
 
     Returns:
-        What the user should know.
+        Notes for the user.
 
     Raises:
-        ConfigError: if it can't.
-        Unreachable: if vLLM is not installed here.
+        ConfigError: if the engine can't sample from the student.
+        Unreachable: if vLLM is not installed.
     """
     v, where = cfg.rollout.vllm, "rollout.vllm."
     if device.type not in INSTALL:
@@ -72,23 +72,26 @@ def check_vllm(
     if here % size:
         raise ConfigError(
             f"{where}tensor_parallel_size={size}: the {here} rank(s) of a machine can't be split "
-            f"into groups of {size}. Start a multiple of {size} a machine "
-            "(torchrun --nproc-per-node), or choose a divisor"
+            f"into groups of {size}. Start a multiple of {size} ranks per machine "
+            f"(torchrun --nproc-per-node), or choose a divisor of {here}"
         )
     if student is not None:
         _check_experts(student, device)
         _check_heads(student, size)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # importing vLLM is a lot of work
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # importing vLLM takes long
             _ask_vllm(cfg, student, device)
     if device.type == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         space = worker_environment(device, 0, 1, 0, {})["VLLM_CPU_KVCACHE_SPACE"]
-        return [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB a rank"]
+        return [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB per rank"]
     return []
 
 
 def _check_experts(student: PretrainedConfig, device: torch.device) -> None:
-    """Seen with Qwen3-MoE: vLLM 0.32 is right from files, and wrong after ``reload_weights`` with
-    the same weights, on CPUs."""
+    """Refuse a mixture of experts on CPUs.
+
+    Seen with Qwen3-MoE: vLLM 0.32 is right with weights from files, but wrong after
+    ``reload_weights`` with the same weights.
+    """
     text = student.get_text_config()
     if device.type == "cpu" and any(getattr(text, name, None) for name in EXPERTS):
         raise ConfigError(
@@ -107,7 +110,7 @@ def _check_heads(student: PretrainedConfig, size: int) -> None:
 
 
 def _ask_vllm(cfg: TrainConfig, student: PretrainedConfig, device: torch.device) -> None:
-    """Have vLLM itself look at the model's configuration, in a process that ends with that."""
+    """Let vLLM check the model's configuration in a short-lived process."""
     v = cfg.rollout.vllm
     dtype = engine_dtype(cfg)
     ranks = v.tensor_parallel_size
@@ -134,13 +137,13 @@ def _ask_vllm(cfg: TrainConfig, student: PretrainedConfig, device: torch.device)
     why = reason(done.stderr)
     advice = ""
     if "ImportError" in done.stderr or "torchvision" in done.stderr:
-        advice = f". It was installed for another torch, or beside one: {INSTALL[device.type]}"
+        advice = f". vLLM or torchvision does not match the installed torch: {INSTALL[device.type]}"
     raise ConfigError(f"rollout.engine=vllm: vLLM can't run {cfg.student.path}: {why}{advice}")
 
 
 def reason(stderr: str) -> str:
-    """What vLLM complains about, out of all that it printed."""
-    found = re.findall(r"Value error, (.*?)(?: \[type=|$)", stderr, re.DOTALL)
+    """Extract vLLM's complaint from all that it printed."""
+    complaints = re.findall(r"Value error, (.*?)(?: \[type=|$)", stderr, re.DOTALL)
     lines = stderr.strip().splitlines() or ["no message"]
-    text = " ".join((found[-1] if found else lines[-1]).split())
+    text = " ".join((complaints[-1] if complaints else lines[-1]).split())
     return text if len(text) <= MESSAGE_LENGTH else text[:MESSAGE_LENGTH] + " .."

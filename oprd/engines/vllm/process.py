@@ -1,8 +1,8 @@
-"""A process that is asked and answers, and that can be given up: the engine's side of it is
-`oprd.engines.vllm.worker`.
+"""The trainer's side of an engine's process; the other side is `oprd.engines.vllm.worker`.
 
-A message is a pickled tuple whose first entry says what it is. Tensors come after it: those of a
-GPU by CUDA IPC, not copied; those of a CPU as bytes, since shared memory is small in containers.
+A message is a pickled tuple whose first entry names its kind. Tensors follow their message: GPU
+tensors by CUDA IPC without a copy, CPU tensors as bytes, since shared memory in containers
+is small.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def send_tensor(connection: Connection, name: str, tensor: Tensor) -> None:
 
 
 def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor]]:
-    """What `send_tensor` sent, until there comes a None."""
+    """Yield the tensors that `send_tensor` sent, until a None arrives."""
     while (message := connection.recv()) is not None:
         name, content = message
         if not isinstance(content, Tensor):
@@ -56,14 +56,14 @@ def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor]]:
 
 
 class EngineProcess:
-    """Runs ``python -m module FD`` in a session of its own, its output in a log file."""
+    """A process ``python -m module FD`` in its own session, with its output in a log file."""
 
     def __init__(self, module: str, environment: Mapping[str, str], log: Path, what: str) -> None:
         """
         Args:
-            module: what to run; it serves the connection whose file descriptor is its argument.
-            environment: all of its variables.
-            what: the process is, for messages.
+            module: the module to run; it serves the connection whose file descriptor it is given.
+            environment: all environment variables of the process.
+            what: description of the process in messages.
         """
         self.what, self.log = what, log
         ours, theirs = Pipe()
@@ -75,7 +75,7 @@ class EngineProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is the trainer's to handle
+                start_new_session=True,  # the trainer alone handles Ctrl-C
             )
         theirs.close()
         self.connection = ours
@@ -92,12 +92,12 @@ class EngineProcess:
         """Send a message and wait for its answer.
 
         Args:
-            tensors: sent after it. All of them are gone through, whatever happens to the process.
+            tensors: sent after the message. The iterable is exhausted even if the process dies.
             timeout: seconds to wait for any sign of life.
 
         Raises:
             EngineFailure: if the process died, was silent for too long or answered with an error.
-                It has then ended.
+                The process has then ended.
         """
         remaining = iter(tensors or ())
         try:
@@ -115,29 +115,29 @@ class EngineProcess:
                     raise EngineFailure(self._describe(f"stopped with an error: {content}"))
         except (EOFError, OSError) as error:
             self.kill()
-            for _ in remaining:  # gathering is collective
+            for _ in remaining:  # gathering the tensors is collective
                 pass
             raise EngineFailure(self._describe(self._how_it_ended(timeout))) from error
-        except BaseException:  # its answer may still come, which nobody would expect
+        except BaseException:  # a late answer would be taken for that of the next message
             self.kill()
             raise
 
     def _send(self, tensors: Iterator[tuple[str, Tensor]], timeout: float) -> None:
-        for name, tensor in tensors:  # waiting for other ranks is not the engine's time
+        for name, tensor in tensors:  # the time limit excludes the wait for other ranks
             with self._limit(timeout):
                 send_tensor(self.connection, name, tensor)
         with self._limit(timeout):
             self.connection.send(None)
 
     def kill(self) -> None:
-        """End it at once, with everything that it started."""
+        """Kill the process and everything that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.connection.close()
 
     def close(self) -> None:
-        """Ask it to end, and see that it does."""
+        """Ask the process to end, and kill it if it does not."""
         with contextlib.suppress(EngineFailure):
             self.ask("close", timeout=CLOSE_SECONDS)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -153,14 +153,14 @@ class EngineProcess:
             self._deadline = None
 
     def _watch(self) -> None:
-        """Kills it where it is silent for too long, so that whoever waits for it sees its end."""
+        """Kill the process if it is silent for too long, so that a pending receive fails."""
         while self.process.poll() is None:
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 self._hung = deadline
                 break
             time.sleep(0.2)
-        # What it started may hold the other end of the connection open.
+        # Its children may hold the other end of the connection open.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -169,7 +169,9 @@ class EngineProcess:
             return f"gave no sign of life for {timeout:.0f} s and was ended"
         code = self.process.returncode
         if code < 0:
-            hint = " (the system ends processes so when memory runs out)" if code == -9 else ""
+            hint = (
+                " (the system kills processes this way when memory runs out)" if code == -9 else ""
+            )
             return f"was ended by {signal.Signals(-code).name}{hint}"
         return f"ended with exit code {code}"
 
@@ -180,14 +182,13 @@ class EngineProcess:
 
 
 def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables with which a Python process finds this very package, wherever it was imported
-    from."""
+    """Return the environment, with PYTHONPATH set so that a process imports this same package."""
     paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """Return a TCP port that no process listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

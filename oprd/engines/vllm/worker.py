@@ -1,10 +1,11 @@
-"""The process that vLLM runs in, one a rank: ``python -m oprd.engines.vllm.worker FD`` serves the
-connection of an `oprd.engines.vllm.process.EngineProcess`.
+"""The process that vLLM runs in, one per rank.
 
-vLLM's engine core runs in this process too, not in one below it (``external_launcher``), so that
-weights reach it as tensors, by vLLM's own ``reload_weights``: the same call on a CPU and on a GPU.
+``python -m oprd.engines.vllm.worker FD`` serves the connection of an
+`oprd.engines.vllm.process.EngineProcess`. vLLM's engine core runs in this process too, not in a
+child process (``external_launcher``). Weights therefore reach it as tensors, with vLLM's own
+``reload_weights``, on CPUs and GPUs alike.
 
-    python -m oprd.engines.vllm.worker check '{"model": ..}'  # would vLLM take these arguments?
+    python -m oprd.engines.vllm.worker check '{"model": ..}'  # does vLLM accept these arguments?
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """Answers messages; every method but `serve` is one."""
+    """The server of an engine's connection; every public method but `serve` answers a message."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.llm: LLM | None = None
 
     def serve(self) -> None:
-        """Until asked to close, or until nobody is there any more."""
+        """Answer messages until a ``close`` message, an error or the end of the connection."""
         while True:
             try:
                 name, *arguments = self.connection.recv()
@@ -56,22 +57,22 @@ class Worker:
                 return
 
     def start(self, arguments: dict[str, Any]) -> None:
-        """Make the engine; its weights are random until `load`."""
+        """Make the vLLM engine; its weights are random until `load`."""
         from vllm import LLM
 
         self.llm = LLM(**arguments)
 
     def load(self, asleep: bool) -> None:
-        """Take the weights that follow, and forget what was computed with others.
+        """Receive the weights that follow the message, and reset the prefix cache.
 
         Args:
-            asleep: since `sleep`, there is no memory for them.
+            asleep: whether the engine sleeps, so that its memory must be allocated again.
         """
         tensors = receive_tensors(self.connection)
         try:
             self._load(tensors, asleep)
         finally:
-            for _ in tensors:  # the other side sends all of them before it looks for an answer
+            for _ in tensors:  # the trainer sends all of them before it reads an answer
                 pass
 
     def _load(self, tensors: Iterator[tuple[str, Tensor]], asleep: bool) -> None:
@@ -92,10 +93,16 @@ class Worker:
         seed: int,
         with_log_probs: Sequence[int],
     ) -> list[tuple[list[int], list[float] | None]]:
-        """Response and, of the prompts ``with_log_probs``, its tokens' log-probs at temperature 1.
+        """Sample one response to each prompt.
 
-        The whole engine is seeded rather than each request, which would have the sampler draw row
+        The whole engine is seeded, since seeds of single requests would make the sampler draw row
         by row.
+
+        Args:
+            with_log_probs: indices of the prompts whose responses come with log-probs.
+
+        Returns:
+            For each prompt its response and, if requested, the tokens' log-probs at temperature 1.
         """
         from vllm import SamplingParams
         from vllm.utils.torch_utils import set_random_seed
@@ -103,13 +110,13 @@ class Worker:
         assert self.llm is not None
         engine = self.llm.llm_engine
         set_random_seed(seed)
-        asked = set(with_log_probs)
+        checked = set(with_log_probs)
         for i, prompt in enumerate(prompts):
             params = SamplingParams(
-                **sampling, detokenize=False, logprobs=0 if i in asked else None
+                **sampling, detokenize=False, logprobs=0 if i in checked else None
             )
             engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
-        found: dict[int, tuple[list[int], list[float] | None]] = {}
+        responses: dict[int, tuple[list[int], list[float] | None]] = {}
         beat = time.monotonic()
         while engine.has_unfinished_requests():
             for request in engine.step():
@@ -120,42 +127,45 @@ class Worker:
                 if output.logprobs is not None:
                     by_token = zip(ids, output.logprobs, strict=True)
                     log_probs = [candidates[token].logprob for token, candidates in by_token]
-                found[int(request.request_id)] = (ids, log_probs)
+                responses[int(request.request_id)] = (ids, log_probs)
             if time.monotonic() - beat > BEAT_SECONDS:
                 beat = time.monotonic()
                 self.connection.send(("beat", None))
-        return [found[i] for i in range(len(prompts))]
+        return [responses[i] for i in range(len(prompts))]
 
     def sleep(self) -> None:
-        """Free the GPU's memory. The weights are lost, as they are about to change."""
+        """Free the GPU's memory. The weights are discarded, since new ones follow."""
         assert self.llm is not None
         self.llm.sleep(level=2)
 
     def close(self) -> None:
-        """Let go of the engine."""
+        """Drop the vLLM engine."""
         self.llm = None
         gc.collect()
 
 
 def repack_tied_head(model: Any) -> None:
-    """On CPUs vLLM (0.32) keeps a packed copy of the LM head's weight. Where the head is tied to
-    the embeddings no weight of its own arrives, and ``reload_weights`` leaves the old copy."""
+    """Renew the packed copy of the LM head's weight that vLLM (0.32) keeps on CPUs.
+
+    If the head is tied to the embeddings, it receives no weight of its own, and ``reload_weights``
+    keeps the old copy.
+    """
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "cpu_linear") and head.weight.numel():
         head.quant_method.process_weights_after_loading(head)
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when the trainer ends, however it does."""
+    """Ask Linux to kill this process when the trainer ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check(arguments: dict[str, Any]) -> None:
-    """Have vLLM check its arguments.
+    """Let vLLM check its arguments.
 
     Raises:
-        Exception: vLLM's own, of any kind.
+        Exception: any error that vLLM raises.
     """
     from vllm import EngineArgs
 
@@ -163,7 +173,7 @@ def check(arguments: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Serve, or check."""
+    """Serve a connection, or check arguments."""
     if sys.argv[1] == "check":
         try:
             check(json.loads(sys.argv[2]))

@@ -117,7 +117,7 @@ def flip_a_byte(file):
     [
         (lambda p: (p / "__0_0.distcp").write_bytes(b""), "has 0 bytes of"),
         (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
-        (lambda p: (p / files.DOCUMENT).unlink(), "it was not finished"),
+        (lambda p: (p / files.DOCUMENT).unlink(), "the checkpoint was not finished"),
         (lambda p: (p / files.DOCUMENT).write_text('{"format": 1, "st'), "can't be read"),
         (lambda p: (p / files.DOCUMENT).write_text('{"format": 99}'), "has format 99"),
         (lambda p: (p / files.DOCUMENT).write_text("[]"), "has format None"),

@@ -118,7 +118,7 @@ def test_without_a_seed_the_processs_random_state_decides(make_engine):
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        ("die_in_sample", "was ended by SIGKILL (the system ends processes so when memory"),
+        ("die_in_sample", "was ended by SIGKILL (the system kills processes this way when memory"),
         ("hang_in_sample", "gave no sign of life for 5 s and was ended"),
         ("error_in_sample", "stopped with an error: RuntimeError: out of cake"),
         ("die_in_load", "was ended by SIGKILL"),

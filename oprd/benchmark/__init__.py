@@ -1,1 +1,1 @@
-"""Measurements: what OPRD saves in the update, and objectives trained side by side."""
+"""Benchmarks: cost of the update by objective (gains), and training with each (compare)."""

@@ -1,10 +1,10 @@
-"""``oprd-compare``: objectives side by side, from the same student, prompts, seeds and schedule.
+"""``oprd-compare``: train with several objectives from the same student, prompts and seeds.
 
     oprd-compare [--config recipes/compare_demo.yaml] [--seeds '[0, 1, 2]'] [--output_dir ..]
 
-Every objective's learning rate is chosen from the same grid, by validation accuracy on a seed of
-its own; then the seeds are run. A run that is finished already is read, not repeated, so that an
-interrupted comparison can be started again.
+Every objective's learning rate is chosen from the same grid, by validation accuracy with a separate
+seed. Then each objective is run with every seed. A run that has finished is read, not repeated, so
+that an interrupted comparison can be continued.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Variant:
     """One way to train.
 
     Attributes:
-        objectives: as `TrainConfig.objectives`.
-        opd: how its output-space losses are computed.
+        objectives: weights of the objectives, as in `TrainConfig.objectives`.
+        opd: settings of the output-space losses.
     """
 
     objectives: dict[str, float]
@@ -41,6 +41,7 @@ class Variant:
 
 
 def demo_variants() -> dict[str, Variant]:
+    """Return the variants that are compared on the demo."""
     return {
         "OPD top-1": Variant({"opd_top1": 1.0}),
         "OPD top-4": Variant({"opd_topk": 1.0}, OpdConfig(k=4)),
@@ -52,18 +53,18 @@ def demo_variants() -> dict[str, Variant]:
 
 @dataclass
 class CompareConfig:
-    """A comparison. Every default is the demo's.
+    """A comparison. The defaults are those of the demo.
 
     Attributes:
-        output_dir: every run gets a directory in it, and the table and figure are written there.
-        variants: what is compared, by name.
-        learning_rates: the grid that every variant's rate is chosen from.
-        tuning_seed: of the runs that choose.
-        seeds: of the runs that are reported.
-        selection_set: the evaluation set that rates are chosen by and progress is measured on.
-        report_set: the one whose accuracy is reported.
-        target: share of the teacher's accuracy whose steps and seconds are reported.
-        run: everything the runs have in common.
+        output_dir: directory for the table, the figure and one directory per run.
+        variants: the variants to compare, by name.
+        learning_rates: learning rates to choose from for each variant.
+        tuning_seed: seed of the runs that choose the learning rate.
+        seeds: seeds of the reported runs.
+        selection_set: evaluation set for choosing learning rates and measuring progress.
+        report_set: evaluation set whose accuracy is reported.
+        target: share of the teacher's accuracy; the steps and seconds to reach it are reported.
+        run: settings that all runs share.
     """
 
     output_dir: str = "runs/compare"
@@ -79,12 +80,14 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to.
+    """The results of one run.
 
     Attributes:
-        curve: (step, seconds of training so far, accuracy on the selection set).
-        seconds: by phase.
-        delta_peak: GiB, None if not measured.
+        curve: (step, seconds of training so far, accuracy on the selection set) of each evaluation.
+        accuracy: final accuracy on the report set.
+        seconds: seconds by phase.
+        delta_peak: peak memory of the student's update in GiB, None if not measured.
+        tokens_per_second: tokens per second of training.
     """
 
     curve: list[tuple[int, float, float]]
@@ -94,15 +97,15 @@ class Result:
     tokens_per_second: float
 
     def reached(self, accuracy: float) -> tuple[int, float] | None:
-        """Step and training seconds at which an evaluation first saw ``accuracy``."""
+        """Return step and training seconds of the first evaluation with at least ``accuracy``."""
         return next(((step, s) for step, s, a in self.curve if a >= accuracy), None)
 
 
 def check(cfg: CompareConfig) -> None:
-    """Everything that is wrong with the comparison itself.
+    """Check the settings of the comparison itself.
 
     Raises:
-        ConfigError: listing all of it.
+        ConfigError: if any is wrong; the message lists all problems.
     """
     problems = []
     sets = cfg.run.eval.sets
@@ -110,8 +113,8 @@ def check(cfg: CompareConfig) -> None:
         problems.append(f"run.eval.sets has no {name!r}, only {[*sets]}")
     if cfg.selection_set in sets and not sets[cfg.selection_set].every:
         problems.append(
-            f"run.eval.sets.{cfg.selection_set}.every is 0: progress is measured on it, so set the "
-            "steps between evaluations"
+            f"run.eval.sets.{cfg.selection_set}.every is 0, but progress is measured on this set: "
+            "set the steps between evaluations"
         )
     lists: dict[str, list[Any]] = {"learning_rates": cfg.learning_rates, "seeds": cfg.seeds}
     for name, values in lists.items():
@@ -122,13 +125,13 @@ def check(cfg: CompareConfig) -> None:
     if not 0 < cfg.target <= 1:
         problems.append(f"target must lie in (0, 1], got {cfg.target}")
     if cfg.run.output_dir is not None:
-        problems.append("run.output_dir is set: runs are written to directories in output_dir")
+        problems.append("run.output_dir is set: leave it out, since runs are written to output_dir")
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 class Comparison:
-    """Runs what is missing of a `CompareConfig` and reports."""
+    """The runs of a `CompareConfig`, and their report."""
 
     def __init__(self, cfg: CompareConfig) -> None:
         check(cfg)
@@ -136,7 +139,7 @@ class Comparison:
         self.console = Console()
 
     def run(self) -> dict[str, Any]:
-        """Tune, run the seeds, write ``compare.json``, ``compare.md`` and ``compare.png``."""
+        """Do the missing runs, and write ``compare.json``, ``compare.md`` and ``compare.png``."""
         cfg = self.cfg
         self._keep_config()
         teacher = self._teacher_accuracy()
@@ -150,15 +153,15 @@ class Comparison:
         text = markdown(cfg, report)
         (self.directory / "compare.md").write_text(text + "\n")
         plot(cfg, teacher[cfg.selection_set], results, self.directory / "compare.png")
-        print(text)  # as it is: a console would break its lines
+        print(text)  # not by self.console, which would break long lines
         return report
 
     def _keep_config(self) -> None:
-        """A directory holds one comparison: the runs in it were made with this configuration."""
+        """Write the configuration; raise if the directory holds another comparison."""
         self.directory.mkdir(parents=True, exist_ok=True)
         file = self.directory / "config.json"
         values = json.loads(json.dumps(asdict(self.cfg)))
-        # Variants, seeds and rates may be added later; the rest decides what the runs there mean.
+        # Variants, seeds and rates may be added later; other changes would mix unlike runs.
         ours = {k: v for k, v in values.items() if k not in ("learning_rates", "seeds")}
         if file.exists():
             theirs = json.loads(file.read_text())
@@ -189,12 +192,12 @@ class Comparison:
         return json.loads(file.read_text())
 
     def _best_rate(self, name: str) -> float:
-        """The rate with the best last accuracy on the selection set; of equals, the smaller."""
-        found = {
+        """Return the rate with the best last accuracy on the selection set, the lowest in a tie."""
+        accuracy = {
             lr: self._result(name, lr, self.cfg.tuning_seed).curve[-1][2]
             for lr in sorted(self.cfg.learning_rates)
         }
-        return max(found, key=lambda lr: found[lr])
+        return max(accuracy, key=lambda lr: accuracy[lr])
 
     def _result(self, name: str, lr: float, seed: int) -> Result:
         directory = self.directory / _slug(name) / f"lr_{lr:g}_seed_{seed}"
@@ -204,7 +207,7 @@ class Comparison:
             run.name, run.seed, run.optim.lr = f"{name}, lr {lr:g}, seed {seed}", seed, lr
             run.objectives, run.opd = dict(variant.objectives), variant.opd
             if REP not in variant.objectives:
-                run.bridge = BridgeConfig()  # a bridge that nothing would use is an error
+                run.bridge = BridgeConfig()  # a run with an unused bridge is refused
             run.eval.teacher = False
             run.output_dir = str(_free(directory))
             self.console.rule(run.name)
@@ -215,7 +218,7 @@ class Comparison:
 
 
 def _free(directory: Path) -> Path:
-    """``directory``; what a run that did not finish has left there is moved aside."""
+    """Rename what an unfinished run left at ``directory``, and return ``directory``."""
     if directory.exists():
         n = 1
         while (aside := directory.with_name(f"{directory.name}.unfinished_{n}")).exists():
@@ -229,7 +232,7 @@ def _slug(name: str) -> str:
 
 
 def read_result(directory: Path, selection_set: str, report_set: str) -> Result:
-    """From what a finished run has written."""
+    """Read the results of a finished run from its files."""
     summary = json.loads((directory / "summary.json").read_text())
     curve: list[tuple[int, float, float]] = []
     seconds = 0.0
@@ -258,7 +261,7 @@ def summarise(
     rates: dict[str, float],
     results: dict[str, list[Result]],
 ) -> dict[str, Any]:
-    """Means and spreads over seeds, by variant."""
+    """Compute means and standard deviations over seeds, by variant."""
     target = cfg.target * teacher[cfg.selection_set]
     variants = {}
     for name, runs in results.items():
@@ -281,13 +284,13 @@ def summarise(
 
 
 def markdown(cfg: CompareConfig, report: dict[str, Any]) -> str:
-    """The table."""
+    """Format the report as a Markdown table."""
     lines = [
-        f"{cfg.run.steps} steps, seeds {cfg.seeds}; learning rate of each from "
+        f"{cfg.run.steps} steps, seeds {cfg.seeds}; learning rate of each chosen from "
         f"{cfg.learning_rates} by accuracy on {cfg.selection_set} with seed {cfg.tuning_seed}. "
         f"Teacher: {report['teacher'][cfg.report_set]:.4f} on {cfg.report_set}. Target: "
-        f"{cfg.target:.0%} of the teacher's accuracy on {cfg.selection_set}, seen every "
-        f"{cfg.run.eval.sets[cfg.selection_set].every} steps; seconds are of training alone.",
+        f"{cfg.target:.0%} of the teacher's accuracy on {cfg.selection_set}, evaluated every "
+        f"{cfg.run.eval.sets[cfg.selection_set].every} steps; seconds count training only.",
         "",
         f"| objective | lr | {cfg.report_set} accuracy, mean ± std | rollout s | teacher s | "
         "student update s | delta-peak MiB | tokens/s | seeds at target | steps | seconds |",
@@ -311,7 +314,7 @@ def markdown(cfg: CompareConfig, report: dict[str, Any]) -> str:
 
 
 def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], path: Path) -> None:
-    """Accuracy over steps and over seconds of training: means, and ranges over seeds."""
+    """Plot accuracy over steps and over seconds of training: means and ranges over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -319,7 +322,7 @@ def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], p
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for name, runs in results.items():
-        columns = list(zip(*(r.curve for r in runs), strict=False))  # by evaluation
+        columns = list(zip(*(r.curve for r in runs), strict=False))  # one per evaluation
         accuracy = [[point[2] for point in column] for column in columns]
         mean = [statistics.mean(values) for values in accuracy]
         steps = [column[0][0] for column in columns]

@@ -1,4 +1,4 @@
-"""What ``oprd-gains`` measures."""
+"""Configuration of ``oprd-gains``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SHAPE_FLAGS = ("d", "layers", "heads", "kv_heads", "intermediate", "vocab", "tie
 
 @dataclass
 class ModelPath:
-    """A model.
+    """Where a model comes from.
 
     Attributes:
-        path: a local directory, a hub name or ``demo:NAME``; null: see the command.
+        path: a local directory, a hub name or ``demo:NAME``; null: see student and teacher.
     """
 
     path: str | None = None
@@ -26,34 +26,35 @@ class ModelPath:
 
 @dataclass
 class GainsConfig:
-    """What to measure.
+    """Settings of a measurement of the student's update.
 
     Attributes:
-        student: null: random weights of the shape given by the flags.
-        teacher: null: the student's own weights (time and memory don't depend on their values).
-        d: hidden width; as heads, kv_heads, intermediate, vocab and tied of a Qwen2
-            configuration, whose defaults here are Qwen2.5-0.5B's.
+        student: the student; null: random weights of the shape given by d to tied.
+        teacher: the teacher; null: the student's own weights (time and memory don't depend on
+            their values).
+        d: hidden width. The defaults of d to tied are Qwen2.5-0.5B's.
         layers: number of blocks.
-        heads: of attention.
-        kv_heads: of attention's keys and values.
+        heads: number of attention heads.
+        kv_heads: number of heads of keys and values.
         intermediate: width of the MLP.
-        vocab: |V|.
+        vocab: |V|, the size of the vocabulary.
         tied: the LM head is the embedding table.
-        batch: B, sequences.
-        tokens: T, of each sequence, prompt included.
-        prompt: tokens of each sequence that are not supervised.
-        dtype: of weights, gradients and hidden states.
-        device: ``auto``: the GPU, else the CPU.
+        batch: B, the number of sequences.
+        tokens: T, the number of tokens of each sequence, prompt included.
+        prompt: number of tokens of each sequence that are not supervised.
+        dtype: dtype of weights, gradients and hidden states.
+        device: the device; ``auto``: the GPU if there is one, else the CPU.
         gradient_checkpointing: ``on``, ``off`` or ``both``.
-        objectives: which to measure; ``oprd``, that the others are compared with, is always one.
-        k: of the top-k objectives.
-        rank: of the Bridge's random projectors.
-        chunk: rows at a time in the chunked losses.
-        rounds: the objectives are timed in turns, so many times; the median is reported. One
-            round before them warms up and measures memory.
-        shards: with ``dry_run``: data-parallel ranks that weights and gradients are split over.
-        seed: of weights, tokens and the teacher's outputs.
-        output_dir: receives ``gains.json`` and ``gains.md``; null: nothing is written.
+        objectives: objectives to measure; ``oprd``, with which the others are compared, is always
+            added.
+        k: number of tokens in the top-k objectives.
+        rank: rank of the Bridge's random projectors.
+        chunk: number of rows per chunk in the chunked losses.
+        rounds: number of timed rounds, each over all objectives; the median is reported. A first,
+            untimed round warms up and measures memory.
+        shards: with ``dry_run``: number of data-parallel ranks that share weights and gradients.
+        seed: seed of weights, tokens and the teacher's outputs.
+        output_dir: directory for ``gains.json`` and ``gains.md``; null: nothing is written.
     """
 
     student: ModelPath = field(default_factory=ModelPath)
@@ -82,9 +83,9 @@ class GainsConfig:
 
     @property
     def modes(self) -> list[bool]:
-        """Gradient checkpointing on, off or both in turn."""
+        """The modes of gradient checkpointing to measure: True is on, False is off."""
         return {"on": [True], "off": [False], "both": [True, False]}[self.gradient_checkpointing]
 
     def chosen(self) -> list[str]:
-        """The objectives in the order of `TITLES`."""
+        """Return the objectives to measure, in the order of `TITLES`."""
         return [name for name in TITLES if name in {"oprd", *self.objectives}]

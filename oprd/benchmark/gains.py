@@ -1,4 +1,4 @@
-"""What OPRD saves in the actor update: measured, beside what was predicted from shapes."""
+"""``oprd-gains``: time and memory of the actor update by objective, measured and predicted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from oprd.memory_plan.update import (
 
 
 def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
-    """The model itself, of random weights unless it has a path."""
+    """Make the student, with random weights unless ``student.path`` is set."""
     from transformers import AutoModelForCausalLM
 
     from oprd.config import StudentConfig
@@ -33,11 +33,11 @@ def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
 
 
 def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
-    """Every objective in turns: one round for memory, which also warms up, then the timed ones.
+    """Measure every objective in rounds: the first for memory and warm-up, the others for time.
 
     Returns:
-        For each mode (``on``, ``off``) the `Measured` of every objective, and under ``teacher`` the
-        seconds of its forward, by what it returns.
+        For each mode (``on``, ``off``) the `Measured` of every objective. Under ``teacher``, the
+        seconds of the teacher's forward, by the kind of its outputs (see `TEACHER_FORWARD`).
     """
     from oprd.benchmark.update import ActorUpdate, Measured
     from oprd.observability.memory import freed_at_once
@@ -57,14 +57,14 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         seed=cfg.seed,
     )
     wanted = sorted({kind for o in chosen if (kind := TEACHER_FORWARD.get(o))})
-    found: dict[str, Any] = {"teacher": {kind: [] for kind in wanted}}
+    measured: dict[str, Any] = {"teacher": {kind: [] for kind in wanted}}
     for mode in cfg.modes:
         if mode:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             student.gradient_checkpointing_disable()
         results = {o: Measured() for o in chosen}
-        found["on" if mode else "off"] = results
+        measured["on" if mode else "off"] = results
         for round_ in range(cfg.rounds + 1):
             named = f"checkpointing {'on' if mode else 'off'}, round {round_} of {cfg.rounds}"
             for objective in chosen:
@@ -76,15 +76,15 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
                     results[objective].add(actor.measure(objective))
             if round_ > 0:
                 for kind in wanted:
-                    found["teacher"][kind].append(actor.teacher_seconds(kind))
-    return found
+                    measured["teacher"][kind].append(actor.teacher_seconds(kind))
+    return measured
 
 
 def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
-    """Predict, and unless ``dry_run`` measure, print and write.
+    """Predict, and unless ``dry_run`` also measure; print the results and write the report.
 
     Raises:
-        ConfigError: if the flags, the models or the memory won't do.
+        ConfigError: if a setting is wrong, the models don't fit together or memory is too small.
     """
     from rich.console import Console
 
@@ -124,7 +124,7 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
     teacher = None
     if cfg.teacher.path is not None:
         teacher = load_model(TeacherConfig(path=cfg.teacher.path, dtype=cfg.dtype), device)
-    found = measure(cfg, student, teacher, Console(stderr=True, highlight=False))
+    measured = measure(cfg, student, teacher, Console(stderr=True, highlight=False))
     report: dict[str, Any] = {
         "command": command,
         "machine": gains_report.machine(device),
@@ -134,9 +134,11 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
         "rows": cfg.batch * (cfg.tokens - cfg.prompt),
         "resident_bytes": plan.resident,
         "modes": {
-            mode: gains_report.summary(found[mode], found["teacher"], plan.peaks[mode == "on"])
+            mode: gains_report.summary(
+                measured[mode], measured["teacher"], plan.peaks[mode == "on"]
+            )
             for mode in ("on", "off")
-            if mode in found
+            if mode in measured
         },
     }
     for mode, rows in report["modes"].items():

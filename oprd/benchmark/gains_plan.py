@@ -1,4 +1,4 @@
-"""What `oprd.benchmark.gains` will take of memory."""
+"""Checks and memory predictions for `oprd.benchmark.gains`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from oprd.memory_plan.update import (
 
 
 def check(cfg: GainsConfig, dry_run: bool) -> None:
-    """Everything that is wrong with the flags.
+    """Check the flags.
 
     Raises:
-        ConfigError: listing all of it.
+        ConfigError: if any is wrong; the message lists all problems.
     """
     problems = []
     for name in ("d", "layers", "heads", "kv_heads", "intermediate", "batch", "prompt", "rank",
@@ -49,8 +49,8 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         problems.append(f"unknown objectives {', '.join(unknown)}; known: {', '.join(TITLES)}")
     if cfg.shards > 1 and not dry_run:
         problems.append(
-            f"shards is {cfg.shards}, but what is measured is one process: leave it at 1, or add "
-            "--dry_run for the prediction alone"
+            f"shards is {cfg.shards}, but only one process is measured: leave shards at 1, or add "
+            "--dry_run to predict only"
         )
     changed = [n for n in SHAPE_FLAGS if getattr(cfg, n) != getattr(GainsConfig, n)]
     if cfg.student.path is not None and changed:
@@ -63,7 +63,7 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
 
 
 def model_config(cfg: GainsConfig) -> Any:
-    """The student's Hugging Face configuration."""
+    """Return the student's Hugging Face configuration."""
     from transformers import Qwen2Config
 
     from oprd.models.loading import load_config
@@ -83,10 +83,10 @@ def model_config(cfg: GainsConfig) -> Any:
 
 
 def shape_of(config: Any, whose: str) -> Shape:
-    """The planner's shape of a configuration.
+    """Return the planner's shape of a configuration.
 
     Raises:
-        ConfigError: if it has none.
+        ConfigError: if the planner does not know the kind of model.
     """
     try:
         return Shape.of(config)
@@ -95,7 +95,7 @@ def shape_of(config: Any, whose: str) -> Shape:
 
 
 def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool) -> Update:
-    """The planner's view of the update."""
+    """Return the planner's description of the update."""
     return Update(
         batch=cfg.batch,
         tokens=cfg.tokens,
@@ -110,16 +110,22 @@ def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool) -> Update:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs: bytes resident before the updates, by name; and the peak of each objective
-    and mode (gradient checkpointing or not)."""
+    """The memory that a run needs.
+
+    Attributes:
+        resident: bytes resident before the updates, by name.
+        peaks: the peak of each objective, by mode (with gradient checkpointing or not).
+    """
 
     resident: dict[str, int]
     peaks: dict[bool, dict[str, Moment]]
 
     @property
     def worst(self) -> tuple[int, str, bool]:
-        """The largest delta-peak, whose it is, and whether with gradient checkpointing."""
-        every = [(m.total, o, mode) for mode, found in self.peaks.items() for o, m in found.items()]
+        """The largest delta-peak, its objective, and whether gradient checkpointing is on."""
+        every = [
+            (m.total, o, mode) for mode, moments in self.peaks.items() for o, m in moments.items()
+        ]
         return max(every)
 
     @property
@@ -129,7 +135,7 @@ class Plan:
 
 
 def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: bool) -> Plan:
-    """Predict the run. ``teacher``: None if it shares the student's weights."""
+    """Predict the memory of a run. ``teacher`` is None if it shares the student's weights."""
     peaks = {}
     for mode in cfg.modes:
         update = update_of(cfg, mode, on_gpu)
@@ -141,13 +147,13 @@ def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: b
 
 
 def check_memory(plan: Plan, available: int | None) -> None:
-    """Refuse a run that would not fit.
+    """Check that a run fits in memory.
 
     Args:
-        available: bytes; None where the system does not tell: nothing is checked.
+        available: available bytes; None if unknown: nothing is checked.
 
     Raises:
-        ConfigError: with the numbers and the flags to change.
+        ConfigError: if the run doesn't fit; the message gives the sizes and the flags to change.
     """
     if available is None or plan.total <= available:
         return
@@ -157,12 +163,11 @@ def check_memory(plan: Plan, available: int | None) -> None:
         f"this run needs {mib(plan.total)} MiB and {mib(available)} MiB are available: resident "
         f"({named} MiB) and {mib(peak)} MiB at the peak of {TITLES[objective]!r} "
         f"{'with' if mode else 'without'} gradient checkpointing. Lower --batch, --tokens, "
-        "--layers or --vocab, take --dtype bfloat16, leave objectives out (--objectives) or "
-        f"{'' if mode else 'set --gradient_checkpointing on, or '}add --dry_run for the prediction "
-        "alone"
+        "--layers or --vocab, use --dtype bfloat16, leave objectives out (--objectives) or "
+        f"{'' if mode else 'set --gradient_checkpointing on, or '}add --dry_run to predict only"
     )
 
 
 def mib(size: float | None) -> str:
-    """Bytes as MiB."""
+    """Format bytes as MiB."""
     return "-" if size is None else f"{size / 2**20:,.0f}"

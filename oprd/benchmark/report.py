@@ -1,4 +1,4 @@
-"""The tables, the Markdown and the numbers of ``oprd-gains``."""
+"""Tables and Markdown report of ``oprd-gains``, and the paper's numbers for comparison."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ PAPER_SHAPE = Shape(
     tied=False,
 )  # fmt: skip
 PAPER_GIB = {"opd_top1": 30.2, "opd_topk": 45.0, "oprd": 20.5}
-"""Table 3's actor-update delta-peaks; its "GB" are GiB."""
+"""Actor-update delta-peaks in the paper's Table 3, whose "GB" are GiB."""
 
 
 def paper_update(rows_per_sequence: int) -> Update:
-    """A rank's micro-batch in the paper: 2 sequences of 16,384 tokens, bf16, FSDP over 8 GPUs."""
+    """Return a rank's micro-batch in the paper: 2 x 16,384 tokens, bf16, FSDP over 8 GPUs."""
     return Update(
         batch=2, tokens=16384, rows=2 * rows_per_sequence, dtype_bytes=2, checkpointing=True,
         widen_head=False, shards=8,
@@ -49,25 +49,27 @@ PAPER_LOGITS = 32768 * PAPER_SHAPE.vocab * 2
 PAPER_STACK = PAPER_SHAPE.layers * 32768 * PAPER_SHAPE.d * 4
 
 PAPER_DIFFERENCES = (
-    "The paper's delta-peak also holds what is resident here beforehand: the gradients' float32 "
-    f"shard ({PAPER_SHAPE.parameters * 4 / 8 / GIB:.1f} GiB) and the optimizer step's temporaries.",
-    "Its OPRD still computes the student's logits and drops them: "
-    f"{PAPER_LOGITS / GIB:.1f} GiB in bf16. It also casts every layer to float32 and stacks them "
-    f"padded, (B, L, T, d), before cutting to the last 2,000 tokens: {PAPER_STACK / GIB:.1f} GiB. "
-    "Ours does neither; the row 'OPRD with both' adds them to our prediction.",
-    "Its OPD has the teacher's log-probs of the sampled token or of k tokens; ours reads the "
-    "teacher's [B,T,V] logits, whose float32 rows are a named term. Its log-softmax for top-1 may "
-    "be a fused cross-entropy (flash-attn's) without a float32 copy; ours makes three more of "
-    f"{2 * PAPER_LOGITS / GIB:.1f} GiB each. So our materialised losses are predicted above the "
-    "paper's: at this size nobody should run them; chunked, the same losses take what OPRD takes "
-    "and the head's gradient.",
-    "The prediction is for sequences of the full 16,384 tokens. Responses settled at 5,700 "
-    "(OPRD) and 7,000 (OPD); a maximum over ranks and steps sees the longest.",
+    "The paper's delta-peak also counts memory that is resident beforehand here: the gradients' "
+    f"float32 shard ({PAPER_SHAPE.parameters * 4 / 8 / GIB:.1f} GiB) and the optimizer step's "
+    "temporaries.",
+    "The paper's OPRD still computes the student's logits and drops them: "
+    f"{PAPER_LOGITS / GIB:.1f} GiB in bf16. It also casts every layer to float32 and stacks the "
+    "layers padded, (B, L, T, d), before cutting to the last 2,000 tokens: "
+    f"{PAPER_STACK / GIB:.1f} GiB. Ours does neither; the row 'OPRD with both' adds both to our "
+    "prediction.",
+    "The paper's OPD gets the teacher's log-probs of the sampled token or of k tokens. Ours reads "
+    "the teacher's [B,T,V] logits, whose float32 rows are a named term. The paper's log-softmax "
+    "for top-1 may be a fused cross-entropy (flash-attn's) without a float32 copy; ours makes "
+    f"three more copies of {2 * PAPER_LOGITS / GIB:.1f} GiB each. Our materialised losses are "
+    "therefore predicted above the paper's. At this size nobody should run them; in chunks, the "
+    "same losses need what OPRD needs plus the head's gradient.",
+    "The prediction assumes sequences of the full 16,384 tokens. Responses settled at 5,700 "
+    "(OPRD) and 7,000 (OPD), but a maximum over ranks and steps is set by the longest.",
 )
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to place the numbers."""
+    """Return the device, thread count and library versions, for the report."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -88,14 +90,14 @@ def _cpuinfo() -> list[str]:
 
 
 def label(objective: str, k: int) -> str:
-    """How tables call it."""
+    """Return an objective's title in tables."""
     return TITLES[objective].replace("top-k", f"top-{k}")
 
 
 def summary(
     results: dict[str, Measured], teacher: dict[str, list[float]], peaks: dict[str, Moment]
 ) -> list[dict[str, Any]]:
-    """One row an objective: medians, ratios to OPRD, parts of the median round, prediction."""
+    """Make a row per objective: medians, ratios to OPRD, parts of the median round, prediction."""
     extra = None
     if "logprob" in results:
         extra = results["logprob"].seconds[_middle(results["logprob"].seconds)]
@@ -104,10 +106,10 @@ def summary(
         middle = _middle(measured.seconds)
         seconds = measured.seconds[middle]
         kind = TEACHER_FORWARD.get(objective)
-        of_teacher = median(teacher[kind]) if kind else None
+        teacher_forward = median(teacher[kind]) if kind else None
         step = None
-        if of_teacher is not None:
-            step = seconds + of_teacher
+        if teacher_forward is not None:
+            step = seconds + teacher_forward
             if reads_teacher_logits(objective) and extra is not None:
                 step += extra
         delta = measured.delta_peaks[0] if measured.delta_peaks else None
@@ -121,7 +123,7 @@ def summary(
                 "predicted_bytes": peaks[objective].total,
                 "predicted_at": peaks[objective].name,
                 "predicted_terms": peaks[objective].terms,
-                "teacher_forward_seconds": of_teacher,
+                "teacher_forward_seconds": teacher_forward,
                 "step_seconds": step,
             }
         )
@@ -138,7 +140,7 @@ def summary(
 
 
 def _middle(seconds: list[float]) -> int:
-    """The median round (the lower of two), so that its parts add up to it."""
+    """Return the index of the median round (the lower of two), whose parts add up to its time."""
     order = sorted(range(len(seconds)), key=seconds.__getitem__)
     return order[(len(order) - 1) // 2]
 
@@ -166,7 +168,7 @@ MEANING = (
 
 
 def main_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
-    """The cells under `HEADINGS`."""
+    """Format the rows as cells under `HEADINGS`."""
     return [
         [
             label(row["objective"], k),
@@ -186,7 +188,7 @@ def main_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
 
 
 def part_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
-    """Seconds of each of `PARTS` in the median round."""
+    """Format the seconds of each of `PARTS` in the median round."""
     cells = []
     for row in rows:
         parts = [row["parts"][part] for part in PARTS]
@@ -196,7 +198,7 @@ def part_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
 
 
 def conclusions(rows: list[dict[str, Any]], k: int) -> list[str]:
-    """What the distillation term costs."""
+    """State the cost of each distillation term."""
     lines = []
     for row in rows:
         term = row["parts"]["distillation term"]
@@ -225,7 +227,7 @@ def _mode_title(mode: str) -> str:
 
 
 def tables(report: dict[str, Any], mode: str, rows: list[dict[str, Any]]) -> list[Any]:
-    """What the terminal shows of one mode."""
+    """Make the tables and lines that the terminal shows for one mode."""
     k = report["config"]["k"]
     title = _mode_title(mode)
     return [
@@ -234,14 +236,14 @@ def tables(report: dict[str, Any], mode: str, rows: list[dict[str, Any]]) -> lis
             f"where the seconds go, {title}",
             ("objective", *PARTS),
             part_rows(rows, k),
-            "of the median round; in chunks the loss includes its backward",
+            "from the median round; the loss in chunks includes its backward",
         ),
         *conclusions(rows, k),
     ]
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The same as a file."""
+    """Format the report as a Markdown file."""
     cfg, shape = report["config"], report["shape"]
     shown = ", ".join(f"{name} {value}" for name, value in shape.items())
     about = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
@@ -254,13 +256,14 @@ def markdown(report: dict[str, Any]) -> str:
         f"- machine: {about}",
         f"- student: {report['parameters'] / 1e6:,.0f} M parameters, {cfg['dtype']}: {shown}",
         f"- {cfg['batch']} sequences of {cfg['tokens']} random tokens, {report['rows']} supervised",
-        f"- {cfg['rounds']} rounds in turns; median; memory from a round before them, in which "
-        "freed tensors leave the process at once",
+        f"- median of {cfg['rounds']} rounds; memory from a round before them, in which freed "
+        "tensors leave the process at once",
         f"- resident beforehand: {resident}",
-        "- materialised: `model(input_ids).logits` and the teacher's ready [B,T,V] logits, as TRL; "
-        "verl hands over log-probs instead, which saves the teacher's float32 rows. Chunked: the "
+        "- materialised: `model(input_ids).logits` and the teacher's ready [B,T,V] logits, as in "
+        "TRL; verl passes log-probs instead, which saves the teacher's float32 rows. Chunked: the "
         "teacher's last states are ready, and its head runs in the chunks",
-        f"- top-{cfg['k']}: the public code's form, a detached advantage from full log-probs",
+        f"- top-{cfg['k']}: the form of github.com/ShenzhiYang2000/OPRD, a detached advantage from "
+        "full log-probs",
         f"- {MEANING}",
     ]
     for mode, rows in report["modes"].items():
@@ -280,8 +283,8 @@ def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
 
 
 def prediction_tables(cfg: GainsConfig, shape: Shape, plan: Plan) -> list[Table]:
-    """The planner's delta-peaks with the terms of each."""
-    found = []
+    """Make tables of the predicted delta-peaks and their terms, one per mode."""
+    result = []
     resident = ", ".join(f"{name} {_mib(size)}" for name, size in plan.resident.items() if size)
     for mode, peaks in plan.peaks.items():
         rows = [
@@ -301,8 +304,8 @@ def prediction_tables(cfg: GainsConfig, shape: Shape, plan: Plan) -> list[Table]
         table.add_column("terms, MiB")
         for row in rows:
             table.add_row(*row)
-        found.append(table)
-    return found
+        result.append(table)
+    return result
 
 
 def _terms(moment: Moment) -> str:
@@ -311,7 +314,7 @@ def _terms(moment: Moment) -> str:
 
 
 def paper_table() -> Table:
-    """The planner on the paper's run, beside what the paper reports."""
+    """Make a table of the predictions for the paper's run, beside the paper's numbers."""
     table = Table(
         title="the paper's run: R1-Distill-Qwen-1.5B, 32,768 tokens a rank, bf16, FSDP over 8"
     )
@@ -328,7 +331,7 @@ def paper_table() -> Table:
 
 
 def paper_rows() -> list[tuple[str, Moment, float | None]]:
-    """(label, prediction, the paper's GiB or None)."""
+    """Return (label, prediction, the paper's GiB or None) for each row of `paper_table`."""
     rows: list[tuple[str, Moment, float | None]] = []
     for objective in ("oprd", "opd_top1", "opd_topk", "opd_top1_chunked", "opd_topk_chunked"):
         update = paper_update(2000 if objective == "oprd" else 16384)

@@ -1,7 +1,7 @@
-"""The actor update by itself, on given rollouts and ready teacher outputs, timed in parts.
+"""The actor update alone, on given rollouts and precomputed teacher outputs, timed in parts.
 
-An update is forward, loss and backward into gradients that exist beforehand; no optimizer step, no
-teacher forward. Parts are times between points that the update itself passes (the LM head's call,
+An update is forward, loss and backward into preallocated gradients, without optimizer step and
+teacher forward. Its parts are the times between points that the update passes (the LM head's call,
 the arrival of a gradient, a tap), so that they add up to the whole.
 
 Shapes: B sequences of T tokens, M supervised rows, d hidden width, L blocks, V vocabulary.
@@ -46,7 +46,7 @@ PARTS = (
 
 
 class Laps:
-    """Seconds by part: each call books the time since the last one."""
+    """A stopwatch of seconds by part: each call adds the time since the last one to a part."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -59,7 +59,7 @@ class Laps:
         return time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        """The time since the last call was spent on ``part``."""
+        """Add the time since the last call to ``part``."""
         now = self._now()
         self.parts[part] += now - self._last
         self._last = now
@@ -67,7 +67,7 @@ class Laps:
 
 @dataclass(frozen=True)
 class Sample:
-    """One update: seconds by part, and bytes (None where the system does not tell)."""
+    """The measurement of one update: seconds by part, and bytes (None if not measurable)."""
 
     parts: dict[str, float]
     delta_peak: int | None
@@ -75,12 +75,12 @@ class Sample:
 
 @dataclass
 class Measured:
-    """What the rounds of one objective gave.
+    """The measurements of one objective over all rounds.
 
     Attributes:
-        seconds: of the whole update, by timed round.
+        seconds: seconds of the whole update, by timed round.
         parts: seconds of each part, by timed round.
-        delta_peaks: bytes, of the rounds that measured memory.
+        delta_peaks: delta-peaks in bytes, by round that measured memory.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -88,20 +88,20 @@ class Measured:
     delta_peaks: list[int | None] = field(default_factory=list)
 
     def add(self, sample: Sample) -> None:
-        """Take the seconds of a timed round."""
+        """Add the seconds of a timed round."""
         self.seconds.append(sum(sample.parts.values()))
         self.parts.append(sample.parts)
 
 
 @dataclass
 class Ready:
-    """What the teacher has given before the update begins.
+    """The teacher's outputs, computed before the update begins.
 
     Attributes:
-        states: of each block (of the final norm for the last), (M, d).
-        bridged: these states projected, (M, r) float32; empty without Bridge.
-        last: (M, d), the states that its LM head reads.
-        logits: (B, T, V), None unless something materialised reads them.
+        states: outputs of each block (of the final norm for the last block), (M, d).
+        bridged: the projected states, (M, r) float32; empty without Bridge.
+        last: the states that the teacher's LM head reads, (M, d).
+        logits: the logits, (B, T, V); None if no materialised loss reads them.
     """
 
     states: list[Tensor]
@@ -111,18 +111,19 @@ class Ready:
 
 
 class ActorUpdate:
-    """One student, one batch of rollouts, and the updates of every objective on them.
+    """The updates of every objective with one student on one batch of rollouts.
 
     Args:
-        student: a causal LM; it is put into training mode and given zeroed gradients.
-        teacher: another of the same width; None: the student's own weights. Time and memory do not
-            depend on their values.
+        student: a causal LM; it is put into training mode and gets zeroed gradients.
+        teacher: another causal LM of the same width; None: the student's own weights. Time and
+            memory do not depend on the values of the weights.
         batch, tokens, prompt: B sequences of T random tokens, of which ``prompt`` are not
             supervised.
-        k: of the top-k objectives. The form is the public code's: a detached advantage from
-            log-probs over the whole vocabulary.
-        rank: r, of the Bridge's random projectors.
-        chunk: rows at a time in the chunked losses.
+        k: number of tokens in the top-k objectives. Their form is that of
+            github.com/ShenzhiYang2000/OPRD: a detached advantage from log-probs over the whole
+            vocabulary.
+        rank: r, the rank of the Bridge's random projectors.
+        chunk: number of rows per chunk in the chunked losses.
         with_logits: keep the teacher's [B, T, V] logits for the materialised losses.
         with_bridge: project the teacher's states.
     """
@@ -170,7 +171,7 @@ class ActorUpdate:
         self.ready = self._ask_teacher(with_logits, with_bridge)
 
     def _ask_teacher(self, with_logits: bool, with_bridge: bool) -> Ready:
-        """The teacher's outputs, with noise that keeps them from being the student's."""
+        """Compute the teacher's outputs, with noise to make them differ from the student's."""
         with self.tapped("all") as distiller:
             states = distiller.teacher_states(self.ids, None, self.rows)
         for s in states:
@@ -180,7 +181,7 @@ class ActorUpdate:
             bridged = [s.float() @ p.T for s, p in zip(states, self.projectors, strict=True)]
         logits = None
         if with_logits:
-            # Of the noisy states at the rows that are read; elsewhere of anything.
+            # Supervised rows get the noisy states. Other rows are never read, so any values do.
             every = self.end_gradient.flatten(0, 1).to(states[-1].dtype, copy=True)
             every[self.rows] = states[-1]
             products = self.teacher_head.products(every, self.teacher_head.operand(every))
@@ -190,7 +191,7 @@ class ActorUpdate:
 
     @contextmanager
     def tapped(self, layers: str) -> Iterator[Distiller]:
-        """The student with taps while open."""
+        """Attach a distiller to the student inside the block."""
         distiller = attach(
             self.student, self.teacher, layers=layers, kind="mse", positions="all", shift="before"
         )
@@ -200,12 +201,12 @@ class ActorUpdate:
             distiller.detach()
 
     def zero_gradients(self) -> None:
-        """In place: they stay resident."""
+        """Zero the gradients in place, so that they stay resident."""
         for parameter in self.student.parameters():
             parameter.grad.zero_()
 
     def measure(self, objective: str) -> Sample:
-        """Run one update (or the log-prob forward)."""
+        """Run and measure one update (or the log-prob forward)."""
         self.zero_gradients()
         with self.prepared(objective) as run:
             gc.collect()
@@ -216,7 +217,7 @@ class ActorUpdate:
 
     @contextmanager
     def prepared(self, objective: str) -> Iterator[Callable[[Laps], None]]:
-        """The update of an objective, with whatever must be in place for it."""
+        """Yield the function that runs an objective's update, with its taps attached."""
         if objective == "backbone":
             yield self._backbone
         elif objective == "logprob":
@@ -253,7 +254,7 @@ class ActorUpdate:
 
     @contextmanager
     def _timed_head(self, laps: Laps) -> Iterator[None]:
-        """Books the student's LM head, its backward and what came before each, while open."""
+        """Time the student's LM head, its backward and the parts before them inside the block."""
 
         def before(_module, args) -> None:
             laps(BACKBONE_FORWARD)
@@ -307,13 +308,13 @@ class ActorUpdate:
         value = chunked(
             loss, states, head, teacher_logits, self.sampled, None, self.count, self.chunk
         )
-        laps(HEAD_BACKWARD)  # the last chunk's share of the weight's gradient
+        laps(HEAD_BACKWARD)  # the weight's gradient of the last chunk
         value.backward()
         laps(BACKBONE_BACKWARD)
 
     @torch.no_grad()
     def _logprob(self, laps: Laps) -> None:
-        """Log-probs of the sampled tokens, as OPD paths compute them once more before updating."""
+        """Compute log-probs of the sampled tokens, as OPD code often does once before an update."""
         with self._timed_head(laps):
             logits = self.student(input_ids=self.ids, use_cache=False).logits
             rows_MV = logits.flatten(0, 1).float()[self.rows]
@@ -323,11 +324,11 @@ class ActorUpdate:
 
     @torch.no_grad()
     def teacher_seconds(self, what: str) -> float:
-        """One forward of the teacher.
+        """Return the seconds of one forward of the teacher.
 
         Args:
-            what: ``states`` (the rows of every block), ``last`` (of the last, without the LM head)
-                or ``logits``.
+            what: ``states`` (the rows of every block), ``last`` (the rows of the last block,
+                without the LM head) or ``logits``.
         """
         if what == "logits":
             was_training = self.teacher.training
@@ -346,12 +347,12 @@ class ActorUpdate:
 
 @dataclass(frozen=True)
 class _TimedHead(LMHead):
-    """Books the head's products; a chunk's loss and its gradient count as the loss."""
+    """An LM head that times its products; a chunk's loss and gradient count as the loss."""
 
     laps: Laps = field(kw_only=True)
 
     def products(self, states_md: Tensor, operand_Vd: Tensor) -> Tensor:
-        self.laps(HEAD_BACKWARD)  # the chunk before it ended with the weight's gradient
+        self.laps(HEAD_BACKWARD)  # the previous chunk ended with the weight's gradient
         products = super().products(states_md, operand_Vd)
         self.laps(HEAD_FORWARD)
         return products
@@ -364,7 +365,7 @@ class _TimedHead(LMHead):
 
 
 def _timed_tap(session: TapSession, laps: Laps) -> Callable[[int, Tensor], Tensor]:
-    """The session's tap with its time booked."""
+    """Return the session's tap with timing."""
     plain = session.tap
 
     def tap(index: int, h: Tensor) -> Tensor:
@@ -378,8 +379,11 @@ def _timed_tap(session: TapSession, laps: Laps) -> Callable[[int, Tensor], Tenso
 
 @contextmanager
 def _timed_tap_backward(laps: Laps) -> Iterator[None]:
-    """Books the taps' gradients while open. Not by hooks on the graph: they would hold on to the
-    gradients that a tap adds into, and make it copy them."""
+    """Time the gradients of the taps inside the block.
+
+    Hooks on the graph are not used: they would keep references to the gradients that a tap adds
+    into, so that the tap would have to copy them.
+    """
     plain = ops.grad_student
 
     def timed(ctx, grad_loss: Tensor, into: Tensor | None = None) -> Tensor:

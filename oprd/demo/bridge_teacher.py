@@ -1,9 +1,9 @@
-"""Make a teacher of the Bridge demos: ``python -m oprd.demo.bridge_teacher [--tokens pairs]``.
+"""Make a teacher for the Bridge demos: ``python -m oprd.demo.bridge_teacher [--tokens pairs]``.
 
-It learns the demo's task from nothing, so that it shares no origin with the demo's student, and has
-another depth and width. With ``digits`` (``other/``) five layers, 160 wide, and the student's
-tokenizer; with ``pairs`` (``pairs/``) six layers, 96 wide, and a tokenizer of its own, in which
-some numbers of two digits are single tokens.
+The teacher is trained from scratch on the demo's task, so that it shares no origin with the demo's
+student, and has another depth and width. With ``digits`` (``other/``) it has five layers, width 160
+and the student's tokenizer. With ``pairs`` (``pairs/``) it has six layers, width 96 and its own
+tokenizer, in which some two-digit numbers are single tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ PAIRS = tuple(str(i) for i in range(80, 100))
 
 
 def make_pair_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over characters with a token for every number from 80 to 99, which splits ``"2081"`` into
-    ``"2"``, ``"0"``, ``"81"``. The digits of a prompt stay apart. No id means what it means to the
-    student."""
+    """Make a character-level BPE tokenizer with a token for every number from 80 to 99.
+
+    It splits ``"2081"`` into ``"2"``, ``"0"``, ``"81"``. The digits of a prompt are not merged.
+    Every id has another meaning than in the student's tokenizer.
+    """
     vocabulary = {token: i for i, token in enumerate((*PAIRS, *SYMBOLS))}
     merges = [(pair[0], pair[1]) for pair in PAIRS]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
@@ -50,8 +52,11 @@ def make_pair_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_olmo(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Olmo2ForCausalLM:
-    """An OLMo 2. (Beside a Qwen2, `AutoTokenizer` would load our tokenizer as Qwen2's class, with
-    that one's pre-tokenizer and decoder.)"""
+    """Make an OLMo 2 with 4 heads and an untied head.
+
+    It is not a Qwen2, because `AutoTokenizer` would then load our tokenizer as Qwen2's class, with
+    the pre-tokenizer and decoder of that class.
+    """
     config = Olmo2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -75,24 +80,25 @@ def make_teacher(
     seed: int = 1,
     steps: int | None = None,
 ) -> None:
-    """Train it and write it to ``other/`` or ``pairs/``.
+    """Train a teacher and write it to ``other/`` or ``pairs/``.
 
     Args:
-        output_dir: where.
-        tokens: of the responses: single digits, as the student's, or some pairs of them too.
-        seed: of the initial weights and the batches.
-        steps: of supervised training; null: 1,800 (digits) or 1,200 (pairs).
+        output_dir: parent directory of ``other/`` and ``pairs/``.
+        tokens: tokens of the responses: single digits, as the student's, or also some pairs of
+            digits.
+        seed: seed of the initial weights and the batches.
+        steps: steps of supervised training; null: 1,800 (digits) or 1,200 (pairs).
     """
     known = make_splits()
     torch.manual_seed(seed)
     model: PreTrainedModel
     if tokens == "digits":
-        name, tokenizer, enough = "other", make_tokenizer(), 1800
+        name, tokenizer, default_steps = "other", make_tokenizer(), 1800
         model = make_model(tokenizer, width=160, layers=5).train()
     else:
-        name, tokenizer, enough = "pairs", make_pair_tokenizer(), 1200
+        name, tokenizer, default_steps = "pairs", make_pair_tokenizer(), 1200
         model = make_olmo(tokenizer, width=96, layers=6).train()
-    count = enough if steps is None else steps
+    count = default_steps if steps is None else steps
     train(model, tokenizer, [(known.rest, without_hint)], count, 1e-3, seed, warmup=50)
     share = accuracy(model.eval(), tokenizer, known.val, without_hint)
     print(f"validation accuracy {share:.3f}")

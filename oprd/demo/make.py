@@ -1,9 +1,9 @@
-"""Make the demo pair again from nothing: ``python -m oprd.demo.make [--output_dir DIR]``.
+"""Make the demo's two models from scratch: ``python -m oprd.demo.make [--output_dir DIR]``.
 
-One supervised run on the addition task (see `oprd.demo.task`) gives both models: the student is
-its first checkpoint that gets a fifth of the validation sums right, the teacher the same run's
-end, which gets (nearly) all of them. They share their origin, as DeepSeek-R1-Distill-Qwen-1.5B and
-JustRL-1.5B do: representation distillation in its plain form relies on that.
+One supervised run on the addition task (see `oprd.demo.task`) gives both models. The student is the
+run's first checkpoint that gets a fifth of the validation sums right. The teacher is the end of the
+same run, which gets (nearly) all of them right. The two share their origin, as
+DeepSeek-R1-Distill-Qwen-1.5B and JustRL-1.5B do; plain representation distillation relies on that.
 
 Writes ``student/`` and ``teacher/`` (Hugging Face layout, bfloat16 weights) and ``train.jsonl``,
 ``val.jsonl``, ``test.jsonl``. Takes about two minutes on two cores.
@@ -33,7 +33,7 @@ from oprd.demo.task import (
 def make_model(
     tokenizer: PreTrainedTokenizerFast, width: int = 128, layers: int = 4
 ) -> Qwen2ForCausalLM:
-    """A Qwen2 with 4 heads and an untied head; by default of 1.06 M parameters."""
+    """Make a Qwen2 with 4 heads and an untied head; by default it has 1.06 M parameters."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -43,7 +43,7 @@ def make_model(
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=64,
-            initializer_range=0.06,  # 0.02 suits wider models: here it learns three times slower
+            initializer_range=0.06,  # at 0.02, for wider models, it learns three times slower
             tie_word_embeddings=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -53,7 +53,7 @@ def make_model(
 
 
 def encode(sums: list[Sum], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Prompt, response and EOS of each sum, right-padded: (B, PROMPT_TOKENS + RESPONSE_TOKENS)."""
+    """Encode prompt, answer and EOS, right-padded: (B, PROMPT_TOKENS + RESPONSE_TOKENS)."""
     texts = [s.prompt + s.answer + tokenizer.eos_token for s in sums]
     length = PROMPT_TOKENS + RESPONSE_TOKENS
     encoded = tokenizer(
@@ -63,16 +63,16 @@ def encode(sums: list[Sum], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 
 def supervised_loss(model: Qwen2ForCausalLM, ids_BT: torch.Tensor, pad: int) -> torch.Tensor:
-    """Mean cross-entropy of the response tokens."""
+    """Compute the mean cross-entropy of the response tokens."""
     logits = model(input_ids=ids_BT[:, :-1]).logits[:, PROMPT_TOKENS - 1 :].flatten(0, 1)
     return cross_entropy(logits, ids_BT[:, PROMPT_TOKENS:].flatten(), ignore_index=pad)
 
 
 @torch.no_grad()
 def greedy_accuracy(model: Qwen2ForCausalLM, ids_BT: torch.Tensor, pad: int) -> float:
-    """Share of sums whose every response token, EOS included, is the most likely one.
+    """Compute the share of sums whose response tokens, EOS included, are all the most likely ones.
 
-    Equal to decoding greedily, in one forward: a sum is right only if each prefix was.
+    This equals greedy decoding, in one forward: a sum is right only if each prefix was.
     """
     guess = model(input_ids=ids_BT[:, :-1]).logits[:, PROMPT_TOKENS - 1 :].argmax(-1)
     target = ids_BT[:, PROMPT_TOKENS:]
@@ -80,7 +80,7 @@ def greedy_accuracy(model: Qwen2ForCausalLM, ids_BT: torch.Tensor, pad: int) -> 
 
 
 def write_jsonl(path: Path, sums: list[Sum]) -> None:
-    """One sum a line in the field names of `oprd`'s prompt files."""
+    """Write one sum per line, with the field names of `oprd`'s prompt files."""
     rows = [{"prompt": s.prompt, "answer": s.answer} for s in sums]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -99,15 +99,16 @@ def make_pair(
     """Train, and write both models with their tokenizer and the three prompt files.
 
     Args:
-        output_dir: Where ``student``, ``teacher`` and the ``.jsonl`` files go.
-        seed: Of the initial weights and the batches.
-        student_accuracy: The student is the first checkpoint at least this good on ``val``.
-        decay_accuracy: From the first checkpoint at least this good on, the learning rate falls,
-        decay_steps: linearly to 0 in so many steps. What is reached then is the teacher.
-        max_steps: Steps after which not having got to ``decay_accuracy`` is an error.
-        batch_size: Sums a step.
-        lr: AdamW's learning rate,
-        warmup_steps: which rises linearly for so many steps.
+        output_dir: directory for ``student``, ``teacher`` and the ``.jsonl`` files.
+        seed: seed of the initial weights and the batches.
+        student_accuracy: the student is the first checkpoint with this accuracy on ``val``.
+        decay_accuracy: accuracy on ``val`` at which the learning rate begins to fall.
+        decay_steps: steps in which the learning rate falls linearly to 0; the teacher is the model
+            after these steps.
+        max_steps: raise an error if ``decay_accuracy`` is not reached after so many steps.
+        batch_size: number of sums per step.
+        lr: peak learning rate of AdamW.
+        warmup_steps: steps in which the learning rate rises linearly to ``lr``.
     """
     torch.manual_seed(seed)
     splits, tokenizer = make_splits(), make_tokenizer()

@@ -1,16 +1,15 @@
-"""Make the models and prompts of further demos: ``python -m oprd.demo.more [--output_dir DIR]``.
+"""Make models and prompts for further demos: ``python -m oprd.demo.more [--output_dir DIR]``.
 
-All are the demo's student, trained a little further, so that each is a different checkpoint of one
-origin:
+Each model is the demo's student after some further training, so that all share one origin:
 
-- ``carry/`` and ``plain/``: two specialists. One knows sums in which every column carries, the
-  other sums in which none does; each is wrong about the other's
+- ``carry/`` and ``plain/``: two specialists. One is right on sums in which every column carries,
+  the other on sums in which none does; each is wrong on the other's sums
   (``recipes/demo_two_teachers.yaml``).
-- ``hinted/``: a student that copies an answer found before the sum (``"207=483+219="``) and has
-  lost what it knew of sums without one, for self-distillation (``recipes/demo_self.yaml``).
+- ``hinted/``: a student that copies an answer given before the sum (``"207=483+219="``) and has
+  forgotten how to add without one, for self-distillation (``recipes/demo_self.yaml``).
 
-Writes the models, ``carry``, ``plain`` and ``hinted``, and ``<name>.jsonl`` and
-``<name>_test.jsonl`` for each kind of sum. Takes about a minute and a half on two cores.
+Writes the models ``carry``, ``plain`` and ``hinted``, and ``<name>.jsonl`` and
+``<name>_test.jsonl`` for each of them. Takes about a minute and a half on two cores.
 """
 
 from __future__ import annotations
@@ -31,38 +30,38 @@ from oprd.demo.task import Sum, make_splits, sample_batches
 from oprd.models.loading import load_model, load_tokenizer
 
 Text = Callable[[Sum], str]
-"""The prompt of a sum."""
+"""A function that writes the prompt of a sum."""
 
 
 def columns(s: Sum) -> list[int]:
-    """The sums of the digits in each column, without carries."""
+    """Return the sums of the digits in each column, without carries."""
     return [int(x) + int(y) for x, y in zip(str(s.a), str(s.b), strict=True)]
 
 
 def carries(s: Sum) -> bool:
-    """Every column carries by itself."""
+    """Return whether every column carries by itself."""
     return all(c > 9 for c in columns(s))
 
 
 def is_plain(s: Sum) -> bool:
-    """No column carries."""
+    """Return whether no column carries."""
     return all(c < 10 for c in columns(s))
 
 
 def with_hint(s: Sum) -> str:
-    """The prompt after the answer: what a teacher may see."""
+    """Return the answer followed by the prompt, as a teacher sees it in self-distillation."""
     return f"{s.answer}={s.prompt}"
 
 
 def without_hint(s: Sum) -> str:
-    """The prompt."""
+    """Return the plain prompt."""
     return s.prompt
 
 
 def encode(
     sums: list[Sum], text: Text, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts and responses with EOS, right-padded, and the labels: -100 but for responses."""
+    """Encode prompts and responses with EOS, right-padded; labels are -100 outside responses."""
     prompts = tokenizer([text(s) for s in sums])["input_ids"]
     responses = tokenizer([s.answer + tokenizer.eos_token for s in sums])["input_ids"]
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -83,8 +82,10 @@ def train(
     seed: int,
     warmup: int = 1,
 ) -> None:
-    """Supervised training, tasks in turns, the learning rate falling linearly to 0 after
-    ``warmup`` steps of rising."""
+    """Train with supervision, on the tasks in turn.
+
+    The learning rate rises linearly for ``warmup`` steps and falls linearly to 0.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     batches = [sample_batches(sums, 128, seed + i) for i, (sums, _) in enumerate(tasks)]
     for step in range(steps):
@@ -103,7 +104,7 @@ def train(
 def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sums: list[Sum], text: Text
 ) -> float:
-    """Share of sums whose every response token is the most likely one (greedy decoding)."""
+    """Compute the share of sums that greedy decoding gets right."""
     ids, labels = encode(sums, text, tokenizer)
     guess = model(input_ids=ids[:, :-1]).logits.argmax(-1)
     right = (guess == labels[:, 1:]) | (labels[:, 1:] == -100)
@@ -111,7 +112,7 @@ def accuracy(
 
 
 def write_prompts(path: Path, sums: list[Sum]) -> None:
-    """One sum a line."""
+    """Write one sum per line."""
     rows = [{"prompt": s.prompt, "answer": s.answer} for s in sums]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -124,13 +125,15 @@ def make_more(
     num_train: int = 3200,
     num_test: int = 500,
 ) -> None:
-    """Train and write all of it.
+    """Train and write the models and their prompts.
 
     Args:
-        output_dir: where.
-        seed: of the splits' shuffle and the batches.
-        specialist_steps, hint_steps: of supervised training.
-        num_train, num_test: prompts of each kind.
+        output_dir: directory for the models and the ``.jsonl`` files.
+        seed: seed of the splits' shuffle and the batches.
+        specialist_steps: steps of supervised training of ``carry`` and ``plain``.
+        hint_steps: steps of supervised training of ``hinted``.
+        num_train: number of training prompts of each kind.
+        num_test: number of test prompts of each kind.
     """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("demo:student")
@@ -156,8 +159,8 @@ def make_more(
             texts = (without_hint, with_hint) if kind == name == "hinted" else (without_hint,)
             for text in texts:
                 share = accuracy(model, tokenizer, test, text)
-                told = " with the answer before" if text is with_hint else ""
-                print(f"{name} on {kind} sums{told}: {share:.3f}", flush=True)
+                hint = " with the answer before" if text is with_hint else ""
+                print(f"{name} on {kind} sums{hint}: {share:.3f}", flush=True)
         model.to(torch.bfloat16).save_pretrained(output_dir / name)
         tokenizer.save_pretrained(output_dir / name)
         write_prompts(output_dir / f"{name}.jsonl", sums[name][0][:num_train])

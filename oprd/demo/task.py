@@ -1,7 +1,7 @@
-"""The demo task: three-digit addition, one token a character.
+"""The demo task: three-digit addition, one token per character.
 
 A prompt is ``"483+219="``; the response is the sum's digits, least significant first, then EOS
-(``"207"``), so that a causal model can emit every digit with the carry it has already worked out.
+(``"207"``), so that a causal model knows the carry before it emits a digit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 FIRST, LAST = 100, 999
-"""Both operands lie in FIRST..LAST (three digits)."""
+"""Smallest and largest operand (three digits)."""
 
 PROMPT_TOKENS = 8
 RESPONSE_TOKENS = 5
-"""At most four digits and EOS."""
+"""Tokens of the longest response: four digits and EOS."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ class Splits:
     val: list[Sum]
     train: list[Sum]
     rest: list[Sum]
-    """Everything that is neither test nor val: what supervised training samples from."""
+    """All problems outside test and val; supervised training samples from them."""
 
 
 def make_splits(
     num_test: int = 2000, num_val: int = 500, num_train: int = 6400, seed: int = 0
 ) -> Splits:
-    """Split all unordered pairs of operands: the first ``num_test`` of a seeded shuffle are the
-    test set, the next ``num_val`` the validation set, and ``train`` (OPRD's prompts) is a sample
-    of the rest."""
+    """Split all unordered pairs of operands into disjoint sets.
+
+    Of a seeded shuffle, the first ``num_test`` are the test set and the next ``num_val`` the
+    validation set. ``train`` (OPRD's prompts) is a sample of the rest.
+    """
     rng = random.Random(seed)
     pairs = [(a, b) for a in range(FIRST, LAST + 1) for b in range(a, LAST + 1)]
     rng.shuffle(pairs)
@@ -69,7 +71,7 @@ def make_splits(
 
 
 def sample_batches(sums: list[Sum], batch_size: int, seed: int) -> Iterator[list[Sum]]:
-    """Endless batches drawn with replacement, operands in either order."""
+    """Yield endless batches drawn with replacement, with operands in either order."""
     rng = random.Random(seed)
     while True:
         batch = rng.choices(sums, k=batch_size)
@@ -77,7 +79,7 @@ def sample_batches(sums: list[Sum], batch_size: int, seed: int) -> Iterator[list
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A character-level tokenizer: ``<pad>``, ``<eos>``, ``<unk>``, ``+``, ``=`` and ten digits."""
+    """Make a character-level tokenizer: ``<pad> <eos> <unk>``, ``+``, ``=`` and ten digits."""
     symbols = ["<pad>", "<eos>", "<unk>", "+", "=", *"0123456789"]
     tokenizer = Tokenizer(
         models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>")

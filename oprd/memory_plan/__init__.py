@@ -1,1 +1,1 @@
-"""What an update and a whole run will take of memory, before they run."""
+"""Predictions of the memory that an update or a whole run needs, from shapes alone."""

@@ -1,4 +1,4 @@
-"""What to change so that a run that does not fit its GPUs does."""
+"""Advice on how to make a run fit its GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def advice(
     cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int, memory: int,
     ranks: Mapping[str, int] | None = None,
 ) -> str:  # fmt: skip
-    """What to change so that a run that does not fit does, in words."""
+    """Say in words what to change so that a run that does not fit its GPUs does."""
 
     def planned(changed: TrainConfig) -> TrainingPlan:
         return make_training_plan(changed, student, teachers, gpus, memory, ranks=ranks)
@@ -56,6 +56,6 @@ def advice(
         if total(replace(cfg, micro_batch_tokens=tokens)) <= memory:
             return f"lower micro_batch_tokens to {tokens}"
     return (
-        f"a single response of {longest} tokens is too long, whatever micro_batch_tokens: lower "
+        f"a single response of {longest} tokens is too long at any micro_batch_tokens: lower "
         "rollout.max_new_tokens, take more GPUs, or train an adapter (student.lora.rank)"
     )

@@ -1,4 +1,4 @@
-"""GPUs that a recipe is planned for."""
+"""Configuration of the memory plan."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from oprd.memory_plan.shapes import Shape
 
 @dataclass
 class PlanConfig:
-    """With ``--dry_run``: say what each GPU would hold, and whether that fits.
+    """With ``--dry_run``: print the memory that each GPU would need, and whether it fits.
 
     Attributes:
-        gpus: that the run is to have; null: no plan.
-        memory_gib: of each; null: of this machine's first GPU.
-        student: shape of the student, where its configuration can't be loaded from here.
-        teacher: the teacher's, likewise; null: the student's.
+        gpus: number of GPUs to plan for; null: no plan.
+        memory_gib: memory of each GPU in GiB; null: that of this machine's first GPU.
+        student: shape of the student, if its configuration can't be loaded here.
+        teacher: shape of the teacher, if its configuration can't be loaded here; null: the
+            student's shape if that is given.
     """
 
     gpus: int | None = None

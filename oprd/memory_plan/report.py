@@ -1,4 +1,4 @@
-"""``oprd-train --dry_run --plan.gpus 8``: what `oprd.memory_plan.run` finds, as a table."""
+"""The table that ``oprd-train --dry_run --plan.gpus 8`` prints."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from oprd.observability.memory import GIB
 
 
 def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]:
-    """Of the student and of every teacher: as given, else from their configurations.
+    """Return the shapes of student and teachers, from ``plan`` or else from their configurations.
 
     Raises:
-        ConfigError: if one is neither given nor can be loaded, or is of a kind that the planner
-            does not know.
+        ConfigError: if a shape is not given and its configuration can't be loaded, or if the
+            planner does not know the kind of model.
     """
 
     def shape(path: str, option: str) -> Shape:
@@ -31,7 +31,7 @@ def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]
             return Shape.of(load_config(path))
         except Unreachable as error:
             raise ConfigError(
-                f"{error}. To plan without it, give its shape: --{option} "
+                f"{error}. To plan without the model, give its shape: --{option} "
                 "'{d: 1536, layers: 28, heads: 12, kv_heads: 2, head_dim: 128, intermediate: 8960, "
                 "vocab: 151936, tied: false}'"
             ) from error
@@ -50,13 +50,13 @@ def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]
 def show_training_plan(
     cfg: TrainConfig, plan: PlanConfig, ranks: Mapping[str, int] | None = None
 ) -> bool:
-    """Print what each GPU would hold, and whether that fits; returns whether it does.
+    """Print the memory that each GPU would need and whether it fits; return whether it fits.
 
     Args:
-        ranks: of the bridges' files, by teacher.
+        ranks: ranks of the bridges in their files, by teacher.
 
     Raises:
-        ConfigError: as `shapes`, and if the memory is not known.
+        ConfigError: if a shape (see `shapes`) or the memory of a GPU is not known.
     """
     assert plan.gpus is not None
     if plan.memory_gib is not None:
@@ -64,7 +64,9 @@ def show_training_plan(
     elif torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
-        raise ConfigError("plan.memory_gib is not given, and there is no GPU here to ask")
+        raise ConfigError(
+            "plan.memory_gib is not set, and this machine has no GPU: set it to the GiB of each GPU"
+        )
     student, teachers = shapes(cfg, plan)
     made = make_training_plan(cfg, student, teachers, plan.gpus, memory, ranks=ranks)
     table = Table(title=f"GiB on each of {plan.gpus} GPUs")

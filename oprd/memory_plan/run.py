@@ -1,13 +1,12 @@
-"""Whether a training run fits its GPUs: what each of them holds, from shapes alone.
+"""Prediction of the memory that a training run needs on each GPU, from shapes alone.
 
     oprd-train --config recipes/x.yaml --dry_run --plan.gpus 8 --plan.memory_gib 80
 
-`oprd.memory_plan.update` follows one student update through its moments; here come the weights,
-gradients and AdamW states that are there all the time, by how they are sharded, and the other
-phases of a step.
-What is not counted: the CUDA context and NCCL's buffers (1 to 2 GiB), and the allocator's holes.
+`oprd.memory_plan.update` predicts one student update. This module adds the resident weights,
+gradients and AdamW states, according to their sharding, and the other phases of a step. It does not
+count the CUDA context and NCCL's buffers (1 to 2 GiB), nor fragmentation of the allocator.
 
-Bytes; N tokens in a micro-batch, M supervised rows in it.
+Sizes are in bytes. A micro-batch has N tokens, M of them supervised rows.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ WEIGHT_GRADIENTS = (
     "down projection's weight gradient",
     "embedding's and head's gradients in reduce-scatter",
 )  # fmt: skip
-"""Terms of the planner that frozen weights do not have."""
+"""Terms of an update that don't occur if the weights are frozen."""
 FORWARD = 3
-"""Blocks that FSDP holds gathered in a forward pass: the one at work, as it came and split into its
-weights, and the next one, which is prefetched."""
+"""Blocks' worth of gathered weights that FSDP holds in a forward pass: the current block twice (as
+gathered, and split into its weights) and the prefetched next block."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a GPU holds.
+    """The memory that a run needs on each GPU.
 
     Attributes:
-        resident: bytes by name, there all the time.
-        moments: of each phase, the one at which it takes most beyond that.
-        tokens: N at most: a response longer than ``micro_batch_tokens`` is a batch of its own.
-        sequences: that are generated at once, by phase.
+        resident: bytes that are held all the time, by name.
+        moments: for each phase, the moment at which it holds most beyond ``resident``.
+        tokens: the largest N; a response longer than ``micro_batch_tokens`` is a batch of its own.
+        sequences: number of sequences generated at once, by phase.
     """
 
     resident: dict[str, int]
@@ -56,12 +55,12 @@ class TrainingPlan:
 
     @property
     def worst(self) -> str:
-        """The phase that takes most."""
+        """The phase that needs most memory."""
         return max(self.moments, key=lambda phase: self.moments[phase].total)
 
     @property
     def total(self) -> int:
-        """Bytes at the worst moment."""
+        """Bytes needed at the worst moment."""
         return sum(self.resident.values()) + self.moments[self.worst].total
 
 
@@ -74,13 +73,13 @@ def make_training_plan(
     on_gpu: bool = True,
     ranks: Mapping[str, int] | None = None,
 ) -> TrainingPlan:
-    """Predict what each of ``gpus`` holds.
+    """Predict the memory that a run needs on each of ``gpus``.
 
     Args:
-        teachers: the shape of every teacher, by name; one that is the student itself has its shape.
-        memory: bytes of a GPU: what a vLLM engine takes is a share of it.
-        on_gpu: a CPU's AdamW and chunked losses take other temporaries.
-        ranks: of the bridges' files, by teacher.
+        teachers: shape of every teacher, by name; the student's shape for self-distillation.
+        memory: bytes of a GPU; a vLLM engine takes a share of it.
+        on_gpu: False for a CPU, whose AdamW and chunked losses need other temporaries.
+        ranks: ranks of the bridges in their files, by teacher.
     """
     return _Planner(cfg, student, teachers, gpus, memory, on_gpu, ranks or {}).plan()
 
@@ -90,8 +89,9 @@ class _Sampled:
     """A model that `generate` samples from.
 
     Attributes:
-        computed, stream: bytes of a number in its products, and in its residual stream.
-        gathered: bytes of a weight that FSDP has gathered; 0: it is not sharded.
+        computed: bytes per number in matrix products.
+        stream: bytes per number in the residual stream.
+        gathered: bytes per weight that FSDP has gathered; 0 if the model is not sharded.
     """
 
     name: str
@@ -102,6 +102,8 @@ class _Sampled:
 
 
 class _Planner:
+    """The computation of a `TrainingPlan`."""
+
     def __init__(
         self, cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int,
         memory: int | None, on_gpu: bool, ranks: Mapping[str, int],
@@ -135,7 +137,7 @@ class _Planner:
             self.rows = min(self.tokens, self.sequences * cfg.rollout.max_new_tokens)
 
     def plan(self) -> TrainingPlan:
-        """Everything."""
+        """Compute the plan."""
         at_once = self.cfg.rollout.batch_size or self.sequences
         sequences = {ROLLOUT: min(self.sequences, at_once)}
         moments = {
@@ -150,7 +152,7 @@ class _Planner:
         moments[STEP] = Moment("square roots of AdamW's second moments", {"temporaries": trained})
         return TrainingPlan(self._resident(), moments, self.tokens, sequences)
 
-    # What is there all the time -------------------------------------------------------------------
+    # Resident memory -------------------------------------------------------------------
 
     def _resident(self) -> dict[str, int]:
         weights = self.student.parameters * self.stored // self.shards
@@ -174,8 +176,11 @@ class _Planner:
         return terms
 
     def _trained_bytes(self) -> int:
-        """Of the weights that get a gradient: hidden states give none to blocks after the deepest
-        one compared, nor to an untied head."""
+        """Return the bytes of the weights that get a gradient.
+
+        Losses on hidden states give no gradient to an untied head, nor to blocks after the deepest
+        one compared.
+        """
         if self.adapter:
             return self.adapter * FLOAT32 // self.shards
         s = self.student
@@ -191,7 +196,7 @@ class _Planner:
         return 0 if self.cfg.fsdp.teacher == "offloaded" else size // self.shards
 
     def _teacher_parameters(self, name: str) -> int:
-        """Of the part that is kept."""
+        """Return the number of parameters in the part of the teacher that is kept."""
         shape = self.teachers[name]
         if self.needs_logits:
             return shape.parameters
@@ -220,13 +225,13 @@ class _Planner:
             eager=self.cfg.student.attn_implementation == "eager",
         )
         reached = replace(self.student, layers=self.depth)
-        found = [m for o in self._objectives() for m in moments(o, reached, update)]
+        peaks = [m for o in self._objectives() for m in moments(o, reached, update)]
         if self.adapter:
-            found = [
+            peaks = [
                 Moment(m.name, {n: x for n, x in m.terms.items() if n not in WEIGHT_GRADIENTS})
-                for m in found
+                for m in peaks
             ]
-        worst = max(found, key=lambda m: m.total)
+        worst = max(peaks, key=lambda m: m.total)
         extra = self._teacher_outputs() | self._teacher_root()
         if self.computed < self.gathered:
             blocks = 1 if update.checkpointing else self.student.layers
@@ -236,13 +241,13 @@ class _Planner:
         return Moment(worst.name, worst.terms | extra)
 
     def _span(self, attention: str | None) -> int:
-        """Of the mask that attention is given: flash and flex attention take none of that size."""
+        """Return the row length of the attention mask; 0 for flash and flex attention."""
         if attention not in (None, "sdpa", "eager"):
             return 0
         return self.tokens if self.cfg.packing else self.longest
 
     def _objectives(self) -> list[str]:
-        """As the planner names them."""
+        """Return the objectives under the planner's names."""
         names = []
         for name in self.cfg.objectives:
             if name == REP:
@@ -254,7 +259,7 @@ class _Planner:
         return names
 
     def _teacher_outputs(self) -> dict[str, int]:
-        """Of the largest teacher, while the student is updated."""
+        """Return the largest teacher's outputs, which are held during the student's update."""
         sizes = [0]
         for name, shape in self.teachers.items():
             size = 0
@@ -270,15 +275,17 @@ class _Planner:
         return {"teacher's outputs": max(sizes)}
 
     def _rank(self, name: str) -> int | None:
-        """Of a teacher's bridge, in full where neither the file nor the configuration says more;
-        None: it has none."""
+        """Return the rank of a teacher's bridge, or None without a bridge.
+
+        The rank is the student's width if neither the configuration nor the file gives it.
+        """
         bridge = self.cfg.all_bridges[name]
         if not bridge.path:
             return None
         return bridge.rank or self.ranks.get(name) or self.student.d
 
     def _teacher_computes(self, name: str) -> int:
-        """Bytes of a number in its forward pass."""
+        """Return the bytes per number in a teacher's matrix products."""
         teacher = self.cfg.all_teachers[name]
         if teacher.shares_student:
             return self.computed
@@ -287,7 +294,7 @@ class _Planner:
         return self._teacher_gathered(teacher)
 
     def _teacher_stream(self, name: str) -> int:
-        """Bytes of a number in its residual stream: autocast narrows products alone."""
+        """Return the bytes per number in a teacher's residual stream, which autocast keeps."""
         if not self.cfg.autocast:
             return self._teacher_computes(name)
         teacher = self.cfg.all_teachers[name]
@@ -299,7 +306,7 @@ class _Planner:
         return DTYPE_BYTES[teacher.dtype]
 
     def _teacher_root(self) -> dict[str, int]:
-        """Embeddings (and head), which stay gathered until the losses are taken."""
+        """Return the embeddings (and head), which stay gathered until the losses are computed."""
         if not self.teacher_sharded:
             return {}
         sizes = [0]
@@ -311,7 +318,7 @@ class _Planner:
         return {"teacher's gathered embedding and head": max(sizes)}
 
     def _teacher_forward(self) -> Moment:
-        found = []
+        peaks = []
         for name, shape in self.teachers.items():
             e = self._teacher_computes(name)
             terms = {
@@ -322,12 +329,12 @@ class _Planner:
             if self.teacher_sharded:
                 block = shape.block_parameters * self._teacher_gathered(self.cfg.all_teachers[name])
                 terms["gathered weights, three blocks"] = FORWARD * block
-            found.append(Moment("a block", terms))
-        worst = max(found, key=lambda m: m.total)
+            peaks.append(Moment("a block", terms))
+        worst = max(peaks, key=lambda m: m.total)
         return Moment(worst.name, worst.terms | self._teacher_outputs() | self._teacher_root())
 
     def _teacher_attention(self, name: str, shape: Shape) -> dict[str, int]:
-        """What a mask costs in its forward pass."""
+        """Return the terms that an attention mask adds to a teacher's forward pass."""
         e, teacher = self._teacher_computes(name), self.cfg.all_teachers[name]
         model = self.cfg.student if teacher.shares_student else teacher
         attention = model.attn_implementation
@@ -346,19 +353,19 @@ class _Planner:
         return self._by_engine()
 
     def _evaluation(self) -> Moment:
-        """The teachers' too, which have no engine."""
+        """Return the worst moment of an evaluation. Teachers always use `generate`."""
         e = self.cfg.eval
-        tokens, found = self.cfg.data.max_prompt_tokens + e.max_new_tokens, []
+        tokens, peaks = self.cfg.data.max_prompt_tokens + e.max_new_tokens, []
         if self._engine_share():
-            found.append(self._by_engine())
+            peaks.append(self._by_engine())
         else:
-            found.append(self._generation(self._student(), e.batch_size, tokens))
+            peaks.append(self._generation(self._student(), e.batch_size, tokens))
         if e.teacher:
-            found += [
+            peaks += [
                 self._generation(self._teacher(name), e.batch_size, tokens)
                 for name in self.teachers
             ]
-        return max(found, key=lambda m: m.total)
+        return max(peaks, key=lambda m: m.total)
 
     def _student(self) -> _Sampled:
         gathered = self.gathered if self.shards > 1 else 0
@@ -373,9 +380,9 @@ class _Planner:
         )  # fmt: skip
 
     def _generation(self, model: _Sampled, sequences: int, tokens: int) -> Moment:
-        """Hugging Face's `generate`."""
+        """Return the worst moment of Hugging Face's `generate`."""
         s, prompt = model.shape, self.cfg.data.max_prompt_tokens
-        # Autocast leaves keys as wide as the rotary embedding makes them.
+        # Under autocast the rotary embedding returns keys in the dtype of the residual stream.
         layer = sequences * s.kv_heads * s.head_dim * (model.stream + model.computed)
         kept = {"logits, sorted": sequences * s.vocab * (4 * FLOAT32 + 8)}
         if model.gathered:
@@ -387,11 +394,11 @@ class _Planner:
             "keys and values": tokens * s.layers * layer,
             "a layer's keys, to be one longer": tokens * layer // 2,
         }
-        found = [
+        peaks = [
             Moment(f"{model.name}, the prompts", first | kept),
             Moment(f"{model.name}, the last token", last | kept),
         ]
-        return max(found, key=lambda m: m.total)
+        return max(peaks, key=lambda m: m.total)
 
     # vLLM -----------------------------------------------------------------------------------------
 
@@ -411,8 +418,10 @@ class _Planner:
 
 
 def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
-    """Numbers in a LoRA adapter of a decoder of Qwen2's kind: rank * (inputs + outputs) of each
-    adapted layer."""
+    """Count the parameters of a LoRA adapter on a decoder like Qwen2.
+
+    Each adapted layer has rank * (inputs + outputs) of them.
+    """
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     d, wide = shape.d, shape.intermediate
     sizes = {
@@ -424,5 +433,5 @@ def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB."""
+    """Format bytes as GiB."""
     return f"{size / GIB:,.1f}"

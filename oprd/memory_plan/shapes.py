@@ -1,6 +1,6 @@
-"""The shapes that memory is planned from: of a model, and of an update.
+"""The shapes of a model and of an update, from which memory is predicted.
 
-Bytes. B sequences of T tokens, N = B * T, M supervised rows, e bytes per number.
+Sizes are in bytes. B sequences of T tokens, N = B * T, M supervised rows, e bytes per number.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
-"""Bytes of a number."""
+"""Bytes per number."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of Qwen2's kind.
+    """The shape of a decoder like Qwen2.
 
     Attributes:
         d: hidden width.
-        layers, heads, kv_heads, head_dim, intermediate, vocab: as configurations name them.
+        layers, heads, kv_heads, head_dim, intermediate, vocab: as in Hugging Face configurations.
         tied: the LM head is the embedding table.
     """
 
@@ -34,18 +34,18 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """From a Hugging Face configuration.
+        """Read the shape from a Hugging Face configuration.
 
         Raises:
-            ValueError: naming the entry that the configuration lacks.
+            ValueError: if entries are missing; the message names them.
         """
         text = config.get_text_config()
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         missing = [n for n in (*names, "intermediate_size") if not getattr(text, n, None)]
         if missing:
             raise ValueError(
-                f"a {type(config).__name__} has no {', '.join(missing)}: the planner knows "
-                "decoders with a gated MLP (Qwen, Llama and their like)"
+                f"a {type(config).__name__} has no {', '.join(missing)}: the planner knows only "
+                "decoders with a gated MLP (Qwen, Llama and similar)"
             )
         d, layers, heads, vocab = (getattr(text, name) for name in names)
         return cls(
@@ -61,23 +61,24 @@ class Shape:
 
     @property
     def block_parameters(self) -> int:
-        """Of one block; biases and norms, a thousandth of it, are left out."""
+        """Parameters of one block without biases and norms, which are about a thousandth of it."""
         attention = 2 * self.d * (self.heads + self.kv_heads) * self.head_dim
         return attention + 3 * self.d * self.intermediate
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         tables = 1 if self.tied else 2
         return self.layers * self.block_parameters + tables * self.vocab * self.d
 
     def block_activations(self, update: Update) -> int:
-        """Bytes per token that a block keeps for its backward.
+        """Return the bytes per token that a block keeps for its backward.
 
-        Two norms (input in float32, normalised, scaled, 1/rms), attention (q, k, v, output,
-        log-sum-exp), MLP (gate, its SiLU, up, their product). Autocast narrows what the norms give
-        for each of the five projections that read it. With a mask, `scaled_dot_product_attention`
-        keeps it as numbers, and `transformers` repeats keys and values for every head.
+        These are two norms (input in float32, normalised, scaled, 1/rms), attention (q, k, v,
+        output, log-sum-exp) and the MLP (gate, its SiLU, up, their product). Autocast makes a
+        narrow copy of a norm's output for each of the five projections that read it. If there is a
+        mask, `scaled_dot_product_attention` keeps it as numbers, and `transformers` repeats keys
+        and values for every head.
         """
         e, stream = update.dtype_bytes, update.stream
         scaled = (2 if stream == e else 5) * e * self.d
@@ -93,29 +94,29 @@ class Shape:
         return norms + attention + 4 * e * self.intermediate
 
     def repeated(self, e: int) -> int:
-        """Bytes per token of keys and values repeated for every head, beyond their own."""
+        """Return the extra bytes per token of keys and values that are repeated for every head."""
         return 2 * e * (self.heads - self.kv_heads) * self.head_dim
 
 
 @dataclass(frozen=True)
 class Update:
-    """One actor update (one micro-batch).
+    """The shape of one actor update (one micro-batch).
 
     Attributes:
         batch: B.
         tokens: T.
-        rows: M, supervised.
+        rows: M, the supervised rows.
         dtype_bytes: e.
         checkpointing: activations of each block are recomputed in its backward.
-        chunk: rows at a time in the chunked losses.
+        chunk: number of rows per chunk in the chunked losses.
         widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
         shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
-        gathered_bytes: per weight that FSDP has gathered; None: ``dtype_bytes``.
-        reduced_bytes: per gradient that is added up over ranks.
-        stream_bytes: per number of the residual stream; None: ``dtype_bytes``. Autocast narrows
-            products alone.
-        span: numbers in a token's row of the attention mask, if there is one: T where sequences are
-            padded, N where they are packed; 0: attention is causal by itself.
+        gathered_bytes: bytes per weight that FSDP has gathered; None: ``dtype_bytes``.
+        reduced_bytes: bytes per gradient while it is summed over ranks.
+        stream_bytes: bytes per number of the residual stream; None: ``dtype_bytes``. They differ
+            under autocast, which narrows products only.
+        span: row length of the attention mask: T if sequences are padded, N if they are packed;
+            0: there is no mask.
         eager: attention keeps every head's weights.
     """
 
@@ -135,15 +136,15 @@ class Update:
 
     @property
     def gathered(self) -> int:
-        """Bytes of a gathered weight."""
+        """Bytes per gathered weight."""
         return self.gathered_bytes or self.dtype_bytes
 
     @property
     def stream(self) -> int:
-        """Bytes of a number in the residual stream."""
+        """Bytes per number in the residual stream."""
         return self.stream_bytes or self.dtype_bytes
 
     @property
     def all_tokens(self) -> int:
-        """N."""
+        """N, the tokens of all sequences."""
         return self.batch * self.tokens

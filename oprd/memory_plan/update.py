@@ -1,12 +1,11 @@
-"""How much memory the actor update takes at its peak, from shapes alone.
+"""Prediction of the actor update's peak memory, from shapes alone.
 
-The update is followed through the moments at which memory can peak; at each, every tensor that
-lives then is a named term. The predicted delta-peak is the largest of these sums. What is counted
-is what PyTorch's eager mode keeps for a Qwen2-like block (RMSNorm, grouped-query attention, gated
-MLP); weights, preallocated gradients and the teacher's ready outputs are
-resident beforehand and listed apart.
+The update has several moments at which memory can peak. For each, every live tensor is a named
+term. The predicted delta-peak is the largest sum of terms. Counted are the tensors that PyTorch's
+eager mode keeps for a Qwen2-like block (RMSNorm, grouped-query attention, gated MLP). Weights,
+preallocated gradients and the teacher's outputs are resident beforehand and listed separately.
 
-Bytes. Shapes: B sequences of T tokens, N = B * T, M supervised rows, d hidden width, L blocks,
+Sizes are in bytes. B sequences of T tokens, N = B * T, M supervised rows, d hidden width, L blocks,
 V vocabulary, e bytes per number.
 """
 
@@ -30,24 +29,24 @@ TITLES = {
     "opd_full_chunked": "OPD full, chunked",
     "logprob": "log-prob forward",
 }
-"""Names of what can be measured and predicted, and how tables call it."""
+"""Everything that can be measured and predicted, with its title in tables."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is alive beyond what was resident, at one point of the update; bytes by name."""
+    """The memory at one point of the update, beyond the resident memory: bytes by name."""
 
     name: str
     terms: dict[str, int]
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """The sum of the terms, in bytes."""
         return sum(self.terms.values())
 
 
 def predict(objective: str, shape: Shape, update: Update) -> Moment:
-    """The moment at which the update's memory peaks; its total is the delta-peak.
+    """Return the moment at which the update's memory peaks; its total is the delta-peak.
 
     Args:
         objective: one of `TITLES`.
@@ -59,7 +58,7 @@ def predict(objective: str, shape: Shape, update: Update) -> Moment:
 
 
 def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
-    """Every moment at which memory can peak, in order.
+    """Return every moment at which memory can peak, in order.
 
     Raises:
         ValueError: for an unknown objective.
@@ -77,42 +76,44 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
             for name, terms in _logprob_moments(shape, update)
         ]
     stored = _stored(objective, shape, update) | root
-    found = [Moment("end of the forward", stored)]
+    peaks = [Moment("end of the forward", stored)]
     calls_head = objective.startswith("opd")
     kept_head = {}
     if calls_head:
         chunked = objective.endswith("_chunked")
         of_loss = _chunked_moments if chunked else _materialised_moments
         form = objective.removesuffix("_chunked").removeprefix("opd_")
-        found += [Moment(name, stored | terms) for name, terms in of_loss(form, shape, update)]
-        if shape.tied or update.shards > 1:  # waits for the embedding's, or for the reduce-scatter
+        peaks += [Moment(name, stored | terms) for name, terms in of_loss(form, shape, update)]
+        if (
+            shape.tied or update.shards > 1
+        ):  # held until the embedding's gradient or the reduce-scatter
             kept_head = {"head's weight gradient": head}
     done = (
         {"final norm"} if calls_head or objective == "backbone" else {"final norm", "final states"}
     )
     left = {name: size for name, size in stored.items() if name not in done} | kept_head
-    found.append(Moment("backward of a block", left | _block_backward(shape, update)))
+    peaks.append(Moment("backward of a block", left | _block_backward(shape, update)))
     if update.shards > 1:
-        found += _reduced_blocks(shape, update, left)
+        peaks += _reduced_blocks(shape, update, left)
     embedding = {"embedding's weight gradient": head, "gradient of states": states}
     if shape.tied and calls_head and not objective.endswith("_chunked"):
-        # The product's gradient is a transposed view, which autograd does not add to in place.
+        # The head's gradient is a transposed view, which autograd does not add to in place.
         embedding["sum of both weight gradients"] = head
-    found.append(Moment("backward of the embedding", embedding | kept_head | root))
+    peaks.append(Moment("backward of the embedding", embedding | kept_head | root))
     if update.shards > 1:
         tables = 1 if shape.tied or not calls_head else 2
         grads = tables * shape.vocab * d * _reduced(update)
-        found.append(
+        peaks.append(
             Moment(
                 "reduce-scatter of the root",
                 {"embedding's and head's gradients in reduce-scatter": grads},
             )
         )
-    return found
+    return peaks
 
 
 def _stored(objective: str, shape: Shape, update: Update) -> dict[str, int]:
-    """What the forward leaves for the backward."""
+    """Return the memory that the forward leaves for the backward."""
     n, d, layers, e = update.all_tokens, shape.d, shape.layers, update.stream
     terms = {"final norm": n * (FLOAT32 * d + e * d + FLOAT32), "final states": n * d * e}
     if update.checkpointing:
@@ -124,16 +125,16 @@ def _stored(objective: str, shape: Shape, update: Update) -> dict[str, int]:
     if objective in ("oprd", "bridge"):
         terms["rep rows' statistics"] = layers * update.rows * 16
         if e < FLOAT32 and not update.checkpointing:
-            # Block outputs: in float32 the next norm keeps them anyway, as checkpoints are kept.
+            # The block outputs. In float32, the next norm or the checkpoints keep them anyway.
             terms["states at the taps"] = (layers - 1) * n * d * e
     return terms
 
 
 def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
-    """What comes on top in the backward of one block: its MLP is where that is most."""
+    """Return the additional memory in the backward of one block, which peaks in its MLP."""
     n, e, d, wide = update.all_tokens, update.dtype_bytes, shape.d, shape.intermediate
-    # At the product of gate and up: three gradients, the down projection's input gone; or at the
-    # down projection: one gradient and that of its weight.
+    # The peak is either at the product of gate and up (three gradients, the down projection's input
+    # is freed) or at the down projection (one gradient and that of its weight).
     terms = {
         "gradients in the MLP": max(2 * n * wide * e, n * wide * e + d * wide * e),
         "gradient of states": 2 * n * d * update.stream,
@@ -144,8 +145,10 @@ def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
 
 
 def _reduced_blocks(shape: Shape, update: Update, left: dict[str, int]) -> list[Moment]:
-    """Once the last block's gradients are added up over ranks: while they are, and in the backward
-    of the block before it, which holds what the ranks were sent."""
+    """Return the moments during and after the reduce-scatter of the last block's gradients.
+
+    The backward of the block before it still holds the buffer that was sent.
+    """
     per_layer = {"checkpoints", "activations", "states at the taps"}
     left = {
         name: size * (shape.layers - 1) // shape.layers if name in per_layer else size
@@ -157,25 +160,24 @@ def _reduced_blocks(shape: Shape, update: Update, left: dict[str, int]) -> list[
         "gathered weights, next block": size * update.gathered,
         name: size * _reduced(update),
     }
-    found = [Moment("reduce-scatter of a block", left | reduced)]
+    peaks = [Moment("reduce-scatter of a block", left | reduced)]
     if shape.layers > 1:
         down = shape.d * shape.intermediate * update.gathered
         held = {name: size * update.reduced_bytes, "down projection's weight gradient": down}
         block = _block_backward(shape, update)
-        found.append(Moment("backward of the next block", left | block | held))
-    return found
+        peaks.append(Moment("backward of the next block", left | block | held))
+    return peaks
 
 
 def _reduced(update: Update) -> int:
-    """Bytes of a weight's gradient while it is added up over ranks: as it came, as it is added up,
-    and the shard that is left."""
+    """Return the bytes per gradient during a reduce-scatter: input, buffer and shard."""
     return update.gathered + update.reduced_bytes + update.reduced_bytes // update.shards
 
 
 def _gathered_block(shape: Shape, update: Update) -> dict[str, int]:
     if update.shards == 1:
         return {}
-    # The block at work and the next one, which is prefetched.
+    # The current block and the prefetched next one.
     return {"gathered weights, two blocks": 2 * shape.block_parameters * update.gathered}
 
 
@@ -191,7 +193,7 @@ Terms = Iterator[tuple[str, dict[str, int]]]
 
 
 def _row_copies(shape: Shape, update: Update) -> Terms:
-    """[B, T, V] logits, and the supervised rows of them in float32."""
+    """Yield the moment of [B, T, V] logits and their supervised rows in float32, if e is less."""
     n, e, v = update.all_tokens, update.dtype_bytes, shape.vocab
     rows = update.rows * v * FLOAT32
     logits = {"logits [B,T,V]": n * v * e}
@@ -214,7 +216,7 @@ def _logprob_moments(shape: Shape, update: Update) -> Terms:
 
 
 def _materialised_moments(form: str, shape: Shape, update: Update) -> Terms:
-    """`oprd.distill.vocab_losses.materialised` and its backward."""
+    """Yield the moments of `oprd.distill.vocab_losses.materialised` and its backward."""
     n, e, v, d = update.all_tokens, update.dtype_bytes, shape.vocab, shape.d
     x = update.rows * v * FLOAT32
     logits = {"logits [B,T,V]": n * v * e}
@@ -245,7 +247,7 @@ def _materialised_moments(form: str, shape: Shape, update: Update) -> Terms:
 
 
 def _chunked_moments(form: str, shape: Shape, update: Update) -> Terms:
-    """`oprd.distill.vocab_losses.chunked`: gradients are formed in its forward."""
+    """Yield the moments of `oprd.distill.vocab_losses.chunked`; its forward computes gradients."""
     e, v, d, m = update.dtype_bytes, shape.vocab, shape.d, update.rows
     rows = min(update.chunk, m)
     x = rows * v * FLOAT32
@@ -255,7 +257,7 @@ def _chunked_moments(form: str, shape: Shape, update: Update) -> Terms:
     }
     if e < FLOAT32 and update.widen_head:
         kept["float32 copies of the heads"] = 2 * v * d * FLOAT32
-    # The last chunk's gradient stays until the next one is there.
+    # The last chunk's gradient is freed only when the next one replaces it.
     terms = {"chunk's logits, student and teacher": 2 * x}
     if m > rows:
         terms["last chunk's gradient"] = x
@@ -269,11 +271,11 @@ def _chunked_moments(form: str, shape: Shape, update: Update) -> Terms:
 
 
 def resident(shape: Shape, update: Update, teacher_bytes: int, ready_bytes: int) -> dict[str, int]:
-    """What is there before the update begins, bytes by name.
+    """Return the bytes that are resident before the update begins, by name.
 
     Args:
-        teacher_bytes: of the teacher's weights, 0 if it shares the student's.
-        ready_bytes: of what the teacher has given.
+        teacher_bytes: bytes of the teacher's weights, 0 if it shares the student's.
+        ready_bytes: bytes of the teacher's outputs.
     """
     weights = shape.parameters * update.dtype_bytes // update.shards
     return {
@@ -285,7 +287,7 @@ def resident(shape: Shape, update: Update, teacher_bytes: int, ready_bytes: int)
 
 
 def teacher_rows(objective: str, shape: Shape, update: Update, rank: int) -> int:
-    """Bytes of the teacher's outputs that an update of this objective reads."""
+    """Return the bytes of the teacher's outputs that an update of this objective reads."""
     m, e = update.rows, update.dtype_bytes
     if objective == "bridge":
         return shape.layers * m * rank * FLOAT32
@@ -309,18 +311,20 @@ TEACHER_FORWARD = {
     "opd_topk_chunked": "last",
     "opd_full_chunked": "last",
 }
-"""What the teacher's forward returns for an objective: the rows of every block's states, of the
-last one's, or logits."""
+"""The teacher's outputs for each objective: the supervised rows of every block's states
+(``states``), those of the last block (``last``), or ``logits``."""
 
 
 def reads_teacher_logits(objective: str) -> bool:
-    """Whether the update reads the teacher's [B, T, V] logits."""
+    """Return whether the update reads the teacher's [B, T, V] logits."""
     return TEACHER_FORWARD.get(objective) == "logits"
 
 
 def ready_bytes(objectives: list[str], shape: Shape, update: Update, rank: int) -> int:
-    """Of the teacher's outputs that are resident while these objectives are measured: each block's
-    rows, and what else is read."""
+    """Return the bytes of the teacher's outputs while these objectives are measured.
+
+    They are each block's rows, plus projected states and logits if an objective reads them.
+    """
     size = teacher_rows("oprd", shape, update, rank)
     if "bridge" in objectives:
         size += teacher_rows("bridge", shape, update, rank)

@@ -1,4 +1,6 @@
-"""OPRD-Bridge: a teacher of any width and depth, compared in a shared low-rank space (Eq. 14-15).
+"""OPRD-Bridge: distillation from a teacher of any width and depth (Eq. 14-15).
+
+Student and teacher states are compared in a shared low-rank space.
 
 oprd-bridge fit --student.path ./student --teacher.path ./teacher --output bridge.safetensors
 oprd-train --bridge.path bridge.safetensors --distill.kind nmse ..

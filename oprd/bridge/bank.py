@@ -1,4 +1,4 @@
-"""A fitted bridge: frozen projectors for every pair of layers, in one safetensors file.
+"""Fitted bridges: frozen projectors for every pair of layers, stored in one safetensors file.
 
 Shapes: dS and dT widths of student and teacher, r rank.
 """
@@ -27,14 +27,14 @@ Pairs = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class RankReport:
-    """How well a rank does; each list has a value for every pair of layers.
+    """The quality of a bridge at one rank. Each list has one value for every pair of layers.
 
     Attributes:
         rank: r.
         cosine_before: mean cosine on held-out rows with a random P_S.
-        cosine_after: the same with the fitted one.
+        cosine_after: mean cosine on held-out rows with the fitted P_S.
         explained_variance: share of the teacher's variance that P_T keeps.
-        student_r2: share of what P_T keeps that P_S h_S explains, on the rows fitted.
+        student_r2: share of the variance kept by P_T that P_S h_S explains, on the rows fitted.
     """
 
     rank: int
@@ -46,22 +46,24 @@ class RankReport:
 
 @dataclass(frozen=True)
 class BridgeInfo:
-    """Everything about a bridge but its matrices.
+    """The description of a bridge: everything but its matrices.
 
     Attributes:
-        student, teacher: what it was fitted for.
+        student, teacher: the models that the bridge was fitted for.
         pairs: (student block, teacher block), counted from 0.
         rank: r.
         solver: ``ridge``, ``sgd`` or ``import``.
         ridge: strength of the penalty, for ``ridge``.
-        rows, held_out_rows: how many hidden states it was fitted on, and judged by.
-        positions, k, shift: which ones, see `oprd.data.supervision.supervise`.
-        teacher_input: what the teacher read. ``shared_ids``: the student's token ids, which mean
-            the same to it; ``text``: the responses' text in its own tokens; ``student_ids``: ids
-            that mean something else to it; ``unknown`` for imported ones.
-        teacher_pairs: which of its states were paired, if it read ``text``: as
-            `oprd.config.TeacherConfig.pairs`; None: not known (written before this was noted).
-        ranks: reports for ranks 1, 2, 4, .. and the fitted one.
+        rows, held_out_rows: number of hidden states used for fitting and for evaluation.
+        positions, k, shift: the hidden states that were selected, see
+            `oprd.data.supervision.supervise`.
+        teacher_input: the teacher's input. ``shared_ids``: the student's token ids, where both
+            models share a vocabulary; ``text``: the responses' text in the teacher's own tokens;
+            ``student_ids``: the student's token ids, which mean something else to the teacher;
+            ``unknown``: for imported bridges.
+        teacher_pairs: if ``teacher_input`` is ``text``, the teacher states that were paired, as in
+            `oprd.config.TeacherConfig.pairs`. None: not known (older files do not record it).
+        ranks: reports for ranks 1, 2, 4, .. and for the fitted rank.
     """
 
     student: ModelInfo
@@ -80,14 +82,15 @@ class BridgeInfo:
     ranks: list[RankReport] = field(default_factory=list)
 
     def check(self, student: ModelInfo, teacher: ModelInfo, pairs: Pairs) -> None:
-        """Whether this bridge is one for these two models and layers.
+        """Check that this bridge was fitted for these models and layers.
 
         Args:
-            student, teacher: as they are; what is None in either is not compared.
-            pairs: (student block, teacher block) that training wants, from Eq. 11.
+            student, teacher: the models of the run. Fields that are None here or in the bridge are
+                not compared.
+            pairs: (student block, teacher block) that training uses, from Eq. 11.
 
         Raises:
-            ConfigError: naming every mismatch.
+            ConfigError: if anything differs. The message names every mismatch.
         """
         problems = []
         for who, ours, theirs in (
@@ -133,55 +136,56 @@ class BridgeInfo:
         ]
 
     def check_input(self, reads: str) -> None:
-        """Whether the teacher read what it will read in training.
+        """Check that the teacher reads the same kind of input in training as in the fit.
 
         Args:
-            reads: as `teacher_input`.
+            reads: the input in training, one of the values of `teacher_input`.
 
         Raises:
-            ConfigError: if not.
+            ConfigError: if the inputs differ.
         """
         if self.teacher_input not in ("unknown", reads):
             raise ConfigError(
                 f"the bridge was fitted with a teacher that read {self.teacher_input!r}, and this "
-                f"run's reads {reads!r}: set teacher.reads alike, or fit it again"
+                f"run's reads {reads!r}. Set teacher.reads to the value used in the fit, or fit "
+                "the bridge again"
             )
 
     def check_rank(self, rank: int | None) -> int:
-        """``rank``, or the fitted one for None.
+        """Return ``rank``, or the bridge's rank r for None.
 
         Raises:
-            ConfigError: if it is not among 1 .. r.
+            ConfigError: if ``rank`` is not in 1 .. r.
         """
         rank = self.rank if rank is None else rank
         if not 1 <= rank <= self.rank:
             raise ConfigError(
-                f"rank {rank} is asked of a bridge of rank {self.rank}: choose 1 .. {self.rank}, "
-                f"or fit one with oprd-bridge fit --rank {rank}"
+                f"rank {rank} is not available in a bridge of rank {self.rank}: choose 1 .. "
+                f"{self.rank}, or fit a bridge with oprd-bridge fit --rank {rank}"
             )
         return rank
 
     def at_rank(self, rank: int | None) -> BridgeInfo:
-        """Of the first ``rank`` directions (None: all)."""
+        """Return the description of the bridge's first ``rank`` directions (None: all)."""
         rank = self.check_rank(rank)
         return replace(self, rank=rank, ranks=[r for r in self.ranks if r.rank <= rank])
 
     def to_json(self) -> str:
-        """As `from_json` reads it."""
+        """Return this description as JSON, which `from_json` reads."""
         return json.dumps({"format": FORMAT, **asdict(self)})
 
     @staticmethod
     def from_json(text: str) -> BridgeInfo:
-        """What `to_json` wrote.
+        """Read a description that `to_json` wrote.
 
         Raises:
-            ConfigError: if a later version did.
+            ConfigError: if it is in the format of another version of oprd.
         """
         values: dict[str, Any] = json.loads(text)
         if (version := values.pop("format", None)) != FORMAT:
             raise ConfigError(
                 f"the bridge is in format {version}, this version of oprd reads {FORMAT}: update "
-                "oprd, or fit it again"
+                "oprd, or fit the bridge again"
             )
         values["student"] = ModelInfo(**values["student"])
         values["teacher"] = ModelInfo(**values["teacher"])
@@ -192,13 +196,13 @@ class BridgeInfo:
 
 @dataclass(frozen=True)
 class Bridge:
-    """Frozen projectors, by student block, float32: z_S = P_S h_S, z_T = P_T (h_T - mu_T).
+    """Frozen float32 projectors: z_S = P_S h_S, z_T = P_T (h_T - mu_T).
 
     Attributes:
-        student_proj: P_S (r, dS).
-        teacher_proj: P_T (r, dT).
-        teacher_mean: mu_T (dT,).
-        info: everything else.
+        student_proj: P_S (r, dS), by student block.
+        teacher_proj: P_T (r, dT), by student block.
+        teacher_mean: mu_T (dT,), by student block.
+        info: the description of the bridge.
     """
 
     student_proj: Mapping[int, Tensor]
@@ -218,7 +222,7 @@ class Bridge:
             tensors = getattr(self, name)
             if sorted(tensors) != sorted(blocks):
                 raise ConfigError(
-                    f"{name} is there for student blocks {sorted(tensors)}, the layer pairs name "
+                    f"{name} exists for student blocks {sorted(tensors)}, but the layer pairs name "
                     f"{sorted(blocks)}"
                 )
             for block, tensor in tensors.items():
@@ -229,7 +233,7 @@ class Bridge:
                     )
 
     def at_rank(self, rank: int | None) -> Bridge:
-        """The bridge of the first ``rank`` directions, a slice of this one (None: this one)."""
+        """Return the bridge of the first ``rank`` directions (None: all), a slice of this one."""
         info = self.info.at_rank(rank)
         return Bridge(
             {block: p[: info.rank].contiguous() for block, p in self.student_proj.items()},
@@ -240,10 +244,10 @@ class Bridge:
 
 
 def check_new_file(path: str | Path) -> None:
-    """Refuse a place that is taken or can't be written.
+    """Check that a new file can be written at ``path``.
 
     Raises:
-        ConfigError: saying which.
+        ConfigError: if ``path`` exists or its directory isn't writable.
     """
     path = Path(path)
     if path.exists():
@@ -252,14 +256,14 @@ def check_new_file(path: str | Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"{path} can't be written: {parent} is no directory one may write to")
+        raise ConfigError(f"{path} can't be written: {parent} is not a writable directory")
 
 
 def save_bridge(bridge: Bridge, path: str | Path) -> None:
-    """Write a bridge; the file is whole or not there.
+    """Write a bridge to ``path``. A failure leaves no partial file there.
 
     Raises:
-        ConfigError: if ``path`` exists.
+        ConfigError: if ``path`` exists or can't be written.
     """
     path = Path(path)
     check_new_file(path)
@@ -272,14 +276,14 @@ def save_bridge(bridge: Bridge, path: str | Path) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
         unfinished.write_bytes(save(tensors, metadata={METADATA_KEY: bridge.info.to_json()}))
-        check_new_file(path)  # it may have appeared meanwhile
+        check_new_file(path)  # another process may have created the file in the meantime
         unfinished.rename(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def read_info(path: str | Path) -> BridgeInfo:
-    """What a bridge is, without its matrices.
+    """Read the description of a bridge, without its matrices.
 
     Raises:
         ConfigError: if there is no bridge at ``path``.
@@ -294,8 +298,8 @@ def read_info(path: str | Path) -> BridgeInfo:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ConfigError(
-            f"{path} is not a safetensors file ({error}). A ps_bank.pt of the public code is "
-            "turned into one by oprd-bridge import"
+            f"{path} is not a safetensors file ({error}). To convert a ps_bank.pt of "
+            "github.com/ShenzhiYang2000/OPRD, use oprd-bridge import"
         ) from error
     if METADATA_KEY not in metadata:
         raise ConfigError(f"{path} is a safetensors file, but not one that oprd-bridge wrote")
@@ -306,19 +310,20 @@ def load_bridge(path: str | Path, rank: int | None = None) -> Bridge:
     """Read a bridge.
 
     Args:
-        rank: keep only the first so many directions; None: all.
+        path: the file.
+        rank: number of directions to keep, the first ones; None: all.
 
     Raises:
-        ConfigError: if there is none at ``path``, or not of that rank.
+        ConfigError: if there is no bridge at ``path``, or if its rank is smaller than ``rank``.
     """
     info = read_info(path)
     info.check_rank(rank)
-    found: dict[str, dict[int, Tensor]] = {}
+    tensors: dict[str, dict[int, Tensor]] = {}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
             name, block = key.rsplit(".", 1)
-            found.setdefault(name, {})[int(block)] = file.get_tensor(key)
+            tensors.setdefault(name, {})[int(block)] = file.get_tensor(key)
     student_proj, teacher_proj, teacher_mean = (
-        found.get(name, {}) for name in ("student_proj", "teacher_proj", "teacher_mean")
+        tensors.get(name, {}) for name in ("student_proj", "teacher_proj", "teacher_mean")
     )
     return Bridge(student_proj, teacher_proj, teacher_mean, info).at_rank(rank)

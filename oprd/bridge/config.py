@@ -1,4 +1,4 @@
-"""What ``oprd-bridge fit`` is given."""
+"""The configuration of ``oprd-bridge fit``."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ from oprd.errors import Problems
 
 @dataclass
 class FitConfig:
-    """A run of ``oprd-bridge fit``.
+    """The configuration of ``oprd-bridge fit``.
 
     Attributes:
-        output: the file to write; one that exists is refused.
+        output: the file to write. It must not exist.
         rank: r, the number of the teacher's principal directions. Any smaller rank is a slice of
             the result (``bridge.rank`` in training).
-        prompts: how many of ``data.train`` are rolled out, chosen by ``seed``.
-        layers: student layers to fit, as ``distill.layers``: ``all`` lets training choose.
-        positions, k, shift: which hidden states, as in ``distill``.
-        held_out: share of the prompts whose responses are not fitted on but judge the result.
-        solver: ``ridge``: closed form; ``sgd``: AdamW on rows that are kept, as in the paper.
+        prompts: number of prompts of ``data.train`` to roll out, chosen at random by ``seed``.
+        layers: student layers to fit, as ``distill.layers``. With ``all``, training can use any
+            layers.
+        positions, k, shift: the hidden states to fit on, as in ``distill``.
+        held_out: share of the prompts whose responses are used to evaluate the bridge instead of
+            fitting it.
+        solver: ``ridge``: closed form; ``sgd``: AdamW on a sample of rows kept in memory, as in the
+            paper.
         ridge: strength of the penalty, relative to the mean squared hidden state.
-        products: of the statistics; float32 is for GPUs that are slow in float64 (sums stay
-            float64).
-        seed: of prompts, sampling, the random projector compared with, and sgd.
-        device: ``auto``: the GPU of this rank, else the CPU.
-        autocast: run the models' matrix products in this dtype; null: off.
-        micro_batch_tokens: at most so many tokens, padding included, go through the models at once.
-        student, teacher, data, rollout: as in training. What only training has a use for is
+        products: dtype of the statistics' matrix products. float32 is for GPUs that are slow in
+            float64 (sums stay float64).
+        seed: seed for the choice of prompts, sampling, the random projector of the comparison, and
+            sgd.
+        device: ``auto``: the GPU of this rank, or the CPU if there is none.
+        autocast: dtype of the models' matrix products; null: off.
+        micro_batch_tokens: maximum number of tokens, padding included, that go through the models
+            at once.
+        student, teacher, data, rollout: as in training. Options that only training uses are
             refused: an adapter, several sources, vLLM, ..
     """
 
@@ -65,10 +70,10 @@ class FitConfig:
 
 
 def check_values(cfg: FitConfig) -> None:
-    """Everything that is wrong with the numbers themselves.
+    """Check the values of a configuration by themselves, without loading anything.
 
     Raises:
-        ConfigError: listing all of it.
+        ConfigError: if any value is invalid. The message lists all problems.
     """
     problems = Problems()
     need = problems.need
@@ -92,8 +97,8 @@ def check_values(cfg: FitConfig) -> None:
     ranks = distributed.world_size()
     need(
         cfg.solver == "ridge" or ranks == 1,
-        f"solver=sgd keeps rows and runs on one rank, there are {ranks}: use ridge, which is exact "
-        "over ranks",
+        f"solver=sgd keeps rows in memory and runs on one rank, there are {ranks}: use "
+        "solver=ridge, which gives the exact result over any number of ranks",
     )
     need(
         cfg.rollout.prompts_per_step >= ranks,
@@ -104,12 +109,15 @@ def check_values(cfg: FitConfig) -> None:
 
 
 def _check_unused(problems: Problems, cfg: FitConfig) -> None:
-    """Options of training that a fit would ignore, and the bridge be of something else."""
+    """Refuse training options that a fit would ignore.
+
+    The bridge would otherwise be fitted for something else than the configuration says.
+    """
     need, student, data = problems.need, cfg.student, cfg.data
     need(
         cfg.rollout.engine == "generate",
-        f"rollout.engine={cfg.rollout.engine} has no use here: a fit samples by generate. Leave it "
-        "out, and set rollout.batch_size to what fits the memory",
+        f"rollout.engine={cfg.rollout.engine} has no use here: a fit samples with generate. Leave "
+        "it out, and set rollout.batch_size to fit the memory",
     )
     for name, given in {
         "gradient_checkpointing": student.gradient_checkpointing,
@@ -117,19 +125,19 @@ def _check_unused(problems: Problems, cfg: FitConfig) -> None:
     }.items():
         need(
             not given,
-            f"student.{name} has no use here: nothing is trained through the student. Leave it out",
+            f"student.{name} has no use here: a fit does not train the student. Leave it out",
         )
     adapter = student.lora.given
     need(
         not adapter,
-        f"student.lora.{', '.join(adapter)} has no use here: a fit trains nothing, and reads the "
-        "student as its path has it. Leave it out: a new adapter changes no state, so the bridge "
-        "suits a student that gets one",
+        f"student.lora.{', '.join(adapter)} has no use here: a fit trains nothing, and loads the "
+        "student from its path without an adapter. Leave it out: a new adapter does not change the "
+        "hidden states, so the bridge can be used for training with one",
     )
     need(
         not data.sources,
-        f"data.sources has {', '.join(data.sources)}: a fit is for one teacher, and reads "
-        "data.train alone. Give the prompts of that teacher's source as data.train",
+        f"data.sources has {', '.join(data.sources)}: a fit is for one teacher, and reads only "
+        "data.train. Give the prompts of that teacher's source as data.train",
     )
     need(
         data.train.source_field is None,
@@ -138,6 +146,6 @@ def _check_unused(problems: Problems, cfg: FitConfig) -> None:
     )
     need(
         not cfg.teacher.is_self,
-        f"teacher.path={cfg.teacher.path} is the student itself: states of one model need no "
-        "bridge. Name another model, or train without bridge.path",
+        f"teacher.path={cfg.teacher.path} is the student itself: hidden states of the same model "
+        "need no bridge. Name another model, or train without bridge.path",
     )

@@ -1,4 +1,4 @@
-"""Fitting a bridge: prompts, student rollouts, one streaming pass of both models, projectors.
+"""The fit of a bridge: prompts, student rollouts, one streaming pass of both models, projectors.
 
     oprd-bridge fit --student.path ./student --teacher.path ./teacher --output bridge.safetensors
     torchrun --nproc-per-node 2 -m oprd.cli.bridge fit ..
@@ -43,20 +43,31 @@ from oprd.models.decoder import Decoder, cut, find_decoder, watch
 from oprd.models.loading import load_model
 
 FEW_PAIRS = 0.5
-"""Of the student's tokens, below which the user is warned. Demos: 0.89 taught it, 0.22 did not."""
+"""The share of paired student tokens below which the user is warned. In the demos the student
+learned with a share of 0.89, and did not with 0.22."""
 
 WATCHDOG_S = 6 * 3600.0
-"""Of which `oprd.distributed.init` makes the limit of a collective: a day. The first sums over
-ranks come after all rollouts and a pass over them, hours at the paper's scale, and a rank with
-longer responses is later by a share of it; nothing else watches a fit, so that there is a limit."""
+"""Timeout passed to `oprd.distributed.init`, which gives collectives four times as long: a day.
+
+The first sums over ranks come after all rollouts and a pass over them. These take hours at the
+paper's scale, and a rank with longer responses is late by a share of that time. There is a limit
+because no other watchdog covers a fit."""
 
 See = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Of a student block: its states (N, dS), the supervised rows of it (M,), the teacher's (M, dT)."""
+"""Called with a student block, its states (N, dS), the supervised rows of them (M,), and the
+teacher states paired with these rows (M, dT)."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both models, the teacher only as deep as it is needed."""
+    """The two models of a fit.
+
+    Attributes:
+        student: the student.
+        teacher: the teacher, cut after the deepest block that is paired.
+        teacher_depth: number of layers of the full teacher.
+        pairs: (student block, teacher block).
+    """
 
     student: Decoder
     teacher: Decoder
@@ -65,7 +76,7 @@ class Prepared:
 
 
 class Fitter:
-    """The state of a fit. `run` is the algorithm."""
+    """The state of a fit. `run` performs it."""
 
     def __init__(self, cfg: FitConfig, checked: Checked) -> None:
         assert checked.tokenizer is not None
@@ -74,34 +85,34 @@ class Fitter:
         self.cfg, self.checked, self.tokenizer = cfg, checked, checked.tokenizer
         self.student, self.teacher = checked.student, checked.teacher
         self.device = distributed.init(cfg.device, timeout_s=WATCHDOG_S)
-        # NCCL connects the ranks at their first collective, and waits for rank 0 only as long as
-        # the store does, whatever the limit (pytorch#107177): here, where no rank is late.
+        # NCCL connects the ranks at their first collective. It then waits for rank 0 only as long
+        # as the store does, whatever the timeout (pytorch#107177). No rank is late here.
         distributed.sum_over_ranks([1.0], self.device)
         self.console = Console(quiet=distributed.rank() != 0, highlight=False, soft_wrap=True)
 
     def run(self) -> Bridge:
-        """Roll out, stream, solve, judge; on every rank the same bridge."""
-        cfg, found = self.cfg, self.checked
-        for note in found.notes:
+        """Fit the bridge, and return it. All ranks return the same bridge."""
+        cfg, checked = self.cfg, self.checked
+        for note in checked.notes:
             self.say(f"note: {note}")
         distributed.seed_everything(cfg.seed)
         student = load_model(cfg.student, self.device)
         fitted, held_out = self._rollouts(student)
-        if found.aligner is not None:
+        if checked.aligner is not None:
             self._say_alignment([*fitted, *held_out])
         teacher = find_decoder(load_model(cfg.teacher, self.device))
-        depth = max(block for _, block in found.pairs) + 1
+        depth = max(block for _, block in checked.pairs) + 1
         models = Prepared(
-            find_decoder(student), cut(teacher, depth), teacher.num_layers, found.pairs
+            find_decoder(student), cut(teacher, depth), teacher.num_layers, checked.pairs
         )
         del teacher
         statistics = self._statistics(models, fitted)
         rows = next(iter(statistics.values())).count
-        self.say(f"{rows} rows a layer; {cfg.solver} for {len(found.pairs)} layers")
+        self.say(f"{rows} rows a layer; {cfg.solver} for {len(checked.pairs)} layers")
         if rows < self.student.width:
             self.say(
                 f"note: {rows} rows are fewer than the student's {self.student.width} dimensions, "
-                "so the projectors fit them too well: raise prompts"
+                "so the projectors overfit: raise prompts"
             )
         bases = {block: teacher_basis(s, cfg.rank) for block, s in statistics.items()}
         if cfg.solver == "ridge":
@@ -114,12 +125,13 @@ class Fitter:
         return self._judge(models, statistics, bases, student_proj, held_out)
 
     def say(self, text: str) -> None:
-        """A line for the user."""
+        """Print a line for the user, on rank 0 only."""
         self.console.print(text, markup=False)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], object]]:
-        """A live bar on a terminal, a line elsewhere; yields what advances it."""
+        """Show a progress bar on a terminal, or a line elsewhere. Yield the function that advances
+        the bar."""
         if not self.console.is_terminal or distributed.rank() != 0:
             self.say(f"{what} ..")
             yield lambda: None
@@ -129,8 +141,10 @@ class Fitter:
             yield lambda: bar.advance(task)
 
     def _rollouts(self, student) -> tuple[list[Rollout], list[Rollout]]:
-        """This rank's responses: to fit on, and held out. The split is by prompt, and the same for
-        any number of ranks."""
+        """Sample this rank's responses. Return those to fit on, and the held-out ones.
+
+        The split is by prompt, and is the same for any number of ranks.
+        """
         r, rank, ranks = self.cfg.rollout, distributed.rank(), distributed.world_size()
         chosen, num_held_out = self.checked.prompts, self.checked.held_out_prompts
         aligners = {} if self.checked.aligner is None else {"": self.checked.aligner}
@@ -163,9 +177,9 @@ class Fitter:
         self.say(f"{share:.0%} of the student's tokens end where the teacher's do")
         if share < FEW_PAIRS:
             self.say(
-                "note: at the others nothing is compared. Look at response_length/mean and the "
-                "accuracy after a few steps; a teacher whose tokenizer is closer to the student's "
-                "may teach it more"
+                "note: at the other tokens nothing is compared. Check response_length/mean and the "
+                "accuracy after a few steps. The student may learn more from a teacher whose "
+                "tokenizer is closer to its own"
             )
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -175,7 +189,7 @@ class Fitter:
 
     @torch.no_grad()
     def _stream(self, models: Prepared, rollouts: Sequence[Rollout], what: str, see: See) -> None:
-        """Run both models on rollouts and show ``see`` each layer's states, one batch at a time."""
+        """Run both models on rollouts, and call ``see`` with the states of each layer and batch."""
         cfg = self.cfg
         batches = micro_batches(rollouts, cfg.micro_batch_tokens)
         with self.progress(what, len(batches)) as advance:
@@ -199,7 +213,7 @@ class Fitter:
     def _statistics(
         self, models: Prepared, rollouts: Sequence[Rollout]
     ) -> dict[int, PairStatistics]:
-        """By student block, of all ranks' rollouts."""
+        """Compute the statistics of all ranks' rollouts, by student block."""
         # Apple's GPUs have no float64.
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         statistics = {
@@ -224,8 +238,11 @@ class Fitter:
         fitted: Sequence[Rollout],
         held_out: Sequence[Rollout],
     ) -> dict[int, Tensor]:
-        """Student projectors by AdamW on rows that are kept: a second pass, as what the teacher is
-        projected to is known only now."""
+        """Fit the student projectors with AdamW on a sample of rows, and return them by block.
+
+        The rows are collected in a second pass over the rollouts, because the targets need P_T and
+        mu_T, which are known only after the first.
+        """
         cfg, blocks = self.cfg, [block for block, _ in models.pairs]
 
         def keep(rollouts: Sequence[Rollout], what: str) -> KeptRows:
@@ -249,7 +266,7 @@ class Fitter:
         return projectors
 
     def _count_rows(self, rollouts: Sequence[Rollout]) -> int:
-        """Supervised rows."""
+        """Count the supervised rows of the rollouts."""
         cfg, total = self.cfg, 0
         for part in micro_batches(rollouts, cfg.micro_batch_tokens):
             total += self._supervise(self._collate(part, torch.device("cpu"))).rows.numel()
@@ -258,7 +275,7 @@ class Fitter:
     def _teacher_side(
         self, bases: dict[int, TeacherBasis], statistics: dict[int, PairStatistics], block: int
     ) -> tuple[Tensor, Tensor]:
-        """P_T and mu_T, float32, where the models are."""
+        """Return P_T and mu_T, float32, on the models' device."""
         return (
             bases[block].directions.float().to(self.device),
             statistics[block].teacher_mean.float().to(self.device),
@@ -272,8 +289,8 @@ class Fitter:
         student_proj: dict[int, Tensor],
         held_out: Sequence[Rollout],
     ) -> Bridge:
-        """Held-out cosines at every rank in one pass, and the bridge."""
-        cfg, found = self.cfg, self.checked
+        """Compute the held-out cosines at every rank in one pass, and return the bridge."""
+        cfg, checked = self.cfg, self.checked
         before = random_student_proj(cfg.rank, self.student.width, cfg.seed).to(self.device)
         after = {block: p.to(self.device) for block, p in student_proj.items()}
         teacher_side = {
@@ -325,8 +342,8 @@ class Fitter:
             positions=cfg.positions,
             k=cfg.k,
             shift=cfg.shift,
-            teacher_input=found.teacher_input,
-            teacher_pairs=None if found.aligner is None else cfg.teacher.pairs,
+            teacher_input=checked.teacher_input,
+            teacher_pairs=None if checked.aligner is None else cfg.teacher.pairs,
             ranks=reports,
         )
         return Bridge(
@@ -338,28 +355,33 @@ class Fitter:
 
 
 def stream_batch(models: Prepared, batch: Batch, chosen: Supervision, see: See) -> None:
-    """Run both models on one batch; the teacher first, of which only the supervised rows are kept,
-    then the student, whose states are shown to ``see`` as they appear."""
-    read = batch.for_teacher
-    beside: dict[int, Tensor] = {}
+    """Run both models on one batch, and call ``see`` with the states of each student block.
+
+    The teacher runs first; only its supervised rows are kept. ``see`` is then called as the student
+    runs.
+    """
+    teacher_batch = batch.for_teacher
+    teacher_states: dict[int, Tensor] = {}
 
     def keep(block: int, states: Tensor) -> None:
-        beside[block] = states.flatten(0, -2)[chosen.teacher_rows]
+        teacher_states[block] = states.flatten(0, -2)[chosen.teacher_rows]
 
     teacher_blocks = sorted({block for _, block in models.pairs})
     with watch(models.teacher, teacher_blocks, models.teacher_depth, keep):
-        models.teacher.forward(read.input_ids, read.attention_mask, read.position_ids)
+        models.teacher.forward(
+            teacher_batch.input_ids, teacher_batch.attention_mask, teacher_batch.position_ids
+        )
     paired = dict(models.pairs)
 
     def show(block: int, states: Tensor) -> None:
-        see(block, states.flatten(0, -2), chosen.rows, beside[paired[block]])
+        see(block, states.flatten(0, -2), chosen.rows, teacher_states[paired[block]])
 
     with watch(models.student, list(paired), models.student.num_layers, show):
         models.student.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
 
 
 def free_file(path: str) -> Path:
-    """``path``, or beside it, should a file have appeared there while the fit went on."""
+    """Return ``path``, or a numbered name beside it if a file was created there during the fit."""
     wanted = file = Path(path)
     number = 1
     while file.exists():
@@ -372,8 +394,8 @@ def fit(cfg: FitConfig) -> Bridge:
     """Fit a bridge and write it to ``cfg.output``.
 
     Raises:
-        ConfigError: before anything is loaded, if the fit could not finish; or if the states do not
-            allow it.
+        ConfigError: before any weights are loaded, if the configuration could not finish; or later,
+            if the hidden states do not allow a fit (see `oprd.bridge.solve`).
     """
     checked = check_fit(cfg)
     try:

@@ -1,6 +1,6 @@
-"""How well projections agree on rows that nothing was fitted on, at every rank from one pass.
+"""Agreement of the projections on held-out rows, for several ranks in one pass.
 
-Shapes: M rows, r rank, K ranks looked at.
+Shapes: M rows, r rank, K ranks evaluated.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor
 from oprd import distributed
 
 CHUNK = 4096
-"""Rows whose running sums (M, r) are held at once."""
+"""The number of rows whose running sums (M, r) are in memory at once."""
 
 
 def ranks_up_to(rank: int) -> list[int]:
-    """1, 2, 4, .. and ``rank`` itself."""
+    """Return the powers of two up to ``rank``, and ``rank`` itself."""
     powers = [2**i for i in range(rank.bit_length())]
     return powers if powers[-1] == rank else [*powers, rank]
 
 
 class Agreement:
-    """Mean cosine between z_S and z_T over streamed rows, for several ranks.
+    """The mean cosine between z_S and z_T over streamed rows, for several ranks.
 
-    A lower rank is the first coordinates of a higher one, so running sums along the coordinates
-    give every rank at once.
+    A lower rank uses the first coordinates of a higher rank, so running sums along the coordinates
+    give all ranks at once.
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
@@ -48,10 +48,10 @@ class Agreement:
         self.count += len(student)
 
     def total_rows(self, device: torch.device) -> int:
-        """Of all ranks (processes)."""
+        """Return the number of rows over all processes."""
         return round(distributed.sum_over_ranks([float(self.count)], device)[0])
 
     def mean_cosines(self, device: torch.device) -> list[float]:
-        """(K,) over all ranks' (processes') rows."""
+        """Return the (K,) mean cosines over the rows of all processes."""
         *sums, count = distributed.sum_over_ranks([*self.sums.tolist(), float(self.count)], device)
         return [x / count for x in sums]

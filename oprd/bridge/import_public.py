@@ -1,4 +1,7 @@
-"""Bridges of the public code: ``ps_bank.pt``, a pickle of plain containers and tensors."""
+"""Import of bridges from github.com/ShenzhiYang2000/OPRD.
+
+Such a bridge is a file ``ps_bank.pt``, a pickle of plain containers and tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ FIELDS = ("rank", "layer_pairs", "state_dict", "frozen_pt_weights", "frozen_pt_m
 
 
 def read_ps_bank(path: str | Path) -> Bridge:
-    """Read the linear layouts: keys ``s{i}_t{j}``, or ``{i}_{j}`` in older files, blocks from 0.
+    """Read a bank of linear projectors.
 
-    Loaded with ``weights_only=True``: a file that holds anything but tensors and plain containers
-    is refused, and nothing in it is run.
+    The keys are ``s{i}_t{j}``, or ``{i}_{j}`` in older files, with blocks counted from 0. The file
+    is loaded with ``weights_only=True``: a file that holds anything but tensors and plain
+    containers is refused, and no code in it is run.
 
     Raises:
-        ConfigError: for such a file, another layout (by name: MLP projectors, ``direct``,
-            ``residual``), or one that contradicts itself.
+        ConfigError: if the file is refused, if it has an unsupported layout (MLP projectors,
+            ``direct``, ``residual``), or if its parts contradict each other.
     """
     bank = _load(Path(path))
     _refuse_other_layouts(bank, path)
@@ -73,8 +77,8 @@ def _load(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{path} is refused: it holds more than tensors and plain containers, or is no torch "
-            f"file, and loading it could run code ({reason})"
+            f"{path} is refused: it holds more than tensors and plain containers, or is not a "
+            f"torch file. Loading it could run code ({reason})"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ConfigError(f"{path} can't be read as a torch file: {error}") from error
@@ -87,13 +91,13 @@ def _refuse_other_layouts(bank: Mapping[str, Any], path: str | Path) -> None:
     mode = bank.get("subspace_mode")
     if mode == "direct" or "pt_state_dict" in bank:
         raise ConfigError(
-            f"{path} is a bank of subspace_mode direct (direct_bank.pt), whose teacher projector "
-            "is trained and has no mean: it is not supported. Fit a bridge with oprd-bridge fit"
+            f"{path} is a bank of subspace_mode direct (direct_bank.pt), which is not supported: "
+            "its teacher projector is trained and has no mean. Fit a bridge with oprd-bridge fit"
         )
     if mode == "residual" or Path(path).name == "ps_tail_bank.pt":
         raise ConfigError(
-            f"{path} is a bank of subspace_mode residual (ps_tail_bank.pt), which needs its head "
-            "bank: it is not supported. Fit a bridge with oprd-bridge fit"
+            f"{path} is a bank of subspace_mode residual (ps_tail_bank.pt), which is not "
+            "supported: it needs its head bank. Fit a bridge with oprd-bridge fit"
         )
     kind = bank.get("projector_type", "linear")
     layers = [k for k in bank.get("state_dict", {}) if not str(k).endswith(".weight")]

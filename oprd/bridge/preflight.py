@@ -1,4 +1,4 @@
-"""The configuration of a fit, and everything that can be found wrong with it beforehand."""
+"""Checks of a fit's configuration, models and data, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from oprd.tokenizers.alignment import Aligner
 
 @dataclass
 class Checked:
-    """What the checks loaded on their way, and what they could not check.
+    """The result of the checks: what they loaded, and what they could not check.
 
     Attributes:
-        tokenizer: the student's.
-        prompts: chosen ones, in the order of the fit; the first ``held_out_prompts`` of them
+        tokenizer: the student's tokenizer.
+        prompts: the prompts chosen, in the order of the fit. The first ``held_out_prompts`` of them
             are held out.
+        held_out_prompts: number of held-out prompts.
         pairs: (student block, teacher block).
-        student, teacher: as the bridge's file will describe them.
-        notes: what the user should know.
-        unchecked: what lies on a hub that is out of reach; only ever filled by a dry run. The rest
-            may then be missing.
-        aligner, teacher_tokenizer: if the teacher reads the responses' text in its own tokens.
+        student, teacher: the models as the bridge's file will describe them.
+        notes: messages for the user.
+        unchecked: messages about what could not be checked because the hub is unreachable. Only a
+            dry run fills it; other attributes may then be missing.
+        aligner, teacher_tokenizer: set if the teacher reads the responses' text in its own tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -54,7 +55,7 @@ class Checked:
 
     @property
     def teacher_input(self) -> str:
-        """As `BridgeInfo.teacher_input`."""
+        """The value of `BridgeInfo.teacher_input`."""
         if self.aligner is not None:
             return "text"
         assert self.student is not None
@@ -64,11 +65,13 @@ class Checked:
 
 
 def pair_for_fit(layers: str | list[int], student: int, teacher: int) -> list[tuple[int, int]]:
-    """(student block, teacher block) by Eq. 11. Unlike in training, two student layers may stand
-    beside one layer of a shallower teacher: training chooses among them.
+    """Return (student block, teacher block) for every selected layer, by Eq. 11.
+
+    Unlike in training, two student layers may be paired with the same layer of a shallower teacher:
+    training chooses among them.
 
     Raises:
-        ConfigError: if the layers asked for don't exist.
+        ConfigError: if ``layers`` names layers that don't exist.
     """
     try:
         blocks = select_layers(layers, student)
@@ -78,88 +81,90 @@ def pair_for_fit(layers: str | list[int], student: int, teacher: int) -> list[tu
 
 
 def check_fit(cfg: FitConfig, dry_run: bool = False) -> Checked:
-    """Check configuration, models' configurations, tokenizers, prompts and output.
+    """Check a fit: its configuration, the models' configurations, tokenizers, prompts and output.
 
     Args:
-        dry_run: go on where the hub is out of reach, and list what was therefore not checked.
+        cfg: the configuration.
+        dry_run: continue if the hub is unreachable, and list what was not checked for this reason.
 
     Raises:
-        ConfigError: the first problem found (of the values: all of them).
+        ConfigError: at the first problem. All problems of the configuration's own values are
+            reported together.
     """
     check_values(cfg)
     check_new_file(cfg.output)
     check_device(cfg.device)
-    found = Checked()
-    attempt = attempts(found.unchecked, dry_run)
+    checked = Checked()
+    attempt = attempts(checked.unchecked, dry_run)
     student, teacher = (
         attempt(partial(load_config, path)) for path in (cfg.student.path, cfg.teacher.path)
     )
-    found.tokenizer, theirs = (
+    checked.tokenizer, theirs = (
         attempt(partial(load_tokenizer, path)) for path in (cfg.student.path, cfg.teacher.path)
     )
-    _check_tokenizers(cfg, found, theirs, teacher)
+    _check_tokenizers(cfg, checked, theirs, teacher)
     if student:
-        found.student = model_info(student, cfg.student.path, found.tokenizer)
+        checked.student = model_info(student, cfg.student.path, checked.tokenizer)
         limit = cfg.data.max_prompt_tokens
         check_length(student, limit, cfg.rollout.max_new_tokens, "student")
     if teacher:
-        found.teacher = model_info(teacher, cfg.teacher.path, theirs)
+        checked.teacher = model_info(teacher, cfg.teacher.path, theirs)
         limit = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
         check_length(teacher, limit, cfg.rollout.max_new_tokens, "teacher")
-    _check_shapes(cfg, found)
-    if found.tokenizer is None:
-        found.unchecked.append("the prompts: they need the student's tokenizer")
-        return found
-    others = {} if found.teacher_tokenizer is None else {"": found.teacher_tokenizer}
+    _check_shapes(cfg, checked)
+    if checked.tokenizer is None:
+        checked.unchecked.append("the prompts: they need the student's tokenizer")
+        return checked
+    others = {} if checked.teacher_tokenizer is None else {"": checked.teacher_tokenizer}
     load = partial(load_prompts, teacher_tokenizers=others)
-    if prompts := attempt(partial(load, cfg.data.train, cfg.data, found.tokenizer)):
-        _choose_prompts(cfg, found, prompts)
-    return found
+    if prompts := attempt(partial(load, cfg.data.train, cfg.data, checked.tokenizer)):
+        _choose_prompts(cfg, checked, prompts)
+    return checked
 
 
 def _check_tokenizers(
     cfg: FitConfig,
-    found: Checked,
+    checked: Checked,
     theirs: PreTrainedTokenizerBase | None,
     teacher: PretrainedConfig | None,
 ) -> None:
-    """How the teacher will read responses."""
-    ours = found.tokenizer
+    """Check the tokenizers, and set the aligner if the teacher reads text in its own tokens."""
+    ours = checked.tokenizer
     if not ours or not theirs or not teacher:
         return
     if same_vocabulary(ours, theirs):
         check_vocabularies(ours, theirs, teacher)
     elif cfg.teacher.reads == "text":
-        found.aligner = Aligner(ours, theirs, cfg.teacher.pairs)
-        found.teacher_tokenizer = theirs
+        checked.aligner = Aligner(ours, theirs, cfg.teacher.pairs)
+        checked.teacher_tokenizer = theirs
     else:
         check_student_ids(ours, teacher)
 
 
-def _check_shapes(cfg: FitConfig, found: Checked) -> None:
-    """Widths and depths; the pairs of layers."""
-    widths = [model.width for model in (found.student, found.teacher) if model]
+def _check_shapes(cfg: FitConfig, checked: Checked) -> None:
+    """Check the rank against the models' widths, and set the layer pairs."""
+    widths = [model.width for model in (checked.student, checked.teacher) if model]
     if widths and cfg.rank > min(widths):
         raise ConfigError(f"rank must be at most the smaller width, {min(widths)}, got {cfg.rank}")
-    if found.student and found.teacher:
-        assert found.student.layers is not None
-        assert found.teacher.layers is not None
-        found.pairs = pair_for_fit(cfg.layers, found.student.layers, found.teacher.layers)
+    if checked.student and checked.teacher:
+        assert checked.student.layers is not None
+        assert checked.teacher.layers is not None
+        checked.pairs = pair_for_fit(cfg.layers, checked.student.layers, checked.teacher.layers)
 
 
-def _choose_prompts(cfg: FitConfig, found: Checked, prompts: PromptSet) -> None:
+def _choose_prompts(cfg: FitConfig, checked: Checked, prompts: PromptSet) -> None:
     if prompts.dropped:
-        found.notes.append(
+        checked.notes.append(
             f"{prompts.dropped} prompts dropped, longer than {cfg.data.max_prompt_tokens} tokens"
         )
     if len(prompts) < 2:
         raise ConfigError(
-            f"{cfg.data.train.path} has {len(prompts)} prompt: at least 2 are needed, one is held "
-            "out"
+            f"{cfg.data.train.path} has {len(prompts)} prompt: at least 2 are needed, because one "
+            "is held out"
         )
     if len(prompts) < cfg.prompts:
-        found.notes.append(f"prompts={cfg.prompts} is asked for, {len(prompts)} are there")
+        checked.notes.append(f"prompts={cfg.prompts}, but data.train has only {len(prompts)}")
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(prompts), generator=generator)[: cfg.prompts].tolist()
-    found.prompts = [prompts.prompts[i] for i in order]
-    found.held_out_prompts = min(max(1, round(cfg.held_out * len(order))), len(order) - 1)
+    checked.prompts = [prompts.prompts[i] for i in order]
+    checked.held_out_prompts = min(max(1, round(cfg.held_out * len(order))), len(order) - 1)

@@ -1,4 +1,4 @@
-"""A bridge's matrices at work during training (Eq. 14).
+"""Projection of hidden states with a bridge's matrices (Eq. 14).
 
 Shapes: N rows of states, M supervised ones, dS and dT widths, r rank.
 """
@@ -11,19 +11,22 @@ from torch import Tensor
 from oprd.bridge.bank import Bridge
 
 CHUNK = 4096
-"""Rows projected at once: bounds the float32 copy of the teacher's states."""
+"""The number of rows projected at once, which bounds the float32 copy of the states."""
 
 
 @torch.no_grad()
 def project_rows(states: Tensor, rows: Tensor, proj: Tensor, mean: Tensor | None = None) -> Tensor:
-    """(M, r) float32: P (h - mean) of the rows picked, in float32 throughout.
+    """Compute P (h - mean) for the selected rows, in float32 throughout.
 
     Args:
-        states: (N, d), any floating dtype. Only ``rows`` of it are read, a chunk at a time:
+        states: (N, d), any floating dtype. Only ``rows`` of it are read, a chunk at a time, so that
             nothing of size M x d is allocated.
         rows: (M,) int64.
-        proj: (r, d) float32.
+        proj: P, (r, d) float32.
         mean: (d,) float32; None: 0.
+
+    Returns:
+        (M, r) float32.
     """
     out = torch.empty(rows.numel(), proj.shape[0], dtype=torch.float32, device=states.device)
     with torch.autocast(states.device.type, enabled=False):
@@ -34,7 +37,7 @@ def project_rows(states: Tensor, rows: Tensor, proj: Tensor, mean: Tensor | None
 
 
 class Projectors:
-    """A bridge on the devices where its states appear; copied there once."""
+    """A bridge's matrices, copied once to every device on which hidden states appear."""
 
     def __init__(self, bridge: Bridge) -> None:
         self.bridge = bridge
@@ -47,11 +50,11 @@ class Projectors:
         return self._copies[key]
 
     def student(self, block: int, device: torch.device) -> Tensor:
-        """P_S (r, dS) of a student block."""
+        """Return P_S (r, dS) of a student block."""
         return self._on(device, "student_proj", block)
 
     def teacher(self, block: int, states: Tensor, rows: Tensor) -> Tensor:
-        """z_T (M, r) of the teacher states (N, dT) that stand beside a student block."""
+        """Return z_T (M, r) of the teacher states (N, dT) paired with a student block."""
         proj, mean = (
             self._on(states.device, name, block) for name in ("teacher_proj", "teacher_mean")
         )

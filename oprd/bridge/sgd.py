@@ -1,4 +1,4 @@
-"""Fitting student projectors by gradient descent, as the paper does, on rows that are kept.
+"""The fit of student projectors by gradient descent on a sample of rows, as in the paper.
 
 Shapes: dS width of the student, r rank, N rows.
 """
@@ -18,14 +18,14 @@ from oprd.errors import ConfigError
 
 @dataclass
 class SgdConfig:
-    """Fitting student projectors as the paper does: AdamW on rows that are kept.
+    """The configuration of the fit of student projectors with AdamW on a sample of rows.
 
     Attributes:
-        epochs: over the kept rows.
-        lr: AdamW's; its weight decay is 0.
+        epochs: number of epochs over the sampled rows.
+        lr: AdamW's learning rate. The weight decay is 0.
         batch_rows: rows a step.
-        max_rows: at most so many rows, drawn evenly from all, are kept for fitting, and as many
-            held-out ones; they take max_rows * student width * 4 bytes a layer each.
+        max_rows: maximum number of rows sampled uniformly for fitting, and again from the held-out
+            rows. Each sample takes up to max_rows * student width * 4 bytes a layer.
     """
 
     epochs: int = 20
@@ -43,16 +43,21 @@ def sgd(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """P_S (r, dS) float32 by AdamW on the mean squared error; of all epochs, the one whose mean
-    cosine on the held-out rows is highest.
+    """Fit P_S with AdamW on the mean squared error.
 
     Args:
-        student: (N, dS) h_S.
-        target: (N, r) P_T (h_T - mu).
-        held_out_student, held_out_target: of other rollouts.
+        student: h_S, (N, dS).
+        target: P_T (h_T - mu), (N, r).
+        held_out_student, held_out_target: the same for held-out rollouts.
+        cfg: epochs, learning rate and batch size.
+        seed: seed of the initial projector and of the order of rows.
+        device: the device that the projector is fitted on.
+
+    Returns:
+        P_S (r, dS) float32, from the epoch with the highest mean cosine on the held-out rows.
 
     Raises:
-        ConfigError: if it diverges from the first epoch on.
+        ConfigError: if the projector diverges in every epoch.
     """
     start = random_student_proj(target.shape[1], student.shape[1], seed)
     proj = start.to(device).requires_grad_()
@@ -85,14 +90,15 @@ def _mean_cosine(proj: Tensor, student: Tensor, target: Tensor, batch_rows: int)
 
 
 class KeptRows:
-    """A sample of the rows that stream by, the same rows for every layer, on the CPU."""
+    """A random sample of streamed rows, kept on the CPU. All layers keep the same rows."""
 
     def __init__(self, blocks: Iterable[int], total: int, max_rows: int, seed: int) -> None:
         """
         Args:
             blocks: student blocks.
-            total: how many rows will come.
-            max_rows: of which at most so many are kept, drawn evenly.
+            total: number of rows that will be streamed.
+            max_rows: maximum number of rows to keep, sampled uniformly.
+            seed: seed of the sample.
         """
         generator = torch.Generator().manual_seed(seed)
         self._chosen = torch.zeros(total, dtype=torch.bool)
@@ -101,16 +107,19 @@ class KeptRows:
         self._seen = dict.fromkeys(self._rows, 0)
 
     def pick(self, block: int, count: int) -> Tensor:
-        """(K,) int64: which of the next ``count`` rows of a block are to be kept."""
+        """Return the indices of the rows to keep among the next ``count`` rows of a block.
+
+        (K,) int64.
+        """
         start = self._seen[block]
         self._seen[block] += count
         return self._chosen[start : start + count].nonzero().squeeze(1)
 
     def keep(self, block: int, student: Tensor, target: Tensor) -> None:
-        """h_S (K, dS) and P_T (h_T - mu) (K, r) of the rows picked."""
+        """Keep h_S (K, dS) and P_T (h_T - mu) (K, r) of the rows that `pick` returned."""
         self._rows[block].append((student.cpu(), target.cpu()))
 
     def of(self, block: int) -> tuple[Tensor, Tensor]:
-        """(N, dS) and (N, r)."""
+        """Return the kept h_S (N, dS) and P_T (h_T - mu) (N, r) of a block."""
         student, target = zip(*self._rows[block], strict=True)
         return torch.cat(student), torch.cat(target)

@@ -1,4 +1,4 @@
-"""Tables of what a bridge is."""
+"""Tables that describe a bridge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from oprd.models.info import ModelInfo
 
 
 def tables(info: BridgeInfo) -> list[Table]:
-    """Where a bridge comes from, and how well each of its layers does at its rank."""
+    """Return two tables: the bridge's origin, and the quality of each layer at its full rank."""
     about = Table(title="bridge", show_header=False)
     for name, value in {
         "student": _model(info.student),

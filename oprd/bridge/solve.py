@@ -1,4 +1,4 @@
-"""From statistics to projectors: the teacher's principal directions, and the student's map to them.
+"""Projectors from statistics: the teacher's principal directions, and the student's map to them.
 
 Shapes: dS and dT widths of student and teacher, r rank, N rows.
 """
@@ -19,8 +19,8 @@ class TeacherBasis:
     """The teacher's principal directions.
 
     Attributes:
-        directions: (r, dT) float64, orthonormal rows, by falling variance.
-        variances: (dT,) float64, every eigenvalue of the covariance, falling.
+        directions: (r, dT) float64, orthonormal rows, by descending variance.
+        variances: (dT,) float64, all eigenvalues of the covariance, in descending order.
     """
 
     directions: Tensor
@@ -28,13 +28,13 @@ class TeacherBasis:
 
 
 def teacher_basis(statistics: PairStatistics, rank: int) -> TeacherBasis:
-    """The top ``rank`` eigenvectors of the teacher's covariance (P_T).
+    """Compute the top ``rank`` eigenvectors of the teacher's covariance (P_T).
 
-    The sign of each is fixed by making its largest component positive, so that the same rows give
+    The sign of each eigenvector makes its largest component positive, so that the same rows give
     the same basis on any machine.
 
     Raises:
-        ConfigError: if there are too few rows for so many directions, or any state is not finite.
+        ConfigError: if there are not more rows than ``rank``, or if any state is not finite.
     """
     if statistics.count <= rank:
         raise ConfigError(
@@ -50,14 +50,16 @@ def teacher_basis(statistics: PairStatistics, rank: int) -> TeacherBasis:
 
 
 def ridge(statistics: PairStatistics, directions: Tensor, strength: float) -> Tensor:
-    """The P_S (r, dS) that minimises ||P_S h_S - P_T (h_T - mu_T)||^2 + penalty ||P_S||^2.
+    """Compute the P_S (r, dS) that minimises ||P_S h_S - P_T (h_T - mu_T)||^2 + penalty ||P_S||^2.
 
-    In closed form from H_S'H_S and H_S'(H_T - mu): one Cholesky factor serves every row of P_S.
+    The closed form needs H_S'H_S and H_S'(H_T - mu). One Cholesky factor serves every row of P_S.
     Rows do not depend on each other, so a lower rank is a slice.
 
     Args:
+        statistics: statistics of one pair of layers.
         directions: (r, dT) float64, P_T.
-        strength: of the penalty, in units of the mean squared hidden state: trace(H'H) / dS.
+        strength: strength of the penalty, in units of the mean squared hidden state:
+            trace(H'H) / dS.
 
     Raises:
         ConfigError: if H_S'H_S is singular to rounding, or not finite.
@@ -71,7 +73,7 @@ def ridge(statistics: PairStatistics, directions: Tensor, strength: float) -> Te
     if info.item():
         raise ConfigError(
             f"the student's {statistics.count} rows do not span its {len(gram)} dimensions to "
-            f"float64's rounding, and ridge={strength} does not make up for it: raise ridge, or "
+            f"float64's rounding, and ridge={strength} is too small to compensate: raise ridge or "
             "prompts"
         )
     return torch.cholesky_solve(statistics.cross @ directions.T, factor).T
@@ -80,10 +82,10 @@ def ridge(statistics: PairStatistics, directions: Tensor, strength: float) -> Te
 def residual_variances(
     statistics: PairStatistics, student_proj: Tensor, directions: Tensor
 ) -> Tensor:
-    """(r,) float64: mean of (P_S h_S - P_T (h_T - mu))^2 over the rows, by direction.
+    """Compute the mean of (P_S h_S - P_T (h_T - mu))^2 over the rows, by direction: (r,) float64.
 
-    Theory: with ``ridge`` and strength -> 0 this is lambda_i (1 - rho_i^2), lambda_i the variance
-    of direction i and rho_i^2 the part of it that the student's states explain.
+    In theory, with ``ridge`` and strength -> 0 this is lambda_i (1 - rho_i^2), where lambda_i is
+    the variance of direction i and rho_i^2 is the share of it that the student's states explain.
     """
     p, t = student_proj.double(), directions.double()
     own = ((p @ statistics.student_gram) * p).sum(1)
@@ -93,11 +95,12 @@ def residual_variances(
 
 
 def random_student_proj(rank: int, width: int, seed: int) -> Tensor:
-    """(r, dS) float32: what a projector is before it is fitted, the same for the same seed.
+    """Draw a random projector, (r, dS) float32: a student projector before it is fitted.
 
-    Normal with variance 1 / dS, so that a lower rank is a slice of a higher one.
+    Entries are normal with variance 1 / dS, and the same for the same seed. A lower rank is a slice
+    of a higher rank.
     """
     generator = torch.Generator().manual_seed(seed)
-    # Row by row: one call for all would give other numbers at another rank.
+    # A single call for all rows would give other numbers at another rank.
     rows = [torch.randn(width, generator=generator) for _ in range(rank)]
     return torch.stack(rows) / width**0.5

@@ -1,7 +1,7 @@
-"""What a bridge is fitted from: means and second moments of two models' hidden states, streamed.
+"""Streaming means and second moments of two models' hidden states, from which a bridge is fitted.
 
-Everything is kept centred and merged by the pairwise update (Chan et al.), so that large means do
-not cancel; memory depends on the widths alone, not on how many tokens are seen.
+Second moments are centred and merged with the pairwise update of Chan et al., so that large means
+do not cause cancellation. Memory depends only on the widths, not on the number of tokens.
 
 Shapes: N rows given, M of them used; dS and dT widths of student and teacher.
 """
@@ -16,18 +16,19 @@ from torch import Tensor
 from oprd import distributed
 
 CHUNK = 4096
-"""Rows multiplied at once: bounds both the copies made and float32's accumulation error."""
+"""The number of rows multiplied at once, which bounds the copies and float32's accumulation error.
+"""
 
 
 @dataclass
 class PairStatistics:
-    """Of one pair of layers, float64.
+    """The float64 statistics of one pair of layers.
 
     Attributes:
-        count: rows seen.
+        count: number of rows seen.
         student_mean, teacher_mean: (dS,), (dT,).
         student_scatter: (dS, dS), sum of (h_S - mean)(h_S - mean)'.
-        teacher_scatter: (dT, dT), likewise.
+        teacher_scatter: (dT, dT), sum of (h_T - mean)(h_T - mean)'.
         cross_scatter: (dS, dT), sum of (h_S - mean)(h_T - mean)'.
     """
 
@@ -42,7 +43,7 @@ class PairStatistics:
     def empty(
         cls, student_width: int, teacher_width: int, device: torch.device | str = "cpu"
     ) -> PairStatistics:
-        """Of no rows."""
+        """Return the statistics of no rows."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -52,13 +53,13 @@ class PairStatistics:
 
     @property
     def student_gram(self) -> Tensor:
-        """(dS, dS) H_S' H_S, not centred: the student's projector has no bias."""
+        """(dS, dS) H_S' H_S, not centred because the student's projector has no bias."""
         mean = self.student_mean
         return self.student_scatter + self.count * torch.outer(mean, mean)
 
     @property
     def cross(self) -> Tensor:
-        """(dS, dT) H_S' (H_T - mean). The same whether H_S is centred or not."""
+        """(dS, dT) H_S' (H_T - mean). It is the same whether H_S is centred or not."""
         return self.cross_scatter
 
     @torch.no_grad()
@@ -73,14 +74,14 @@ class PairStatistics:
 
         Args:
             student: (N, dS), any floating dtype.
-            teacher: (M, dT), already only the rows used.
-            rows: (M,) int64, the rows of ``student`` used, in the order of ``teacher``; the others
-                are never read, whatever they hold. None: all of them.
-            products: dtype of the matrix products; sums over chunks are float64 always. float32
-                is for GPUs that are slow in float64.
+            teacher: (M, dT), only the rows used.
+            rows: (M,) int64, the rows of ``student`` used, in the order of ``teacher``. Other rows
+                are never read. None: all rows.
+            products: dtype of the matrix products. Sums over chunks are always float64. float32 is
+                for GPUs that are slow in float64.
 
         Raises:
-            ValueError: if the numbers of rows, or the widths, do not fit.
+            ValueError: if the numbers of rows or the widths do not match.
         """
         m = student.shape[0] if rows is None else rows.numel()
         wanted = (m, self.teacher_mean.numel())
@@ -104,7 +105,7 @@ class PairStatistics:
         return PairStatistics(s.shape[0], mean_s, mean_t, *(x.double() for x in scatters))
 
     def merge(self, other: PairStatistics) -> None:
-        """Add what another has seen."""
+        """Add the rows that ``other`` has seen."""
         total = self.count + other.count
         if other.count == 0:
             return
@@ -122,7 +123,7 @@ class PairStatistics:
         self.count = total
 
     def reduce_over_ranks(self) -> None:
-        """Make this, on every rank, the statistics of all ranks' rows together."""
+        """Replace the statistics, on every rank, with those of all ranks' rows together."""
         device = self.student_mean.device
         count = round(distributed.sum_over_ranks([float(self.count)], device)[0])
         if count == 0:

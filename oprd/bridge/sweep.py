@@ -3,7 +3,7 @@
     oprd-bridge fit --rank 128 --output wide.safetensors
     oprd-bridge sweep wide.safetensors --output_dir sweep
 
-A fit records its held-out cosines at every such rank, so no model is run here.
+A fit records its held-out cosines at all of these ranks, so the sweep runs no model.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.errors import ConfigError
 
 COLUMNS = ("rank", "cosine_before", "cosine_after", "nmse_after", "explained_variance")
-"""Means over layers."""
+"""The columns that every rank has. The values are means over layers."""
 
 
 def sweep_rows(info: BridgeInfo) -> list[dict[str, Any]]:
-    """A row a rank: means over layers, and each layer's cosine after fitting.
+    """Return one row a rank: means over layers, and each layer's cosine after fitting.
 
     Raises:
-        ConfigError: if the bridge was not fitted here and carries no cosines.
+        ConfigError: if the bridge records no cosines because it was imported.
     """
     if not info.ranks:
         raise ConfigError(
@@ -51,7 +51,7 @@ def sweep_rows(info: BridgeInfo) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """For the screen."""
+    """Return the table to print."""
     shown = Table(title="held-out cosine by rank, mean over layers")
     for name in COLUMNS:
         shown.add_column(name.replace("_", " "), justify="right")
@@ -61,7 +61,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
-    """COLUMNS, and one column a student layer (``layer_0``, ..)."""
+    """Return the rows as CSV: COLUMNS, and one column a student layer (``layer_0``, ..)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     layers = list(rows[0]["layers"])
@@ -72,7 +72,7 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Cosine over rank: before and after, thin lines for layers."""
+    """Plot the cosine before and after fitting over the rank, with a thin line for each layer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,14 +95,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def sweep(bridge: str, output_dir: str) -> Table:
-    """Write ``sweep.csv``, ``sweep.json`` and ``sweep.png``.
+    """Write ``sweep.csv``, ``sweep.json`` and ``sweep.png``, and return the table to print.
 
     Args:
         bridge: a file that ``oprd-bridge fit`` wrote.
-        output_dir: made if it isn't there; files of these names in it are refused.
+        output_dir: created if it does not exist. It must not contain files of these names.
 
     Raises:
-        ConfigError: saying what is wrong with either.
+        ConfigError: if ``bridge`` is not such a file, or if ``output_dir`` can't be used.
     """
     rows = sweep_rows(read_info(bridge))
     directory = Path(output_dir)

@@ -32,8 +32,8 @@ def check_pair(
     if not bridged and s.width != t.width:
         raise ConfigError(
             f"the student is {s.width} wide and the teacher {t.width}: without a bridge, OPRD "
-            "needs equal widths. Fit a bridge with oprd-bridge fit and pass it as bridge.path, or "
-            "choose a teacher of the student's width"
+            "compares equal widths only. Fit a bridge with oprd-bridge fit and pass it as "
+            "bridge.path, or choose a teacher of the student's width"
         )
     assert s.layers is not None
     assert t.layers is not None

@@ -90,7 +90,7 @@ def test_a_file_that_exists_is_never_overwritten(tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is no directory one may write to"):
+    with pytest.raises(ConfigError, match="is not a writable directory"):
         bank.check_new_file(tmp_path / "file" / "b.safetensors")
 
 
@@ -105,7 +105,8 @@ def test_a_lower_rank_is_a_slice(tmp_path):
         assert torch.equal(low.teacher_mean[block], bridge.teacher_mean[block])
     for rank in (0, 6):
         with pytest.raises(
-            ConfigError, match=rf"rank {rank} is asked of a bridge of rank 5: choose 1 \.\. 5"
+            ConfigError,
+            match=rf"rank {rank} is not available in a bridge of rank 5: choose 1 \.\. 5",
         ):
             load_bridge(path, rank)
 
@@ -158,7 +159,7 @@ def test_matrices_must_agree_with_the_description():
     bridge = make_bridge()
     with pytest.raises(ConfigError, match=r"teacher_mean of student block 1 must be \(10,\)"):
         replace(bridge, teacher_mean={**bridge.teacher_mean, 1: torch.zeros(9)})
-    with pytest.raises(ConfigError, match=r"student_proj is there for student blocks \[0\]"):
+    with pytest.raises(ConfigError, match=r"student_proj exists for student blocks \[0\]"):
         replace(bridge, student_proj={0: bridge.student_proj[0]})
 
 

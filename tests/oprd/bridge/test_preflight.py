@@ -89,7 +89,7 @@ def test_fewer_prompts_than_asked_for_are_noted(teacher, tmp_path):
     assert (len(found.prompts), found.held_out_prompts) == (2, 1)
     assert found.notes == [
         "1 prompts dropped, longer than 8 tokens",
-        "prompts=60 is asked for, 2 are there",
+        "prompts=60, but data.train has only 2",
     ]
     file.write_text('{"prompt": "100+100="}\n')
     with pytest.raises(ConfigError, match="has 1 prompt: at least 2 are needed"):

@@ -1,8 +1,8 @@
-// How Python passes a call to native code: the tensors themselves, in the tuples LossCall and
-// GradCall of oprd_kernels/call.py. Addresses, sizes, strides and dtypes are read here, by the
-// names that a tensor has in Python: no torch header is needed, and no work is left to Python.
+// Reads the calls that Python passes to native code: the tuples LossCall and GradCall of
+// oprd_kernels/call.py, which hold the tensors themselves. Addresses, sizes, strides and dtypes are
+// read through the Python attributes of a tensor. This needs no torch header and no work in Python.
 //
-// All of it needs the GIL; kernels run without (py::gil_scoped_release).
+// All functions here need the GIL. Kernels run without it (py::gil_scoped_release).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,7 +19,7 @@ namespace oprd {
 
 namespace py = pybind11;
 
-// The fields of LossCall and of GradCall in order; native.py compares them with its own.
+// The fields of LossCall and of GradCall in order. native.py checks that they match call.py.
 enum LossField {
   kStudent, kTeacher, kStudentProj, kTeacherProj, kTeacherMean, kIndex, kTeacherIndex, kWeights,
   kDenominator, kLossKind, kLossReduction, kLossFields
@@ -42,7 +42,7 @@ py::tuple field_names(const char* const (&names)[N]) {
   return found;
 }
 
-// What is looked up of every tensor, made once.
+// The interned attribute names, and the objects that tensors are compared with; created once.
 struct Names {
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* shape = PyUnicode_InternFromString("shape");
@@ -55,7 +55,7 @@ struct Names {
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* dtypes[3];  // torch.float32, .., in the order of DType
   PyObject* strided;
-  PyObject* plain_types[2];  // no other subclass is taken for a tensor unasked
+  PyObject* plain_types[2];  // other tensor subclasses are left to validate.py
 
   Names() {
     const py::module_ torch = py::module_::import("torch");
@@ -84,7 +84,7 @@ inline std::int64_t integer(PyObject* number) {
   return value;
 }
 
-// A tuple of integers: a shape, strides.
+// A tuple of integers, such as a shape or strides.
 struct Integers {
   py::object held;
 
@@ -92,7 +92,7 @@ struct Integers {
     if (!PyTuple_Check(tuple)) throw std::invalid_argument("expected a tuple of integers");
   }
   int size() const { return static_cast<int>(PyTuple_GET_SIZE(held.ptr())); }
-  // Counted from the end if negative.
+  // A negative index counts from the end.
   std::int64_t operator[](int i) const {
     return integer(PyTuple_GET_ITEM(held.ptr(), i < 0 ? size() + i : i));
   }
@@ -103,7 +103,7 @@ inline Integers strides(PyObject* x) {
   return Integers(PyObject_CallMethodNoArgs(x, names().stride));
 }
 
-// Where a tensor's data is; null for None.
+// The address of a tensor's data; null for None.
 template <class T>
 T* data(PyObject* x) {
   if (x == Py_None) return nullptr;
@@ -121,7 +121,7 @@ inline DType dtype(PyObject* x) {
   throw std::invalid_argument("expected a float32, bfloat16 or float16 tensor");
 }
 
-// A (N, d) or (B, T, d) tensor, its N (or B T) and d.
+// A (N, d) or (B, T, d) tensor, with count N (or B T) and width d.
 struct Matrix {
   Rows rows;
   std::int64_t count = 0;
@@ -139,7 +139,7 @@ struct Matrix {
     rows.inner = sizes[-2] > 1 ? sizes[-2] : 1;
     rows.stride_inner = steps[-2];
     rows.stride_last = steps[-1];
-    // In 2-D as if it went on: one stride says where every row is.
+    // For 2-D, continue the inner stride, so that one stride gives the position of every row.
     rows.stride_outer = dims == 2 ? rows.inner * rows.stride_inner : steps[0];
   }
 };
@@ -153,9 +153,9 @@ inline Kind kind(PyObject* text) {
   return is(text, "nmse") ? Kind::kNmse : Kind::kCosine;
 }
 
-// What decides whether a tensor may be taken as it is.
+// The properties that decide whether a tensor is valid as given.
 struct Look {
-  bool plain = false;  // of a type, dtype, layout and shape that kernels take
+  bool plain = false;  // whether kernels accept its type, dtype, layout and shape
   py::object dtype, device, shape;
 
   explicit Look(PyObject* x) {
@@ -165,7 +165,7 @@ struct Look {
     bool known = false;
     for (PyObject* one : names().dtypes) known = known || dtype.ptr() == one;
     if (!known || !has(x, names().layout, names().strided)) return;
-    // x.conj().imag has yet to be negated: its memory is not its values.
+    // The memory of a lazily negated tensor (x.conj().imag) does not hold its values.
     if (checked(PyObject_CallMethodNoArgs(x, names().is_neg)).ptr() != Py_False) return;
     shape = checked(PyObject_GetAttr(x, names().shape));
     device = checked(PyObject_GetAttr(x, names().device));
@@ -190,7 +190,7 @@ struct Look {
   }
 };
 
-// Several calls, which share everything but the states and the projectors; or gradients.
+// A sequence of calls that share everything except the states and the projectors, or of gradients.
 class Sequence {
  public:
   explicit Sequence(PyObject* items) : held_(checked(PySequence_Fast(items, "not a sequence"))) {}
@@ -215,8 +215,7 @@ class Fields {
   PyObject* call_;
 };
 
-// Where a layer's part of the buffer `saved` begins, and what is in it (see
-// oprd_kernels/saved_buffer.py).
+// The parts of one layer's buffer `saved` (see oprd_kernels/saved_buffer.py).
 struct Saved {
   float* stats;
   float* row_stats;
@@ -233,7 +232,8 @@ inline Saved saved_parts(float* saved, std::int64_t rows, bool row_losses_inside
   return parts;
 }
 
-// One LossCall. `first`: of the same call's layers, whose rows and weights it shares, or null.
+// Reads one LossCall. `first` is the first layer of the call, which has the same rows and weights,
+// or null if this is the first layer.
 inline Problem loss_problem(const Fields& call, int threads, const Problem* first) {
   const Matrix student(call[kStudent]), teacher(call[kTeacher]);
   Problem p;
@@ -260,15 +260,15 @@ inline Problem loss_problem(const Fields& call, int threads, const Problem* firs
   return p;
 }
 
-// What a forward launch takes: LossCalls; the tensor that receives the gradient, or None; the
-// tensor of losses, one a layer, or, for reduction "none", of the rows; `saved`, which for layers
-// is a matrix.
+// The arguments of a forward launch: LossCalls; the tensor that receives the gradient, or None; the
+// losses, one per layer or, for reduction "none", one per row; `saved`, which is a matrix if there
+// are several layers.
 struct Forward {
   std::vector<Problem> problems;
   std::vector<ForwardOut> outs;
   const float* denominator = nullptr;
   bool mean = false;
-  bool each = false;  // reduction "none": the losses are the rows'
+  bool each = false;  // reduction "none": one loss per row
   float* losses = nullptr;
   float* saved = nullptr;
   std::int64_t saved_stride = 0;  // from layer to layer
@@ -300,8 +300,8 @@ struct Forward {
   int layers() const { return static_cast<int>(problems.size()); }
 };
 
-// One GradCall and the tensor that receives its gradient. After a projection the states may be
-// gone: what is asked of them, the gradient tells.
+// Reads one GradCall and the tensor that receives its gradient. After a projection the states may
+// have been freed. The gradient, which has the student's shape, then stands in for them.
 inline Problem grad_problem(const Fields& call, const Matrix& grad, int threads,
                             const Problem* first) {
   Problem p;
@@ -329,9 +329,9 @@ inline Problem grad_problem(const Fields& call, const Matrix& grad, int threads,
   return p;
 }
 
-// What a backward launch takes: GradCalls, the tensors that receive their gradients, whether
-// these are added, and the gradients that arrive: a value for all layers, one a layer, or, for
-// reduction "none", one a row.
+// The arguments of a backward launch: GradCalls; the tensors that receive their gradients; whether
+// the gradients are added; and the upstream gradients, which are one value for all layers, one per
+// layer or, for reduction "none", one per row.
 struct Backward {
   std::vector<Problem> problems;
   std::vector<BackwardIn> ins;
@@ -366,8 +366,8 @@ struct Backward {
   int layers() const { return static_cast<int>(problems.size()); }
 };
 
-// A function of a module, called past pybind11's dispatch, which costs more than reading a call.
-// What it returns, if anything, is an int.
+// A module function that does not use pybind11's dispatch, which costs more than reading a call.
+// Body returns an int or nothing.
 template <int N, auto Body>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   try {
@@ -396,9 +396,9 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
 }
 
-// `methods` ends with an empty one and lives as long as the module.
+// `methods` must end with an empty entry and live as long as the module.
 inline void add_methods(py::module_& m, PyMethodDef* methods) {
-  names();  // torch has been imported
+  names();  // created now, because torch has been imported
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 

@@ -1,5 +1,5 @@
-// Python's view of the native backends: tensors arrive as they are (arguments.h), checked by
-// oprd_kernels/validate.py; the GIL is released while the kernels run.
+// The Python functions of the native backends. They receive the tensors themselves (arguments.h),
+// which oprd_kernels/validate.py has checked. The GIL is released while kernels run.
 
 #include <pybind11/pybind11.h>
 
@@ -30,8 +30,8 @@ void forward(PyObject* const (&x)[5]) {
   }
 }
 
-// forward_slice(call, loss, saved, first, total_rows, threads): rows [first, first + M) of so many,
-// without what follows the rows; the call's student and teacher are z_S and z_T.
+// forward_slice(call, loss, saved, first, total_rows, threads): forward of rows [first, first + M)
+// of total_rows, without the reduction. The student and teacher of the call are z_S and z_T.
 void forward_slice(PyObject* const (&x)[6]) {
   const Fields call(x[0], kLossFields);
   Problem slice = loss_problem(call, number(x[5]), nullptr);
@@ -48,7 +48,7 @@ void forward_slice(PyObject* const (&x)[6]) {
   cpu::forward(&slice, &out, 1);
 }
 
-// reduce(calls, loss, saved): what `forward` does after the rows, for one done in slices.
+// reduce(calls, loss, saved): the reduction that `forward` includes, for a forward done in slices.
 void reduce(PyObject* const (&x)[3]) {
   const Forward f(x[0], Py_None, x[1], x[2], 1);
   const py::gil_scoped_release released;
@@ -63,7 +63,7 @@ void backward(PyObject* const (&x)[5]) {
   cpu::backward(b.problems.data(), b.ins.data(), b.layers());
 }
 
-// gather(x, index, mean, first, out, threads): rows of x into out, which says how many.
+// gather(x, index, mean, first, out, threads): copies as many rows of x as out has.
 void gather(PyObject* const (&x)[6]) {
   const Matrix from(x[0]);
   const auto* index = data<const std::int64_t>(x[1]);
@@ -75,7 +75,7 @@ void gather(PyObject* const (&x)[6]) {
   cpu::gather(from.rows, index, first, count, from.width, mean, out, threads);
 }
 
-// scatter(call, grad, accumulate, values, first, threads): values into rows of grad.
+// scatter(call, grad, accumulate, values, first, threads): writes or adds values to rows of grad.
 void scatter(PyObject* const (&x)[6]) {
   const Matrix grad(x[1]);
   const Problem problem =
@@ -87,9 +87,9 @@ void scatter(PyObject* const (&x)[6]) {
   cpu::scatter(problem, values, first, count, grad.rows, accumulate);
 }
 
-// need_no_check(students, teachers): for layers without projectors, what validate.py would find: 0:
-// it has to look itself; 1: all can be taken as they are, and are like the first; 2: and each pair
-// has as many rows.
+// need_no_check(students, teachers): a fast check of layers without projectors. Returns 0 if
+// validate.py has to check them itself; 1 if all are valid as given and like the first; 2 if, in
+// addition, student and teacher have the same number of rows.
 int need_no_check(PyObject* const (&x)[2]) {
   const Sequence students(x[0]), teachers(x[1]);
   const Look student(students[0]), teacher(teachers[0]);

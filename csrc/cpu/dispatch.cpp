@@ -1,4 +1,4 @@
-// Chooses the instruction set, splits the rows over threads, and reduces in row order.
+// Selects the instruction set, splits the rows over threads, and reduces in row order.
 
 #include <algorithm>
 #include <cstdlib>
@@ -44,9 +44,9 @@ std::unique_ptr<float, Free> scratch_floats(std::int64_t floats) {
   return std::unique_ptr<float, Free>(static_cast<float*>(p));
 }
 
-// Calls run(layer, begin, end, scratch) so that every row of every layer is in one call, each
-// thread taking an equal contiguous share of them all. A row's result does not depend on its
-// neighbours, so neither do the bits depend on the split.
+// Calls run(layer, begin, end, scratch) so that every row of every layer is in exactly one call.
+// Each thread takes an equal contiguous share of all rows. A row's result does not depend on its
+// neighbours, so the split does not change a bit.
 template <class Run>
 void split_rows(std::int64_t rows, int layers, std::int64_t elements_per_row, int max_threads,
                 std::int64_t scratch_per_thread, Run run) {
@@ -79,11 +79,11 @@ std::int64_t work_per_row(const Problem& problem) {
   return (problem.student_width + problem.teacher_width) * (1 + problem.rank / 2);
 }
 
-// Whole cache lines, so that no two threads write to the same one.
+// Rounds up to whole cache lines, so that no two threads write to the same line.
 std::int64_t line_padded(std::int64_t floats) { return (floats + 15) / 16 * 16; }
 
-// Runs a kernel over the rows of all layers with the scratch and the split that the most demanding
-// layer needs.
+// Runs a kernel over the rows of all layers, with the scratch and the split of the most demanding
+// layer.
 template <class Run>
 void split_layers(const Problem* problems, int layers, std::int64_t (*scratch_of)(const Problem&),
                   Run run) {
@@ -160,7 +160,8 @@ void reduce(const Problem& problem, const ForwardOut& out, float scale, float* l
     teacher_norm += 1.0 / stat(kInvTeacherNorm);
   }
   const double per_row = count ? 1.0 / static_cast<double>(count) : 0.0;
-  // A denominator of 0 stands for "nothing to learn from": exactly 0, whatever the rows hold.
+  // A denominator of 0 means that there is nothing to learn from. The loss is then exactly 0,
+  // whatever the rows hold.
   if (loss) *loss = scale == 0.f ? 0.f : static_cast<float>(sum * scale);
   stats[kMeanCos] = static_cast<float>(cos * per_row);
   stats[kMeanStudentNorm] = static_cast<float>(student_norm * per_row);

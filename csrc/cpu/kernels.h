@@ -1,4 +1,4 @@
-// What each instruction set's translation unit provides to the dispatcher.
+// The functions that the translation unit of each instruction set provides to the dispatcher.
 #pragma once
 
 #include "../rep_loss.h"
@@ -8,10 +8,10 @@ namespace cpu {
 
 struct Kernels {
   const char* name;
-  // Floats of scratch a thread needs.
+  // The number of floats of scratch per thread.
   std::int64_t (*forward_scratch)(const Problem&);
   std::int64_t (*backward_scratch)(const Problem&);
-  // Rows [begin, end) of the batch. Each row's result depends on that row alone.
+  // These process rows [begin, end) of the batch. The result of a row depends on that row alone.
   void (*forward)(const Problem&, const ForwardOut&, std::int64_t begin, std::int64_t end,
                   float* scratch);
   void (*backward)(const Problem&, const BackwardIn&, std::int64_t begin, std::int64_t end,

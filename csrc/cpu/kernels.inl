@@ -1,4 +1,4 @@
-// The row loops. Compiled once per instruction set, see kernels_*.cpp.
+// The loops over rows, compiled once per instruction set; see kernels_*.cpp.
 
 #include "kernels.h"
 #include "pair.h"
@@ -26,7 +26,7 @@ PairStats get_stats(const Problem& p, const BackwardIn& in, i64 i) {
   return {0.f, stat(kInvStudentNorm), stat(kInvTeacherNorm), stat(kOneMinusCos)};
 }
 
-// Rows that get gradient 0 whatever they hold: masked ones, and all of them where the denominator
+// Whether a row gets gradient 0 whatever it holds: masked rows do, and all rows if the denominator
 // was 0.
 bool no_gradient(const Problem& p, const BackwardIn& in, i64 i) {
   return weight(p, i) == 0.f || *in.scale == 0.f;
@@ -42,14 +42,14 @@ const typename S::type* row_of(const Rows& rows, i64 n) {
   return static_cast<const typename S::type*>(rows.data) + row_offset(rows, n);
 }
 
-// Pair i as it lies in memory: both rows of type S and contiguous.
+// Pair i without a copy: both rows are of type S and contiguous.
 template <class S>
 Source<S> pair_in_place(const Problem& p, i64 i, i64 next) {
   return {row_of<S>(p.student, student_row(p, i)), row_of<S>(p.teacher, teacher_row(p, i)),
           row_begin(p.student, student_row(p, next)), row_begin(p.teacher, teacher_row(p, next))};
 }
 
-// Pair i as floats, converted into scratch where need be: for mixed types and any strides.
+// Pair i as floats, converted into scratch if needed. It supports mixed types and any strides.
 Source<Float> pair_as_floats(const Problem& p, i64 i, float* scratch) {
   const i64 width = p.student_width;
   const float* s = load_row(p.student, student_row(p, i), width, scratch);
@@ -57,8 +57,8 @@ Source<Float> pair_as_floats(const Problem& p, i64 i, float* scratch) {
   return {s, t, reinterpret_cast<const char*>(s), reinterpret_cast<const char*>(t)};
 }
 
-// Calls f(get) with the fastest way to get pair i (and have pair `next` fetched): get(i, next)
-// returns a Source.
+// Calls f(get) with the fastest function to read pairs. get(i, next) returns pair i as a Source,
+// which also names pair `next` for prefetching.
 template <class F>
 void with_pairs(const Problem& p, float* scratch, F f) {
   if (p.student.dtype == p.teacher.dtype && p.student.stride_last == 1 &&
@@ -71,7 +71,8 @@ void with_pairs(const Problem& p, float* scratch, F f) {
   }
 }
 
-// The same type in and out, contiguous: sixteen elements at a time, order left to the type.
+// Input and output have the same type and are contiguous: sixteen elements at a time, in the order
+// of that type's load16.
 template <bool Mse, class S>
 void put_gradient_alike(typename S::type* row, i64 width, bool accumulate, const Source<S>& in,
                         const PairGradient& gradient) {
@@ -148,20 +149,20 @@ void identity_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 en
   });
 }
 
-// Up to kTileRows rows of the batch, and the ones that will follow them.
+// Up to kTileRows rows of the batch, and the rows that follow them.
 struct Tile {
-  i64 rows[kTileRows];  // numbers in the batch
+  i64 rows[kTileRows];  // indices in the batch
   int count = 0;
   i64 next[kTileRows];
 
-  // Rows of x for these, picked by index (or the same numbers).
+  // The rows of x for these rows, selected by index (unless null).
   void pick(const i64* index, i64* now, i64* then) const {
     for (int i = 0; i < count; ++i) now[i] = index ? index[rows[i]] : rows[i];
     for (int i = 0; i < kTileRows; ++i) then[i] = index ? index[next[i]] : next[i];
   }
 };
 
-// Calls f on tiles of the rows [begin, end) for which `skip` is not true.
+// Calls f on tiles of the rows in [begin, end) for which `skip` is false.
 template <class Skip, class F>
 void for_tiles(i64 begin, i64 end, Skip skip, F f) {
   Tile tile;
@@ -175,17 +176,18 @@ void for_tiles(i64 begin, i64 end, Skip skip, F f) {
   }
 }
 
-// Whether the projection reads rows where they are; else they are converted to floats first.
+// Whether the projection reads rows in place. Otherwise they are converted to floats first.
 bool reads_in_place(const Rows& x) { return x.stride_last == 1; }
 
-// Floats of scratch for one side of a projected forward: the projector and the mean in the order of
-// a type that has one of its own, or a tile of converted rows.
+// The floats of scratch for one side of a projected forward: a tile of converted rows, or the
+// projector and the mean in the element order of bfloat16.
 i64 side_scratch(const Rows& x, i64 width, i64 rank) {
   if (!reads_in_place(x)) return kTileRows * padded(width);
   return x.dtype == DType::kBFloat16 ? (rank + 1) * padded(width) : 0;
 }
 
-// One side of a projected forward: z of tiles of rows. Without a projector x is r wide already.
+// One side of a projected forward, which computes z of tiles of rows. Without a projector, x is
+// already r wide.
 class Side {
  public:
   Side(const Rows& x, const i64* index, const float* proj, const float* mean, i64 width, i64 rank,
@@ -236,7 +238,7 @@ class Side {
   float* scratch_;
 };
 
-// z_S, z_T, the accumulators, and what each side needs.
+// The floats of scratch for z_S, z_T, the accumulators and both sides.
 i64 projected_scratch(const Problem& p) {
   return 2 * padded(kTileRows * p.rank) + kTileRows * p.rank * kLanes +
          padded(side_scratch(p.student, p.student_width, p.rank)) +
@@ -253,7 +255,8 @@ void projected_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 e
       student_scratch + padded(side_scratch(p.student, p.student_width, p.rank));
   const Side student(p.student, p.student_rows, p.student_proj, nullptr, p.student_width, p.rank,
                      student_scratch);
-  // The mean goes before the product: after it, z_T would be a difference of large sums.
+  // Subtracted after the product instead of before, the mean would make z_T a difference of large
+  // sums.
   const Side teacher(p.teacher, p.teacher_rows, p.teacher_proj, p.teacher_mean, p.teacher_width,
                      p.rank, teacher_scratch);
   auto masked = [&](i64 i) {
@@ -278,8 +281,8 @@ void projected_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 e
   });
 }
 
-// dh of Count rows, whose scaled dz are in dz (Count, rank), into rows of grad.
-// proj is in S's order.
+// Writes or adds dh of Count rows to rows of grad. dz (Count, rank) holds their scaled dz. proj is
+// in the element order of S.
 template <class S, int Count>
 void unproject_rows(const Problem& p, const BackwardIn& in, const float* proj, const i64* index,
                     const i64* next, const float* dz) {

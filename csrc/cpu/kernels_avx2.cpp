@@ -1,4 +1,4 @@
-// The same loops for x86-64 with AVX2, FMA and F16C; chosen at run time only where all three exist.
+// The row loops for x86-64 with AVX2, FMA and F16C, selected at run time if all three exist.
 #define OPRD_KERNELS kAvx2
 #define OPRD_KERNELS_NAME "avx2"
 #include "kernels.inl"

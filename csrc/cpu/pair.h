@@ -1,5 +1,5 @@
-// One pair of float rows: its loss, its statistics, and the gradient of the loss with respect to
-// the first. Used on the hidden states themselves and, after projection, on z_S and z_T.
+// One pair of rows: its loss, its statistics, and the gradient of the loss with respect to the
+// first row. Used on the hidden states themselves and, after projection, on z_S and z_T.
 #pragma once
 
 #include <cfloat>
@@ -16,15 +16,15 @@ struct PairStats {
   float one_minus_cos;
 };
 
-// Lanes are summed in float over this many elements, then the blocks in double.
+// Lanes are summed in float over blocks of this many elements. The blocks are summed in double.
 constexpr i64 kBlock = 2048;
 
-// s.s and t.t; with Pair also s.t and |s - t|^2.
+// s.s and t.t, and with Pair also s.t and |s - t|^2.
 struct Squares {
   double ss, tt, st, diff;
 };
 
-// A pair of contiguous rows of one storage type, and where the pair to fetch meanwhile begins.
+// A pair of contiguous rows of one storage type, and the addresses of the pair to prefetch.
 template <class S>
 struct Source {
   const typename S::type* s;
@@ -33,8 +33,8 @@ struct Source {
   const char* next_t;
 };
 
-// Sums in double, for the few elements after the last whole lanes, or for rows whose squares
-// overflow float.
+// Sums in double, for the elements after the last whole step, and for rows whose squares overflow
+// float.
 template <class S>
 OPRD_INLINE Squares squares_in_double(const Source<S>& in, i64 begin, i64 end) {
   Squares sum{0, 0, 0, 0};
@@ -48,8 +48,8 @@ OPRD_INLINE Squares squares_in_double(const Source<S>& in, i64 begin, i64 end) {
   return sum;
 }
 
-// The pass that brings both rows into L1. The rows to come are fetched in the last pass over them:
-// here with Pair, else in `directions`.
+// The pass that brings both rows into L1. The last pass over a pair prefetches the next pair. With
+// Pair this is the last pass; otherwise it is `directions`.
 template <bool Pair, class S>
 OPRD_INLINE Squares squares(const Source<S>& in, i64 width) {
   Squares sum{0, 0, 0, 0};
@@ -86,9 +86,9 @@ OPRD_INLINE Squares squares(const Source<S>& in, i64 width) {
   return finite ? sum : squares_in_double(in, 0, width);
 }
 
-// {|s^ - t^|^2, s^ . (s^ - t^)}. The second is 1 - cos without cancellation, and because it is
-// measured with the very s^ that the gradient uses, it takes the radial part out of the gradient
-// to rounding: 1/|s| itself is only good to half an ulp.
+// {|s^ - t^|^2, s^ . (s^ - t^)}. The second is 1 - cos without cancellation. It uses the same
+// rounded s^ as the gradient, because 1/|s| itself is only accurate to half an ulp. So it removes
+// the radial part of the gradient up to rounding.
 struct Directions {
   double distance, one_minus_cos;
 };
@@ -132,7 +132,7 @@ OPRD_INLINE PairStats pair_stats(const Source<S>& in, i64 width, Kind kind) {
   const Squares sum = kind == Kind::kMse ? squares<true>(in, width) : squares<false>(in, width);
   const double norm_s = std::sqrt(sum.ss), norm_t = std::sqrt(sum.tt);
   PairStats stats;
-  // Written so that NaN is neither clamped nor taken for a zero row.
+  // These comparisons are false for NaN, so NaN is neither clamped nor treated as a zero row.
   stats.inv_s = static_cast<float>(1.0 / (norm_s <= kEps ? kEps : norm_s));
   stats.inv_t = static_cast<float>(1.0 / (norm_t <= kEps ? kEps : norm_t));
   if (kind == Kind::kMse) {
@@ -144,7 +144,7 @@ OPRD_INLINE PairStats pair_stats(const Source<S>& in, i64 width, Kind kind) {
     stats.loss = static_cast<float>(unit.distance / divisor);
     stats.one_minus_cos = static_cast<float>(unit.one_minus_cos);
   }
-  if (norm_s <= kEps) {  // no direction: cosine 0, gradient 0
+  if (norm_s <= kEps) {  // the row has no direction: cosine and gradient are 0
     stats.inv_s = 0.f;
     stats.one_minus_cos = 1.f;
   }
@@ -154,9 +154,9 @@ OPRD_INLINE PairStats pair_stats(const Source<S>& in, i64 width, Kind kind) {
 // coefficient * d loss / d s, element by element:
 //   mse:     2 (s - t) / D
 //   cosine:  ((s^ - t^) - (1 - cos) s^) / |s|;  nmse: 2 / D times that
-// The second is s * to_s - t * to_t with factors that only double holds well enough: rounded to
-// float they would leave a multiple of s, as large as the gradient itself for nearly parallel rows.
-// Its amount, to_s_rest, is added separately.
+// The second form is computed as s * to_s - t * to_t. Rounding these factors to float leaves a
+// multiple of s, which for nearly parallel rows is as large as the gradient itself. The multiple,
+// to_s_rest, is computed in double and added separately.
 struct PairGradient {
   bool mse;
   float to_s, to_s_rest, to_t;
@@ -175,7 +175,7 @@ struct PairGradient {
     const double exact_s = outer * stats.inv_s * (1.0 - static_cast<double>(stats.one_minus_cos));
     to_t = static_cast<float>(exact_t);
     to_s = static_cast<float>(exact_s);
-    // What rounding took from to_t counts as a multiple of s too: along s^, t is |t| / |s| of it.
+    // The rounding error of to_t leaves a multiple of s too: along s^, t is cos |t| / |s| times s.
     const double t_per_s = stats.inv_t > 0.f ? stats.inv_s / static_cast<double>(stats.inv_t) : 0.0;
     const double cos = 1.0 - static_cast<double>(stats.one_minus_cos);
     to_s_rest = static_cast<float>((exact_s - to_s) - (exact_t - to_t) * t_per_s * cos);

@@ -1,4 +1,4 @@
-// z = P h for a few rows at a time, and its transpose dh = P^T dz, on register tiles.
+// z = P h for a few rows at a time, and its transpose dh = P^T dz, on tiles in registers.
 #pragma once
 
 #include "simd.h"
@@ -11,9 +11,9 @@ constexpr int kTileRanks = 3;  // rows of P in registers at once: 4 x 3 accumula
 constexpr i64 kSlice = 512;    // elements of d at a time: slices of the tile and of P stay in L1
 
 // acc[i][j] (8 lanes each) += (h_i - mean) . P_j over elements [begin, end), a multiple of kStep.
-// proj and mean are in S's order. An element of z is the same sum in the same order whatever Rows_
-// and Ranks it is computed with. The same elements of the rows that begin at fetch_a and fetch_b are
-// fetched meanwhile.
+// proj and mean are in the element order of S. An element of z is the same sum in the same order
+// for all Rows_ and Ranks. The same elements of the rows that begin at fetch_a and fetch_b are
+// prefetched.
 template <class S, int Rows_, int Ranks, bool Mean>
 OPRD_INLINE void project_block(const typename S::type* const* h, const float* proj,
                                const float* mean, i64 width, i64 begin, i64 end, F8* acc,
@@ -47,8 +47,8 @@ OPRD_INLINE void project_block(const typename S::type* const* h, const float* pr
   }
 }
 
-// What a projection reads: rows of x, less mean (or null), times proj (rank, width), both in the
-// order of x's storage type.
+// The inputs of a projection: rows of x, minus mean (unless null), times proj (rank, width). mean
+// and proj are in the element order of x's storage type.
 struct Projection {
   const Rows& x;
   const float* proj;
@@ -56,9 +56,9 @@ struct Projection {
   i64 width, rank;
 };
 
-// Rows of P from j on, Ranks at a time and then fewer. Two of the rows to come are fetched by each
-// group, from `*next` on, so that fetching is spread over the work; past `last` there are none left,
-// and row h[0], which is there already, stands in.
+// Multiplies by rows of P from j on, Ranks at a time and then fewer. Each group prefetches two of
+// the next rows, from `*next` on, so that prefetching is spread over the work. From `last` on no
+// rows are left, and h[0], which is already in the cache, is used instead.
 template <class S, int Count, int Ranks, bool Mean>
 OPRD_INLINE void project_ranks(const typename S::type* const* h, const Projection& p, i64 begin,
                                i64 end, F8* acc, i64 j, const char* const* next,
@@ -85,8 +85,8 @@ OPRD_INLINE void project_slices(const Projection& p, const typename S::type* con
   }
 }
 
-// z (Count, rank) of the rows h, while the rows that begin at next[0 .. kTileRows) are fetched.
-// acc: room for Count * rank registers.
+// Computes z (Count, rank) of the rows h, and prefetches the kTileRows rows that begin at next[..].
+// acc has space for Count * rank registers.
 template <class S, int Count>
 OPRD_INLINE void project_rows(const Projection& p, const typename S::type* const* h,
                               const char* const* next, float* z, F8* acc) {
@@ -115,8 +115,8 @@ OPRD_INLINE void project(const Projection& p, const typename S::type* const* h, 
   if constexpr (Count > 1) project<S, Count - 1>(p, h, count, next, z, scratch);
 }
 
-// dh_i[k ..] = sum_j dz[i][j] P_j[k ..] for Rows_ rows and Vectors * kLanes columns from k on; dz is
-// (Rows_, rank). An element is the same sum in the same order whatever Rows_ and Vectors.
+// dh_i[k ..] = sum_j dz[i][j] P_j[k ..] for Rows_ rows and Vectors * kLanes columns from k on. dz
+// is (Rows_, rank). An element is the same sum in the same order for all Rows_ and Vectors.
 template <int Rows_, int Vectors>
 OPRD_INLINE void unproject_block(const float* dz, const float* proj, i64 width, i64 rank, i64 k,
                                  F8 (*sum)[Vectors]) {
@@ -133,7 +133,7 @@ OPRD_INLINE void unproject_block(const float* dz, const float* proj, i64 width, 
   }
 }
 
-// The same for one element: fma is a * b + c with one rounding where F8's has one.
+// The same for one element.
 OPRD_INLINE float unproject_element(const float* dz, const float* proj, i64 width, i64 rank,
                                     i64 k) {
   float sum = 0.f;

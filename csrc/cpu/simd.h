@@ -1,6 +1,6 @@
-// Eight float lanes and the three storage types. Included by one translation unit per instruction
-// set, so everything here has internal linkage: no code compiled for AVX2 can be picked by the
-// linker for a caller that runs on a machine without it.
+// Vectors of eight floats, and the three storage types. One translation unit per instruction set
+// includes this file, so everything here has internal linkage. Otherwise the linker could pick code
+// compiled for AVX2 for a caller that runs on a machine without it.
 #pragma once
 
 #include <cmath>
@@ -24,9 +24,9 @@ typedef std::uint32_t U8 __attribute__((vector_size(32)));
 typedef std::uint16_t H8 __attribute__((vector_size(16)));
 constexpr i64 kLanes = 8;
 
-// Sixteen elements as two registers, in whatever order suits the storage type: enough for sums, and
-// for element-wise work on operands of one type whose result is stored as that type. Floats that
-// are to meet them are put into the same order by arrange.
+// Sixteen elements in two registers, in an order that depends on the storage type. Any order works
+// for sums, and for element-wise operations whose operands and result have one storage type.
+// arrange puts floats into the same order.
 struct F16 {
   F8 a, b;
 };
@@ -34,8 +34,8 @@ constexpr i64 kStep = 16;
 
 OPRD_INLINE F8 broadcast(float x) { return F8{x, x, x, x, x, x, x, x}; }
 
-// a * b + c: one rounding where the hardware has FMA. The compiler may contract nothing by itself
-// (-ffp-contract=off): x * a - y * b, contracted, is not 0 for equal products.
+// a * b + c, with one rounding if the hardware has FMA. The compiler must not contract by itself
+// (-ffp-contract=off): a contracted x * a - y * b is not 0 for equal products.
 OPRD_INLINE F8 fma(F8 a, F8 b, F8 c) {
 #if defined(__FMA__)
   return (F8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -78,7 +78,7 @@ OPRD_INLINE float float_of_half(std::uint16_t h) {
   const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
   const std::uint32_t magnitude = h & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Place the bits where a float's exponent is 112 too small, then multiply: exact for
+  // Shift the bits to a float whose exponent is 112 too small, then multiply. This is exact for
   // subnormals too.
   return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
@@ -129,7 +129,7 @@ struct Storage<DType::kBFloat16> {
   static float get(std::uint16_t x) { return float_of(static_cast<std::uint32_t>(x) << 16); }
   static std::uint16_t put(float x) { return bf16_of(x); }
   OPRD_INLINE F8 load(const std::uint16_t* p) {
-#if defined(__AVX2__)  // one instruction, where GCC makes five of __builtin_convertvector
+#if defined(__AVX2__)  // GCC compiles __builtin_convertvector to five instructions instead of one
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return (F8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
 #else
@@ -138,8 +138,8 @@ struct Storage<DType::kBFloat16> {
     return reinterpret_cast<F8>(__builtin_convertvector(h, U8) << 16);
 #endif
   }
-  // To nearest, ties to even, in the upper half of each lane. A NaN can't be carried over into a
-  // number unless its payload has bits below bf16's: see rounded.
+  // Rounds to nearest, ties to even, into the upper half of each lane. The carry turns a NaN into a
+  // number only if its payload has bits below those of bf16; rounded handles that case.
   OPRD_INLINE U8 rounded_bf16_nan(F8 v) {
     const U8 u = reinterpret_cast<U8>(v);
     return u + 0x7fffu + ((u >> 16) & 1u);
@@ -158,7 +158,8 @@ struct Storage<DType::kBFloat16> {
     std::memcpy(p, &h, sizeof h);
 #endif
   }
-  // Even elements, odd elements: a shift and a mask, where widening in order takes shuffles.
+  // Loads the even or the odd elements with a shift or a mask. Widening in order would take
+  // shuffles.
   template <int Half>
   OPRD_INLINE F8 load_half(const std::uint16_t* p) {
     U8 u;
@@ -166,7 +167,7 @@ struct Storage<DType::kBFloat16> {
     return reinterpret_cast<F8>(Half == 0 ? u << 16 : u & 0xffff0000u);
   }
   OPRD_INLINE F16 load16(const std::uint16_t* p) { return {load_half<0>(p), load_half<1>(p)}; }
-  // The NaNs that load16 and `plain_nan` give, and those that arithmetic makes, survive rounding.
+  // NaNs from load16, from `plain_nan` and from arithmetic stay NaN when rounded.
   OPRD_INLINE void store16(std::uint16_t* p, F16 v) {
     const U8 even = rounded_bf16_nan(v.a) >> 16, odd = rounded_bf16_nan(v.b);
 #if defined(__AVX2__)
@@ -209,15 +210,15 @@ struct Storage<DType::kFloat16> {
   }
 };
 
-// Whether load16 of this type gives even elements, then odd ones, instead of their order.
+// Whether load16 of this type returns the even elements, then the odd ones.
 template <class S>
 constexpr bool kEvenOdd = S::dtype == DType::kBFloat16;
 
-// A NaN whose payload no later rounding can carry over into a number; anything else as it is.
+// Replaces NaN by a NaN that no later rounding turns into a number. Other values are unchanged.
 OPRD_INLINE float plain_nan(float x) { return x == x ? x : __builtin_nanf(""); }
 
-// Floats in the order in which S::load16 gives its elements, NaNs made plain; what is left after the
-// last sixteen keeps its place.
+// Copies floats into the element order of S::load16 and makes NaNs plain. The elements after the
+// last sixteen keep their places.
 template <class S>
 OPRD_INLINE void arrange(const float* from, i64 count, float* to) {
   i64 k = 0;
@@ -246,7 +247,7 @@ OPRD_INLINE i64 row_offset(const Rows& rows, i64 n) {
   return (n / rows.inner) * rows.stride_outer + (n % rows.inner) * rows.stride_inner;
 }
 
-// Row n as floats: in place where it already is that, else converted into scratch.
+// Row n as floats: in place if it is contiguous float32, else converted into scratch.
 OPRD_INLINE const float* load_row(const Rows& rows, i64 n, i64 width, float* scratch) {
   const i64 offset = row_offset(rows, n);
   if (rows.dtype == DType::kFloat32 && rows.stride_last == 1) {
@@ -264,7 +265,7 @@ OPRD_INLINE const float* load_row(const Rows& rows, i64 n, i64 width, float* scr
   return scratch;
 }
 
-// Writes (or adds, in float) a row whose lanes value8(k) .. and single elements value1(k) give.
+// Writes a row, or adds to it in float. value8(k) returns eight elements from k on, value1(k) one.
 template <class Value8, class Value1>
 OPRD_INLINE void store_row(const Rows& rows, i64 n, i64 width, bool accumulate, Value8 value8,
                            Value1 value1) {
@@ -289,8 +290,8 @@ OPRD_INLINE void store_row(const Rows& rows, i64 n, i64 width, bool accumulate, 
 
 OPRD_INLINE i64 element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Where row n begins, for prefetching: a row is fetched a line at a time while the one before it is
-// worked on, so that memory is never idle.
+// The address of row n, for prefetching. A row is prefetched line by line during the work on the
+// row before it, so that memory is never idle.
 OPRD_INLINE const char* row_begin(const Rows& rows, i64 n) {
   return static_cast<const char*>(rows.data) + row_offset(rows, n) * element_size(rows.dtype);
 }

@@ -1,13 +1,19 @@
-# Which GPU architectures the CUDA kernels are built for.
+# The choice of GPU architectures that the CUDA kernels are built for.
 
-# oprd_choose_architectures(GPU_CODE RESULT): sets RESULT to a list of numbers, as "80;90", all of
-# them in GPU_CODE, what nvcc prints for --list-gpu-code. What is asked for, the first of
-# -DOPRD_CUDA_ARCHITECTURES, -DCMAKE_CUDA_ARCHITECTURES and the environment variables of these names:
-# one or several of "90", "9.0", "sm_90", "90-real", "90a" (the kernels use no feature of 90a or
-# 100f: it is 90), of "native" (the GPUs of this machine) and of "all" or "all-major": as if nothing
-# were asked for, those of sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) that nvcc knows.
-# What can't be built is an error, but only a warning from the variable CMAKE_CUDA_ARCHITECTURES,
-# which may be set for other software: it is then ignored.
+# oprd_choose_architectures(GPU_CODE RESULT): sets RESULT to a list of numbers such as "80;90".
+# GPU_CODE is the output of nvcc --list-gpu-code; all numbers are in it.
+#
+# The request is the first of -DOPRD_CUDA_ARCHITECTURES, -DCMAKE_CUDA_ARCHITECTURES and the
+# environment variables of these names. It is a list of:
+# - "90", "9.0", "sm_90", "90-real" or "90a". The kernels use no feature of 90a or 100f, so "90a"
+#   means 90.
+# - "native": the GPUs of this machine.
+# - "all" or "all-major": those of sm_80 (A100), sm_90 (H100, H200) and sm_100 (B200) that nvcc
+#   knows. This is also the default.
+#
+# An architecture that can't be built is an error. From the environment variable
+# CMAKE_CUDA_ARCHITECTURES, which may be set for other software, it is a warning, and the variable
+# is ignored.
 function(oprd_choose_architectures GPU_CODE RESULT)
   set(CHOSEN)
   set(ASKED)
@@ -49,7 +55,7 @@ function(oprd_default_architectures GPU_CODE RESULT)
   set(${RESULT} "${FOUND}" PARENT_SCOPE)
 endfunction()
 
-# RESULT: the numbers; PROBLEM: why not, or empty.
+# Sets RESULT to the numbers, and PROBLEM to the reason why they can't be built, or to "".
 function(oprd_read_architectures ASKED GPU_CODE RESULT PROBLEM)
   set(FOUND)
   set(REASON "")
@@ -82,7 +88,7 @@ function(oprd_read_architectures ASKED GPU_CODE RESULT PROBLEM)
   set(${PROBLEM} "${REASON}" PARENT_SCOPE)
 endfunction()
 
-# Of the GPUs here, by nvidia-smi; empty if it names none.
+# Sets RESULT to the architectures of this machine's GPUs by nvidia-smi, or to an empty list.
 function(oprd_native_architectures RESULT)
   execute_process(
     COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader

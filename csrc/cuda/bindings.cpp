@@ -14,8 +14,8 @@ cuda::Stream as_stream(PyObject* device, PyObject* handle) {
   return {static_cast<int>(integer(device)), stream};
 }
 
-// cuda_forward(calls, grad, loss, saved, scratch, device, stream): as _native's forward;
-// scratch: cuda_scratch(..) doubles, or None.
+// cuda_forward(calls, grad, loss, saved, scratch, device, stream): like forward of _native. scratch
+// has cuda_scratch(..) doubles, or is None.
 void forward(PyObject* const (&x)[7]) {
   const Forward f(x[0], x[1], x[2], x[3], 1);
   cuda::Reduction reduction;
@@ -31,7 +31,7 @@ void forward(PyObject* const (&x)[7]) {
   cuda::forward(f.problems.data(), f.outs.data(), f.layers(), reduction, stream);
 }
 
-// cuda_backward(calls, grads, accumulate, grad_losses, device, stream): as _native's backward.
+// cuda_backward(calls, grads, accumulate, grad_losses, device, stream): like backward of _native.
 void backward(PyObject* const (&x)[6]) {
   const Backward b(x[0], x[1], x[2], x[3], 1);
   const cuda::Stream stream = as_stream(x[4], x[5]);
@@ -43,7 +43,7 @@ PyMethodDef methods[] = {method<7, forward>("cuda_forward"),
                          method<6, backward>("cuda_backward"),
                          {nullptr, nullptr, 0, nullptr}};
 
-// (runtime version, driver version or 0, why no kernel can be launched here or "").
+// (runtime version, driver version or 0, the reason why no kernel can be launched or "").
 py::tuple facts() {
   const cuda::Facts facts = cuda::facts();
   return py::make_tuple(facts.runtime, facts.driver, facts.problem);

@@ -1,4 +1,4 @@
-// The CUDA backend's functions, for the module _native and for the emulation's.
+// The functions of the CUDA backend, for the module _native and for the emulation's module.
 #pragma once
 
 #include <pybind11/pybind11.h>

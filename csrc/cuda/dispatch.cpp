@@ -1,5 +1,5 @@
-// From the contract to launches on the caller's stream: checks, finds where the reduction's factor
-// comes from, and hands over the layers of one storage type together.
+// Turns a call into launches on the caller's stream: checks it, determines the source of the
+// reduction's factor, and launches the layers of one storage type together.
 
 #include <algorithm>
 #include <stdexcept>
@@ -56,7 +56,7 @@ void forward(const Problem* problems, const ForwardOut* outs, int layers,
   if (reduction.mean && reduction.denominator) {
     scale = {1.f, reduction.denominator, true};
   } else if (reduction.mean && problems->weights) {
-    of_weights = !needs_scale;  // else a gradient in forward has to know it before the reduction
+    of_weights = !needs_scale;  // a gradient in forward needs the factor before the reduction
     in_stats = needs_scale;
     if (needs_scale) {
       scale = {1.f, reduction.stats + kScale, false};

@@ -1,5 +1,5 @@
-// The threads that share a row: one thread, a warp, or a block. Sums are formed in one fixed order,
-// whatever the schedule, and all threads get them, to the same bits.
+// The threads that share a row: one thread, a warp or a block. Sums are formed in a fixed order,
+// whatever the schedule. All threads get the same sums, bit for bit.
 #pragma once
 
 #include "device.cuh"
@@ -17,7 +17,8 @@ using Floats = Array<float, N>;
 template <int N>
 using Doubles = Array<double, N>;
 
-// The sums over a warp, to the same bits in all lanes: both partners add the same two values.
+// The sums over a warp, equal in all lanes bit for bit, because both partners add the same two
+// values.
 template <class T, int N>
 __device__ __forceinline__ Array<T, N> warp_sum(Array<T, N> sum) {
 #pragma unroll
@@ -29,7 +30,7 @@ __device__ __forceinline__ Array<T, N> warp_sum(Array<T, N> sum) {
   return sum;
 }
 
-// `Slot` tells one use of sum in a kernel from another.
+// `Slot` distinguishes the uses of sum in a kernel.
 struct ThreadGroup {
   template <int Slot, int N>
   __device__ Floats<N> sum(const Floats<N>& x) const {
@@ -37,12 +38,11 @@ struct ThreadGroup {
   }
 };
 
-constexpr int kWarpRows = 4;  // rows, and warps, of a block whose rows have a warp each
+constexpr int kWarpRows = 4;  // rows of a block with one warp per row
 
 struct WarpGroup {
   static constexpr int kMaxThreads = kWarpRows * kWarp;
-  // Their registers hold rows, and what is on its way to them keeps memory busy: that takes about 64
-  // KB an SM.
+  // About 64 KB per SM must be in flight from memory to registers to keep memory busy.
   static constexpr int kMinBlocks = 5;
 
   __device__ i64 row() const {
@@ -70,8 +70,9 @@ struct BlockGroup {
   __device__ int lane() const { return threadIdx.x % kWarp; }
   __device__ bool is_first() const { return threadIdx.x == 0; }
 
-  // Every thread adds up the warps' sums: one barrier, where sharing a result would be a second. No
-  // slot is written while another thread still reads it, as each is used once.
+  // Every thread adds the sums of all warps. This needs one barrier; sharing one thread's result
+  // would need a second. Each slot is used once, so no slot is written while another thread reads
+  // it.
   template <int Slot, int N>
   __device__ Floats<N> sum(const Floats<N>& x) const {
     static_assert(Slot < kSlots && N <= kMaxSums, "room for the warps' sums");

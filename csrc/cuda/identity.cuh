@@ -1,7 +1,7 @@
-// Rows compared as they are. Forward: a warp, or a block where that is too few, holds a pair of rows
-// in registers between its uses, so that global memory is read once and all of it is asked for
-// before the first use; rows too wide for that are read once a use. Backward needs no sums over a
-// row: warps take chunks of rows.
+// Kernels without a projection. In forward, a warp, or a block for wider rows, holds a pair of rows
+// in registers between uses. Global memory is thus read once, and all loads are issued before the
+// first use. Rows that are too wide for this are read again for every use. Backward needs no sums
+// over a row, so warps process chunks of rows.
 #pragma once
 
 #include "pair.cuh"
@@ -9,8 +9,8 @@
 namespace oprd {
 namespace cuda {
 
-// The units of a pair that lane `lane` of warp `warp` takes: every step-th, so that warps and lanes
-// have neighbouring ones and equally many.
+// The units of a pair that lane `lane` of warp `warp` processes: every step-th unit, so that
+// neighbouring lanes have neighbouring units, and all lanes have about as many.
 template <DType D, bool Vector>
 struct PairAt {
   using U = Unit<D, Vector>;
@@ -41,9 +41,9 @@ struct HeldPair : PairAt<D, Vector> {
 
   __device__ __forceinline__ int unit(int n) const { return this->first() + n * this->step(); }
   __device__ __forceinline__ bool has(int n) const { return unit(n) < this->units; }
-  // Whether any lane of the warp has; what is missing in one that has adds 0 to every sum. This
-  // branch also keeps the compiler from keeping the elements of one pass for the next, in twice the
-  // registers.
+  // Whether any lane of the warp has unit n. A lane without it adds 0 to every sum. This branch
+  // also stops the compiler from keeping the elements of one pass for the next, which would take
+  // twice the registers.
   __device__ __forceinline__ bool warp_has(int n) const {
     return this->warp * kWarp + n * this->step() < this->units;
   }
@@ -59,7 +59,7 @@ struct HeldPair : PairAt<D, Vector> {
     }
   }
 
-  // f(u, s, t) on the units there are.
+  // Calls f(u, s, t) on all units of this lane.
   template <class F>
   __device__ __forceinline__ void each_unit(F f) const {
 #pragma unroll
@@ -112,7 +112,7 @@ __launch_bounds__(Group::kMaxThreads, Group::kMinBlocks)
   const Batch& batch = call.batch;
   reset_ticket(call.tickets);
   const i64 i = group.row();
-  if (i >= batch.rows) return;  // a whole warp that shares nothing
+  if (i >= batch.rows) return;  // this affects whole warps, which share nothing with other warps
   const float w = weight(batch, i);
   const int width = layer.width;
   type* grad = layer.grad.data ? row_of<type>(layer.grad, i) : nullptr;
@@ -143,7 +143,7 @@ __launch_bounds__(Group::kMaxThreads, Group::kMinBlocks)
 }
 
 
-// 1 << log_split warps share a row, chunk by chunk. Whole: rows are whole chunks.
+// 1 << log_split warps share a row, chunk by chunk. Whole says that rows consist of whole chunks.
 template <DType D, bool Vector, int Chunk, bool Whole>
 __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
     identity_backward(const __grid_constant__ Parameter<IdentityBackward> call) {
@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
   }
 }
 
-// By how many warps a row of so many units is held; 0: it is too wide for that.
+// warps_for: the number of warps that hold a row of `units` units, or 0 if the row is too wide.
 template <bool Vector>
-constexpr int kHeld = Vector ? 8 : 16;  // units a lane
+constexpr int kHeld = Vector ? 8 : 16;  // units per lane
 inline int warps_for(bool vector, i64 units) {
   const i64 of_warp = (vector ? kHeld<true> : kHeld<false>) * kWarp;
   const i64 warps = units > of_warp ? (units + of_warp - 1) / of_warp : 1;
@@ -276,7 +276,7 @@ void launch_identity_forward(const Problem* problems, const ForwardOut* outs, in
   });
 }
 
-constexpr i64 kEnoughWarps = 8 * 4 * 148;  // eight for each scheduler of a B200
+constexpr i64 kEnoughWarps = 8 * 4 * 148;  // eight per scheduler of a B200
 
 template <DType D, bool Vector, int Chunk, bool Whole>
 void launch_chunks_backward(IdentityBackward& call, int units, Launch launch_as) {

@@ -1,5 +1,6 @@
-// What the host side of the CUDA backend shares: one entry per storage type, what a launch is given,
-// and how it describes itself. No CUDA header here, so that plain C++ can include it.
+// Declarations for the host side of the CUDA backend: the entry of each storage type, the
+// parameters of launches and their description. It includes no CUDA header, so that plain C++ can
+// include it.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +13,15 @@ namespace cuda {
 
 using i64 = std::int64_t;
 
-// Where kernels find the factor of a reduction: a value the host knows, or one value on the
-// device, of which it may be the inverse.
+// The factor of a reduction: a value that the host knows, or a value on the device or its inverse.
 struct Scale {
   float value;
   const float* device;
   bool inverse;
 };
 
-// Rows as the kernels take them: their last stride is 1, and inner is 0 where stride_inner says it
-// all, which spares a division a row.
+// Rows in the form for kernels. Their last stride is 1. inner is 0 if stride_inner alone gives the
+// position of every row, which saves a division per row.
 struct Strided {
   void* data;
   i64 inner, stride_outer, stride_inner;
@@ -32,7 +32,7 @@ inline Strided strided(const Rows& rows) {
   return {rows.data, plain ? 0 : rows.inner, rows.stride_outer, rows.stride_inner};
 }
 
-// What the layers of a call share.
+// The properties that the layers of a call share.
 struct Batch {
   i64 rows;
   const i64 *student_rows, *teacher_rows;
@@ -44,9 +44,9 @@ inline Batch batch(const Problem& p) {
   return {p.rows, p.student_rows, p.teacher_rows, p.weights, p.kind};
 }
 
-// What a kernel is given, by value: layer blockIdx.y is one of them. kMaxLayers of any kind stay
-// within the 4 KB of parameters that every CUDA and every GPU takes. Nothing here has initial
-// values: the host would write 4 KB for a call of one layer.
+// The parameters of a kernel, passed by value. blockIdx.y is the layer. kMaxLayers layers of any
+// kind stay within the 4 KB of parameters that every CUDA version and GPU supports. Nothing here
+// has initial values, because the host would then write 4 KB for a call of one layer.
 constexpr int kMaxLayers = 30;
 
 struct IdentityForwardLayer {
@@ -57,7 +57,7 @@ struct IdentityForwardLayer {
 struct IdentityForward {
   Batch batch;
   Scale scale;
-  double* tickets;  // one a layer, made 0; or null
+  double* tickets;  // one per layer, which the kernel resets to 0; or null
   IdentityForwardLayer layers[kMaxLayers];
 };
 
@@ -121,8 +121,8 @@ struct ReduceLayer {
 struct Reduce {
   Batch batch;
   Scale scale;
-  bool scale_of_weights;  // the factor is 1 / their sum
-  bool scale_in_stats;    // .. which scale_by_weights has put there
+  bool scale_of_weights;  // the factor is 1 / the sum of the weights
+  bool scale_in_stats;    // scale_by_weights has stored the factor in stats
   i64 rows_per_block;
   double *tickets, *partials;
   ReduceLayer layers[kMaxLayers];
@@ -133,25 +133,25 @@ static_assert(sizeof(IdentityForward) <= 4096 && sizeof(IdentityBackward) <= 409
                   sizeof(Reduce) <= 4096 && sizeof(PrepareTerms) <= 4096,
               "parameters of a launch");
 
-// P for tensor cores is two terms of the states' type, the rounded value and what rounding took, for
-// 8 or 16 ranks and whole pairs of kTermColumns columns.
+// P for tensor cores consists of two terms of the states' type, the rounded value and the rounding
+// error, for 8 or 16 ranks and whole pairs of kTermColumns columns.
 constexpr int kTerms = 2, kTermColumns = 32;
 constexpr i64 padded_ranks(i64 rank) { return rank <= 8 ? 8 : 16; }
 constexpr i64 padded_columns(i64 width) {
   return (width + 2 * kTermColumns - 1) / (2 * kTermColumns) * (2 * kTermColumns);
 }
-// Doubles that a layer's projectors take so.
+// The number of doubles that the projectors of a layer take in this form.
 constexpr i64 terms_size(i64 rank, i64 student_width, i64 teacher_width) {
   const i64 columns = padded_columns(student_width) + padded_columns(teacher_width);
   return 2 * padded_ranks(rank) + columns * padded_ranks(rank) * kTerms / 4;
 }
-// Where these are for the first of some layers, and so many doubles on for each next one.
+// The position of these doubles for the first of some layers, and their number per layer.
 struct Room {
   double* at;
   i64 size;
 };
 
-// A launch, for the launcher and for the message if it fails.
+// The description of a launch, for the launcher and for the error message.
 struct Launch {
   const char* kernel;
   const Problem& problem;
@@ -163,11 +163,11 @@ struct Launch {
 
 [[noreturn]] void fail(const Launch& launch, const std::string& reason);
 
-// More is refused: the warps of a launch are counted in 32 bits.
+// The most blocks of a launch, because warps are counted in 32 bits.
 constexpr i64 kMaxBlocks = (1 << 30) - 1;
 
-// Calls run(first, count) on the longest runs of layers for which same(first, other) holds, at most
-// kMaxLayers long, and about alike where that is the limit.
+// Calls run(first, count) on the longest runs of layers for which same(first, other) holds. A run
+// has at most kMaxLayers layers; if this limit applies, runs have about the same length.
 template <class Same, class Run>
 void for_runs(int layers, Same same, Run run) {
   const int launches = (layers + kMaxLayers - 1) / kMaxLayers;
@@ -179,8 +179,8 @@ void for_runs(int layers, Same same, Run run) {
   }
 }
 
-// Layers that have one storage type. tickets: one a layer, or null. terms: for the projectors of
-// these layers.
+// Launch layers that have one storage type. tickets: one per layer, or null. terms: the scratch for
+// the projectors of these layers.
 template <DType>
 void forward_rows(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
                   double* tickets, const Room& terms, const Stream& stream);
@@ -188,18 +188,20 @@ template <DType>
 void backward_rows(const Problem* problems, const BackwardIn* ins, int layers,
                    const Stream& stream);
 
-// reduce.cu: the sum of the weights as a scale into `layers` places; the ordered reduction.
+// In reduce.cu. scale_by_weights stores 1 / the sum of the weights in `layers` places. reduce sums
+// over the rows in a fixed order.
 void scale_by_weights(const Problem& problem, float* scale, i64 stride, int layers,
                       const Stream& stream);
 void reduce(const Problem* problems, const ForwardOut* outs, int layers, const Scale& scale,
             bool scale_of_weights, bool scale_in_stats, const Reduction& reduction,
             const Stream& stream);
-// Where the tickets of a call are: at the start of its scratch; null if its reductions need none.
+// The tickets of a call, at the start of its scratch; null if its reductions need none.
 double* tickets(const Reduction& reduction, i64 rows);
-// Doubles that the reductions of a call take of its scratch, before what projectors take.
+// The number of doubles of scratch that the reductions of a call take, before the projectors'
+// terms.
 i64 partial_sums(i64 rows, i64 layers);
 
-// Makes a device current, and on destruction the one that was.
+// Makes a device current, and on destruction restores the previous one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -211,8 +213,8 @@ class DeviceGuard {
   int previous_;
 };
 
-// What the doctor reports: the runtime that is linked in, the driver's version (0: none), and why
-// no kernel could be launched here, or nothing.
+// Facts for oprd-doctor: the version of the linked runtime, the version of the driver (0: none),
+// and the reason why no kernel can be launched, or "".
 struct Facts {
   int runtime = 0;
   int driver = 0;

@@ -1,10 +1,10 @@
 // One pair of rows: its loss, its statistics, and the gradient of the loss with respect to the
-// first. The formulas, and the reasons for them, are those of csrc/cpu/pair.h; the arithmetic
-// differs where a GPU's does: all of it is in float32, which a GPU has units for, over few elements a
-// thread; rows whose squares overflow are summed again scaled by a power of two.
+// first row. The formulas and the reasons for them are those of csrc/cpu/pair.h. The arithmetic is
+// all in float32, for which a GPU has units, with few elements per thread. Rows whose squares
+// overflow are summed again, scaled by a power of two.
 //
-// A Pair has width() and each(f), which calls f(e, s, t) on the elements of this thread, e being an
-// element's place in what was read with it.
+// A Pair has each(f), which calls f(e, s, t) on the elements of this thread. e is the position of
+// the element among those that were read together.
 #pragma once
 
 #include <cfloat>
@@ -21,18 +21,19 @@ struct PairStats {
   float one_minus_cos;
 };
 
-// s.s and t.t; for mse also s.t and |s - t|^2.
+// s.s and t.t, and for mse also s.t and |s - t|^2.
 enum Square { kSS = 0, kTT = 1, kST = 2, kDiff = 3 };
 
-// What each is multiplied by before squaring.
+// The factors of s, t and s - t before squaring.
 struct Factors {
   float s, t, diff;
 };
 
-constexpr float kShrink = 0x1p-96f;  // brings any float's square, summed over any row, into range
+constexpr float kShrink = 0x1p-96f;  // after it, no sum of squares over a row overflows
 constexpr float kGrow = 0x1p96f;
 
-// N sums, each in two chains: half the rounding, and an addition need not wait for the one before.
+// N sums, each in two chains. This halves the rounding error, and additions need not wait for each
+// other.
 template <int N>
 struct Chains {
   Floats<N> even{}, odd{};
@@ -72,7 +73,7 @@ __device__ __forceinline__ Floats<4> scaled_squares(const Pair& pair, const Fact
   return sum.sum();
 }
 
-// {|s^ - t^|^2, s^ . (s^ - t^)}: the second is 1 - cos without cancellation.
+// {|s^ - t^|^2, s^ . (s^ - t^)}. The second is 1 - cos without cancellation.
 template <class Pair>
 __device__ __forceinline__ Floats<2> directions(const Pair& pair, float inv_s, float inv_t) {
   Chains<2> sum;
@@ -85,7 +86,7 @@ __device__ __forceinline__ Floats<2> directions(const Pair& pair, float inv_s, f
   return sum.sum();
 }
 
-// Written so that NaN is neither clamped nor taken for a zero row.
+// This comparison is false for NaN, so NaN is neither clamped nor treated as a zero row.
 __device__ __forceinline__ bool is_zero_row(float square) {
   return square <= static_cast<float>(kEps * kEps);
 }
@@ -96,7 +97,7 @@ __device__ __forceinline__ float factor_for(float square) {
   return square <= FLT_MAX ? 1.f : kShrink;
 }
 
-// All threads of the group call, and all get the result. inv_width: 1 / width.
+// All threads of the group must call this, and all get the result. inv_width is 1 / width.
 template <class Pair, class Group>
 __device__ __forceinline__ PairStats pair_stats(const Pair& pair, const Group& group, Kind kind,
                                                 float inv_width) {
@@ -118,22 +119,22 @@ __device__ __forceinline__ PairStats pair_stats(const Pair& pair, const Group& g
   if (mse) {
     const float back = by.diff == 1.f ? 1.f : kGrow;
     stats.loss = sum.v[kDiff] * inv_width * back * back;
-    stats.one_minus_cos = 1.f - sum.v[kST] * inv_s * inv_t;  // all three scaled alike
+    stats.one_minus_cos = 1.f - sum.v[kST] * inv_s * inv_t;  // the scales of the factors cancel
   } else {
     const Floats<2> unit = group.template sum<2>(directions(pair, stats.inv_s, stats.inv_t));
     stats.loss = unit.v[0] * (kind == Kind::kNmse ? inv_width : 0.5f);
     stats.one_minus_cos = unit.v[1];
   }
-  if (by.s == 1.f && is_zero_row(sum.v[kSS])) {  // no direction: cosine 0, gradient 0
+  if (by.s == 1.f && is_zero_row(sum.v[kSS])) {  // no direction: cosine and gradient are 0
     stats.inv_s = 0.f;
     stats.one_minus_cos = 1.f;
   }
   return stats;
 }
 
-// coefficient * d loss / d s, element by element. The unit vectors are formed as `directions` formed
-// them: what rounding did to the norms then cancels in the difference as it did in 1 - cos, and
-// equal rows give exactly 0.
+// coefficient * d loss / d s, element by element. The unit vectors are computed as in `directions`.
+// The rounding errors of the norms then cancel in the difference as they do in 1 - cos, and equal
+// rows give exactly 0.
 struct PairGradient {
   bool mse;
   float inv_s, inv_t, minus_omc, outer;

@@ -1,6 +1,6 @@
-// The gradient behind a projection: dH = (coefficient dz) P. What is written is H's size, so that the
-// rest has to stay out of its way: a thread keeps its columns of P, all ranks of them, in registers,
-// and rows stream by, dz of each being the same for all threads.
+// Backward with a projection: dH = (coefficient dz) P. The output has the size of H, so the kernel
+// keeps all other memory traffic small. A thread holds all ranks of its columns of P in registers
+// and iterates over rows. The dz of a row is the same for all threads.
 #pragma once
 
 #include "storage.cuh"
@@ -8,19 +8,20 @@
 namespace oprd {
 namespace cuda {
 
-constexpr i64 kEnoughBlocks = 2 * 148;  // two for each SM of a B200
+constexpr i64 kEnoughBlocks = 2 * 148;  // two per SM of a B200
 constexpr int kBackwardWarps = 8;
-constexpr int kBackwardRows = 64;    // of a block, at most
-constexpr int kBackwardAtATime = 4;  // rows whose old gradient is asked for together
+constexpr int kBackwardRows = 64;    // the most rows of a block
+constexpr int kBackwardAtATime = 4;  // rows whose old gradient is loaded together
 
 inline bool is_aligned(const float* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 
-// The columns of a lane: Vector: kColumns neighbours; else every kWarp-th of a warp's.
+// The columns of a lane. With Vector they are kColumns neighbours, otherwise every kWarp-th column
+// of the warp's.
 template <DType D, bool Vector, int Ranks>
 struct BackwardColumns {
   using S = Storage<D>;
   using type = typename S::type;
-  // 16 bytes, as far as registers carry.
+  // 16 bytes, unless that takes too many registers.
   static constexpr int kColumns = Vector && Ranks <= 8 ? 4 * S::kPerWord : 4;
   static constexpr int kOfWarp = kColumns * kWarp;
   static constexpr int kWords = kColumns / S::kPerWord;
@@ -54,7 +55,7 @@ struct BackwardColumns {
     return x;
   }
 
-  // What is missing is 0.
+  // Columns past the end are 0.
   __device__ Words<kWords> read(const type* row) const {
     Words<kWords> raw{};
     if constexpr (Vector) {
@@ -80,7 +81,7 @@ struct BackwardColumns {
   }
 };
 
-// Block `job` has rows of tile job / slabs and columns of slab job % slabs.
+// Block `job` processes the rows of tile job / slabs and the columns of slab job % slabs.
 template <DType D, bool Vector, int Ranks>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     projected_backward(const __grid_constant__ Parameter<ProjectedBackward> call, int slabs,
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
   constexpr int kPlaces = kBackwardRows * Ranks * static_cast<int>(sizeof(float));
   using Memory = BlockMemory<kPlaces + kBackwardRows * 2 * static_cast<int>(sizeof(i64))>;
   const Shared<float> scaled = Memory::template at<float>(0);
-  const Shared<i64> rows = Memory::template at<i64>(kPlaces);  // offset in elements, and fate
+  const Shared<i64> rows = Memory::template at<i64>(kPlaces);  // per row: offset in elements, fate
 
   const auto& layer = call.layers[blockIdx.y];
   const Batch& batch = call.batch;
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
     float coefficient = 0.f;
     if (i < batch.rows) {
       const float w = weight(batch, i);
-      const bool zero = w == 0.f || scale == 0.f;  // whatever is known of the row
+      const bool zero = w == 0.f || scale == 0.f;  // gradient 0, whatever dz holds
       fate = !zero ? kSum : call.accumulate ? kLeftAlone : kZero;
       if (!zero) coefficient = load(layer.grad_loss + i * call.grad_loss_stride) * scale * w;
       offset = row_of<type>(layer.grad, student_row(batch, i)) - static_cast<type*>(layer.grad.data);
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 2)
           sum.v[c] = fma(dz.w, proj[k + 3].v[c], sum.v[c]);
         }
       }
-      if (fate == kZero) sum = {};  // P may hold what 0 times is not 0
+      if (fate == kZero) sum = {};  // P may hold NaN or infinity, whose product with 0 is NaN
       if (call.accumulate) {
         const auto before = unpacked<D>(old[n]);
 #pragma unroll

@@ -1,9 +1,10 @@
-// Rows compared after projection to r <= 16 dimensions, on FMA: float32 states, and rows that cannot
-// be read in vectors; tensor_forward.cuh has the others. H is read once, from global memory to registers; P is read once a block
-// of rows, from L2 to shared memory, slice of columns by slice.
+// Forward with a projection to r <= 16 dimensions, with FMA instructions: for float32 states, and
+// for rows that can't be read in vectors. tensor_forward.cuh handles the others. H is read once,
+// from global memory to registers. P is read once per block of rows, from L2 to shared memory, one
+// slice of columns at a time.
 //
-// A warp has kRows rows; a lane sums its columns of all r products of these in registers, then the
-// warp adds up its lanes.
+// A warp has kRows rows. Each lane sums over its columns of all r products of these rows in
+// registers. Then the warp adds the sums of its lanes.
 #pragma once
 
 #include "pair.cuh"
@@ -13,18 +14,18 @@
 namespace oprd {
 namespace cuda {
 
-// The columns of a slice: a lane has kUnits units of each row, kPerLane elements. In shared memory
-// a row of a slice of P lies as kPerLane / 4 times 32 float4, one a lane.
+// The columns of a slice. A lane has kUnits units, or kPerLane elements, of each row. In shared
+// memory, a row of a slice of P is stored as kPerLane / 4 times 32 float4, one per lane.
 template <DType D, bool Vector>
 struct Slice {
   using U = Unit<D, Vector>;
   static constexpr int kUnits = Vector ? 1 : 4;
   static constexpr int kPerLane = kUnits * U::kElements;
   static constexpr int kColumns = kWarp * kPerLane;
-  static constexpr int kVectors = kColumns / 4;  // float4 to a row
+  static constexpr int kVectors = kColumns / 4;  // float4 per row
 
-  // Begins to copy vector n of a row of P, counted from column `begin` on, to row j of a slice. What
-  // lies past the end is 0, so that nothing there can turn a product into NaN.
+  // Begins to copy vector n of a row of P, counted from column `begin` on, to row j of a slice.
+  // Elements past the end are set to 0, so that they can't turn a product into NaN.
   __device__ static void bring(const Shared<float4>& slice, const float* row, int begin, int width,
                                int j, int n) {
     const int place = j * kVectors + n % (kPerLane / 4) * kWarp + n / (kPerLane / 4);
@@ -55,7 +56,7 @@ struct Four {
 };
 __device__ __forceinline__ Four four(const float4& x) { return {{x.x, x.y, x.z, x.w}}; }
 
-// One side of the projection: z = P (h - mean).
+// One side (student or teacher) of the projection z = P (h - mean).
 struct Side {
   Strided x;
   const i64* index;
@@ -64,8 +65,9 @@ struct Side {
   int width;
 };
 
-// At each step a lane gives the half of its values that its partner keeps: after five, lane l has
-// the warp's sums of values l * N / 32 and on. N / 32 shuffles a lane less than summing each value.
+// At each step a lane gives its partner the half of its values that the partner keeps. After five
+// steps, lane l has the warp's sums of values l * N / 32 and on. This takes 31 N / 32 shuffles per
+// lane, where summing each value separately takes 5 N.
 template <int Mask, int N, int All>
 __device__ __forceinline__ void sum_and_deal(Floats<All>& x) {
   if constexpr (Mask > 0) {
@@ -83,8 +85,8 @@ __device__ __forceinline__ void sum_and_deal(Floats<All>& x) {
   }
 }
 
-// Ranks: r rounded up. A warp has kRows rows; its lanes have the sums of all products in registers.
-// How many warps a block has is the launch's choice.
+// Ranks is r rounded up. A warp has kRows rows, and its lanes hold the sums of all products in
+// registers. The launch chooses the number of warps of a block.
 template <DType D, bool Vector, int Ranks>
 struct ForwardTile {
   using S = Slice<D, Vector>;
@@ -96,8 +98,8 @@ struct ForwardTile {
   static constexpr int kSums = kRows * Ranks;
   static constexpr int kAhead = 2;  // slices of H in registers
 
-  // Shared memory: two buffers for slices of P and, as its row number Ranks, of the mean; then z of
-  // both sides, rows padded to spare bank conflicts; then where the rows of H are.
+  // Shared memory holds, in order: two buffers for slices of P, with the mean as row Ranks; z of
+  // both sides, with rows padded to avoid bank conflicts; the addresses of the rows of H.
   static constexpr int kBufferVectors = (Ranks + 1) * S::kVectors;
   static constexpr int kZStride = Ranks + 1;
   static constexpr int kZBegin = 2 * kBufferVectors * sizeof(float4);
@@ -111,7 +113,7 @@ struct ForwardTile {
     return Memory::template at<float4>(n * kBufferVectors * static_cast<int>(sizeof(float4)));
   }
 
-  // Rows of the buffers that no rank fills add 0 to sums nobody reads.
+  // Clears the rows of the buffers from `rank` on. Nothing reads the sums of these rows.
   __device__ static void clear_unused(int rank) {
     for (int n = rank * S::kVectors + threadIdx.x; n < Ranks * S::kVectors; n += threads()) {
       buffer(0).store(n, float4{});
@@ -120,7 +122,7 @@ struct ForwardTile {
   }
 
   __device__ static void bring(const Side& side, int rank, int begin, int to) {
-#pragma unroll 1  // unrolled, its addresses would take registers from the sums
+#pragma unroll 1  // unrolling would take registers for addresses from the sums
     for (int n = threadIdx.x; n < rank * S::kVectors; n += threads()) {
       const int j = n / S::kVectors;
       S::bring(buffer(to), side.proj + i64{j} * side.width, begin, side.width, j, n % S::kVectors);
@@ -169,12 +171,12 @@ struct ForwardTile {
     }
   }
 
-  // z of the block's rows into shared memory. Rows that are masked, or not there, stay 0.
+  // Stores z of the block's rows in shared memory. z is 0 for rows that are masked or do not exist.
   __device__ static void project(const Batch& batch, const Side& side, int rank, i64 first_row,
                                  int z_begin) {
     using type = typename U::type;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    // Kept there, because registers are scarce here.
+    // The addresses are in shared memory because registers are scarce here.
     const Shared<const type*> rows = Memory::template at<const type*>(kRowsBegin);
     block_barrier();  // rows and buffers may still be read for the other side
     const int thread = threadIdx.x;
@@ -201,7 +203,7 @@ struct ForwardTile {
         }
       }
     };
-    // While one slice is multiplied, kAhead of the next are on their way.
+    // While one slice is multiplied, the next kAhead slices are being loaded.
     typename U::Raw raw[kAhead][kRows][S::kUnits];
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) ask(n * S::kColumns, raw[n]);
@@ -212,7 +214,7 @@ struct ForwardTile {
         const int begin = first + n * S::kColumns;
         if (begin >= side.width) break;
         wait_for_copies();
-        block_barrier();  // all of this slice is there, and the one before has been used
+        block_barrier();  // this slice is complete, and the previous one has been used
         if (begin + S::kColumns < side.width) bring(side, rank, begin + S::kColumns, 1 - now);
         multiply(raw[n], side.mean != nullptr, buffer(now), sums);
         ask(begin + kAhead * S::kColumns, raw[n]);
@@ -227,7 +229,7 @@ struct ForwardTile {
     }
   }
 
-  // The block's rows of a teacher that is r wide already.
+  // Stores the block's rows of a teacher that is already r wide.
   __device__ static void copy(const Batch& batch, const Strided& teacher, int rank, i64 first_row,
                               int z_begin) {
     using type = typename U::type;
@@ -260,7 +262,8 @@ __global__ void __launch_bounds__(ForwardTile<D, Vector, Ranks>::kMaxThreads, 2)
                         layer.student_width},
                 rank, first_row, Tile::kZBegin);
   if (layer.teacher_proj) {
-    // The mean goes before the product: after it, z_T would be a difference of large sums.
+    // Subtracted after the product instead of before, the mean would make z_T a difference of large
+    // sums.
     Tile::project(batch, {layer.teacher, batch.teacher_rows, layer.teacher_proj,
                           layer.teacher_mean, layer.teacher_width},
                   rank, first_row, kTeacherZ);
@@ -295,14 +298,14 @@ void launch_projected_tiles(const ProjectedForward& call, Launch as) {
   const i64 rows = call.batch.rows;
   int warps = Tile::kMaxWarps;
   auto blocks = [&] { return (rows + warps * Tile::kRows - 1) / (warps * Tile::kRows); };
-  // Few rows: rather bring P more often than leave SMs idle. No result depends on it.
+  // With few rows, loading P more often is better than idle SMs. No result depends on the choice.
   while (warps > 2 && blocks() * as.layers < kEnoughBlocks) warps = (warps + 1) / 2;
   as.blocks = blocks();
   as.threads = warps * kWarp;
   launch(as, projected_forward<D, Vector, Ranks>, call);
 }
 
-// Without vectors (odd widths) one variant serves all ranks.
+// Without vectors (odd widths), all ranks use one variant.
 template <DType D>
 void launch_projected_forward(const Problem* problems, const ForwardOut* outs, int layers,
                               double* tickets, const Room& terms, const Stream& stream) {

@@ -1,7 +1,8 @@
-// From row losses to the loss and the batch statistics, in double and in one fixed order: each
-// block sums a fixed range of rows. Of several blocks of a layer, each stores its sums and then draws
-// a ticket; the one that draws the last adds them all up, in the order of the rows, whichever it is.
-// The tickets were made 0 by the launch before, of the same call.
+// The reduction of row losses to the loss and the batch statistics, in double and in a fixed order.
+// Each block sums a fixed range of rows. If a layer has several blocks, each stores its sums and
+// then draws a ticket. The block with the last ticket adds all sums in the order of the rows, so
+// the result does not depend on which block is last. The previous launch of the same call has reset
+// the tickets to 0.
 
 #include "storage.cuh"
 
@@ -16,7 +17,7 @@ constexpr i64 kRowsOfOneBlock = 1024;
 constexpr i64 kRowsPerBlock = 512;
 constexpr i64 kMaxParts = 256;
 
-// What is summed over rows.
+// The quantities that are summed over rows.
 enum Sum { kLoss, kCos, kStudentNorm, kTeacherNorm, kRows, kWeights, kSums };
 
 i64 parts(i64 rows) {
@@ -28,7 +29,7 @@ i64 parts(i64 rows) {
 template <int Threads, int N>
 constexpr int kSumBytes = Threads / kWarp * N * static_cast<int>(sizeof(double));
 
-// The sums over a block of at most Threads, for its first thread.
+// The sums over a block of at most Threads threads. Only its first thread gets them.
 template <int Threads, int Bytes, int N>
 __device__ Doubles<N> block_sum(const Doubles<N>& x) {
   static_assert(kSumBytes<Threads, N> <= Bytes, "room for the warps' sums");
@@ -59,7 +60,8 @@ __device__ void put_result(const Doubles<kSums>& sum, const Reduce& call,
   } else {
     scale = value_of(call.scale);
   }
-  // A denominator of 0 stands for "nothing to learn from": exactly 0, whatever the rows hold.
+  // A denominator of 0 means that there is nothing to learn from. The loss is then exactly 0,
+  // whatever the rows hold.
   if (layer.loss) store(layer.loss, scale == 0.f ? 0.f : static_cast<float>(sum.v[kLoss] * scale));
   store(layer.stats + kMeanCos, static_cast<float>(sum.v[kCos] * per_row));
   store(layer.stats + kMeanStudentNorm, static_cast<float>(sum.v[kStudentNorm] * per_row));
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Par
   if (threadIdx.x == 0) put_result(sum, call, layer);
 }
 
-// 1 / sum of the weights (0 if that is 0), into `layers` places.
+// Stores 1 / the sum of the weights (0 if the sum is 0) in `layers` places.
 __global__ void __launch_bounds__(kWeightThreads)
     sum_weights(const float* weights, i64 rows, float* scale, i64 stride, int layers) {
   Doubles<1> sum{};
@@ -127,10 +129,10 @@ __global__ void __launch_bounds__(kWeightThreads)
 
 }  // namespace
 
-// A ticket a layer; then the parts' sums.
+// One ticket per layer, then the sums of the parts.
 i64 partial_sums(i64 rows, i64 layers) {
   const i64 count = parts(rows);
-  return count == 1 ? 0 : (layers * (1 + count * kSums) + 1) / 2 * 2;  // 16 bytes for what follows
+  return count == 1 ? 0 : (layers * (1 + count * kSums) + 1) / 2 * 2;  // the terms need 16 bytes
 }
 
 std::int64_t scratch(std::int64_t rows, std::int64_t layers, std::int64_t rank,

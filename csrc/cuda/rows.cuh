@@ -1,4 +1,4 @@
-// What each storage type's translation unit instantiates.
+// The templates that the translation unit of each storage type instantiates.
 #pragma once
 
 #include "identity.cuh"

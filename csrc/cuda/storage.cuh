@@ -1,4 +1,4 @@
-// Storage types, what a thread reads at a time, and where rows are.
+// Storage types, the units that a thread reads at a time, and the positions of rows.
 #pragma once
 
 #include "group.cuh"
@@ -48,7 +48,7 @@ struct Storage<DType::kFloat16> {
   __device__ static std::uint32_t pack(const Floats<2>& x) { return half_pair(x.v[0], x.v[1]); }
 };
 
-// Elements side by side, as they lie in memory.
+// Consecutive elements as they are stored in memory.
 template <int N>
 using Words = Array<std::uint32_t, N>;
 
@@ -98,7 +98,7 @@ __device__ __forceinline__ Floats<N * Storage<D>::kPerWord> unpacked(const Words
   }
   return x;
 }
-// Into words that are 0 there.
+// Stores element n of words. The element must be 0 before.
 template <DType D, int N>
 __device__ __forceinline__ void put_element(Words<N>& words, int n, typename Storage<D>::type x) {
   constexpr int kPer = Storage<D>::kPerWord;
@@ -109,8 +109,8 @@ __device__ __forceinline__ void put_element(Words<N>& words, int n, typename Sto
   }
 }
 
-// What a thread reads and writes at a time: a vector of 16 bytes, or one element where width, base
-// or strides do not allow vectors.
+// The unit that a thread reads and writes at a time: a vector of 16 bytes, or one element if the
+// width, the base address or the strides do not allow vectors.
 template <DType D, bool Vector>
 struct Unit;
 
@@ -170,7 +170,7 @@ __device__ __forceinline__ float weight(const Batch& b, i64 i) {
   return b.weights ? load(b.weights + i) : 1.f;
 }
 
-// The reduction of a call counts its blocks with these, from 0 on.
+// Resets the counter with which the reduction of the call counts its blocks.
 __device__ __forceinline__ void reset_ticket(double* tickets) {
   if (tickets && blockIdx.x == 0 && threadIdx.x == 0) {
     store(reinterpret_cast<std::uint32_t*>(tickets + blockIdx.y), std::uint32_t{0});

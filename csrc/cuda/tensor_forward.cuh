@@ -1,9 +1,11 @@
-// Rows of 16-bit states compared after projection to r <= 16 dimensions, on tensor cores: H goes from
-// global memory straight into the fragments of warp-wide products, P as two terms of H's type.
+// Forward of 16-bit states with a projection to r <= 16 dimensions, on tensor cores. H is loaded
+// from global memory directly into the fragments of warp-wide products. P consists of two terms of
+// H's type.
 //
-// A product is 16 rows of H, 16 columns, 8 ranks: lane 4 g + t has of rows g and g + 8 the columns
-// 2 t, 2 t + 1, 2 t + 8, 2 t + 9, and of rank g the same columns of P. A sum over columns does not
-// care which is which: of 32 columns lane t takes the eight from 8 t on, 16 bytes, for two products.
+// A product covers 16 rows of H, 16 columns and 8 ranks. Lane 4 g + t holds columns 2 t, 2 t + 1,
+// 2 t + 8 and 2 t + 9 of rows g and g + 8, and the same columns of rank g of P. The order of
+// columns in a sum does not matter. Of 32 columns, lane t therefore takes the eight from 8 t on (16
+// bytes), for two products.
 #pragma once
 
 #include "pair.cuh"
@@ -14,11 +16,11 @@ namespace cuda {
 
 constexpr int kPrepareThreads = 256;
 
-// A layer's room: two floats a rank and side (what to multiply z by, and P mu), then the terms of the
-// student's projector, then those of the teacher's. kTermColumns columns, all terms and ranks of them,
-// lie together.
+// The scratch of a layer holds, in order: two floats per rank and side (the factor of z, and P mu);
+// the terms of the student's projector; the terms of the teacher's projector. All terms and ranks
+// of kTermColumns columns are stored together.
 
-// Columns that are kept, zeros past the width: whole pairs of kTermColumns.
+// The number of stored columns, with zeros past the width: whole pairs of kTermColumns.
 __device__ __forceinline__ int term_columns(int width) {
   return (width + 2 * kTermColumns - 1) / (2 * kTermColumns) * (2 * kTermColumns);
 }
@@ -53,7 +55,8 @@ __device__ T block_all(T own, int begin, Add add) {
   return all.load(0);
 }
 
-// A block a rank and side: its terms, what undoes their scale, and P mu, formed in double.
+// One block per rank and side computes its terms, the factor that undoes their scale, and P mu in
+// double.
 template <DType D, int Ranks>
 __global__ void __launch_bounds__(kPrepareThreads)
     prepare_terms(const __grid_constant__ Parameter<PrepareTerms> call) {
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
   float scale = 1.f;
   if (D == DType::kFloat16) {
-    // Into [2^13, 2^14): neither does a term overflow, nor does what the second adds underflow.
+    // Scale the largest element to [2^13, 2^14), so that no term overflows and the second term does
+    // not underflow.
     largest = block_all<kPrepareThreads>(largest, 0, [](float a, float b) { return a > b ? a : b; });
     const int exponent = static_cast<int>(bits_of(largest) >> 23);
     if (exponent > 13 && exponent < 254) {
@@ -101,19 +105,19 @@ __global__ void __launch_bounds__(kPrepareThreads)
       store(terms + at * kTermColumns + c % kTermColumns, rounded);
       const float value = S::get(rounded);
       rest = rest - value;
-      if (!(rest - rest == 0.f)) rest = 0.f;  // infinity has no rest
+      if (!(rest - rest == 0.f)) rest = 0.f;  // no rest for infinity or NaN
     }
   }
 }
 
-// A block has kRows rows; its warps share the columns, 64 at a time, and add up what they found.
+// A block has kRows rows. Its warps share the columns, 64 at a time, and add their sums.
 template <DType D, int Ranks>
 struct TensorTile {
   using type = typename Storage<D>::type;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kRows = 32, kTiles = kRows / 16;
   static constexpr int kRankTiles = Ranks / 8;
-  static constexpr int kHalves = 2;  // kTermColumns each
+  static constexpr int kHalves = 2;  // of kTermColumns each
 
   static constexpr int kZStride = Ranks + 1;
   static constexpr int kSums = 2 * kWarps * kRows * kZStride;  // [side][warp][row][rank]
@@ -131,7 +135,8 @@ struct TensorTile {
                                       static_cast<int>(sizeof(float)));
   }
 
-  // This warp's share of z of the block's rows on one side. A null row, masked or not there, is 0.
+  // Computes this warp's share of z of the block's rows on one side. A null row is masked or does
+  // not exist; its z is 0.
   __device__ static void project(const Shared<const type*>& rows, const std::uint16_t* terms,
                                  int width, int side) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -160,7 +165,7 @@ struct TensorTile {
         for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
           for (int n = 0; n < kRankTiles; ++n) {
-            constexpr int kVectors = Ranks * kTermColumns / 8;  // of a term
+            constexpr int kVectors = Ranks * kTermColumns / 8;  // per term
             const uint4 p = load(mine + i64{block} * (kTerms * kVectors) + (term * kVectors + 32 * n));
             f.p[half][term][n] = {{p.x, p.y, p.z, p.w}};
           }
@@ -172,7 +177,7 @@ struct TensorTile {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-        for (int term = kTerms - 1; term >= 0; --term) {  // the small ones first
+        for (int term = kTerms - 1; term >= 0; --term) {  // small terms first
 #pragma unroll
           for (int n = 0; n < kRankTiles; ++n) {
             const Words<4>& p = f.p[half][term][n];
@@ -187,7 +192,7 @@ struct TensorTile {
       }
     };
     const int pairs = (width + kHalves * kTermColumns - 1) / (kHalves * kTermColumns);
-    // While one is multiplied, the next is on its way.
+    // While one pair of fragments is multiplied, the next is being loaded.
     Fragments now{}, next{};
     if (warp < pairs) ask(warp, now);
 #pragma unroll 1
@@ -213,7 +218,7 @@ struct TensorTile {
   }
 };
 
-// z_S and z_T of a row in shared memory, for one thread.
+// z_S and z_T of a row in shared memory, read by one thread.
 struct SharedPair {
   Shared<float> s, t;
   int begin, rank;

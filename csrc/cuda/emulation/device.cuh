@@ -1,5 +1,5 @@
-// The device as the kernels see it, on the host: what gpu/device.cuh has, with every access to
-// memory and every synchronisation going through the emulated machine, which watches them.
+// The interface of gpu/device.cuh, on the host. Every memory access and every synchronisation goes
+// through the emulated machine, which checks it.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-// What CUDA has as built-in variables of a thread and types.
+// CUDA's built-in variables of a thread, and its vector types.
 #define threadIdx (::oprd::emulation::current().thread)
 #define blockIdx (::oprd::emulation::current().block)
 #define blockDim (::oprd::emulation::current().threads)
@@ -78,7 +78,7 @@ class Shared {
   void store(int i, T value) const {
     std::memcpy(emulation::shared_access(at(i), sizeof(T), limit_, true), &value, sizeof value);
   }
-  // What is copied arrives as late as it may: at wait_for_copies.
+  // The copy arrives as late as possible: at wait_for_copies.
   void copy_async(int i, const T* from) const {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "what cp.async takes");
     const T value = cuda::load(from);
@@ -106,7 +106,7 @@ struct BlockMemory {
 
 inline void wait_for_copies() { emulation::wait_for_copies(); }
 
-// Where it stands in the source tells one barrier from another.
+// The location in the source distinguishes barriers.
 inline void block_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulation::block_barrier({file, line});
 }
@@ -123,7 +123,7 @@ T shuffle_xor(const T& value, int mask, const char* file = __builtin_FILE(),
   return result;
 }
 
-// oprd::fma is the one of csrc/cpu/simd.h, which may round twice.
+// This fma rounds once. oprd::fma of csrc/cpu/simd.h may round twice.
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 struct TensorRows {
@@ -132,8 +132,8 @@ struct TensorRows {
 struct TensorColumns {
   std::uint32_t v[2];
 };
-// Products of 16-bit elements are exact in float32; added in the order of the columns, each addition
-// rounded, where the hardware aligns several and cuts.
+// Products of 16-bit elements are exact in float32. They are added in the order of the columns, and
+// each addition rounds. The hardware instead aligns several products and truncates.
 template <DType D>
 void tensor_product(float (&c)[4], const TensorRows& a, const TensorColumns& b,
                     const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -151,7 +151,7 @@ void tensor_product(float (&c)[4], const TensorRows& a, const TensorColumns& b,
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
   for (int i = 0; i < 4; ++i) {
     for (int k = 0; k < 16; ++k) {
-      const int from = k % 8 / 2;  // which lane of four has column k
+      const int from = k % 8 / 2;  // the lane of four that has column k
       const float x = element(all[4 * g + from].a.v[2 * (k / 8) + i / 2], k);
       const float y = element(all[4 * (2 * t + i % 2) + from].b.v[k / 8], k);
       c[i] += x * y;

@@ -1,6 +1,6 @@
-// A stack of its own and a place where to go on. Saves and restores what the platform's calling
-// convention says a function keeps, which costs a few nanoseconds; elsewhere ucontext does it, at
-// the price of a system call.
+// A fiber: a stack, and the position from which it continues. On x86-64, a switch saves and
+// restores the registers that the calling convention preserves, which takes a few nanoseconds.
+// Other platforms use ucontext, which costs a system call.
 #pragma once
 
 #include <cstddef>
@@ -22,11 +22,11 @@ extern "C" void oprd_switch_stack(void** save, void* to);
 
 class Fiber {
  public:
-  // The fiber begins in `entry`, which never returns. Called again, it begins anew.
+  // Makes the fiber start in `entry`, which must never return. A second call starts it again.
   void begin(void (*entry)()) {
     if (!stack_) stack_.reset(new char[kStackBytes]);
     auto top = reinterpret_cast<std::uintptr_t>(stack_.get() + kStackBytes) & ~std::uintptr_t{63};
-    // Six saved registers, then where to return to: at entry the stack is as after a call.
+    // Six saved registers, then the return address: at entry the stack looks as after a call.
     auto* frame = reinterpret_cast<void**>(top) - 8;
     for (int i = 0; i < 8; ++i) frame[i] = nullptr;
     frame[6] = reinterpret_cast<void*>(entry);

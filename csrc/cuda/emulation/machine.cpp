@@ -56,10 +56,10 @@ struct Thread {
   Fiber fiber;
   Waits waits = Waits::kNo;
   Site site{nullptr, 0};
-  unsigned warp_epoch = 0;  // synchronisations of its warp so far
-  // What it gave to the last two shuffles: a lane may reach the next one before another has read.
+  unsigned warp_epoch = 0;  // number of synchronisations of its warp so far
+  // Its values in the last two shuffles. A lane may reach the next shuffle before another has read.
   std::vector<char> given[2];
-  std::vector<Copy> copies;  // begun and not waited for
+  std::vector<Copy> copies;  // copies that were begun and not waited for
 };
 
 std::string describe(const Site& site) {
@@ -100,7 +100,7 @@ class Machine {
 
   void warp_barrier(Site site) {
     wait(Waits::kWarp, site);
-    // Unlike a barrier, a shuffle does not order accesses to memory.
+    // Only a barrier advances the epoch: a shuffle does not order accesses to memory.
     ++threads_[running_].warp_epoch;
     memory().set_epochs(block_epoch_, threads_[running_].warp_epoch);
   }
@@ -125,7 +125,7 @@ class Machine {
   }
 
   void take(int partner, void* result, std::size_t bytes) {
-    // The partner may have given to the next shuffle already.
+    // The partner may already be in the next shuffle.
     const int ahead = static_cast<int>(shuffles_[partner] - shuffles_[running_]);
     std::memcpy(result, threads_[partner].given[ahead].data(), bytes);
   }
@@ -161,7 +161,7 @@ class Machine {
   int count_ = 0;
   int running_ = 0;
   unsigned block_epoch_ = 0;
-  std::deque<Thread> threads_;  // stable addresses
+  std::deque<Thread> threads_;  // a deque keeps their addresses stable
   std::vector<unsigned> shuffles_;
   std::vector<int> ready_;
   std::vector<int> waiting_in_warp_;
@@ -234,7 +234,7 @@ void Machine::wait(Waits what, Site site) {
   own.fiber.switch_to(scheduler_);
 }
 
-// Lets threads go on once all that must meet have come, and have come to the same place.
+// Lets threads continue once all threads that must meet have arrived at the same location.
 void Machine::arrive(int thread) {
   const bool whole_block = threads_[thread].waits == Waits::kBlock;
   int& waiting = whole_block ? waiting_in_block_ : waiting_in_warp_[thread / kWarp];

@@ -1,6 +1,6 @@
-// A machine that runs CUDA kernels on one host thread, to find what is wrong with them. The threads
-// of a block are fibers, which run one at a time from one synchronisation to the next, in a random
-// order; blocks run one after the other, in a random order. Memory is watched by memory.h.
+// A machine that runs CUDA kernels on one host thread, to detect their errors. The threads of a
+// block are fibers, which run one at a time from one synchronisation to the next, in a random
+// order. Blocks run one after the other, in a random order. memory.h checks memory accesses.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 
-// Something a kernel may not do.
+// An error of a kernel.
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -22,24 +22,24 @@ struct Dim {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// The built-in variables of the thread that runs.
+// The built-in variables of the running thread.
 struct Current {
   Dim thread, block;
   Dim threads{1, 1, 1}, blocks{1, 1, 1};
 };
 Current& current();
 
-// A place in the source.
+// A location in the source.
 struct Site {
   const char* file;
   int line;
 };
 
-// What kernels do; each throws Fault if that is wrong.
+// The operations of kernels. Each throws Fault if the operation is invalid. `limit` is the number
+// of bytes of shared memory of the kernel.
 void global_access(const void* p, std::size_t bytes, bool write);
-// limit: the bytes of shared memory that the kernel has.
-// An atomic read and write, with acquire and release: what is ordered before it is ordered before
-// what comes after a later one to the same address.
+// An atomic read and write with acquire and release: accesses ordered before it are also ordered
+// before those that follow a later atomic access to the same address.
 void ordered_access(const void* p, std::size_t bytes);
 void* shared_access(std::int64_t offset, std::size_t bytes, int limit, bool write);
 void copy_async(std::int64_t shared_offset, const void* value, std::size_t bytes, int limit);
@@ -48,13 +48,13 @@ void block_barrier(Site site);
 void warp_barrier(Site site);
 void shuffle_xor(Site site, int mask, const void* value, void* result, std::size_t bytes);
 
-// What every lane of the warp gives, in their order.
+// Collects the values of all lanes of the warp, in order.
 void warp_gather(Site site, const void* value, void* all, std::size_t bytes);
 
-// Runs a launch of blocks x layers blocks to its end, or to the first Fault of a thread.
+// Runs a launch of blocks x layers blocks until its end, or until the first Fault of a thread.
 void run(std::int64_t blocks, int layers, int threads, const std::function<void()>& thread);
 
-// Of the random orders.
+// Sets the seed of the random orders.
 void seed(std::uint64_t value);
 
 }  // namespace emulation

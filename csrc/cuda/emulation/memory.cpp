@@ -12,7 +12,7 @@ Memory& memory() {
   return memory;
 }
 
-// Takes an address apart into an index per dimension, the largest stride first.
+// Splits an address into one index per dimension, the largest stride first.
 bool Region::has(std::uintptr_t p, std::size_t bytes) const {
   if (p < address) return false;
   const std::int64_t offset = static_cast<std::int64_t>(p - address);
@@ -94,8 +94,8 @@ bool Memory::precedes(const Access& past, const Access& now) {
          past.meetings <= now.meetings;
 }
 
-// Whether another block's access comes before one of that block's atomic accesses, which comes before
-// one of this block's to the same address, which comes before what happens now.
+// Whether an atomic counter orders an access of another block before the current access: the other
+// block made an atomic access after it, and this block a later one to the same address.
 bool Memory::met(const Access& past) const {
   if (past.spread == Access::kGrid) return false;
   for (const Meeting& meeting : meetings_) {
@@ -108,9 +108,9 @@ bool Memory::met(const Access& past) const {
 }
 
 void Memory::touch(Granule& granule, bool write, const Region* region) {
-  // Whether a barrier orders `past` before what happens now.
+  // Whether `past` is ordered before the current access.
   auto ordered = [&](const Access& past) {
-    if (past.launch != now_.launch) return true;  // none, or a launch before this one
+    if (past.launch != now_.launch) return true;  // no access, or one of an earlier launch
     if (past.block != now_.block) return met(past);
     return past.spread != Access::kGrid && precedes(past, now_);
   };
@@ -128,7 +128,7 @@ void Memory::touch(Granule& granule, bool write, const Region* region) {
   const Access past = granule.read;
   granule.read = now_;
   if (past.launch != now_.launch) return;
-  // Keep what any later write must be compared with.
+  // Keep the access that any later write must be compared with.
   if (past.spread == Access::kGrid || past.block != now_.block) {
     granule.read.spread = Access::kGrid;
   } else if (past.block_epoch == now_.block_epoch) {
@@ -145,7 +145,7 @@ void Memory::ordered_access(std::uintptr_t p, std::size_t bytes) {
   const Region& region = region_of(p, bytes);
   if (region.mode == "r") throw Fault("write to read-only memory: " + describe(now_) + ", " + region.kind);
   std::vector<Access>& before = counted_[p];
-  if (before.empty()) {  // only the first of a launch can meet what is not atomic
+  if (before.empty()) {  // global_access detects other accesses after the first atomic one
     for (std::uintptr_t at = p; at < p + bytes; at += kGlobalGranule) {
       const Granule& granule = global_granule(at / kGlobalGranule);
       if (region.mode == "w" && granule.written.launch == 0) {

@@ -1,7 +1,8 @@
-// What the emulated kernels may touch, and who touched what. Global memory is what has been
-// allowed, element by element: a tensor's padding is not part of it. Two accesses to a byte by different
-// threads, one of them a write, are a race unless a barrier that both take part in lies between:
-// threads of different blocks have none, but may meet at an atomic counter. What nobody wrote may not be read.
+// The memory of the emulated machine, which records accesses and checks them. Global memory
+// consists of the elements of allowed tensors, without their padding. Two accesses to a byte by
+// different threads, one of them a write, are a race unless a barrier of both threads is between
+// them. Threads of different blocks have no barrier, but may be ordered by an atomic counter.
+// Reading memory that was never written is an error.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +26,8 @@ struct Region {
     std::int64_t size, stride;  // in elements
   };
 
-  std::string kind;  // bytes are counted by this: "activations", ..
-  std::string mode;  // "r": read, "w": written, before anything of it is read; "rw"
+  std::string kind;  // the category in which bytes are counted: "activations", ..
+  std::string mode;  // "r": read only; "w": written before it is read; "rw": both
   std::uintptr_t address = 0;
   std::int64_t item_bytes = 1;
   std::vector<Dimension> dimensions;
@@ -39,13 +40,13 @@ struct Region {
 struct Access {
   std::uint32_t launch = 0;  // 0: none
   std::uint32_t block_epoch = 0, warp_epoch = 0;
-  std::uint32_t meetings = 0;  // of its block so far
+  std::uint32_t meetings = 0;  // number of meetings of its block so far
   std::int64_t block = 0;
   std::int32_t thread = 0;
-  // Reads of one epoch by several threads are kept as one.
+  // Reads of one epoch by several threads are recorded as one access.
   enum Spread : std::int8_t { kThread, kWarp, kBlock, kGrid } spread = kThread;
 };
-// One thread's atomic access, and those to the same address before it.
+// An atomic access of one thread, and the earlier ones to the same address.
 struct Meeting {
   Access own;
   std::vector<Access> before;
@@ -56,7 +57,7 @@ struct Granule {
 
 class Memory {
  public:
-  // From now on these, and no others, may be accessed; nothing has been so far.
+  // Allows access to these regions only, and forgets all earlier accesses.
   void allow(std::vector<Region> regions);
 
   void begin_launch() {
@@ -84,9 +85,9 @@ class Memory {
  private:
   const Region& region_of(std::uintptr_t p, std::size_t bytes) const;
   Granule& global_granule(std::uintptr_t index);
-  void touch(Granule& granule, bool write, const Region* region);  // null: shared memory
+  void touch(Granule& granule, bool write, const Region* region);  // null region: shared memory
   std::string describe(const Access& access) const;
-  // Whether one access of a block comes before another: in the same thread, or a barrier is between.
+  // Whether one access of a block is ordered before another, by a barrier or in the same thread.
   static bool precedes(const Access& past, const Access& now);
   bool met(const Access& past) const;
 
@@ -95,7 +96,7 @@ class Memory {
   std::map<std::string, Traffic> traffic_;
   Access now_;
   std::map<std::uintptr_t, std::vector<Access>> counted_;  // atomic accesses of this launch
-  std::vector<Meeting> meetings_;                          // those of this block
+  std::vector<Meeting> meetings_;                          // atomic accesses of this block
   static constexpr std::uintptr_t kGlobalGranule = 2, kPage = 512;
   std::unordered_map<std::uintptr_t, std::unique_ptr<Granule[]>> pages_;
   std::uintptr_t last_page_number_ = 0;
@@ -106,7 +107,7 @@ class Memory {
     char bytes[16];
   };
   std::vector<Line> shared_;
-  int shared_bytes_ = 0;  // 0: the block has not used any yet
+  int shared_bytes_ = 0;  // 0: the block has not used shared memory yet
 };
 
 Memory& memory();

@@ -1,5 +1,5 @@
-// The module _emulated: the CUDA backend as _native has it, run on the host, and what tests need to
-// watch it. It takes host addresses.
+// The module _emulated: the functions of the CUDA backend, run on the host with host addresses, and
+// functions for tests to check its accesses.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,7 +40,7 @@ void allow(const std::vector<RegionTuple>& tuples) {
   emulation::memory().allow(std::move(regions));
 }
 
-// {kind: (bytes loaded, bytes stored)} since the last call.
+// Returns {kind: (bytes loaded, bytes stored)} since the last call.
 py::dict take_traffic() {
   py::dict found;
   for (auto& [kind, traffic] : emulation::memory().traffic()) {
@@ -57,7 +57,7 @@ PYBIND11_MODULE(_emulated, m) {
   oprd::bind_cuda(m);
   m.def("allow", &allow);
   m.def("take_traffic", &take_traffic);
-  m.def("launches", [] { return emulation::memory().launches(); });  // so far
+  m.def("launches", [] { return emulation::memory().launches(); });  // number of launches so far
   m.def("seed", &emulation::seed);
   m.def("run_faulty", [](const std::string& name, std::uintptr_t data, int n) {
     emulation::run_faulty(name, reinterpret_cast<float*>(data), n);

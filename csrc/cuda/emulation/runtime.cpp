@@ -1,4 +1,4 @@
-// The CUDA runtime of the emulation: a machine without devices to choose from.
+// The CUDA runtime of the emulation, which has no devices to choose from.
 
 #include "kernels.h"
 

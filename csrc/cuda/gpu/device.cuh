@@ -1,5 +1,6 @@
-// The device as the kernels see it. The emulation has a header of the same name and contents, which
-// runs them on the host and watches every access: kernels reach memory through here only.
+// The interface of the kernels to the device. The emulation has a header of the same name and
+// interface, which runs the kernels on the host and checks every access. Kernels access memory only
+// through this interface.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +18,8 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 
-// A kernel's parameter, given by value and read where it is; the emulation spares itself a copy for
-// each of its threads.
+// A parameter of a kernel, passed by value. In the emulation it is a reference, which avoids a copy
+// for each thread.
 template <class T>
 using Parameter = T;
 
@@ -32,9 +33,9 @@ __device__ __forceinline__ void store(T* p, T value) {
   *p = value;
 }
 
-// Vectors of what a kernel reads or writes once: they need no place in the first-level cache.
-// OPRD_HINTS says which instructions do it: 0 plain ones, 1 loads that leave L1 alone, 2 also in L2
-// the first to be evicted.
+// Access to vectors that a kernel reads or writes once, so they need not be in the first-level
+// cache. OPRD_HINTS selects the instructions: 0 plain ones, 1 loads that do not allocate in L1, 2
+// accesses that are also evicted first from L2.
 #if !defined(OPRD_HINTS)
 #define OPRD_HINTS 1
 #endif
@@ -59,8 +60,9 @@ __device__ __forceinline__ void store_once(uint4* p, const uint4& value) {
 #endif
 }
 
-// Adds 1 and returns what was there. What this thread has written, or has seen written, before is
-// there for whoever counts after it, and for those that a barrier puts after that.
+// Adds 1 and returns the previous value. Writes that this thread made or observed before are
+// visible to any thread that counts later, and to the threads that a barrier orders after that
+// thread.
 __device__ __forceinline__ std::uint32_t count_ordered(std::uint32_t* counter) {
   std::uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
@@ -69,7 +71,7 @@ __device__ __forceinline__ std::uint32_t count_ordered(std::uint32_t* counter) {
                : "memory");
   return before;
 }
-// What other blocks wrote before they counted, from where their writes arrive.
+// Loads a value that another block wrote before it counted, past L1.
 template <class T>
 __device__ __forceinline__ T load_published(const T* p) {
   return __ldcg(p);
@@ -82,7 +84,7 @@ class Shared {
   __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
   __device__ __forceinline__ T load(int i) const { return data_[i]; }
   __device__ __forceinline__ void store(int i, T value) const { data_[i] = value; }
-  // Begins a copy from global memory, which wait_for_copies ends.
+  // Begins a copy from global memory, which wait_for_copies completes.
   __device__ __forceinline__ void copy_async(int i, const T* from) const {
     __pipeline_memcpy_async(data_ + i, from, sizeof(T));
   }
@@ -96,7 +98,7 @@ class Shared {
   T* data_;
 };
 
-// All the shared memory of a kernel: so many bytes.
+// The whole shared memory of a kernel, of `Bytes` bytes.
 template <int Bytes>
 class BlockMemory {
  public:
@@ -112,7 +114,8 @@ class BlockMemory {
   }
 };
 
-// Until here the copies that this thread has begun have arrived; a barrier makes them others' too.
+// Waits for the copies that this thread has begun. A barrier then makes them visible to other
+// threads.
 __device__ __forceinline__ void wait_for_copies() {
   __pipeline_commit();
   __pipeline_wait_prior(0);
@@ -121,8 +124,8 @@ __device__ __forceinline__ void wait_for_copies() {
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
-// The value of the lane whose number differs in the bits of `mask`; all lanes take part. T is made
-// of 32-bit words.
+// The value of the lane whose number differs in the bits of `mask`. All lanes must take part. T
+// must consist of 32-bit words.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
   constexpr int kWords = sizeof(T) / sizeof(std::uint32_t);
@@ -135,13 +138,14 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
   return result;
 }
 
-// a * b + c with one rounding. Nothing else is contracted (-fmad=false).
+// a * b + c with one rounding. The compiler contracts nothing itself (-fmad=false).
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 __device__ __forceinline__ float rsqrt_rn(float x) { return __frsqrt_rn(x); }
 
-// What a warp's lanes give to a product of 16 x 16 by 16 x 8 elements, summed in float32 into c, whose
-// lane 4 g + t has rows g and g + 8 and columns 2 t and 2 t + 1.
+// The operands that a lane contributes to a warp-wide product of 16 x 16 by 16 x 8 elements. The
+// product is summed in float32 into c, of which lane 4 g + t holds rows g and g + 8 and columns 2 t
+// and 2 t + 1.
 struct TensorRows {
   std::uint32_t v[4];
 };

@@ -1,4 +1,4 @@
-// The CUDA runtime where plain C++ needs it.
+// The parts of the host code that call the CUDA runtime from plain C++.
 
 #include <cuda_runtime_api.h>
 
@@ -32,7 +32,7 @@ Facts facts() {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess) facts.problem = cudaGetErrorString(error);
-  cudaGetLastError();  // it must not be taken for a launch's
+  cudaGetLastError();  // clears the error, so that it is not reported for a later launch
   return facts;
 }
 

@@ -247,8 +247,8 @@ def load_prompts(
         prompts.append(Prompt(ids, answer, prompt_source, teacher_ids, end))
     if not prompts:
         raise ConfigError(
-            f"all {dropped} prompts of {source.path} are too long: they exceed "
-            f"data.max_prompt_tokens={cfg.max_prompt_tokens}, or the teacher's prompts exceed "
+            f"all {dropped} prompts of {source.path} are longer than data.max_prompt_tokens="
+            f"{cfg.max_prompt_tokens}, or their teacher's prompts are longer than "
             f"{cfg.teacher_prompt_limit} tokens. Raise data.max_prompt_tokens or "
             "data.max_teacher_prompt_tokens"
         )

@@ -1,4 +1,4 @@
-"""Check that a model keeps sequences that are packed in one row apart."""
+"""A check that a model keeps sequences that are packed in one row apart."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ class Check:
         out = self.work / "gains"
         options = ["--dry_run"] if self.dry else ["--output_dir", str(out)]
         shape = [f"--{name}={value}" for name, value in PAPER.items()]
-        running.run(PYTHON, "-c", ENTRY.format("oprd.benchmark.gains", "main"), *shape, *options)
+        running.run(PYTHON, "-c", ENTRY.format("oprd.cli.gains", "main"), *shape, *options)
         if self.dry:
             return "dry: the prediction only"
         self.results["gains"] = (out / "gains.md").read_text()
@@ -237,7 +237,7 @@ class Check:
         command = [
             PYTHON,
             "-c",
-            ENTRY.format("oprd.cli.train", "train"),
+            ENTRY.format("oprd.cli.train", "main"),
             "--steps",
             "100",
             *options,

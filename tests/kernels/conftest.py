@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -12,6 +14,24 @@ if triton_backend.INTERPRETED:
 
     interpreter.install()
     interpreter.small_blocks()
+
+
+EVERY = 13
+"""No divisor of a number of cases, so that every value of each parameter is among those kept."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow all but every 13th of a test's Triton cases where these are interpreted, which
+    takes a hundred times as long as the other backends."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if triton_backend.INTERPRETED and call and call.params.get("backend") == "triton":
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % EVERY:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(scope="session")

@@ -84,12 +84,18 @@ def cases(draw):
     return Case(student, teacher, **kwargs)
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(case=cases(), through_tap=st.booleans())
-def test_any_call_is_no_worse_than_torch(backend, case, through_tap):
-    assert_no_worse_than_torch(case, backend, through_tap)
+def test_any_call_is_no_worse_than_torch(backend):
+    """The same calls each time that the same modules are loaded: Hypothesis also tries the constants
+    that it finds in them."""
+
+    @settings(
+        max_examples=100 if backend == "triton" else 300,  # in the interpreter, 0.3 s each
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(case=cases(), through_tap=st.booleans())
+    def holds(case, through_tap):
+        assert_no_worse_than_torch(case, backend, through_tap)
+
+    holds()

@@ -183,7 +183,7 @@ class EngineProcess:
 
 def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment, with PYTHONPATH set so that a process imports this same package."""
-    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[3]), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 

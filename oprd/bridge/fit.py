@@ -9,6 +9,7 @@ Shapes: B sequences of T tokens, N = B T states, M supervised ones, dS and dT wi
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ from oprd.data.supervision import Supervision, supervise
 from oprd.engines.generate import eos_ids, generate
 from oprd.models.decoder import Decoder, cut, find_decoder, watch
 from oprd.models.loading import load_model
+from oprd.observability.console import console, shown
+
+logger = logging.getLogger(__name__)
 
 FEW_PAIRS = 0.5
 """The share of paired student tokens below which the user is warned. In the demos the student
@@ -88,13 +92,13 @@ class Fitter:
         # NCCL connects the ranks at their first collective. It then waits for rank 0 only as long
         # as the store does, whatever the timeout (pytorch#107177). No rank is late here.
         distributed.sum_over_ranks([1.0], self.device)
-        self.console = Console(quiet=distributed.rank() != 0, highlight=False, soft_wrap=True)
+        self.console = console if distributed.rank() == 0 else Console(quiet=True)
 
     def run(self) -> Bridge:
         """Fit the bridge, and return it. All ranks return the same bridge."""
         cfg, checked = self.cfg, self.checked
         for note in checked.notes:
-            self.say(f"note: {note}")
+            logger.info(f"note: {note}")
         distributed.seed_everything(cfg.seed)
         student = load_model(cfg.student, self.device)
         fitted, held_out = self._rollouts(student)
@@ -108,9 +112,9 @@ class Fitter:
         del teacher
         statistics = self._statistics(models, fitted)
         rows = next(iter(statistics.values())).count
-        self.say(f"{rows} rows a layer; {cfg.solver} for {len(checked.pairs)} layers")
+        logger.info(f"{rows} rows a layer; {cfg.solver} for {len(checked.pairs)} layers")
         if rows < self.student.width:
-            self.say(
+            logger.info(
                 f"note: {rows} rows are fewer than the student's {self.student.width} dimensions, "
                 "so the projectors overfit: raise prompts"
             )
@@ -124,16 +128,12 @@ class Fitter:
             student_proj = self._sgd(models, statistics, bases, fitted, held_out)
         return self._judge(models, statistics, bases, student_proj, held_out)
 
-    def say(self, text: str) -> None:
-        """Print a line for the user, on rank 0 only."""
-        self.console.print(text, markup=False)
-
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[], object]]:
         """Show a progress bar on a terminal, or a line elsewhere. Yield the function that advances
         the bar."""
         if not self.console.is_terminal or distributed.rank() != 0:
-            self.say(f"{what} ..")
+            logger.info(f"{what} ..")
             yield lambda: None
             return
         with Progress(console=self.console) as bar:
@@ -174,9 +174,9 @@ class Fitter:
 
     def _say_alignment(self, rollouts: Sequence[Rollout]) -> None:
         share = rollout_metrics(rollouts, self.device, aligned=True)["align/ratio"]
-        self.say(f"{share:.0%} of the student's tokens end where the teacher's do")
+        logger.info(f"{share:.0%} of the student's tokens end where the teacher's do")
         if share < FEW_PAIRS:
-            self.say(
+            logger.info(
                 "note: at the other tokens nothing is compared. Check response_length/mean and the "
                 "accuracy after a few steps. The student may learn more from a teacher whose "
                 "tokenizer is closer to its own"
@@ -390,6 +390,7 @@ def free_file(path: str) -> Path:
     return file
 
 
+@shown()
 def fit(cfg: FitConfig) -> Bridge:
     """Fit a bridge and write it to ``cfg.output``.
 
@@ -406,7 +407,7 @@ def fit(cfg: FitConfig) -> Bridge:
             save_bridge(bridge, output)
             for table in tables(bridge.info):
                 fitter.console.print(table)
-            fitter.say(f"bridge: {output}")
+            logger.info(f"bridge: {output}")
         return bridge
     finally:
         distributed.shutdown()

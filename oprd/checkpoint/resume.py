@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from oprd.config import TrainConfig
 from oprd.config.io import to_yaml
 from oprd.errors import ConfigError
 from oprd.observability.summary import Summary, read_summary
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 FREE = (
@@ -279,7 +282,7 @@ def done_already(cfg: TrainConfig, directory: Path) -> Summary | None:
     if summary is None or summary.interrupted:
         return None
     if summary.steps == cfg.steps:
-        print(f"finished already: {summary.student}")
+        logger.info(f"finished already: {summary.student}")
         return summary
     if newest(directory / CHECKPOINTS) is None:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -23,6 +24,8 @@ from oprd.checkpoint.writer import WriteFailed, Writer, write_best
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 MOMENTS = 2
 """Number of AdamW's moments; each is as large as the weights."""
 
@@ -43,7 +46,6 @@ class RunCheckpoints:
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         resumed: Checkpoint | None,
-        say: Callable[[str], None],
     ) -> None:
         """Collective.
 
@@ -51,9 +53,8 @@ class RunCheckpoints:
             directory: the run's directory.
             device: the device that this rank computes on.
             resumed: the checkpoint that the run resumes from, if any.
-            say: called with each line to show to the user.
         """
-        self.cfg, self.directory, self.say = cfg, directory / CHECKPOINTS, say
+        self.cfg, self.directory = cfg, directory / CHECKPOINTS
         self.student, self.device, self.resumed = student, device, resumed
         self.last = None if resumed is None else resumed.path
         self.failure: str | None = None
@@ -84,7 +85,7 @@ class RunCheckpoints:
             distributed.seed_everything(self.cfg.seed + 7919 * self.resumed.step)
         ranks, before = distributed.world_size(), self.resumed.document["ranks"]
         if ranks != before:
-            self.say(
+            logger.info(
                 f"note: the checkpoint was written by {before} ranks and goes on with {ranks}: the "
                 "prompts stay the same, but the sampled responses change"
             )
@@ -165,7 +166,7 @@ class RunCheckpoints:
         except WriteFailed as error:
             self.failure = str(error)
             self.best = files.read_best(self.directory)
-            self.say(f"warning: {error}. The last complete checkpoint: {self.last or 'none'}")
+            logger.warning(f"{error}. The last complete checkpoint: {self.last or 'none'}")
             return
         if path is not None:
             self.last, self.failure = path, None

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from oprd.config.io import explained
 from oprd.errors import ConfigError
+from oprd.observability.console import shown
 
 
 class Parser(ArgumentParser):
@@ -31,7 +32,8 @@ def run_command(prog: str, command: Callable[[], object], interrupted: str = "in
         interrupted: what Ctrl-C leaves the user with.
     """
     try:
-        command()
+        with shown():
+            command()
     except ConfigError as error:
         sys.stderr.write(f"{prog}: error: {error}\n")
         sys.exit(2)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oprd import distributed
 from oprd.config import TrainConfig
 from oprd.data.rollout import Rollout
 from oprd.engines.base import Engine
@@ -25,14 +23,12 @@ def make_engine(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     directory: Path,
-    say: Callable[[str], None],
     autocast: Autocast,
 ) -> Engine:
     """Make the engine that samples the student's responses. Collective.
 
     Args:
         directory: the run's directory; vLLM's configurations and logs go to its ``vllm/rank_N``.
-        say: called on rank 0 with each line to show to the user.
         autocast: makes the autocast context that the student runs in.
 
     Raises:
@@ -49,12 +45,7 @@ def make_engine(
         dtype=engine_dtype(cfg),
         max_model_len=longest_sequence(cfg),
         directory=directory / "vllm",
-        say=say if distributed.rank() == 0 else _to_stderr,
     )
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def rollout_gap(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -15,8 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from oprd.config import LoggingConfig
+from oprd.observability.console import console
 from oprd.observability.summary import EvalResult, Summary
 from oprd.observability.trackers import Trackers
+
+logger = logging.getLogger(__name__)
 
 DEMO_ORIGIN = "Student and teacher of the demo are two checkpoints of one training run."
 
@@ -26,7 +30,7 @@ class RunLog:
 
     def __init__(self, directory: Path, steps: int, log_every: int, enabled: bool) -> None:
         self.enabled, self.steps, self.log_every = enabled, steps, log_every
-        self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self.console = console if enabled else Console(quiet=True)
         self.started, self.first = time.perf_counter(), 0
         self._failed = False
         self.directory = directory
@@ -44,11 +48,7 @@ class RunLog:
             step: number of steps already made; above 0 in a resumed run.
         """
         if self.enabled:
-            self._trackers = Trackers(cfg, self.directory, config, step, self.say)
-
-    def say(self, text: str) -> None:
-        """Print a line for the user."""
-        self.console.print(text, markup=False)
+            self._trackers = Trackers(cfg, self.directory, config, step)
 
     def start(self, step: int = 0) -> None:
         """Start the progress display and the clock after ``step`` steps."""
@@ -83,7 +83,7 @@ class RunLog:
             self._failed = False
         except OSError as error:
             if not self._failed:
-                self.say(f"warning: {self._file.name} can't be written now: {error}")
+                logger.warning(f"{self._file.name} can't be written now: {error}")
             self._failed = True
 
     def position(self) -> int:
@@ -104,7 +104,7 @@ class RunLog:
         elif step % self.log_every == 0 or step in (1, self.steps):
             spent = time.perf_counter() - self.started
             eta = spent / (step - self.first) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}  {line}  eta {eta:.0f}s")
+            logger.info(f"step {step}/{self.steps}  {line}  eta {eta:.0f}s")
 
     def evaluation(self, step: int, who: str, results: dict[str, EvalResult]) -> None:
         """Record an evaluation and show it."""
@@ -113,7 +113,7 @@ class RunLog:
             metrics |= result.metrics(name)
         self.record({"step": step, "model": who, **metrics})
         shown = "  ".join(f"{name} {r.avg:.3f} (len {r.length:.1f})" for name, r in results.items())
-        self.say(f"eval at step {step}, {who}: {shown}")
+        logger.info(f"eval at step {step}, {who}: {shown}")
 
     def closing(self, summary: Summary, teachers: list[str]) -> None:
         """Show the closing tables and where the results are.
@@ -129,7 +129,7 @@ class RunLog:
         if summary.interrupted:
             state = f"interrupted after step {summary.steps}; --resume auto goes on from "
             state += str(summary.student)
-        self.say(f"{state}  metrics: {self.directory}/metrics.jsonl")
+        logger.info(f"{state}  metrics: {self.directory}/metrics.jsonl")
 
     def close_progress(self) -> None:
         """Remove the live display from the terminal."""

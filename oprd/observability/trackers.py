@@ -5,6 +5,7 @@ A tracker that fails is reported once, gets no further metrics and never ends a 
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 from oprd.config import LoggingConfig
 from oprd.errors import need_package
+
+logger = logging.getLogger(__name__)
 
 IDENTITY = "tracker_id"
 """File in a run's directory with the name under which trackers recognise a resumed run."""
@@ -122,16 +125,13 @@ class Trackers:
         directory: Path,
         config: Mapping[str, Any],
         step: int,
-        say: Callable[[str], None],
     ) -> None:
         """
         Args:
             directory: the run's directory.
             config: the run's configuration, as plain values.
             step: number of steps already made; above 0 in a resumed run.
-            say: called with each warning to show to the user.
         """
-        self._say = say
         self._open: dict[str, Tracker] = {}
         name = _identity(directory) if cfg.report_to else ""
         for kind in cfg.report_to:
@@ -170,8 +170,8 @@ class Trackers:
             return call(*arguments)
         except Exception as error:  # no error of a tracker may end the run
             self._open.pop(kind, None)
-            self._say(
-                f"warning: {kind} has failed and gets no more metrics ({type(error).__name__}: "
+            logger.warning(
+                f"{kind} has failed and gets no more metrics ({type(error).__name__}: "
                 f"{error}); metrics.jsonl has all of them"
             )
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from oprd.errors import ConfigError
 from oprd.models.loading import load_model, load_tokenizer, unwritten_model
 from oprd.models.lora import add_adapter, is_adapted, merged_weights
 
+logger = logging.getLogger(__name__)
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,7 +31,7 @@ def choose(path: Path, best: bool) -> Checkpoint:
     """
     found, torn = locate(path)
     for other, why in torn.items():
-        print(f"{other} is not whole and left out: {why}")
+        logger.info(f"{other} is not whole and left out: {why}")
     if not best:
         return found[0]
     kept = read_best(path / CHECKPOINTS)

@@ -10,6 +10,7 @@ was not, from its newest checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,12 @@ from oprd.checkpoint.resume import differences, settings
 from oprd.config import TrainConfig
 from oprd.config.io import from_values
 from oprd.errors import ConfigError
+from oprd.observability.console import shown
 from oprd.observability.summary import Summary, finished
 from oprd.training.preflight import preflight
 from oprd.training.trainer import train
+
+logger = logging.getLogger(__name__)
 
 SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "rollout.vllm",
             "distill", "bridge", "opd", "optim", "fsdp", "eval", "checkpoint", "watchdog",
@@ -111,6 +115,7 @@ def check(values: Mapping[str, dict[str, Any]], dry_run: bool = False) -> dict[s
     return unchecked
 
 
+@shown()
 def run_stages(base: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Summary | None:
     """Run what is not finished; the last run's summary, None if there was nothing left to do.
 
@@ -192,11 +197,11 @@ def _begin(name: str, stage: Mapping[str, Any]) -> bool:
     """Whether a stage is to run; its directory is then ready."""
     directory = Path(stage["output_dir"])
     if finished(directory):
-        print(f"stage {name}: finished already, {directory}")
+        logger.info(f"stage {name}: finished already, {directory}")
         return False
     left = directory.exists() and any(directory.iterdir())
     if left and stage["resume"] is None:
         aside = set_aside(directory, "unfinished")
-        print(f"stage {name}: what an unfinished run left is now in {aside}")
-    print(f"stage {name}")
+        logger.info(f"stage {name}: what an unfinished run left is now in {aside}")
+    logger.info(f"stage {name}")
     return True

@@ -10,6 +10,7 @@ student on it with taps, backpropagate, clip, step.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ from oprd.engines.factory import make_engine, rollout_gap, too_wide
 from oprd.engines.generate import GenerateEngine, eos_ids
 from oprd.engines.vllm.engine import VllmEngine
 from oprd.observability import hang_watchdog
+from oprd.observability.console import shown
 from oprd.observability.memory import PeakMemory
 from oprd.observability.run_log import RunLog
 from oprd.observability.signals import Interrupt
@@ -52,6 +54,8 @@ from oprd.training.metrics import (
 from oprd.training.optimizer import fast_forward, make_optimizer
 from oprd.training.preflight import output_dir, preflight
 from oprd.training.setup import Builder
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -99,7 +103,7 @@ class Trainer:
         """Evaluate, train, evaluate, save."""
         cfg, log = self.cfg, self.log
         for note in self.notes:
-            log.say(f"note: {note}")
+            logger.info(f"note: {note}")
         log.report_to(cfg.logging, asdict(cfg), self.step)
         distributed.seed_everything(cfg.seed)
         self._load()
@@ -251,9 +255,8 @@ class Trainer:
         self.sharded = builder.mesh is not None
         self.optimizer, self.scheduler = make_optimizer(self.student, cfg.optim, cfg.steps)
         self.checkpoints = RunCheckpoints(
-            cfg, self.directory, self.student, self.tokenizer, self.device, self.resumed,
-            self.log.say,
-        )  # fmt: skip
+            cfg, self.directory, self.student, self.tokenizer, self.device, self.resumed
+        )
         self.closing.callback(self.checkpoints.close)
         if self.resumed is not None:
             with self.timer("loading"):
@@ -262,7 +265,7 @@ class Trainer:
         with self.timer("loading"):
             try:
                 self.engine = make_engine(
-                    cfg, self.student, self.tokenizer, self.device, self.directory, self.log.say,
+                    cfg, self.student, self.tokenizer, self.device, self.directory,
                     self._autocast,
                 )  # fmt: skip
             except EngineFailure as error:
@@ -350,7 +353,7 @@ class Trainer:
         for alarm in alarms:
             if alarm.stop:
                 self._stop(alarm.message)
-            self.log.say(f"warning: {alarm.message}")
+            logger.warning(alarm.message)
 
     def _student_blocks(self) -> list[int]:
         distiller = self.objectives.distiller
@@ -427,6 +430,7 @@ class Trainer:
         return summary
 
 
+@shown()
 def train(cfg: TrainConfig) -> Summary:
     """Run ``cfg`` from start to end.
 

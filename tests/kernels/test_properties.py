@@ -85,8 +85,8 @@ def cases(draw):
 
 
 def test_any_call_is_no_worse_than_torch(backend):
-    """The same calls each time that the same modules are loaded: Hypothesis also tries the constants
-    that it finds in them."""
+    """Calls are the same whenever the same modules are loaded: Hypothesis also tries the constants
+    that it sees in them."""
 
     @settings(
         max_examples=100 if backend == "triton" else 300,  # in the interpreter, 0.3 s each

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(missing)
 
 
-def start_engine(model, directory, ends=(1,), dtype="float32", said=None, **changes) -> VllmEngine:
+def start_engine(model, directory, ends=(1,), dtype="float32", **changes) -> VllmEngine:
     """With the model's weights at the time of each sync."""
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]
@@ -35,7 +35,6 @@ def start_engine(model, directory, ends=(1,), dtype="float32", said=None, **chan
         dtype=dtype,
         max_model_len=20,
         directory=directory,
-        say=[].append if said is None else said.append,
     )
 
 

@@ -14,9 +14,11 @@ from oprd.checkpoint.resume import locate
 from oprd.config import EvalSetConfig, TrainConfig
 from oprd.engines import factory
 from oprd.engines.logprob_gap import logprob_gap
+from oprd.engines.vllm import engine as vllm_engine
 from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import ConfigError
 from oprd.training.trainer import TrainingStopped, train
+from tests.support.logs import listen
 from tests.support.tiny import make_model
 from tests.vllm.conftest import start_engine
 
@@ -71,8 +73,8 @@ def test_a_killed_engine_comes_back_with_the_present_weights(tmp_path):
     """Of a model whose head is tied to its embeddings."""
     sizes = {"hidden_size": 128, "intermediate_size": 96}
     model = make_model("smollm", vocab_size=15, eos_token_id=1, **sizes).eval()
-    said = []
-    engine = start_engine(model, tmp_path, said=said, gap_responses=100)
+    said = listen(vllm_engine)
+    engine = start_engine(model, tmp_path, gap_responses=100)
     asked = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
     try:
         engine.sync(0)

@@ -6,6 +6,7 @@ trainer when it dies. vLLM starts no further process below the engine's (see `wo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from oprd.config import MAX_LOGPROB_GAP, DType, TrainConfig, VllmConfig
 from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
 from oprd.engines.vllm.process import EngineProcess, free_port
+
+logger = logging.getLogger(__name__)
 
 WORKER = "oprd.engines.vllm.worker"
 TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")
@@ -132,7 +135,6 @@ class VllmEngine:
         dtype: DType,
         max_model_len: int,
         directory: Path,
-        say: Callable[[str], None],
     ) -> None:
         """Start the engine, which takes most of a minute. Collective.
 
@@ -144,12 +146,11 @@ class VllmEngine:
             dtype: see `engine_dtype`.
             max_model_len: used if ``cfg`` has none.
             directory: parent of ``rank_N``, which receives the configuration and the log.
-            say: called with a message about each restart.
 
         Raises:
             EngineFailure: if the engine does not start.
         """
-        self.cfg, self.device, self.ends, self.say = cfg, device, list(ends), say
+        self.cfg, self.device, self.ends = cfg, device, list(ends)
         self.weights, self.dtype = weights, getattr(torch, dtype)
         self.policy_version = -1  # the weights are still random
         self.restarts = 0
@@ -287,7 +288,9 @@ class VllmEngine:
                 raise EngineFailure(f"{failure}\n{self._advice()}") from failure
             if lost:
                 self.restarts += 1
-                self.say(f"{failure}\nIt is restarted ({self.restarts}/{self.cfg.max_restarts}).")
+                logger.warning(
+                    f"{failure}\nIt is restarted ({self.restarts}/{self.cfg.max_restarts})."
+                )
             recovering = True
 
     def _recover(self, lost: bool) -> None:

@@ -28,6 +28,7 @@ from oprd.engines.vllm.engine import VllmEngine, engine_dtype, max_logprob_gap, 
 from oprd.engines.vllm.preflight import check_vllm, reason
 from oprd.errors import ConfigError
 from oprd.training.preflight import preflight
+from tests.support.logs import listen
 from tests.support.tiny import make_model
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,7 @@ SAMPLING = {"max_new_tokens": 3, "temperature": 1.0}
 def fake_engine(monkeypatch, directory, weights=None, **changes):
     """A VllmEngine whose process is tests.support.fake_worker; failures are files in `at`."""
     monkeypatch.setattr(vllm_engine, "WORKER", "tests.support.fake_worker")
-    said, own = [], [("a", torch.tensor([[1.0, 2.0]])), ("b", torch.ones(4))]
+    said, own = listen(vllm_engine), [("a", torch.tensor([[1.0, 2.0]])), ("b", torch.ones(4))]
     engine = VllmEngine(
         VllmConfig(**{"step_timeout": 20, "start_timeout": 60} | changes),
         model_config=Qwen2Config(),
@@ -53,7 +54,6 @@ def fake_engine(monkeypatch, directory, weights=None, **changes):
         dtype="bfloat16",
         max_model_len=9,
         directory=directory,
-        say=said.append,
     )  # fmt: skip
     return engine, said, directory / f"rank_{distributed.rank()}"
 

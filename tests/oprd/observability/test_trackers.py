@@ -10,19 +10,29 @@ import pytest
 
 from oprd.config import LoggingConfig
 from oprd.errors import ConfigError
+from oprd.observability import trackers
 from oprd.observability.trackers import TRACKERS, Trackers
 from oprd.training.preflight import preflight
 from oprd.training.trainer import train
 from tests.oprd.training.test_trainer import ROOT, lines, small_run, steps_of
+from tests.support.logs import listen
 
 pytestmark = pytest.mark.slow
 
 RECORDS = [{"step": i, "actor/rep_loss": 1.0 / i, "rep/layer_loss": [0.5, 2.0]} for i in (1, 2, 3)]
 
 
-def open_trackers(directory, *kinds, step=0, say=pytest.fail):
+def open_trackers(directory, *kinds, step=0):
     directory.mkdir(exist_ok=True)
-    return Trackers(LoggingConfig([*kinds], project="tests"), directory, {"steps": 3}, step, say)
+    return Trackers(LoggingConfig([*kinds], project="tests"), directory, {"steps": 3}, step)
+
+
+@pytest.fixture(autouse=True)
+def warned():
+    """What trackers warn of; a test that expects a warning takes it out."""
+    messages = listen(trackers)
+    yield messages
+    assert not messages
 
 
 def scalars(directory):
@@ -115,10 +125,10 @@ def test_trackio_continues_its_run(tmp_path, monkeypatch):
     from trackio.sqlite_storage import SQLiteStorage
 
     for step, records in [(0, RECORDS[:2]), (2, RECORDS[2:])]:
-        trackers = open_trackers(tmp_path / "run", "trackio", step=step)
+        opened = open_trackers(tmp_path / "run", "trackio", step=step)
         for record in records:
-            trackers.log(record)
-        trackers.close()
+            opened.log(record)
+        opened.close()
     identity = (tmp_path / "run" / "tracker_id").read_text().strip()
     logs = SQLiteStorage.get_logs("tests", identity)
     assert [(x["step"], x["actor/rep_loss"]) for x in logs] == [
@@ -143,25 +153,26 @@ class Broken:
         raise AssertionError("a tracker that has failed is left alone")
 
 
-def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
+    tmp_path, monkeypatch, capsys, warned
+):
     monkeypatch.setitem(TRACKERS, "wandb", Broken)
     monkeypatch.setattr("oprd.training.preflight.check_trackers", lambda cfg: None)
     cfg = small_run(tmp_path / "run", eval__sets={}, logging=LoggingConfig(["wandb"]))
     assert train(cfg).steps == 3
-    assert Broken.calls == 2
+    assert "no route to host" in warned.pop()
+    assert "no route to host" in warned.pop()
     assert capsys.readouterr().out.count("ConnectionError: no route to host") == 1
     assert len(steps_of(tmp_path / "run")) == 3
 
 
-def test_a_tracker_that_can_not_be_opened(tmp_path):
-    said = []
+def test_a_tracker_that_can_not_be_opened(tmp_path, warned):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TRACKERS, "trackio", lambda *a: 1 / 0)
-        trackers = open_trackers(tmp_path / "run", "trackio", say=said.append)
-    trackers.log(RECORDS[0])
-    trackers.close()
-    assert len(said) == 1
-    assert "ZeroDivisionError" in said[0]
+        opened = open_trackers(tmp_path / "run", "trackio")
+    opened.log(RECORDS[0])
+    opened.close()
+    assert "ZeroDivisionError" in warned.pop()
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -1,0 +1,19 @@
+"""What modules of the package log."""
+
+import logging
+
+
+class _Keeper(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def listen(module) -> list[str]:
+    """The messages that a module logs from here on, in a list that grows."""
+    messages: list[str] = []
+    module.logger.addHandler(_Keeper(messages))
+    return messages

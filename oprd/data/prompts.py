@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -200,51 +201,10 @@ def load_prompts(
         ConfigError: if the prompts can't be loaded or encoded. The message names file and line.
     """
     rows, place = load_rows(source)
-    prompts: list[Prompt] = []
-    seen: set[str] = set()
-    dropped = repeated = 0
-    turn_ends = {
-        key: end_of_turn(other, **cfg.chat_template_kwargs)
-        for key, other in teacher_tokenizers.items()
-    }
-    for index, row in enumerate(rows):
-        where = place(index)
-        prompt = get_field(row, source.prompt_field, where)
-        if not for_evaluation:
-            text = prompt if isinstance(prompt, str) else json.dumps(prompt)
-            if text in seen:
-                repeated += 1
-                continue
-            seen.add(text)
-        ids = encode_prompt(prompt, tokenizer, cfg, where)
-        if not ids:
-            raise ConfigError(f"{where}: the prompt has no tokens")
-        answer = None
-        if for_evaluation:
-            answer = str(get_field(row, source.answer_field, where))
-        prompt_source = name
-        if source.source_field is not None:
-            prompt_source = str(get_field(row, source.source_field, where))
-        key = prompt_source if prompt_source in teacher_tokenizers else ""
-        other = teacher_tokenizers.get(key)
-        teacher_ids = end = None
-        if source.teacher_prompt is not None or other is not None:
-            teacher_prompt = prompt
-            if source.teacher_prompt is not None:
-                teacher_prompt = privileged(prompt, source.teacher_prompt, row, where)
-            teacher_ids = encode_prompt(teacher_prompt, other or tokenizer, cfg, where, "teacher")
-        if other is not None:
-            end = turn_ends[key] if uses_template(prompt, cfg) else other.eos_token_id
-        if _too_long("the prompt", ids, "max_prompt_tokens", cfg.max_prompt_tokens, cfg, where) or (
-            teacher_ids is not None
-            and _too_long(
-                "the teacher's prompt", teacher_ids, "max_teacher_prompt_tokens",
-                cfg.teacher_prompt_limit, cfg, where,
-            )
-        ):  # fmt: skip
-            dropped += 1
-            continue
-        prompts.append(Prompt(ids, answer, prompt_source, teacher_ids, end))
+    reader = _Reader(source, cfg, tokenizer, for_evaluation, name, teacher_tokenizers)
+    read = [reader.read(row, place(index)) for index, row in enumerate(rows)]
+    prompts = [prompt for prompt in read if isinstance(prompt, Prompt)]
+    dropped = read.count(_LeftOut.TOO_LONG)
     if not prompts:
         raise ConfigError(
             f"all {dropped} prompts of {source.path} are longer than data.max_prompt_tokens="
@@ -252,18 +212,111 @@ def load_prompts(
             f"{cfg.teacher_prompt_limit} tokens. Raise data.max_prompt_tokens or "
             "data.max_teacher_prompt_tokens"
         )
-    return PromptSet(prompts, dropped, repeated)
+    return PromptSet(prompts, dropped, read.count(_LeftOut.REPEATED))
 
 
-def _too_long(
-    what: str, ids: list[int], option: str, limit: int, cfg: DataConfig, where: str
-) -> bool:
-    if len(ids) > limit and cfg.overlong == "error":
-        raise ConfigError(
-            f"{where}: {what} has {len(ids)} tokens, more than data.{option}={limit}. Raise "
-            f"data.{option}, or set data.overlong=drop"
-        )
-    return len(ids) > limit
+class _LeftOut(Enum):
+    """Why a row gives no prompt."""
+
+    REPEATED = auto()
+    TOO_LONG = auto()
+
+
+class _Reader:
+    """Reads the rows of a data set, one after the other. The arguments are `load_prompts`'s."""
+
+    def __init__(
+        self,
+        source: PromptsConfig,
+        cfg: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        for_evaluation: bool,
+        name: str,
+        teacher_tokenizers: Tokenizers,
+    ) -> None:
+        self.source, self.cfg, self.tokenizer = source, cfg, tokenizer
+        self.for_evaluation, self.name = for_evaluation, name
+        self.teacher_tokenizers = teacher_tokenizers
+        self.turn_ends = {
+            key: end_of_turn(tokenizer, **cfg.chat_template_kwargs)
+            for key, tokenizer in teacher_tokenizers.items()
+        }
+        self.seen: set[str] = set()
+
+    def read(self, row: dict[str, Any], where: str) -> Prompt | _LeftOut:
+        """Turn a row into a prompt, or say why it is left out.
+
+        Args:
+            where: file and line of the row, for error messages.
+
+        Raises:
+            ConfigError: see `load_prompts`.
+        """
+        prompt = get_field(row, self.source.prompt_field, where)
+        if not self.for_evaluation and self._is_repeated(prompt):
+            return _LeftOut.REPEATED
+        token_ids = encode_prompt(prompt, self.tokenizer, self.cfg, where)
+        if not token_ids:
+            raise ConfigError(f"{where}: the prompt has no tokens")
+        answer = None
+        if self.for_evaluation:
+            answer = str(get_field(row, self.source.answer_field, where))
+        source_name = self.name
+        if self.source.source_field is not None:
+            source_name = str(get_field(row, self.source.source_field, where))
+        teacher_ids, teacher_end_id = self._for_teacher(prompt, source_name, row, where)
+        if self._are_too_long(token_ids, teacher_ids, where):
+            return _LeftOut.TOO_LONG
+        return Prompt(token_ids, answer, source_name, teacher_ids, teacher_end_id)
+
+    def _is_repeated(self, prompt: Any) -> bool:
+        """Return whether an earlier row has the same prompt, and remember this one."""
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        if text in self.seen:
+            return True
+        self.seen.add(text)
+        return False
+
+    def _for_teacher(
+        self, prompt: Any, source_name: str, row: dict[str, Any], where: str
+    ) -> tuple[list[int] | None, int | None]:
+        """Encode what the teacher reads: `Prompt.teacher_ids` and `Prompt.teacher_end_id`."""
+        key = source_name if source_name in self.teacher_tokenizers else ""
+        own_tokenizer = self.teacher_tokenizers.get(key)
+        template = self.source.teacher_prompt
+        if template is None and own_tokenizer is None:
+            return None, None
+        to_read = prompt if template is None else privileged(prompt, template, row, where)
+        ids = encode_prompt(to_read, own_tokenizer or self.tokenizer, self.cfg, where, "teacher")
+        if own_tokenizer is None:
+            return ids, None
+        if uses_template(prompt, self.cfg):
+            return ids, self.turn_ends[key]
+        return ids, own_tokenizer.eos_token_id
+
+    def _are_too_long(
+        self, token_ids: list[int], teacher_ids: list[int] | None, where: str
+    ) -> bool:
+        """Return whether the student's or the teacher's prompt is too long.
+
+        Raises:
+            ConfigError: if one is, and ``data.overlong`` is ``error``.
+        """
+        cfg = self.cfg
+        checks = [("the prompt", token_ids, "max_prompt_tokens", cfg.max_prompt_tokens)]
+        if teacher_ids is not None:
+            whose, option = "the teacher's prompt", "max_teacher_prompt_tokens"
+            checks.append((whose, teacher_ids, option, cfg.teacher_prompt_limit))
+        for what, ids, option, limit in checks:
+            if len(ids) <= limit:
+                continue
+            if cfg.overlong == "error":
+                raise ConfigError(
+                    f"{where}: {what} has {len(ids)} tokens, more than data.{option}={limit}. "
+                    f"Raise data.{option}, or set data.overlong=drop"
+                )
+            return True
+        return False
 
 
 def load_training_prompts(

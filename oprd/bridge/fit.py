@@ -30,8 +30,8 @@ from oprd.bridge.show import tables
 from oprd.bridge.solve import (
     TeacherBasis,
     random_student_proj,
-    residual_variances,
     ridge,
+    student_r2,
     teacher_basis,
 )
 from oprd.bridge.statistics import PairStatistics
@@ -289,68 +289,89 @@ class Fitter:
         student_proj: dict[int, Tensor],
         held_out: Sequence[Rollout],
     ) -> Bridge:
-        """Compute the held-out cosines at every rank in one pass, and return the bridge."""
-        cfg, checked = self.cfg, self.checked
-        before = random_student_proj(cfg.rank, self.student.width, cfg.seed).to(self.device)
-        after = {block: p.to(self.device) for block, p in student_proj.items()}
+        """Compare the projections of held-out rows, and return the bridge with the results."""
+        fitted = {block: p.to(self.device) for block, p in student_proj.items()}
         teacher_side = {
             block: self._teacher_side(bases, statistics, block) for block in student_proj
         }
+        agreements = self._agreements(models, fitted, teacher_side, held_out)
+        ranks = self._rank_reports(statistics, bases, student_proj, agreements)
+        first, _ = models.pairs[0]
+        held_out_rows = agreements[first][0].total_rows(self.device)
+        return Bridge(
+            {block: p.cpu() for block, p in fitted.items()},
+            {block: p.cpu() for block, (p, _) in teacher_side.items()},
+            {block: m.cpu() for block, (_, m) in teacher_side.items()},
+            self._info(models.pairs, statistics[first].count, held_out_rows, ranks),
+        )
+
+    def _agreements(
+        self,
+        models: Prepared,
+        fitted: dict[int, Tensor],
+        teacher_side: dict[int, tuple[Tensor, Tensor]],
+        held_out: Sequence[Rollout],
+    ) -> dict[int, tuple[Agreement, Agreement]]:
+        """Compute, by block, the agreement of a random and of the fitted P_S, in one pass."""
+        cfg = self.cfg
+        random = random_student_proj(cfg.rank, self.student.width, cfg.seed).to(self.device)
         ranks = ranks_up_to(cfg.rank)
-        agreements = {block: [Agreement(ranks), Agreement(ranks)] for block, _ in models.pairs}
+        agreements = {block: (Agreement(ranks), Agreement(ranks)) for block, _ in models.pairs}
 
         def see(block: int, student: Tensor, rows: Tensor, teacher: Tensor) -> None:
             everything = torch.arange(len(teacher), device=teacher.device)
             z = project_rows(teacher, everything, *teacher_side[block])
-            for proj, agreement in zip((before, after[block]), agreements[block], strict=True):
+            for proj, agreement in zip((random, fitted[block]), agreements[block], strict=True):
                 agreement.update(project_rows(student, rows, proj), z)
 
         self._stream(models, held_out, "held-out rows", see)
-        means = {
-            block: [agreement.mean_cosines(self.device) for agreement in pair]
-            for block, pair in agreements.items()
-        }
-        r2: dict[int, Tensor] = {}
-        explained: dict[int, Tensor] = {}
-        for block, s in statistics.items():
-            variances = bases[block].variances
-            left = residual_variances(
-                s, student_proj[block].to(variances.device), bases[block].directions
-            )
-            r2[block] = 1 - left.cumsum(0) / variances[: cfg.rank].cumsum(0)
-            explained[block] = variances.cumsum(0) / variances.sum()
-        blocks = [block for block, _ in models.pairs]
-        reports = [
+        return agreements
+
+    def _rank_reports(
+        self,
+        statistics: dict[int, PairStatistics],
+        bases: dict[int, TeacherBasis],
+        student_proj: dict[int, Tensor],
+        agreements: dict[int, tuple[Agreement, Agreement]],
+    ) -> list[RankReport]:
+        """Report the quality at every rank, for each pair of layers."""
+        cosines = [
+            (before.mean_cosines(self.device), after.mean_cosines(self.device))
+            for before, after in agreements.values()
+        ]
+        explained = [bases[block].explained_variance for block in agreements]
+        r2 = [student_r2(statistics[b], student_proj[b], bases[b]) for b in agreements]
+        return [
             RankReport(
                 rank=rank,
-                cosine_before=[means[b][0][i] for b in blocks],
-                cosine_after=[means[b][1][i] for b in blocks],
-                explained_variance=[explained[b][rank - 1].item() for b in blocks],
-                student_r2=[r2[b][rank - 1].item() for b in blocks],
+                cosine_before=[before[i] for before, _ in cosines],
+                cosine_after=[after[i] for _, after in cosines],
+                explained_variance=[of_pair[rank - 1].item() for of_pair in explained],
+                student_r2=[of_pair[rank - 1].item() for of_pair in r2],
             )
-            for i, rank in enumerate(ranks)
+            for i, rank in enumerate(ranks_up_to(self.cfg.rank))
         ]
-        info = BridgeInfo(
+
+    def _info(
+        self, pairs: list[tuple[int, int]], rows: int, held_out_rows: int, ranks: list[RankReport]
+    ) -> BridgeInfo:
+        """Describe the bridge."""
+        cfg, checked = self.cfg, self.checked
+        return BridgeInfo(
             student=self.student,
             teacher=self.teacher,
-            pairs=models.pairs,
+            pairs=pairs,
             rank=cfg.rank,
             solver=cfg.solver,
             ridge=cfg.ridge if cfg.solver == "ridge" else None,
-            rows=statistics[blocks[0]].count,
-            held_out_rows=agreements[blocks[0]][0].total_rows(self.device),
+            rows=rows,
+            held_out_rows=held_out_rows,
             positions=cfg.positions,
             k=cfg.k,
             shift=cfg.shift,
             teacher_input=checked.teacher_input,
             teacher_pairs=None if checked.aligner is None else cfg.teacher.pairs,
-            ranks=reports,
-        )
-        return Bridge(
-            {block: p.cpu() for block, p in after.items()},
-            {block: p.cpu() for block, (p, _) in teacher_side.items()},
-            {block: m.cpu() for block, (_, m) in teacher_side.items()},
-            info,
+            ranks=ranks,
         )
 
 

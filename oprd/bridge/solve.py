@@ -26,6 +26,11 @@ class TeacherBasis:
     directions: Tensor
     variances: Tensor
 
+    @property
+    def explained_variance(self) -> Tensor:
+        """(dT,) the share of the variance along the first 1, 2, .. directions."""
+        return self.variances.cumsum(0) / self.variances.sum()
+
 
 def teacher_basis(statistics: PairStatistics, rank: int) -> TeacherBasis:
     """Compute the top ``rank`` eigenvectors of the teacher's covariance (P_T).
@@ -92,6 +97,14 @@ def residual_variances(
     shared = ((p @ statistics.cross) * t).sum(1)
     wanted = ((t @ statistics.teacher_scatter) * t).sum(1)
     return (own - 2 * shared + wanted) / statistics.count
+
+
+def student_r2(statistics: PairStatistics, student_proj: Tensor, basis: TeacherBasis) -> Tensor:
+    """Compute the share of the variance along the first 1, 2, .., r directions that P_S h_S
+    explains: (r,) float64."""
+    variances = basis.variances
+    left = residual_variances(statistics, student_proj.to(variances.device), basis.directions)
+    return 1 - left.cumsum(0) / variances[: len(left)].cumsum(0)
 
 
 def random_student_proj(rank: int, width: int, seed: int) -> Tensor:

@@ -150,8 +150,8 @@ def test_padding_and_prompt_rows_never_enter_a_statistic():
 def test_two_ranks_fit_the_bridge_of_one(teacher, tmp_path):
     """Nearly greedy rollouts are the same on any rank."""
     launchers = {
-        "one": ["-m", "oprd.bridge"],
-        "two": ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oprd.bridge"],
+        "one": ["-m", "oprd.cli.bridge"],
+        "two": ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "oprd.cli.bridge"],
     }
     for name, launcher in launchers.items():
         result = subprocess.run(

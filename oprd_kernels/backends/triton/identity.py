@@ -35,13 +35,34 @@ def of_layer(tensors):
 
 
 @triton.jit
+def layer_row(tensors, index, i, inner, outer, stride, UNIT: tl.constexpr, FLAT: tl.constexpr):
+    """Return a pointer to row i, or to row index[i], of layer program_id(1)."""
+    return of_layer(tensors) + row_starts(index, i, True, inner, outer, stride, UNIT, FLAT)
+
+
+@triton.jit
+def weight_of(weights, i):
+    """Return the weight of row i, or 1 without ``weights``."""
+    if weights is None:
+        return tl.full((), 1.0, tl.float32)
+    else:
+        return tl.load(weights + i)
+
+
+@triton.jit
+def columns(row, last, begin, D: tl.constexpr, DENSE: tl.constexpr):
+    """Return the indices of D columns from ``begin`` on, and pointers to them in a row."""
+    d_D = begin + tl.arange(0, D)
+    return d_D, row + (d_D if DENSE else d_D.to(tl.int64) * last)
+
+
+@triton.jit
 def load_row(row, last, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
              DENSE: tl.constexpr):  # fmt: skip
     """Load N pieces of a row: 0 past its end, and 0 everywhere unless ``live``."""
     pieces = ()
     for n in tl.static_range(N):
-        d_D = n * D + tl.arange(0, D)
-        at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+        d_D, at_D = columns(row, last, n * D, D, DENSE)
         if (n + 1) * D > WIDTH:
             pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)  # type: ignore[assignment]
         else:
@@ -53,8 +74,7 @@ def load_row(row, last, live, WIDTH: tl.constexpr, D: tl.constexpr, N: tl.conste
 def store_piece(row, last, n, piece_D, live, WIDTH: tl.constexpr, D: tl.constexpr,
                 DENSE: tl.constexpr):  # fmt: skip
     """Store piece n of a row, rounded to the row's dtype, if ``live``."""
-    d_D = n * D + tl.arange(0, D)
-    at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+    d_D, at_D = columns(row, last, n * D, D, DENSE)
     value_D = piece_D.to(row.dtype.element_ty)
     if (n + 1) * D > WIDTH:
         tl.store(at_D, value_D, mask=live & (d_D < WIDTH))
@@ -169,14 +189,10 @@ def identity_forward(
     """
     i = tl.program_id(0)
     saved = layer_saved(saved, saved_size)
-    weight = tl.full((), 1.0, tl.float32)
-    if weights is not None:
-        weight = tl.load(weights + i)
+    weight = weight_of(weights, i)
     live = weight != 0
-    s_row = of_layer(students) + row_starts(rows, i, True, s_inner, s_outer, s_stride, UNIT, FLAT)
-    t_row = of_layer(teachers) + row_starts(
-        teacher_rows, i, True, t_inner, t_outer, t_stride, UNIT, FLAT
-    )
+    s_row = layer_row(students, rows, i, s_inner, s_outer, s_stride, UNIT, FLAT)
+    t_row = layer_row(teachers, teacher_rows, i, t_inner, t_outer, t_stride, UNIT, FLAT)
     s = load_row(s_row, s_last, live, WIDTH, D, N, DENSE)
     t = load_row(t_row, t_last, live, WIDTH, D, N, DENSE)
     row_loss, inv_s, inv_t, one_minus_cos = row_stats(s, t, WIDTH, D, N, KIND)
@@ -206,16 +222,12 @@ def identity_backward(
     """
     i = tl.program_id(0)
     saved = of_layer(saved)
-    weight = tl.full((), 1.0, tl.float32)
-    if weights is not None:
-        weight = tl.load(weights + i)
+    weight = weight_of(weights, i)
     live = weight != 0
     begin = tl.program_id(2) * (N * D)
-    s_row = of_layer(students) + row_starts(rows, i, True, s_inner, s_outer, s_stride, UNIT, FLAT)
-    t_row = of_layer(teachers) + row_starts(
-        teacher_rows, i, True, t_inner, t_outer, t_stride, UNIT, FLAT
-    )
-    g_row = of_layer(grads) + row_starts(rows, i, True, g_inner, g_outer, g_stride, UNIT, FLAT)
+    s_row = layer_row(students, rows, i, s_inner, s_outer, s_stride, UNIT, FLAT)
+    t_row = layer_row(teachers, teacher_rows, i, t_inner, t_outer, t_stride, UNIT, FLAT)
+    g_row = layer_row(grads, rows, i, g_inner, g_outer, g_stride, UNIT, FLAT)
     s = load_part(s_row, s_last, begin, live, WIDTH, D, N, DENSE)
     t = load_part(t_row, t_last, begin, live, WIDTH, D, N, DENSE)
     if ACCUMULATE:
@@ -248,8 +260,7 @@ def load_part(row, last, begin, live, WIDTH: tl.constexpr, D: tl.constexpr, N: t
     else:
         pieces = ()
         for n in tl.static_range(N):
-            d_D = begin + n * D + tl.arange(0, D)
-            at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+            d_D, at_D = columns(row, last, begin + n * D, D, DENSE)
             pieces += (tl.load(at_D, mask=live & (d_D < WIDTH), other=0.0),)  # type: ignore[assignment]
         return pieces
 
@@ -261,6 +272,5 @@ def store_part(row, last, begin, n, piece_D, live, WIDTH: tl.constexpr, D: tl.co
     if WIDTH <= N * D:
         store_piece(row, last, n, piece_D, live, WIDTH, D, DENSE)
     else:
-        d_D = begin + n * D + tl.arange(0, D)
-        at_D = row + (d_D if DENSE else d_D.to(tl.int64) * last)
+        d_D, at_D = columns(row, last, begin + n * D, D, DENSE)
         tl.store(at_D, piece_D.to(row.dtype.element_ty), mask=live & (d_D < WIDTH))

@@ -103,19 +103,18 @@ def identity_launches(
     )
     where = geometry(student, teacher, grad)
     config = _row_config(arch, width, student, teacher, grad)
-    kernel = IDENTITY_FORWARD
     if config is None:
         config, kernel = configs.wide_row(arch), IDENTITY_FORWARD_WIDE
+        blocks: tuple[int, ...] = (config.columns,)
+    else:
+        kernel, blocks = IDENTITY_FORWARD, (config.columns, config.pieces)
     forward = Launch(
         kernel,
         (m, layers, 1),
         (size, m, *where.strides),
-        (
-            KIND_CODES[kind], mean, each, width, config.columns, config.pieces,
-            where.unit, where.flat, where.dense,
-        ),
+        (KIND_CODES[kind], mean, each, width, *blocks, where.unit, where.flat, where.dense),
         config.warps,
-    )  # fmt: skip
+    )
     return IdentityLaunches(scale, forward, reduce)
 
 

@@ -12,11 +12,7 @@ import torch
 from oprd.benchmark.config import GainsConfig
 from oprd.benchmark.gains_plan import check, check_memory, make_plan, model_config, shape_of
 from oprd.errors import ConfigError
-from oprd.memory_plan.update import (
-    TEACHER_FORWARD,
-    TITLES,
-    reads_teacher_logits,
-)
+from oprd.memory_plan.objectives import OBJECTIVES
 
 
 def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
@@ -37,7 +33,8 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
 
     Returns:
         For each mode (``on``, ``off``) the `Measured` of every objective. Under ``teacher``, the
-        seconds of the teacher's forward, by the kind of its outputs (see `TEACHER_FORWARD`).
+        seconds of the teacher's forward, by the kind of its outputs (see
+        `Objective.teacher_outputs`).
     """
     from oprd.benchmark.update import ActorUpdate, Measured
     from oprd.observability.memory import freed_at_once
@@ -52,11 +49,11 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         k=cfg.k,
         rank=cfg.rank,
         chunk=cfg.chunk,
-        with_logits=any(map(reads_teacher_logits, chosen)),
+        with_logits=any(OBJECTIVES[name].is_materialised for name in chosen),
         with_bridge="bridge" in chosen,
         seed=cfg.seed,
     )
-    wanted = sorted({kind for o in chosen if (kind := TEACHER_FORWARD.get(o))})
+    wanted = sorted({kind for name in chosen if (kind := OBJECTIVES[name].teacher_outputs)})
     measured: dict[str, Any] = {"teacher": {kind: [] for kind in wanted}}
     for mode in cfg.modes:
         if mode:
@@ -68,7 +65,7 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         for round_ in range(cfg.rounds + 1):
             named = f"checkpointing {'on' if mode else 'off'}, round {round_} of {cfg.rounds}"
             for objective in chosen:
-                console.print(f"{named}: {TITLES[objective]}")
+                console.print(f"{named}: {OBJECTIVES[objective].title}")
                 if round_ == 0:
                     with freed_at_once():
                         results[objective].delta_peaks.append(actor.measure(objective).delta_peak)

@@ -7,14 +7,9 @@ from typing import Any
 
 from oprd.benchmark.config import SHAPE_FLAGS, GainsConfig
 from oprd.errors import ConfigError
+from oprd.memory_plan.objectives import OBJECTIVES
 from oprd.memory_plan.shapes import DTYPE_BYTES, Shape, Update
-from oprd.memory_plan.update import (
-    TITLES,
-    Moment,
-    predict,
-    ready_bytes,
-    resident,
-)
+from oprd.memory_plan.update import Moment, predict, ready_bytes, resident
 
 
 def check(cfg: GainsConfig, dry_run: bool) -> None:
@@ -44,9 +39,9 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         )
     if cfg.kv_heads > 0 and cfg.heads % cfg.kv_heads:
         problems.append(f"heads ({cfg.heads}) must be a multiple of kv_heads ({cfg.kv_heads})")
-    unknown = [name for name in cfg.objectives if name not in TITLES]
+    unknown = [name for name in cfg.objectives if name not in OBJECTIVES]
     if unknown:
-        problems.append(f"unknown objectives {', '.join(unknown)}; known: {', '.join(TITLES)}")
+        problems.append(f"unknown objectives {', '.join(unknown)}; known: {', '.join(OBJECTIVES)}")
     if cfg.shards > 1 and not dry_run:
         problems.append(
             f"shards is {cfg.shards}, but only one process is measured: leave shards at 1, or add "
@@ -161,7 +156,7 @@ def check_memory(plan: Plan, available: int | None) -> None:
     named = ", ".join(f"{name} {mib(size)}" for name, size in plan.resident.items() if size)
     raise ConfigError(
         f"this run needs {mib(plan.total)} MiB and {mib(available)} MiB are available: resident "
-        f"({named} MiB) and {mib(peak)} MiB at the peak of {TITLES[objective]!r} "
+        f"({named} MiB) and {mib(peak)} MiB at the peak of {OBJECTIVES[objective].title!r} "
         f"{'with' if mode else 'without'} gradient checkpointing. Lower --batch, --tokens, "
         "--layers or --vocab, use --dtype bfloat16, leave objectives out (--objectives) or "
         f"{'' if mode else 'set --gradient_checkpointing on, or '}add --dry_run to predict only"

@@ -12,15 +12,9 @@ import torch
 from rich.table import Table
 
 from oprd.benchmark.update import PARTS, Measured
+from oprd.memory_plan.objectives import OBJECTIVES
 from oprd.memory_plan.shapes import Shape, Update
-from oprd.memory_plan.update import (
-    TEACHER_FORWARD,
-    TITLES,
-    Moment,
-    moments,
-    predict,
-    reads_teacher_logits,
-)
+from oprd.memory_plan.update import Moment, moments, predict
 from oprd.observability.memory import GIB
 
 if TYPE_CHECKING:
@@ -91,7 +85,7 @@ def _cpuinfo() -> list[str]:
 
 def label(objective: str, k: int) -> str:
     """Return an objective's title in tables."""
-    return TITLES[objective].replace("top-k", f"top-{k}")
+    return OBJECTIVES[objective].title.replace("top-k", f"top-{k}")
 
 
 def summary(
@@ -105,12 +99,12 @@ def summary(
     for objective, measured in results.items():
         middle = _middle(measured.seconds)
         seconds = measured.seconds[middle]
-        kind = TEACHER_FORWARD.get(objective)
+        kind = OBJECTIVES[objective].teacher_outputs
         teacher_forward = median(teacher[kind]) if kind else None
         step = None
         if teacher_forward is not None:
             step = seconds + teacher_forward
-            if reads_teacher_logits(objective) and extra is not None:
+            if OBJECTIVES[objective].is_materialised and extra is not None:
                 step += extra
         delta = measured.delta_peaks[0] if measured.delta_peaks else None
         rows.append(

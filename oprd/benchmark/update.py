@@ -24,6 +24,7 @@ from oprd.data.supervision import supervise
 from oprd.distill.distiller import Distiller, attach
 from oprd.distill.taps import TapSession
 from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
+from oprd.memory_plan.objectives import OBJECTIVES, LossForm
 from oprd.models.decoder import find_decoder
 from oprd.models.lm_head import LMHead
 from oprd.observability.memory import PeakMemory
@@ -163,7 +164,7 @@ class ActorUpdate:
         self.end_gradient = 1e-3 * torch.randn(batch, tokens, d, device=self.device, dtype=dtype)
         shape = (self.decoder.num_layers, rank, d)
         self.projectors = torch.randn(shape, device=self.device) / d**0.5
-        self.losses = {
+        self.losses: dict[LossForm, VocabLoss] = {
             "top1": VocabLoss("top1"),
             "topk": VocabLoss("topk_advantage", k=k),
             "full": VocabLoss("full"),
@@ -218,18 +219,18 @@ class ActorUpdate:
     @contextmanager
     def prepared(self, objective: str) -> Iterator[Callable[[Laps], None]]:
         """Yield the function that runs an objective's update, with its taps attached."""
-        if objective == "backbone":
-            yield self._backbone
-        elif objective == "logprob":
+        chosen = OBJECTIVES[objective]
+        if not chosen.has_backward:
             yield self._logprob
-        elif objective in ("oprd", "oprd_last", "bridge"):
-            with self.tapped("last" if objective == "oprd_last" else "all") as distiller:
-                bridge = objective == "bridge"
-                yield lambda laps: self._oprd(distiller, bridge, laps)
-        else:
-            loss = self.losses[objective.removesuffix("_chunked").removeprefix("opd_")]
-            update = self._chunked if objective.endswith("_chunked") else self._materialised
+        elif chosen.taps is not None:
+            with self.tapped(chosen.taps) as distiller:
+                yield lambda laps: self._oprd(distiller, chosen.is_projected, laps)
+        elif chosen.loss is not None:
+            loss = self.losses[chosen.loss]
+            update = self._chunked if chosen.is_chunked else self._materialised
             yield lambda laps: update(loss, laps)
+        else:
+            yield self._backbone
 
     def _backbone(self, laps: Laps) -> None:
         states = self.decoder.forward(self.ids)

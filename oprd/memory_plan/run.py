@@ -254,8 +254,9 @@ class _Planner:
                 bridged = any(b.path for b in self.cfg.all_bridges.values())
                 names.append("bridge" if bridged else "oprd")
                 continue
-            form = {"opd_full_forward": "opd_full"}.get(name, "_".join(name.split("_")[:2]))
-            names.append(form + ("_chunked" if self.cfg.opd.implementation == "chunked" else ""))
+            form, *_ = self.cfg.opd.form(name).split("_")  # variants of a form need the same
+            chunked = self.cfg.opd.implementation == "chunked"
+            names.append(f"opd_{form}_chunked" if chunked else f"opd_{form}")
         return names
 
     def _teacher_outputs(self) -> dict[str, int]:

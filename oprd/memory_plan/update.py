@@ -14,22 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from oprd.memory_plan.objectives import OBJECTIVES, LossForm, Objective
 from oprd.memory_plan.shapes import FLOAT32, Shape, Update
-
-TITLES = {
-    "backbone": "backbone alone",
-    "oprd": "OPRD, all layers",
-    "oprd_last": "OPRD, last layer",
-    "bridge": "Bridge, all layers",
-    "opd_top1": "OPD top-1, materialised",
-    "opd_topk": "OPD top-k, materialised",
-    "opd_full": "OPD full, materialised",
-    "opd_top1_chunked": "OPD top-1, chunked",
-    "opd_topk_chunked": "OPD top-k, chunked",
-    "opd_full_chunked": "OPD full, chunked",
-    "logprob": "log-prob forward",
-}
-"""Everything that can be measured and predicted, with its title in tables."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ def predict(objective: str, shape: Shape, update: Update) -> Moment:
     """Return the moment at which the update's memory peaks; its total is the delta-peak.
 
     Args:
-        objective: one of `TITLES`.
+        objective: one of `OBJECTIVES`.
 
     Raises:
         ValueError: for an unknown objective.
@@ -63,56 +49,33 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
     Raises:
         ValueError: for an unknown objective.
     """
-    if objective not in TITLES:
-        raise ValueError(f"objective must be one of {', '.join(TITLES)}; got {objective!r}")
-    n, e, d = update.all_tokens, update.dtype_bytes, shape.d
-    states = n * d * update.stream
-    head = shape.vocab * d * e
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+    chosen = OBJECTIVES[objective]
+    if not chosen.has_backward:
+        return _forward_alone(shape, update)
+    stored = _stored(chosen, shape, update) | _gathered_root(shape, update)
+    held_head = _held_head_gradient(chosen, shape, update)
+    return [
+        Moment("end of the forward", stored),
+        *_loss(chosen, stored, shape, update),
+        *_blocks_backward(_left_to_blocks(chosen, stored) | held_head, shape, update),
+        *_root_backward(chosen, held_head, shape, update),
+    ]
+
+
+def _forward_alone(shape: Shape, update: Update) -> list[Moment]:
+    """Return the moments of a forward without gradients that computes log-probs."""
     root = _gathered_root(shape, update)
-    if objective == "logprob":
-        mlp = {"one block's MLP": 3 * n * shape.intermediate * e}
-        return [Moment("blocks", mlp | root | _gathered_block(shape, update))] + [
-            Moment(name, {"final states": states} | root | terms)
-            for name, terms in _logprob_moments(shape, update)
-        ]
-    stored = _stored(objective, shape, update) | root
-    peaks = [Moment("end of the forward", stored)]
-    calls_head = objective.startswith("opd")
-    kept_head = {}
-    if calls_head:
-        chunked = objective.endswith("_chunked")
-        of_loss = _chunked_moments if chunked else _materialised_moments
-        form = objective.removesuffix("_chunked").removeprefix("opd_")
-        peaks += [Moment(name, stored | terms) for name, terms in of_loss(form, shape, update)]
-        if (
-            shape.tied or update.shards > 1
-        ):  # held until the embedding's gradient or the reduce-scatter
-            kept_head = {"head's weight gradient": head}
-    done = (
-        {"final norm"} if calls_head or objective == "backbone" else {"final norm", "final states"}
-    )
-    left = {name: size for name, size in stored.items() if name not in done} | kept_head
-    peaks.append(Moment("backward of a block", left | _block_backward(shape, update)))
-    if update.shards > 1:
-        peaks += _reduced_blocks(shape, update, left)
-    embedding = {"embedding's weight gradient": head, "gradient of states": states}
-    if shape.tied and calls_head and not objective.endswith("_chunked"):
-        # The head's gradient is a transposed view, which autograd does not add to in place.
-        embedding["sum of both weight gradients"] = head
-    peaks.append(Moment("backward of the embedding", embedding | kept_head | root))
-    if update.shards > 1:
-        tables = 1 if shape.tied or not calls_head else 2
-        grads = tables * shape.vocab * d * _reduced(update)
-        peaks.append(
-            Moment(
-                "reduce-scatter of the root",
-                {"embedding's and head's gradients in reduce-scatter": grads},
-            )
-        )
-    return peaks
+    mlp = {"one block's MLP": 3 * update.all_tokens * shape.intermediate * update.dtype_bytes}
+    states = {"final states": update.all_tokens * shape.d * update.stream}
+    return [
+        Moment("blocks", mlp | root | _gathered_block(shape, update)),
+        *(Moment(name, states | root | terms) for name, terms in _logprob_moments(shape, update)),
+    ]
 
 
-def _stored(objective: str, shape: Shape, update: Update) -> dict[str, int]:
+def _stored(chosen: Objective, shape: Shape, update: Update) -> dict[str, int]:
     """Return the memory that the forward leaves for the backward."""
     n, d, layers, e = update.all_tokens, shape.d, shape.layers, update.stream
     terms = {"final norm": n * (FLOAT32 * d + e * d + FLOAT32), "final states": n * d * e}
@@ -122,12 +85,68 @@ def _stored(objective: str, shape: Shape, update: Update) -> dict[str, int]:
             terms["attention mask"] = n * update.span * (update.dtype_bytes if update.eager else 1)
     else:
         terms["activations"] = layers * n * shape.block_activations(update)
-    if objective in ("oprd", "bridge"):
+    if chosen.taps == "all":
         terms["rep rows' statistics"] = layers * update.rows * 16
         if e < FLOAT32 and not update.checkpointing:
             # The block outputs. In float32, the next norm or the checkpoints keep them anyway.
             terms["states at the taps"] = (layers - 1) * n * d * e
     return terms
+
+
+def _loss(
+    chosen: Objective, stored: dict[str, int], shape: Shape, update: Update
+) -> Iterator[Moment]:
+    """Yield the moments of a loss on logits, forward and backward."""
+    if chosen.loss is not None:
+        of_loss = _chunked_moments if chosen.is_chunked else _materialised_moments
+        for name, terms in of_loss(chosen.loss, shape, update):
+            yield Moment(name, stored | terms)
+
+
+def _held_head_gradient(chosen: Objective, shape: Shape, update: Update) -> dict[str, int]:
+    """Return the head's weight gradient if it is held until the end of the backward.
+
+    It waits for the gradient of the embedding, if that is the same table, or for the
+    reduce-scatter.
+    """
+    if chosen.loss is None or not (shape.tied or update.shards > 1):
+        return {}
+    return {"head's weight gradient": shape.vocab * shape.d * update.dtype_bytes}
+
+
+def _left_to_blocks(chosen: Objective, stored: dict[str, int]) -> dict[str, int]:
+    """Return what of the stored memory is left when the backward reaches the last block."""
+    done = ("final norm",) if chosen.taps is None else ("final norm", "final states")
+    return {name: size for name, size in stored.items() if name not in done}
+
+
+def _blocks_backward(left: dict[str, int], shape: Shape, update: Update) -> Iterator[Moment]:
+    """Yield the moments of the backward of the last blocks, which has ``left`` beside it."""
+    yield Moment("backward of a block", left | _block_backward(shape, update))
+    if update.shards > 1:
+        yield from _reduced_blocks(shape, update, left)
+
+
+def _root_backward(
+    chosen: Objective, held_head: dict[str, int], shape: Shape, update: Update
+) -> Iterator[Moment]:
+    """Yield the moments of the embedding's backward and of the reduce-scatter after it."""
+    table = shape.vocab * shape.d
+    embedding = {
+        "embedding's weight gradient": table * update.dtype_bytes,
+        "gradient of states": update.all_tokens * shape.d * update.stream,
+    }
+    if shape.tied and chosen.is_materialised:
+        # The head's gradient is a transposed view, which autograd does not add to in place.
+        embedding["sum of both weight gradients"] = table * update.dtype_bytes
+    root = _gathered_root(shape, update)
+    yield Moment("backward of the embedding", embedding | held_head | root)
+    if update.shards > 1:
+        tables = 1 if shape.tied or chosen.loss is None else 2
+        reduced = {
+            "embedding's and head's gradients in reduce-scatter": tables * table * _reduced(update)
+        }
+        yield Moment("reduce-scatter of the root", reduced)
 
 
 def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
@@ -215,7 +234,7 @@ def _logprob_moments(shape: Shape, update: Update) -> Terms:
     )
 
 
-def _materialised_moments(form: str, shape: Shape, update: Update) -> Terms:
+def _materialised_moments(form: LossForm, shape: Shape, update: Update) -> Terms:
     """Yield the moments of `oprd.distill.vocab_losses.materialised` and its backward."""
     n, e, v, d = update.all_tokens, update.dtype_bytes, shape.vocab, shape.d
     x = update.rows * v * FLOAT32
@@ -246,7 +265,7 @@ def _materialised_moments(form: str, shape: Shape, update: Update) -> Terms:
     )
 
 
-def _chunked_moments(form: str, shape: Shape, update: Update) -> Terms:
+def _chunked_moments(form: LossForm, shape: Shape, update: Update) -> Terms:
     """Yield the moments of `oprd.distill.vocab_losses.chunked`; its forward computes gradients."""
     e, v, d, m = update.dtype_bytes, shape.vocab, shape.d, update.rows
     rows = min(update.chunk, m)
@@ -289,7 +308,8 @@ def resident(shape: Shape, update: Update, teacher_bytes: int, ready_bytes: int)
 def teacher_rows(objective: str, shape: Shape, update: Update, rank: int) -> int:
     """Return the bytes of the teacher's outputs that an update of this objective reads."""
     m, e = update.rows, update.dtype_bytes
-    if objective == "bridge":
+    chosen = OBJECTIVES[objective]
+    if chosen.is_projected:
         return shape.layers * m * rank * FLOAT32
     sizes = {
         "states": shape.layers * m * shape.d * e,
@@ -297,27 +317,7 @@ def teacher_rows(objective: str, shape: Shape, update: Update, rank: int) -> int
         "logits": update.all_tokens * shape.vocab * e,
         None: 0,
     }
-    return sizes[TEACHER_FORWARD.get(objective)]
-
-
-TEACHER_FORWARD = {
-    "oprd": "states",
-    "bridge": "states",
-    "oprd_last": "last",
-    "opd_top1": "logits",
-    "opd_topk": "logits",
-    "opd_full": "logits",
-    "opd_top1_chunked": "last",
-    "opd_topk_chunked": "last",
-    "opd_full_chunked": "last",
-}
-"""The teacher's outputs for each objective: the supervised rows of every block's states
-(``states``), those of the last block (``last``), or ``logits``."""
-
-
-def reads_teacher_logits(objective: str) -> bool:
-    """Return whether the update reads the teacher's [B, T, V] logits."""
-    return TEACHER_FORWARD.get(objective) == "logits"
+    return sizes[chosen.teacher_outputs]
 
 
 def ready_bytes(objectives: list[str], shape: Shape, update: Update, rank: int) -> int:
@@ -328,6 +328,6 @@ def ready_bytes(objectives: list[str], shape: Shape, update: Update, rank: int) 
     size = teacher_rows("oprd", shape, update, rank)
     if "bridge" in objectives:
         size += teacher_rows("bridge", shape, update, rank)
-    if any(map(reads_teacher_logits, objectives)):
+    if any(OBJECTIVES[name].is_materialised for name in objectives):
         size += teacher_rows("opd_full", shape, update, rank)
     return size

@@ -19,6 +19,7 @@ from oprd.config.models import (
 from oprd.config.objectives import OBJECTIVES, DistillConfig, DistillOptions, OpdConfig
 from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig
+from oprd.config.sampling import SamplingParams
 from oprd.config.train import TrainConfig, check_values
 from oprd.config.vllm import MAX_LOGPROB_GAP, VllmConfig
 from oprd.config.watchdog import LengthWatch, LossWatch, WatchdogConfig
@@ -44,6 +45,7 @@ __all__ = [
     "OptimConfig",
     "PromptsConfig",
     "RolloutConfig",
+    "SamplingParams",
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oprd.config.sampling import SamplingParams
 from oprd.errors import Problems
 
 
@@ -127,6 +128,11 @@ class EvalConfig:
     max_new_tokens: int = 5
     batch_size: int = 500
     teacher: bool = True
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling alone."""
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p)
 
     def check(self, problems: Problems) -> None:
         """Note every value that is out of range."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oprd.config.sampling import SamplingParams
 from oprd.config.vllm import VllmConfig
 from oprd.errors import Problems
 
@@ -31,6 +32,11 @@ class RolloutConfig:
     batch_size: int | None = None
     engine: Literal["generate", "vllm"] = "generate"
     vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling alone."""
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p)
 
     def check(self, problems: Problems) -> None:
         """Note every value that is out of range."""

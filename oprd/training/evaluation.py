@@ -40,9 +40,7 @@ def evaluate(
     mine = prompts[distributed.rank() :: distributed.world_size()]
     rollouts = engine.sample(
         [p.token_ids for p in mine for _ in range(k)],
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
+        cfg.sampling,
         seed=seed + distributed.rank(),
     )
     texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)

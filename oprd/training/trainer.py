@@ -150,12 +150,7 @@ class Trainer:
         mine = indices[distributed.rank() :: distributed.world_size()]
         prompts = [self.prompts[i] for i in mine for _ in range(cfg.responses_per_prompt)]
         with self._synced(self.engine), self.timer("rollout"):
-            rollouts = self.engine.sample(
-                [p.token_ids for p in prompts],
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-            )
+            rollouts = self.engine.sample([p.token_ids for p in prompts], cfg.sampling)
         ends = eos_ids(self.student, self.tokenizer)
         return [
             for_teacher(rollout, prompt, self.inputs.aligners, ends)

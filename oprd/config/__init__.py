@@ -1,7 +1,7 @@
-"""The configuration of a run, a file for each part of it. Every default is the demo's; recipes/ has
-others.
+"""The configuration of a run, as dataclasses.
 
-Fields can be given in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``).
+Options can be set in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``). The
+defaults are those of the demo; ``recipes/`` contains other configurations.
 """
 
 from oprd.config.checkpoint import CheckpointConfig

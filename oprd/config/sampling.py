@@ -1,4 +1,4 @@
-"""How responses are sampled, by whichever engine."""
+"""Sampling parameters, shared by all engines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling from the model's own distribution; top-k sampling and penalties are off.
+    """Parameters of sampling. Top-k sampling and penalties are off.
 
     Attributes:
-        max_new_tokens: a response is cut there.
-        temperature: 0: greedy decoding.
-        top_p: 1: off.
+        max_new_tokens: maximum length of a response in tokens; longer responses are cut off.
+        temperature: sampling temperature; 0: greedy decoding.
+        top_p: nucleus sampling probability; 1: off.
     """
 
     max_new_tokens: int

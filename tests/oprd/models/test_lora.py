@@ -268,7 +268,7 @@ def test_a_run_against_its_own_base(tmp_path):
         ({"student__lora": LoraConfig(4, target_modules=["lm_head"])}, "outside the decoder"),
         ({"teacher__path": "self:base"}, "student.lora.rank is null"),
         ({"student__lora": LORA, "teacher__path": "self:base"}, "nothing to teach"),
-        ({"student__lora": LORA, "distill__init_head_from_teacher": True}, "does not hold"),
+        ({"student__lora": LORA, "distill__init_head_from_teacher": True}, "does not contain"),
     ],
 )
 def test_what_can_not_work_is_refused(tmp_path, changes, message):

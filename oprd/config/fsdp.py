@@ -10,8 +10,9 @@ from oprd.errors import Problems
 
 @dataclass
 class FsdpConfig:
-    """FSDP2: shards parameters, gradients and optimizer states, and gathers one decoder layer at a
-    time.
+    """FSDP2: sharding of parameters, gradients and optimizer states over ranks.
+
+    Decoder layers are gathered one at a time.
 
     Attributes:
         mode: ``auto``: use FSDP2 if there is more than one rank. ``never``: every rank holds the

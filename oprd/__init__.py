@@ -1,6 +1,6 @@
-"""On-Policy Representation Distillation for Hugging Face models.
+"""On-Policy Representation Distillation (OPRD) for Hugging Face models.
 
-The names below are loaded when they are first used.
+The public names are imported on first use.
 """
 
 from importlib import import_module

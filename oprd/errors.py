@@ -1,4 +1,4 @@
-"""The exceptions that mean "this is for the user to fix"."""
+"""Exceptions for problems that the user can fix, and helpers that collect and raise them."""
 
 from __future__ import annotations
 
@@ -9,49 +9,51 @@ from typing import Any
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 Attempt = Callable[[Callable[[], Any]], Any]
-"""Calls; what is out of reach becomes None in a dry run."""
+"""Calls a function and returns its result, or None in a dry run if the hub can't be reached."""
 
 
 class ConfigError(ValueError):
-    """A configuration that can't finish, or models or data that do not fit it. The message says
-    what was given, what was expected and what to change."""
+    """Raised for a configuration that can't run, or models or data that do not fit it.
+
+    The message says what was given, what was expected and what to change.
+    """
 
 
 class Problems:
-    """Everything that is wrong with a configuration, to be said at once."""
+    """Collects the problems of a configuration and raises them as one error."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def need(self, ok: bool, message: str) -> None:
-        """Note ``message`` unless ``ok``."""
+        """Add ``message`` to the problems unless ``ok``."""
         if not ok:
             self.found.append(message)
 
     def need_at_least_one(self, values: Mapping[str, int | None]) -> None:
-        """Of options by name; None is an option left out."""
+        """Add a problem for each option below 1. An option that is None is not checked."""
         for name, value in values.items():
             self.need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
 
     def refuse(self) -> None:
-        """End the checks.
+        """Raise an error if there are problems.
 
         Raises:
-            ConfigError: listing what was noted, if anything was.
+            ConfigError: with all problems, one a line.
         """
         if self.found:
             raise ConfigError("\n".join(self.found))
 
 
 def need_package(package: str, extra: str, option: str) -> None:
-    """Check that an optional package is there.
+    """Check that an optional package is installed.
 
     Args:
-        extra: of this package, that installs it.
-        option: that needs it.
+        extra: the extra of ``oprd`` that installs the package.
+        option: the option that needs the package, for the message.
 
     Raises:
-        ConfigError: saying how to install it.
+        ConfigError: if the package is missing; the message says how to install it.
     """
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
@@ -61,15 +63,16 @@ def need_package(package: str, extra: str, option: str) -> None:
 
 
 class Unreachable(ConfigError):
-    """Something that could not be asked for from here, on the hub or of a package that is not
-    installed: a dry run says so and goes on."""
+    """Raised if a check needs the hub or a package, and the hub can't be reached or the package is
+    not installed. A dry run reports the error and continues."""
 
 
 def attempts(unchecked: list[str], dry_run: bool) -> Attempt:
-    """An `Attempt`.
+    """Return an `Attempt`.
 
     Args:
-        unchecked: gets what could not be reached, in a dry run; else that is raised.
+        unchecked: in a dry run, the messages of `Unreachable` errors are appended to this list.
+        dry_run: False: `Unreachable` errors are raised.
     """
 
     def attempt(what: Callable[[], Any]) -> Any:
@@ -85,7 +88,10 @@ def attempts(unchecked: list[str], dry_run: bool) -> Attempt:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Whether a loading error says that the hub could not be reached, rather than what it said."""
+    """Return whether an error means that the hub could not be reached.
+
+    The hub's own answers (no such repository, no such file) return False.
+    """
     text = ""
     while error is not None:
         definite = (RepositoryNotFoundError, HFValidationError)

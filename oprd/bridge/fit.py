@@ -161,9 +161,7 @@ class Fitter:
                             student,
                             self.tokenizer,
                             [chosen[n].token_ids for n in numbers],
-                            max_new_tokens=r.max_new_tokens,
-                            temperature=r.temperature,
-                            top_p=r.top_p,
+                            r.sampling,
                             batch_size=r.batch_size,
                         )
                     for n, rollout in zip(numbers, rollouts, strict=True):

@@ -1,1 +1,1 @@
-"""The commands, a file for each."""
+"""The command line programs, one module for each."""

@@ -28,14 +28,16 @@ from oprd.errors import ConfigError
 
 
 def make_parser() -> Parser:
-    """The parser of ``oprd-bridge``."""
+    """Return the parser of ``oprd-bridge``."""
     parser = Parser(
         prog="oprd-bridge",
         description="Projectors that let a student learn from a teacher of any width and depth.",
     )
     commands = parser.add_subcommands(required=True, dest="command")
 
-    fit = Parser(description="Fit a bridge to student rollouts. Without options: the demo's pair.")
+    fit = Parser(
+        description="Fit a bridge to student rollouts. Without options, use the demo's models."
+    )
     fit.add_argument("--config", action="config", help="a YAML file with any of the options")
     fit.add_argument(
         "--dry_run",
@@ -46,30 +48,44 @@ def make_parser() -> Parser:
     fit.add_class_arguments(FitConfig, None)
     commands.add_subcommand("fit", fit, help="fit a bridge to student rollouts")
 
-    sweep = Parser(description="Cosine before and after fitting by rank (the paper's Figure 12).")
+    sweep = Parser(description="Cosine by rank, before and after fitting (the paper's Figure 12).")
     sweep.add_argument("bridge", help="a file that fit wrote")
-    sweep.add_argument("--output_dir", default="sweep", help="for sweep.csv, .json and .png")
-    commands.add_subcommand("sweep", sweep, help="cosine by rank: table and figure")
+    sweep.add_argument(
+        "--output_dir", default="sweep", help="directory for sweep.csv, sweep.json and sweep.png"
+    )
+    commands.add_subcommand(
+        "sweep", sweep, help="compute the cosine by rank as a table and a figure"
+    )
 
-    imported = Parser(description="Turn a ps_bank.pt of the public code into a bridge.")
-    imported.add_argument("bank", help="linear layouts only; nothing in it is run")
+    imported = Parser(
+        description="Convert a ps_bank.pt of the public OPRD code "
+        "(github.com/ShenzhiYang2000/OPRD) into a bridge."
+    )
+    imported.add_argument(
+        "bank", help="a ps_bank.pt file with linear projectors; no code in it is run"
+    )
     imported.add_argument("--output", required=True, help="the file to write")
     imported.add_argument(
         "--student", type=str | None, default=None,
-        help="the model it was fitted for, to check and record its shape",
+        help="the student that it was fitted for, to check and record its shape",
     )  # fmt: skip
-    imported.add_argument("--teacher", type=str | None, default=None, help="likewise")
-    commands.add_subcommand("import", imported, help="read a ps_bank.pt of the public code")
+    imported.add_argument(
+        "--teacher",
+        type=str | None,
+        default=None,
+        help="the teacher that it was fitted for, to check and record its shape",
+    )
+    commands.add_subcommand("import", imported, help="convert a ps_bank.pt of the public OPRD code")
 
-    show = Parser(description="What a bridge is, and how well its layers do.")
+    show = Parser(description="Describe a bridge and the quality of its layers.")
     show.add_argument("bridge", help="a file that fit or import wrote")
-    show.add_argument("--rank", type=int | None, default=None, help="at this rank")
+    show.add_argument("--rank", type=int | None, default=None, help="describe it at this rank")
     commands.add_subcommand("show", show, help="describe a bridge")
     return parser
 
 
 def run_fit(options: Namespace) -> None:
-    """``oprd-bridge fit``."""
+    """Run ``oprd-bridge fit``."""
     values = {k: v for k, v in vars(options).items() if k not in ("config", "dry_run")}
     cfg = FitConfig(**values)
     if not options.dry_run:
@@ -78,25 +94,25 @@ def run_fit(options: Namespace) -> None:
         fit(cfg)
         return
     leave_out_an_unreachable_hub()
-    found = check_fit(cfg, dry_run=True)
-    if found.pairs:
-        print("layers (student<-teacher): " + ", ".join(f"{s}<-{t}" for s, t in found.pairs))
-    if found.prompts:
-        print(f"prompts: {len(found.prompts)}, {found.held_out_prompts} of them held out")
-    for note in found.notes:
+    checked = check_fit(cfg, dry_run=True)
+    if checked.pairs:
+        print("layers (student<-teacher): " + ", ".join(f"{s}<-{t}" for s, t in checked.pairs))
+    if checked.prompts:
+        print(f"prompts: {len(checked.prompts)}, {checked.held_out_prompts} of them held out")
+    for note in checked.notes:
         print(f"note: {note}")
-    for item in found.unchecked:
+    for item in checked.unchecked:
         print(f"not checked: {item}")
-    print(conclusion(bool(found.unchecked), "the fit"))
+    print(conclusion(bool(checked.unchecked), "the fit"))
 
 
 def run_sweep(options: Namespace) -> None:
-    """``oprd-bridge sweep``."""
+    """Run ``oprd-bridge sweep``."""
     Console().print(sweep(options.bridge, options.output_dir))
 
 
 def run_import(options: Namespace) -> None:
-    """``oprd-bridge import``."""
+    """Run ``oprd-bridge import``."""
     check_new_file(options.output)
     bridge = read_ps_bank(options.bank)
     save_bridge(replace(bridge, info=_with_models(bridge.info, options)), options.output)
@@ -104,37 +120,41 @@ def run_import(options: Namespace) -> None:
 
 
 def _with_models(info: BridgeInfo, options: Namespace) -> BridgeInfo:
-    """With the shapes of the models named, once they are known to fit."""
+    """Return ``info`` with the shapes of the models that ``--student`` and ``--teacher`` name.
+
+    Raises:
+        ConfigError: if the bridge does not fit these models.
+    """
     from oprd.models.info import model_info
     from oprd.models.loading import load_config
 
-    found = {
+    models = {
         who: model_info(load_config(path), path)
         for who in ("student", "teacher")
         if (path := getattr(options, who)) is not None
     }
-    info.check(found.get("student", info.student), found.get("teacher", info.teacher), info.pairs)
+    info.check(models.get("student", info.student), models.get("teacher", info.teacher), info.pairs)
     for who, blocks in zip(("student", "teacher"), zip(*info.pairs, strict=True), strict=True):
-        if who in found and max(blocks) >= (found[who].layers or 0):
+        if who in models and max(blocks) >= (models[who].layers or 0):
             raise ConfigError(
-                f"the bridge has {who} block {max(blocks)}, but {found[who].path} has "
-                f"{found[who].layers} layers"
+                f"the bridge has {who} block {max(blocks)}, but {models[who].path} has "
+                f"{models[who].layers} layers"
             )
     return replace(
         info,
-        student=found.get("student", info.student),
-        teacher=found.get("teacher", info.teacher),
+        student=models.get("student", info.student),
+        teacher=models.get("teacher", info.teacher),
     )
 
 
 def run_show(options: Namespace) -> None:
-    """``oprd-bridge show``."""
+    """Run ``oprd-bridge show``."""
     for table in tables(read_info(options.bridge).at_rank(options.rank)):
         Console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``oprd-bridge``.
+    """Run ``oprd-bridge``.
 
     Exit codes: 0, 2 wrong configuration or file, 130 interrupted.
     """

@@ -1,4 +1,4 @@
-"""``oprd-compare``: objectives side by side."""
+"""``oprd-compare``: compare objectives on the same models and prompts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from oprd.config import EvalConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``oprd-compare``. Exit codes: 0, 2 wrong configuration, 130 interrupted."""
-    parser = Parser(prog="oprd-compare", description="Objectives side by side.")
+    """Run ``oprd-compare``. Exit codes: 0, 2 wrong configuration, 130 interrupted."""
+    parser = Parser(
+        prog="oprd-compare", description="Compare objectives on the same models and prompts."
+    )
     parser.add_argument("--config", action="config", help="a YAML file with any of the options")
     parser.add_class_arguments(CompareConfig, None)
     parser.set_defaults({"run.eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
@@ -24,5 +26,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_command(
         "oprd-compare",
         lambda: Comparison(CompareConfig(**values)).run(),
-        interrupted="interrupted; the same command goes on from here",
+        interrupted="interrupted; run the same command again to continue",
     )

@@ -1,4 +1,4 @@
-"""What a command does before it begins, and says when it ends."""
+"""Environment set-up of the commands, and the conclusion of a dry run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the hub's address answers; behind a proxy this can't be told and is assumed."""
+    """Return whether the hub can be reached. Behind a proxy, assume that it can."""
     if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -28,14 +28,17 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
 
 def leave_out_an_unreachable_hub() -> None:
-    """The libraries would ask it again for minutes."""
+    """Switch the libraries to offline mode if the hub can't be reached.
+
+    Otherwise they would retry for minutes.
+    """
     if not hub_reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # some have read the variable already
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # it may have been read already
 
 
 def quiet_libraries() -> None:
-    """Progress bars and notices of the libraries beneath, which would tear up our own lines."""
+    """Turn off progress bars and notices of libraries, which would mix with our own output."""
     import datasets
     import transformers
 
@@ -47,7 +50,12 @@ def quiet_libraries() -> None:
 
 
 def conclusion(unchecked: bool, what: str) -> str:
-    """Of a dry run that found nothing wrong."""
+    """Return the last line of a dry run without errors.
+
+    Args:
+        unchecked: whether something could not be checked.
+        what: what was checked, for the message.
+    """
     if unchecked:
         return "the configuration is consistent as far as it could be checked from here"
     return f"everything checked: {what} can start"

@@ -1,4 +1,4 @@
-"""``oprd-export``: a checkpoint as a model that `from_pretrained` loads.
+"""``oprd-export``: write a checkpoint's student in a format that `from_pretrained` loads.
 
 oprd-export runs/demo OUTPUT                    # the newest checkpoint of a run
 oprd-export runs/demo OUTPUT --best             # the one that checkpoint.keep_best keeps
@@ -18,17 +18,17 @@ from oprd.training.export import DTYPES, choose, export
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``oprd-export``.
+    """Run ``oprd-export``.
 
-    Exit codes: 0, 1 no room, 2 wrong arguments or checkpoint, 130 interrupted.
+    Exit codes: 0, 1 output could not be written, 2 wrong arguments or checkpoint, 130 interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="oprd-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the directory of a run")
     parser.add_argument("output", type=Path, help="a directory that does not exist yet")
-    parser.add_argument("--best", action="store_true", help="of a run, its best checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as trained")
+    parser.add_argument("--best", action="store_true", help="export the best checkpoint of a run")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as trained")
     options = parser.parse_args(argv)
     quiet_libraries()
     run_command("oprd-export", lambda: _export(options))

@@ -1,7 +1,7 @@
-"""``oprd-gains``: what OPRD saves in the actor update, measured here and predicted from shapes.
+"""``oprd-gains``: measure and predict what OPRD saves in the actor update.
 
 oprd-gains                                          # Qwen2.5-0.5B's shape, 384 tokens
-oprd-gains --dry_run                                # the planner's prediction only
+oprd-gains --dry_run                                # only the prediction from shapes
 oprd-gains --student.path ./student --objectives '[backbone,oprd,opd_topk]'
 """
 
@@ -19,19 +19,19 @@ from oprd.cli.parser import Parser, run_command
 
 
 def make_parser() -> Parser:
-    """The parser of ``oprd-gains``."""
+    """Return the parser of ``oprd-gains``."""
     parser = Parser(prog="oprd-gains", description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="a YAML file with any of the options")
     parser.add_argument(
-        "--dry_run", action="store_true", help="print the prediction, also of the paper's run; "
-        "measure nothing",
+        "--dry_run", action="store_true", help="only print the predictions, also for the paper's "
+        "run; measure nothing",
     )  # fmt: skip
     parser.add_class_arguments(GainsConfig, None)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``oprd-gains``.
+    """Run ``oprd-gains``.
 
     Exit codes: 0 finished, 2 wrong flags or too little memory, 130 interrupted.
     """

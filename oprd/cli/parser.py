@@ -1,4 +1,4 @@
-"""The parser of all commands, and what they have in common when they end."""
+"""The argument parser of all commands, and their common error handling."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from oprd.observability.console import shown
 
 
 class Parser(ArgumentParser):
-    """Names the nearest option where an unknown one is given."""
+    """An argument parser that suggests the nearest option for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None):
-        """End the program (exit code 2) with the message, on one line where it can be."""
+        """Print the message and exit with code 2."""
         sys.stderr.write(f"{self.prog}: error: {explained(message, self.option_names())}\n")
         sys.exit(2)
 
     def option_names(self) -> list[str]:
-        """Return every option, dotted."""
+        """Return the dotted names of all options."""
         return [action.dest for action in self._actions if action.dest != "help"]
 
 
 def run_command(prog: str, command: Callable[[], object], interrupted: str = "interrupted") -> None:
-    """Run a command; exit with 2 for a wrong configuration and 130 for Ctrl-C, saying so.
+    """Run a command. Exit with code 2 after a `ConfigError` and 130 after Ctrl-C, with a message.
 
     Args:
-        interrupted: what Ctrl-C leaves the user with.
+        prog: name of the program, for the messages.
+        interrupted: the message after Ctrl-C.
     """
     try:
         with shown():

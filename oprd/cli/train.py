@@ -1,8 +1,8 @@
-"""``oprd-train``: configuration from defaults, YAML and the command line.
+"""``oprd-train``: train with a configuration from defaults, YAML and the command line.
 
 oprd-train                                    # the demo: minutes on a CPU
 oprd-train --config recipes/x.yaml --dry_run  # check a recipe without loading weights
-oprd-train --print_config                     # every option, with what it means: --help
+oprd-train --print_config                     # print all options; --help explains them
 torchrun --nproc-per-node 2 -m oprd.cli.train # several ranks
 """
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from oprd.observability.summary import Summary
 
 CONTROLS = ("config", "dry_run", "stages", "plan")
-"""Options that are not part of a run's configuration."""
+"""Options that are not part of `TrainConfig`."""
 
 
 def make_parser() -> Parser:
     """Return the parser of ``oprd-train``."""
     parser = Parser(
         prog="oprd-train",
-        description="On-policy representation distillation. Without options: the demo.",
+        description="On-policy representation distillation. Without options, run the demo.",
     )
     parser.add_argument("--config", action="config", help="a YAML file with any of the options")
     parser.add_argument(
@@ -46,8 +46,8 @@ def make_parser() -> Parser:
         "--stages",
         type=dict[str, dict[str, Any]],
         default={},
-        help="several runs in order, by name, each from the student that the last one left, and "
-        "what each changes of the other options",
+        help="runs that follow one another, by name, with the options that each changes; each run "
+        "trains the student that the previous one saved",
     )
     parser.add_class_arguments(PlanConfig, "plan")
     parser.add_class_arguments(TrainConfig, None)
@@ -57,17 +57,17 @@ def make_parser() -> Parser:
 
 
 def to_config(parsed: Namespace) -> TrainConfig:
-    """Return the dataclass of what was parsed and instantiated."""
+    """Return the run's configuration from parsed and instantiated options."""
     return TrainConfig(**{k: v for k, v in vars(parsed).items() if k not in CONTROLS})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``oprd-train``.
+    """Run ``oprd-train``.
 
-    Exit codes: 0 finished, 1 stopped by an error or planned not to fit, 2 wrong configuration, 124
-    a rank hung (`oprd.observability.hang_watchdog`); 130 ended by Ctrl-C and 143 by SIGTERM, with a
-    checkpoint that ``--resume auto`` goes on from. (torchrun's own code is 1 for all of them but
-    0.)
+    Exit codes: 0 finished; 1 stopped by an error, or the planned run does not fit; 2 wrong
+    configuration; 124 a rank hung (`oprd.observability.hang_watchdog`); 130 ended by Ctrl-C and 143
+    by SIGTERM, with a checkpoint from which ``--resume auto`` continues. torchrun exits with 1 in
+    all cases but 0.
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)
@@ -82,10 +82,10 @@ def _run(parser: Parser, parsed: Namespace) -> None:
 
     plan = parser.instantiate(parsed).plan
     if plan.gpus is not None and not parsed.dry_run:
-        raise ConfigError("plan.gpus plans a run, and runs nothing: add --dry_run")
+        raise ConfigError("plan.gpus only plans a run: add --dry_run")
     if plan.gpus is not None and parsed.stages:
         raise ConfigError(
-            "plan.gpus plans one run, and there are stages: plan each without the others, with "
+            "plan.gpus plans a single run, but there are stages: plan each stage alone, with "
             "--stages '{}' and its options"
         )
     if parsed.dry_run:
@@ -114,7 +114,7 @@ def _train(parser: Parser, parsed: Namespace) -> Summary | None:
 
 
 def _dry_run(parser: Parser, parsed: Namespace, plan: PlanConfig) -> None:
-    """Check everything; exit with 1 if it is planned not to fit."""
+    """Check the configuration; exit with code 1 if the planned run does not fit."""
     from oprd.training import stages
 
     if parsed.stages:
@@ -131,15 +131,15 @@ def _dry_run(parser: Parser, parsed: Namespace, plan: PlanConfig) -> None:
 
 
 def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
-    """Print what the preflight finds, and what ``plan`` asks for.
+    """Check a run, and print its inputs and the memory plan that ``plan`` asks for.
 
     Returns:
-        Whether nothing speaks against the run.
+        False if the planned run does not fit, True otherwise.
     """
     from oprd.memory_plan.report import show_training_plan
     from oprd.training.preflight import preflight
 
-    found = preflight(cfg, dry_run=True, ranks=plan.gpus)
+    inputs = preflight(cfg, dry_run=True, ranks=plan.gpus)
     r = cfg.rollout
     print(
         f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
@@ -148,21 +148,21 @@ def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
     for name, teacher in cfg.all_teachers.items():
         where = f" for the prompts of {name}" if name else ""
         print(f"student {cfg.student.path} <- teacher {teacher.path}{where}")
-        if name in found.layer_pairs:
-            pairs = ", ".join(f"{s}<-{t}" for s, t in found.layer_pairs[name])
+        if name in inputs.layer_pairs:
+            pairs = ", ".join(f"{s}<-{t}" for s, t in inputs.layer_pairs[name])
             print(f"layers (student<-teacher): {pairs}")
-    for name, prompts in {"train": found.train, **found.eval_sets}.items():
+    for name, prompts in {"train": inputs.train, **inputs.eval_sets}.items():
         if prompts:
             longest = max(len(p.token_ids) for p in prompts.prompts)
             print(f"prompts {name}: {len(prompts)}, the longest {longest} tokens")
-    if found.resume.checkpoints:
-        print(f"resume: from {found.resume.checkpoints[0].path}")
-    for note in found.notes:
+    if inputs.resume.checkpoints:
+        print(f"resume: from {inputs.resume.checkpoints[0].path}")
+    for note in inputs.notes:
         print(f"note: {note}")
-    for item in found.unchecked:
+    for item in inputs.unchecked:
         print(f"not checked: {item}")
-    print(conclusion(bool(found.unchecked), "the run"))
-    return plan.gpus is None or show_training_plan(cfg, plan, found.bridge_ranks)
+    print(conclusion(bool(inputs.unchecked), "the run"))
+    return plan.gpus is None or show_training_plan(cfg, plan, inputs.bridge_ranks)
 
 
 if __name__ == "__main__":  # for torchrun

@@ -1,7 +1,7 @@
-"""The configuration of a run, a file for each part of it. Every default is the demo's; recipes/ has
-others.
+"""The configuration of a run, as dataclasses.
 
-Fields can be given in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``).
+Options can be set in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``). The
+defaults are those of the demo; ``recipes/`` contains other configurations.
 """
 
 from oprd.config.checkpoint import CheckpointConfig
@@ -19,6 +19,7 @@ from oprd.config.models import (
 from oprd.config.objectives import OBJECTIVES, DistillConfig, DistillOptions, OpdConfig
 from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig
+from oprd.config.sampling import SamplingParams
 from oprd.config.train import TrainConfig, check_values
 from oprd.config.vllm import MAX_LOGPROB_GAP, VllmConfig
 from oprd.config.watchdog import LengthWatch, LossWatch, WatchdogConfig
@@ -44,6 +45,7 @@ __all__ = [
     "OptimConfig",
     "PromptsConfig",
     "RolloutConfig",
+    "SamplingParams",
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",

@@ -1,4 +1,4 @@
-"""What a run keeps so that it can go on."""
+"""Options for checkpoints."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ BEST = re.compile(r"val/(?P<set>.+)/(avg|best)@(?P<k>\d+)")
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints of everything: weights, optimizer, random states, position in the data.
+    """Checkpoints of the whole state: weights, optimizer, random states, position in the data.
 
-    A run that is interrupted writes one in any case. They lie in ``<output_dir>/checkpoints`` and
-    serve ``resume`` and ``oprd-export``.
+    Checkpoints are written to ``<output_dir>/checkpoints``. ``resume`` and ``oprd-export`` read
+    them. An interrupted run always writes one.
 
     Attributes:
-        every: steps between them, and one after the last step; 0: only when interrupted.
-        keep_last: delete all but the newest so many; null: keep all.
-        keep_best: an evaluation's metric, ``val/<set>/avg@<k>`` or ``best@<k>``: whenever it is
-            higher than ever, a checkpoint is written and kept besides; null: off.
-        asynchronous: write while training goes on, from a copy in main memory.
-        allow_changes: settings, dotted, that may differ from the checkpoint's when resuming.
+        every: number of steps between checkpoints; another one follows the last step. 0: write a
+            checkpoint only if the run is interrupted.
+        keep_last: number of newest checkpoints to keep; older ones are deleted. Null: keep all.
+        keep_best: an evaluation metric, ``val/<set>/avg@<k>`` or ``val/<set>/best@<k>``. Whenever
+            it reaches a new maximum, a checkpoint is written and kept in addition to
+            ``keep_last``. Null: off.
+        asynchronous: write checkpoints in the background, from a copy in main memory.
+        allow_changes: dotted names of options that may differ from the checkpoint's when resuming.
     """
 
     every: int = 0
@@ -35,7 +37,7 @@ class CheckpointConfig:
     allow_changes: list[str] = field(default_factory=list)
 
     def check(self, problems: Problems, evaluation: EvalConfig) -> None:
-        """Note every value that is out of range, or names no metric of ``evaluation``."""
+        """Add a problem for every invalid value, given the run's evaluations."""
         problems.need(self.every >= 0, f"checkpoint.every must not be negative, got {self.every}")
         problems.need_at_least_one({"checkpoint.keep_last": self.keep_last})
         if self.keep_best is None:
@@ -49,6 +51,6 @@ class CheckpointConfig:
             and match["set"] in sets
             and sets[match["set"]].every > 0
             and int(match["k"]) == k,
-            f"checkpoint.keep_best={self.keep_best} is no accuracy measured during training: "
+            f"checkpoint.keep_best={self.keep_best} is not measured during training: "
             f"expected one of {known or 'none, as no eval.sets.<name>.every is set'} (or best@{k})",
         )

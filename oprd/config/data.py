@@ -1,28 +1,30 @@
-"""Prompts, for training and for evaluation."""
+"""Options for the prompts of training and evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oprd.config.sampling import SamplingParams
 from oprd.errors import Problems
 
 
 @dataclass
 class PromptsConfig:
-    """A set of prompts, with answers where they are to be graded.
+    """A set of prompts, with reference answers if responses are graded.
 
     Attributes:
         path: a ``.jsonl``, ``.json`` or ``.parquet`` file, a hub data set, or ``demo:NAME.jsonl``.
-        split: of a hub data set.
-        prompt_field: plain text or a list of chat messages. Dots reach into nested fields.
-        answer_field: the reference answer; needed by the sets that are evaluated.
-        teacher_prompt: what the teacher reads instead, for privileged information: text in which
-            ``{prompt}`` is the prompt (of a chat, its last user message) and ``{name}`` any field
-            of the row. Null: the prompt.
-        source_field: a field that names each prompt's source, for ``teachers``; null: the set's
-            name.
-        limit: use the first so many rows; null: all.
+        split: split of a hub data set.
+        prompt_field: field with the prompt, as plain text or a list of chat messages. Dots select
+            nested fields.
+        answer_field: field with the reference answer; required in evaluation sets.
+        teacher_prompt: template of the prompt that the teacher reads, to give it privileged
+            information. ``{prompt}`` stands for the prompt (of a chat, the last user message) and
+            ``{name}`` for any field of the row. Null: the teacher reads the student's prompt.
+        source_field: field with the name of each prompt's source, which selects one of
+            ``teachers``. Null: the source is the name of the set.
+        limit: number of rows to use, from the first; null: all.
     """
 
     path: str
@@ -36,20 +38,24 @@ class PromptsConfig:
 
 @dataclass
 class DataConfig:
-    """Training prompts, and how any prompt is put to the models.
+    """The training prompts, and the formatting of all prompts.
 
     Attributes:
-        train: the prompts that rollouts are made from.
-        sources: several sets instead of ``train``, by name; prompts are drawn from all of them
-            together.
+        train: the set of training prompts.
+        sources: several sets of training prompts by name, instead of ``train``. Prompts are drawn
+            from their union.
         chat_template: ``auto``: apply the tokenizer's chat template to chat messages and leave
-            plain text as it is; ``always``: plain text becomes a user's message; ``never``.
-        chat_template_kwargs: passed to the chat template, e.g. ``{enable_thinking: false}``.
-        prompt_suffix: appended to the text, or to the last user message, that lacks it.
-        max_prompt_tokens: longer prompts are treated as ``overlong`` says,
-        max_teacher_prompt_tokens: as are those whose ``teacher_prompt`` is longer than this; null:
-            the same limit.
-        overlong: ``drop`` (and count) or ``error``.
+            plain text unchanged. ``always``: also apply it to plain text, as a user message.
+            ``never``: do not use chat templates.
+        chat_template_kwargs: arguments of the chat template, e.g. ``{enable_thinking: false}``.
+        prompt_suffix: text that is appended to a plain-text prompt or to the last user message,
+            unless it is there already.
+        max_prompt_tokens: maximum length of a prompt in tokens; ``overlong`` applies to longer
+            ones.
+        max_teacher_prompt_tokens: maximum length of a teacher's prompt in tokens, if there is a
+            ``teacher_prompt``; null: ``max_prompt_tokens``.
+        overlong: what to do with prompts that are too long: ``drop`` them and report their number,
+            or ``error``.
     """
 
     train: PromptsConfig = field(default_factory=lambda: PromptsConfig("demo:train.jsonl"))
@@ -63,16 +69,16 @@ class DataConfig:
 
     @property
     def training_sets(self) -> dict[str, PromptsConfig]:
-        """By name."""
+        """The sets of training prompts by name."""
         return self.sources or {"train": self.train}
 
     @property
     def teacher_prompt_limit(self) -> int:
-        """Tokens."""
+        """The maximum length of a teacher's prompt in tokens."""
         return self.max_teacher_prompt_tokens or self.max_prompt_tokens
 
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         problems.need_at_least_one(
             {
                 "data.max_prompt_tokens": self.max_prompt_tokens,
@@ -89,10 +95,11 @@ class DataConfig:
 
 @dataclass
 class EvalSetConfig(PromptsConfig):
-    """A set to evaluate on.
+    """An evaluation set.
 
     Attributes:
-        every: steps between evaluations during training; 0: only before and after.
+        every: number of steps between evaluations during training. 0: evaluate only before and
+            after training.
     """
 
     every: int = 0
@@ -107,16 +114,18 @@ def _demo_sets() -> dict[str, EvalSetConfig]:
 
 @dataclass
 class EvalConfig:
-    """Accuracy on held-out prompts, of the teacher, the student before, during and after.
+    """Accuracy of the teacher, and of the student before, during and after training.
 
     Attributes:
-        sets: by name. The last one is what the closing table is about.
-        grader: ``exact`` (the text) or ``math`` (mathematical equality of the last boxed answer).
-        samples: k responses a prompt; accuracy is avg@k.
-        temperature: 0: greedy (then samples must be 1).
-        top_p, max_new_tokens: of the sampling.
-        batch_size: sequences generated at once. (vLLM, for a student, decides for itself.)
-        teacher: evaluate the teacher too. The whole model is loaded for that.
+        sets: the evaluation sets by name. The table at the end of a run shows the last one.
+        grader: ``exact`` (equal text) or ``math`` (mathematical equality of the last boxed answer).
+        samples: k, the number of responses to each prompt; accuracy is avg@k.
+        temperature: sampling temperature. 0: greedy decoding, for which ``samples`` must be 1.
+        top_p: nucleus sampling probability.
+        max_new_tokens: maximum length of a response in tokens.
+        batch_size: number of sequences generated at once. The vLLM engine, which can evaluate the
+            student, chooses its own batches.
+        teacher: evaluate the teacher too. This loads the whole teacher.
     """
 
     sets: dict[str, EvalSetConfig] = field(default_factory=_demo_sets)
@@ -128,8 +137,13 @@ class EvalConfig:
     batch_size: int = 500
     teacher: bool = True
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters."""
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p)
+
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         need = problems.need
         problems.need_at_least_one(
             {

@@ -1,4 +1,4 @@
-"""How a run is spread over ranks."""
+"""Options for sharding models over ranks."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from oprd.errors import Problems
 
 @dataclass
 class FsdpConfig:
-    """FSDP2: parameters, gradients and optimizer states in shards; a decoder layer is gathered at a
-    time.
+    """FSDP2: sharding of parameters, gradients and optimizer states over ranks.
+
+    Decoder layers are gathered one at a time.
 
     Attributes:
-        mode: ``auto``: if there is more than one rank. ``never``: every rank holds all of it, and
-            gradients are added up. ``always``: with one rank too, for ``param_dtype`` or
-            ``cpu_offload``.
-        param_dtype: what layers compute in and are gathered in, while the student's own weights
-            stay in ``student.dtype`` (float32 master weights); null: the same.
-        reduce_dtype: what gradients are added up in over ranks.
-        reshard_after_forward: free a layer's gathered weights between forward and backward: less
-            memory for one more gather.
-        shard_size: ranks that share one copy; the copies are kept alike (hybrid sharding, a copy a
-            node, say); null: all ranks.
-        cpu_offload: the student's shards, gradients and optimizer live in main memory.
-        teacher: ``sharded``, as the student; ``offloaded``: its shards in main memory;
-            ``replicated``: every rank holds all of it, and nothing is gathered.
+        mode: ``auto``: use FSDP2 if there is more than one rank. ``never``: every rank holds the
+            whole models, and gradients are summed over ranks. ``always``: use FSDP2 with one rank
+            too, for ``param_dtype`` or ``cpu_offload``.
+        param_dtype: dtype in which layers are gathered and computed. The student's weights stay in
+            ``student.dtype`` (float32 master weights). Null: the dtype of the weights.
+        reduce_dtype: dtype in which gradients are summed over ranks.
+        reshard_after_forward: free a layer's gathered weights between forward and backward. This
+            saves memory and costs another gather.
+        shard_size: number of ranks that share one copy of the models. If there are several copies
+            (hybrid sharding, for example one on each node), their gradients are summed. Null: all
+            ranks share one copy.
+        cpu_offload: keep the student's shards, gradients and optimizer states in main memory.
+        teacher: ``sharded``: like the student. ``offloaded``: sharded, with the shards in main
+            memory. ``replicated``: every rank holds the whole teacher, and nothing is gathered.
     """
 
     mode: Literal["auto", "always", "never"] = "auto"
@@ -38,18 +40,18 @@ class FsdpConfig:
     teacher: Literal["sharded", "offloaded", "replicated"] = "sharded"
 
     def active(self, ranks: int) -> bool:
-        """Whether models are sharded when there are so many ranks."""
+        """Return whether models are sharded in a run with this number of ranks."""
         return self.mode == "always" or (self.mode == "auto" and ranks > 1)
 
     def check(
         self, problems: Problems, autocast: str | None, ranks: int, own_teacher: bool
     ) -> None:
-        """Note what these ranks can't do.
+        """Add a problem for every option that does not fit the run.
 
         Args:
-            autocast: the run's.
-            ranks: that it is started with.
-            own_teacher: whether a teacher is a model of its own, not the student.
+            autocast: the run's ``autocast``.
+            ranks: number of ranks of the run.
+            own_teacher: whether there is a teacher that is not the student itself.
         """
         need = problems.need
         problems.need_at_least_one({"fsdp.shard_size": self.shard_size})

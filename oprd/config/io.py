@@ -1,4 +1,4 @@
-"""A run's configuration as plain values and as YAML, and back."""
+"""Conversion of a run's configuration to and from plain values and YAML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNKNOWN = (
     re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
     re.compile(r"Key '(?P<key>[\w.]+)' is not expected"),
 )
-"""How jsonargparse says that there is no such option."""
+"""Patterns of jsonargparse's messages for unknown options."""
 
 
 def to_yaml(cfg: TrainConfig) -> str:
@@ -29,11 +29,10 @@ def to_yaml(cfg: TrainConfig) -> str:
 
 
 def from_values(values: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration that plain values (as read from YAML) stand for.
+    """Return the configuration given by plain values, such as those read from YAML.
 
     Raises:
-        ConfigError: for an unknown option, with the nearest known one, or a value of the wrong
-            type.
+        ConfigError: for an unknown option, with a suggestion, or for a value of the wrong type.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, None)
@@ -46,8 +45,7 @@ def from_values(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def explained(message: str, names: Sequence[str]) -> str:
-    """Return jsonargparse's message; for an unknown option, one line with the nearest of ``names``
-    instead."""
+    """Return jsonargparse's message, or for an unknown option a suggestion from ``names``."""
     for pattern in UNKNOWN:
         if match := pattern.search(message):
             parts = match.groupdict()
@@ -59,7 +57,7 @@ def explained(message: str, names: Sequence[str]) -> str:
 
 
 def nearest(key: str, names: Sequence[str]) -> str | None:
-    """Return the name that a mistyped key most likely stands for."""
+    """Return the name closest to ``key``, or None if no name is similar."""
     by_last_part = {name.rsplit(".", 1)[-1]: name for name in names}
     for candidates in (names, list(by_last_part)):
         if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.6):

@@ -1,4 +1,4 @@
-"""Where metrics go."""
+"""Options for experiment trackers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 @dataclass
 class LoggingConfig:
-    """Trackers beside ``metrics.jsonl``, which is written in any case. Rank 0 reports.
+    """Experiment trackers, in addition to ``metrics.jsonl``, which is always written.
+
+    Rank 0 reports.
 
     Attributes:
-        report_to: ``tensorboard`` (into the run's directory), ``wandb``, ``trackio``; each is an
-            extra of this package. Theirs are the environment variables by which they are set up
-            (``WANDB_MODE=offline``, ``TRACKIO_DIR``, ..).
-        project: of ``wandb`` and ``trackio``.
+        report_to: list of trackers: ``tensorboard`` (writes into the run's directory), ``wandb``,
+            ``trackio``. Each is installed by the extra of this package with the same name, and
+            configured by its own environment variables (``WANDB_MODE=offline``, ``TRACKIO_DIR``,
+            ..).
+        project: project name for ``wandb`` and ``trackio``.
     """
 
     report_to: list[Tracker] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The models of a run, and the bridge between them."""
+"""Options for the models of a run and the bridge between them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass
 class LoraConfig:
-    """Train a low-rank adapter beside frozen weights: W + alpha / rank * B A (arXiv 2106.09685).
+    """A low-rank adapter on frozen weights: W + alpha / rank * B A (arXiv 2106.09685).
 
-    The student that is saved has it merged; the adapter alone is in ``student/adapter``.
+    The saved student has the adapter merged into its weights; ``student/adapter`` contains the
+    adapter alone.
 
     Attributes:
-        rank: of A and B; null: no adapter, all weights are trained.
-        alpha: of the scale alpha / rank.
-        dropout: of the adapter's input while training.
-        target_modules: ``all-linear``: every linear layer of the blocks; or a list of their names,
-            ``[q_proj, v_proj]``.
+        rank: rank of A and B; null: no adapter, all weights are trained.
+        alpha: numerator of the scale alpha / rank.
+        dropout: dropout probability of the adapter's input during training.
+        target_modules: ``all-linear``: adapt every linear layer of the blocks; or a list of layer
+            names, e.g. ``[q_proj, v_proj]``.
     """
 
     rank: int | None = None
@@ -33,11 +34,11 @@ class LoraConfig:
 
     @property
     def given(self) -> list[str]:
-        """The entries that are not at their defaults."""
+        """The names of the options that differ from their defaults."""
         return [name for name, value in vars(self).items() if value != getattr(LoraConfig(), name)]
 
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         problems.need_at_least_one(
             {"student.lora.rank": self.rank, "student.lora.alpha": self.alpha}
         )
@@ -52,23 +53,23 @@ class LoraConfig:
             given = self.given
             problems.need(
                 not given,
-                f"student.lora.{', '.join(given)} given without student.lora.rank: give a rank, 16 "
-                "say",
+                f"student.lora.{', '.join(given)} given without student.lora.rank: give a rank, "
+                "for example 16",
             )
 
 
 @dataclass
 class StudentConfig:
-    """The model that learns.
+    """The trained model.
 
     Attributes:
         path: a local directory, a hub name, or ``demo:student``.
-        dtype: of its weights and optimizer state. A LoRA adapter is float32 in any case.
-        attn_implementation: as `transformers` takes it (``sdpa``, ``flash_attention_2``, ..); null:
-            its default.
+        dtype: dtype of the weights and the optimizer state. A LoRA adapter is always float32.
+        attn_implementation: attention implementation of `transformers` (``sdpa``,
+            ``flash_attention_2``, ..); null: the default of `transformers`.
         gradient_checkpointing: recompute activations in backward to save memory.
-        compile: run every decoder layer through `torch.compile` in training.
-        lora: train an adapter instead of all weights.
+        compile: compile every decoder layer with `torch.compile` for training.
+        lora: train a LoRA adapter instead of all weights.
     """
 
     path: str = "demo:student"
@@ -81,22 +82,28 @@ class StudentConfig:
 
 @dataclass
 class TeacherConfig:
-    """The frozen model. Only its layers down to the deepest one compared are kept in memory.
+    """The frozen model that the student learns from.
+
+    If only hidden states are compared, the layers above the deepest compared one are not kept in
+    memory.
 
     Attributes:
-        path: a local directory, a hub name, ``demo:teacher``, or the student itself, which then
-            needs prompts that tell it more (``teacher_prompt``): ``self:start``, a copy of the
-            weights it begins with; ``self:current``, those it has at the time; ``self:base``, those
-            of a LoRA student with its adapter off: as ``self:start``, at no memory.
-        dtype: of its weights (of ``self:current`` and ``self:base`` the student's).
-        attn_implementation: as the student's.
-        reads: where its tokenizer is another than the student's. ``text``: the response's text in
-            its own tokens, compared where both end at the same byte (`oprd.tokenizers.alignment`).
-            ``student_ids``: the student's token ids, whatever they mean to it, as public code does;
-            for comparison with that code only.
-        pairs: where its tokenizer is another and it reads ``text``. ``stable``: inside a number
-            compared only where its tokens do not give away whether another digit follows
-            (`oprd.tokenizers.digit_boundaries`); ``all``: wherever tokens of both end.
+        path: a local directory, a hub name, ``demo:teacher``, or one of the following for
+            self-distillation, which needs a ``teacher_prompt``. ``self:start``: a copy of the
+            student's initial weights. ``self:current``: the student's current weights.
+            ``self:base``: a LoRA student without its adapter; it equals ``self:start`` but needs no
+            memory.
+        dtype: dtype of the weights; not used with ``self:current`` and ``self:base``, which have
+            the student's dtype.
+        attn_implementation: attention implementation, as in ``student.attn_implementation``.
+        reads: what the teacher reads if it has another tokenizer. ``text``: the text of the
+            response in its own tokens. Hidden states are compared where tokens of both tokenizers
+            end at the same byte (`oprd.tokenizers.alignment`). ``student_ids``: the student's token
+            ids, although they have another meaning for the teacher. Use it only for comparison
+            with the public OPRD code (github.com/ShenzhiYang2000/OPRD), which does the same.
+        pairs: which of these positions are compared if the teacher reads ``text``. ``stable``:
+            inside a number, only where the teacher's tokens do not reveal whether another digit
+            follows (`oprd.tokenizers.digit_boundaries`). ``all``: all of them.
     """
 
     path: str = "demo:teacher"
@@ -107,12 +114,12 @@ class TeacherConfig:
 
     @property
     def shares_student(self) -> bool:
-        """Whether it is the student's own weights, and no copy of them."""
+        """Whether the teacher uses the student's weights without a copy."""
         return self.path in SHARED
 
     @property
     def is_self(self) -> bool:
-        """Whether it is the student."""
+        """Whether the teacher is the student itself or a copy of it."""
         return self.path in SELF
 
 
@@ -120,11 +127,12 @@ class TeacherConfig:
 class BridgeConfig:
     """Projectors into a shared space, for a teacher of any width and depth (see `oprd.bridge`).
 
-    The loss is then taken there; the paper's is ``distill.kind: nmse``.
+    The loss is computed in this space. The paper uses ``distill.kind: nmse`` with a bridge.
 
     Attributes:
-        path: what ``oprd-bridge fit`` or ``import`` wrote; null: states are compared as they are.
-        rank: use the first so many directions; null: all that the file has.
+        path: a file written by ``oprd-bridge fit`` or ``import``; null: compare hidden states
+            without projection.
+        rank: number of directions to use, from the first; null: all directions in the file.
     """
 
     path: str | None = None

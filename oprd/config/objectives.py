@@ -1,4 +1,4 @@
-"""What a run minimises."""
+"""Options for the objectives that a run minimises."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from oprd.errors import Problems
 class DistillOptions:
     """The representation loss: which hidden states are compared, and how.
 
-    These are the defaults of `oprd.attach`, and the paper's. `oprd_kernels.fused_rep_loss`, which
-    knows nothing of layers and tokens, defaults to ``nmse``, whose scale does not depend on the
-    states' norms.
+    The defaults are those of the paper, and of `oprd.attach`. (`oprd_kernels.fused_rep_loss` has
+    another default for ``kind``: ``nmse``, whose scale does not depend on the norms of the states.)
 
     Attributes:
-        kind: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d of
-            ``cosine``.
-        layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks counted from 0.
-        positions: ``all``, ``last``, ``last_k`` or ``first_k`` response tokens.
-        k: for ``last_k`` and ``first_k``.
-        shift: ``after``: the state that has read the token; ``before``: the one that predicts it.
+        kind: loss: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d
+            times ``cosine``.
+        layers: compared layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks,
+            counted from 0.
+        positions: supervised response tokens: ``all``, ``last``, ``last_k`` or ``first_k``.
+        k: number of tokens for ``last_k`` and ``first_k``.
+        shift: hidden state that is compared for a token. ``after``: the state that has read the
+            token. ``before``: the state that predicts it.
         reduction: ``token-mean`` or ``seq-mean`` over the global batch.
-        backend: of the kernels: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
+        backend: kernel backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
     """
 
     kind: Kind = "mse"
@@ -40,21 +41,24 @@ class DistillOptions:
 
 @dataclass(frozen=True)
 class DistillConfig(DistillOptions):
-    """The representation loss, as `oprd.config.DistillOptions`. The demo answers in five tokens, of
-    which the first matters most, so all tokens are supervised there, by the state that predicts
-    them.
+    """The representation loss in a training run.
+
+    ``positions`` and ``shift`` default to the demo's values. Its responses have five tokens, and
+    the first matters most, so the demo supervises all tokens by the states that predict them.
 
     Attributes:
-        kind: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d of
-            ``cosine``.
-        layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks counted from 0.
-        positions: ``all``, ``last``, ``last_k`` or ``first_k`` response tokens.
-        k: for ``last_k`` and ``first_k``.
-        shift: ``after``: the state that has read the token; ``before``: the one that predicts it.
+        kind: loss: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d
+            times ``cosine``.
+        layers: compared layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks,
+            counted from 0.
+        positions: supervised response tokens: ``all``, ``last``, ``last_k`` or ``first_k``.
+        k: number of tokens for ``last_k`` and ``first_k``.
+        shift: hidden state that is compared for a token. ``after``: the state that has read the
+            token. ``before``: the state that predicts it.
         reduction: ``token-mean`` or ``seq-mean`` over the global batch.
-        backend: of the kernels: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
+        backend: kernel backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
         init_head_from_teacher: copy the teacher's LM head into the student before training. OPRD
-            itself gives an untied head no gradient. (Not in the paper.)
+            gives an untied LM head no gradient. (This option is not in the paper.)
     """
 
     positions: Positions = "all"
@@ -62,7 +66,7 @@ class DistillConfig(DistillOptions):
     init_head_from_teacher: bool = False
 
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         problems.need_at_least_one({"distill.k": self.k})
 
 
@@ -75,7 +79,7 @@ OBJECTIVES: dict[str, Form | None] = {
     "opd_full": "full",
     "opd_full_forward": "full_forward",
 }
-"""Names of objectives; of output-space ones with their `oprd.distill.vocab_losses` form."""
+"""Names of the objectives, with the `oprd.distill.vocab_losses` form of output-space ones."""
 
 
 @dataclass
@@ -83,11 +87,13 @@ class OpdConfig:
     """Output-space objectives, the baselines (see `oprd.distill.vocab_losses.VocabLoss`).
 
     Attributes:
-        k: of the top-k objectives; at most the size of the vocabulary (the demo's has 15 tokens).
-        support: whose k most probable tokens they look at.
-        implementation: ``chunked``: LM head and loss in chunks of tokens, gradients formed on the
-            way; ``materialised``: [B, T, V] logits and log-softmax, as other trainers do.
-        chunk_tokens: rows in a chunk.
+        k: number of tokens in the top-k objectives; at most the size of the vocabulary (the demo's
+            has 15 tokens).
+        support: the model whose k most probable tokens are used.
+        implementation: ``chunked``: compute LM head, loss and gradients for one chunk of tokens at
+            a time. ``materialised``: compute [B, T, V] logits and log-softmax, as other trainers
+            do.
+        chunk_tokens: number of tokens in a chunk.
     """
 
     k: int = 16
@@ -96,13 +102,13 @@ class OpdConfig:
     chunk_tokens: int = 256
 
     def form(self, objective: str) -> Form:
-        """The form of an output-space objective."""
+        """Return the form of an output-space objective."""
         form = OBJECTIVES[objective]
         assert form is not None
         return form
 
     def check(self, problems: Problems, objectives: Collection[str]) -> None:
-        """Note every value that is out of range, for the ``objectives`` of a run."""
+        """Add a problem for every value that is out of range for the run's ``objectives``."""
         problems.need_at_least_one({"opd.k": self.k, "opd.chunk_tokens": self.chunk_tokens})
         problems.need(
             "opd_topk" not in objectives or self.k >= 2,
@@ -112,7 +118,7 @@ class OpdConfig:
 
 
 def check_weights(problems: Problems, weights: Mapping[str, float]) -> None:
-    """Note unknown objectives and weights that are not above 0."""
+    """Add a problem for every unknown objective and every weight that is not above 0."""
     need = problems.need
     need(bool(weights), f"objectives is empty: name at least one of {[*OBJECTIVES]}")
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""The optimizer."""
+"""Options for the optimizer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class OptimConfig:
 
     Attributes:
         lr: peak learning rate.
-        betas, weight_decay: AdamW's.
-        warmup_ratio: share of the steps that the learning rate rises over.
-        schedule: ``cosine`` (to 0) or ``constant`` after the warm-up.
-        max_grad_norm: gradients are clipped to this global norm; null: they are not.
+        betas: AdamW's decay rates of the moment estimates.
+        weight_decay: AdamW's weight decay.
+        warmup_ratio: fraction of the steps in which the learning rate rises.
+        schedule: learning rate after the warm-up: ``cosine`` (decays to 0) or ``constant``.
+        max_grad_norm: clip gradients to this global norm; null: do not clip.
     """
 
     lr: float = 1e-3
@@ -28,7 +29,7 @@ class OptimConfig:
     max_grad_norm: float | None = 1.0
 
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         need = problems.need
         need(self.lr > 0, f"optim.lr must be above 0, got {self.lr}")
         need(

@@ -1,26 +1,30 @@
-"""How the student's responses are sampled."""
+"""Options for sampling the student's responses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oprd.config.sampling import SamplingParams
 from oprd.config.vllm import VllmConfig
 from oprd.errors import Problems
 
 
 @dataclass
 class RolloutConfig:
-    """Sampling the student's responses.
+    """Sampling of the student's responses in training.
 
     Attributes:
-        prompts_per_step: over all ranks.
-        responses_per_prompt: n.
-        max_new_tokens: a response is cut there.
-        temperature, top_p: of the sampling; top-k sampling is off.
-        batch_size: sequences generated at once; null: all of a step. (vLLM decides for itself.)
-        engine: ``generate``: Hugging Face's, on the student itself; ``vllm``: an engine beside it,
-            which the student's weights are sent to after each update. It evaluates the student too.
+        prompts_per_step: number of prompts in a step, over all ranks.
+        responses_per_prompt: number of responses to each prompt.
+        max_new_tokens: maximum length of a response in tokens; longer responses are cut off.
+        temperature: sampling temperature, above 0.
+        top_p: nucleus sampling probability. Top-k sampling is off.
+        batch_size: number of sequences generated at once; null: all of a step. The vLLM engine
+            chooses its own batches.
+        engine: ``generate``: Hugging Face's `generate` on the student. ``vllm``: a vLLM engine
+            beside the student, which gets its weights after each update. The engine also samples
+            in evaluations of the student.
     """
 
     prompts_per_step: int = 64
@@ -32,8 +36,13 @@ class RolloutConfig:
     engine: Literal["generate", "vllm"] = "generate"
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters."""
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p)
+
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         problems.need_at_least_one(
             {
                 "rollout.prompts_per_step": self.prompts_per_step,

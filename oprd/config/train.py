@@ -1,4 +1,4 @@
-"""A run: all of its configuration, and the check of its numbers."""
+"""All options of a training run, and the checks across sections."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from oprd.errors import Problems
 
 @dataclass
 class TrainConfig:
-    """A run of ``oprd-train``.
+    """Options of ``oprd-train``.
 
     Attributes:
-        output_dir: where everything is written; null: ``runs/<name>-<time>``. A directory that
-            holds anything is refused, unless ``resume`` says to go on with it.
-        resume: ``auto``: go on from the newest checkpoint in output_dir, or begin if there is none;
-            or a checkpoint, or a run's directory, to go on from.
-        name: of the run.
-        steps: optimizer steps.
-        seed: of prompts and sampling.
-        device: ``auto``: the GPU of this rank, else the CPU.
-        autocast: run the models' matrix products in this dtype (mixed precision); null: off.
-        micro_batch_tokens: at most so many tokens, padding included, go through the models at
-            once; gradients accumulate.
-        packing: put the rollouts of a micro-batch one after another in a single row, without
-            padding. Every model must keep them apart: transformers' ``flash_attention_2``,
-            ``flash_attention_3``, ``flex_attention``, ``sdpa`` and ``eager`` do for the
-            architectures here, and it is tried on the models before the first step. With ``sdpa``
-            and ``eager`` attention costs as much as over one sequence of the whole row's length:
-            choose one of the others for long rows.
-        log_every: steps between progress lines where the output is not a terminal.
-        teachers: one for each source of prompts, instead of ``teacher``.
-        bridges: one for each of ``teachers``, by the same names, instead of ``bridge``.
-        objectives: what is minimised, a weight for each: ``oprd``, ``opd_top1``, ``opd_topk``,
+        output_dir: directory that the run writes to; null: ``runs/<name>-<time>``. It must be new
+            or empty, unless ``resume`` continues the run in it.
+        resume: ``auto``: resume from the newest checkpoint in output_dir, or start a new run if
+            there is none. Otherwise the path of a checkpoint, or of a run's directory, to resume
+            from. Null: start a new run.
+        name: name of the run.
+        steps: number of optimizer steps.
+        seed: seed of the order of prompts and of sampling.
+        device: ``auto``: this rank's GPU, or the CPU if there is none.
+        autocast: dtype of the models' matrix products (mixed precision); null: off.
+        micro_batch_tokens: maximum number of tokens, padding included, in a forward pass. Gradients
+            are accumulated over the micro-batches of a step.
+        packing: concatenate the rollouts of a micro-batch in a single row, without padding. Every
+            model must keep packed rollouts separate, which is checked before the first step. In
+            transformers, ``flash_attention_2``, ``flash_attention_3``, ``flex_attention``,
+            ``sdpa`` and ``eager`` do so for the supported architectures. With ``sdpa`` and
+            ``eager``, attention costs as much as over one sequence of the row's length, so use one
+            of the others for long rows.
+        log_every: number of steps between progress lines if the output is not a terminal.
+        teachers: one teacher for each source of prompts, by source, instead of ``teacher``.
+        objectives: weight of each objective: ``oprd``, ``opd_top1``, ``opd_topk``,
             ``opd_topk_advantage``, ``opd_topk_raw``, ``opd_full``, ``opd_full_forward``.
+        bridges: one bridge for each of ``teachers``, by the same names, instead of ``bridge``.
     """
 
     output_dir: str | None = None
@@ -76,20 +77,20 @@ class TrainConfig:
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
-        """By the source of prompts that each is for; under "", if it is one for all of them."""
+        """The teachers by source of prompts; a single teacher for all sources has the name ""."""
         return self.teachers or {"": self.teacher}
 
     @property
     def all_bridges(self) -> dict[str, BridgeConfig]:
-        """By the names of `all_teachers`; without a path where there is none."""
+        """The bridge of each teacher in `all_teachers`; its path is None if there is no bridge."""
         return {name: self.bridges.get(name, self.bridge) for name in self.all_teachers}
 
 
 def check_values(cfg: TrainConfig) -> None:
-    """Check every value that needs no model, file or device to be checked.
+    """Check all values that can be checked without models, files or devices.
 
     Raises:
-        ConfigError: listing everything that is wrong.
+        ConfigError: with all problems.
     """
     problems = Problems()
     problems.need_at_least_one(
@@ -101,7 +102,7 @@ def check_values(cfg: TrainConfig) -> None:
     )
     problems.need(
         cfg.resume != "auto" or cfg.output_dir is not None,
-        "resume=auto needs an output_dir: there it looks for checkpoints",
+        "resume=auto needs an output_dir, in which it looks for checkpoints",
     )
     cfg.data.check(problems)
     cfg.rollout.check(problems)
@@ -120,7 +121,7 @@ def check_values(cfg: TrainConfig) -> None:
 
 
 def _check_teachers(problems: Problems, cfg: TrainConfig) -> None:
-    """Note teachers that the student or the other options leave no room for."""
+    """Add a problem for teachers that do not fit the student or other options."""
     need, teachers = problems.need, cfg.all_teachers.values()
     need(
         not cfg.teachers or cfg.teacher == TeacherConfig(),
@@ -135,18 +136,18 @@ def _check_teachers(problems: Problems, cfg: TrainConfig) -> None:
         need(
             not any(t.path == "self:base" for t in teachers),
             "the teacher self:base is the student without its adapter, and student.lora.rank is "
-            "null: give a rank, or take self:start",
+            "null: give a rank, or use self:start",
         )
     else:
         need(
             not cfg.distill.init_head_from_teacher,
-            "distill.init_head_from_teacher changes weights that an adapter does not hold: leave "
+            "distill.init_head_from_teacher changes weights that an adapter does not contain: turn "
             "it off with student.lora",
         )
 
 
 def _check_bridges(problems: Problems, cfg: TrainConfig) -> None:
-    """Note bridges that do not go with the teachers or the objectives."""
+    """Add a problem for bridges that do not fit the teachers or the objectives."""
     need, bridges, teachers = problems.need, cfg.bridges, cfg.teachers
     problems.need_at_least_one(
         {"bridge.rank": cfg.bridge.rank}
@@ -163,8 +164,8 @@ def _check_bridges(problems: Problems, cfg: TrainConfig) -> None:
         )
         need(
             len(teachers) < 2,
-            f"bridge.path={cfg.bridge.path} is fitted for one teacher, and teachers has "
-            f"{len(teachers)}: give each its own in bridges",
+            f"bridge.path={cfg.bridge.path} is fitted for one teacher, but teachers has "
+            f"{len(teachers)}: give each teacher its own bridge in bridges",
         )
     if not bridges:
         return
@@ -189,7 +190,7 @@ def _check_bridges(problems: Problems, cfg: TrainConfig) -> None:
 
 
 def _check_engine(problems: Problems, cfg: TrainConfig) -> None:
-    """Note a watchdog that would end a run whose engine is still starting."""
+    """Add a problem if the watchdog could end a run whose engine is still starting."""
     v, limit = cfg.rollout.vllm, cfg.watchdog.timeout_s
     problems.need(
         cfg.rollout.engine != "vllm"

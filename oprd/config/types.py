@@ -1,4 +1,4 @@
-"""Words that options are chosen from, where more than one part of the package knows them."""
+"""Types of option values that several packages use."""
 
 from __future__ import annotations
 

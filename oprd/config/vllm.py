@@ -1,4 +1,4 @@
-"""The vLLM engine, where it samples the student's responses."""
+"""Options for the vLLM engine."""
 
 from __future__ import annotations
 
@@ -8,36 +8,44 @@ from oprd.config.models import DType
 from oprd.errors import Problems
 
 MAX_LOGPROB_GAP: dict[DType, float] = {"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""By the coarser of the two dtypes, the mean |difference of log-probs| that ends a run. On the demo
-it is at most 7e-7 in float32 and 0.01 in bfloat16; 0.07 if the engine missed one update, 0.1 to 0.5
-after ten. float32 leaves room for a GPU's attention, whose products have 10 bits, and bfloat16 for
-larger models, whose roundings add up over more layers; neither was measured."""
+"""Default of `VllmConfig.max_logprob_gap`, by the coarser dtype of engine and student.
+
+On the demo the mean absolute difference of log-probs is at most 7e-7 in float32 and 0.01 in
+bfloat16. It is 0.07 if the engine has missed one update, and 0.1 to 0.5 after ten missed updates.
+The float32 limit allows for GPU attention whose products have 10 bits, and the bfloat16 limit for
+larger models, whose rounding errors add up over more layers. Neither was measured.
+"""
 
 
 @dataclass
 class VllmConfig:
-    """The engine that samples where ``rollout.engine`` is ``vllm``. Each rank has one, in a process
-    of its own on the rank's device.
+    """The vLLM engine, used if ``rollout.engine`` is ``vllm``.
+
+    Each rank has an engine on its device, in a process of its own.
 
     Attributes:
-        tensor_parallel_size: so many neighbouring ranks of a machine share one copy of the student
-            and sample for each other.
-        dtype: of its weights and KV cache; null: what the student computes in.
-        gpu_memory_utilization: share of a GPU's memory for weights and KV cache, beside the trainer
-            (a CPU's cache is as large as the environment variable VLLM_CPU_KVCACHE_SPACE says).
-        max_model_len: tokens of a prompt with its response; null: the most that the run asks for.
-        max_num_seqs: sequences at once; null: vLLM's default.
-        enforce_eager: no compilation and no CUDA graphs: starts sooner, samples slower on GPUs;
-            null: on CPUs only.
-        sleep: give a GPU's memory back while the student is updated.
-        gap_responses: of each step and rank, so many responses are compared with the trainer's
-            log-probs; 0: none.
-        gap_tokens: the last so many tokens of each of them.
-        max_logprob_gap: the run ends where the mean difference is above it; null: by dtype.
-        start_timeout: seconds for the engine to start.
-        step_timeout: seconds without any progress after which the engine is given up.
-        max_restarts: in a run, of a rank's engine that died or was given up. Tensor-parallel ones
-            are not restarted.
+        tensor_parallel_size: number of neighbouring ranks on a machine that share one copy of the
+            student in vLLM and sample together.
+        dtype: dtype of the engine's weights and KV cache; null: the dtype that the student computes
+            in.
+        gpu_memory_utilization: fraction of a GPU's memory for the engine's weights and KV cache;
+            the trainer needs the rest. On CPUs the environment variable VLLM_CPU_KVCACHE_SPACE sets
+            the size of the cache.
+        max_model_len: maximum length of prompt and response together, in tokens; null: the longest
+            that the run can produce.
+        max_num_seqs: maximum number of sequences at once; null: vLLM's default.
+        enforce_eager: use neither compilation nor CUDA graphs, which makes the start faster and
+            sampling on GPUs slower; null: only on CPUs.
+        sleep: free the engine's GPU memory while the student is updated.
+        gap_responses: number of responses in each step, on each rank, whose log-probs are compared
+            with the trainer's; 0: none.
+        gap_tokens: number of last tokens of these responses that are compared.
+        max_logprob_gap: end the run if the mean absolute difference of the log-probs is above this;
+            null: a limit that depends on the dtypes.
+        start_timeout: time limit for the start of the engine, in seconds.
+        step_timeout: time without progress, in seconds, after which the engine counts as hung.
+        max_restarts: number of times in a run that a rank restarts an engine that died or hung.
+            Tensor-parallel engines are not restarted.
     """
 
     tensor_parallel_size: int = 1
@@ -55,7 +63,7 @@ class VllmConfig:
     max_restarts: int = 1
 
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         where = "rollout.vllm."
         at_least_one = ("tensor_parallel_size", "max_model_len", "max_num_seqs", "gap_tokens")
         problems.need_at_least_one({where + name: getattr(self, name) for name in at_least_one})

@@ -1,4 +1,4 @@
-"""What ends a run that has gone wrong, or says so."""
+"""Options for the watchdogs, which detect runs that go wrong."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ Action = Literal["stop", "warn", "ignore"]
 
 @dataclass
 class LossWatch:
-    """A loss has exploded: for ``patience`` steps in a row it is further than ``factor`` spreads
-    from its median over the ``window`` quiet steps before.
+    """Detection of a loss that explodes.
 
-    The spread is 1.4826 times the median absolute deviation, at least half the median's absolute
-    value: the default factor 8 allows five times the median and 8 standard deviations of the noise.
-    Of a loss that was never negative only a rise counts; of others, as ``opd_top1``'s, a fall too.
+    A loss has exploded if, for ``patience`` steps in a row, it differs from its median over the
+    last ``window`` normal steps by more than ``factor`` times the spread. The spread is 1.4826
+    times the median absolute deviation, and at least half the absolute value of the median: the
+    default factor of 8 allows five times the median and 8 standard deviations of the noise. If a
+    loss was never negative, only a rise counts. Otherwise, as for ``opd_top1``, a fall counts too.
 
     Attributes:
-        action: ``stop`` (with a checkpoint), ``warn`` or ``ignore``.
-        factor, window, patience: see above.
+        action: ``stop`` (end the run with a checkpoint), ``warn`` or ``ignore``.
+        factor: allowed distance from the median, in spreads.
+        window: number of normal steps that median and spread are computed over.
+        patience: number of consecutive steps outside the limit.
     """
 
     action: Action = "stop"
@@ -32,13 +35,19 @@ class LossWatch:
 
 @dataclass
 class LengthWatch:
-    """Responses have become too long, for ``patience`` steps in a row: their mean length is above
-    ``factor`` times its median over the first ``window`` steps, or the truncated share is above
-    ``truncated``, which over these it was not.
+    """Detection of responses that become too long.
+
+    Responses are too long if, for ``patience`` steps in a row, their mean length is above
+    ``factor`` times its median over the first ``window`` steps, or the share of truncated responses
+    is above ``truncated``. The second criterion is off if the median of the share over the first
+    ``window`` steps is above ``truncated`` already.
 
     Attributes:
-        action: ``stop`` (with a checkpoint), ``warn`` or ``ignore``.
-        truncated, factor, window, patience: see above.
+        action: ``stop`` (end the run with a checkpoint), ``warn`` or ``ignore``.
+        truncated: limit of the share of truncated responses.
+        factor: limit of the mean length, relative to the first steps.
+        window: number of first steps that the medians are computed over.
+        patience: number of consecutive steps above a limit.
     """
 
     action: Action = "warn"
@@ -50,17 +59,19 @@ class LengthWatch:
 
 @dataclass
 class WatchdogConfig:
-    """What ends a run that has gone wrong. Losses that are not finite always do.
+    """Watchdogs, which end a run that goes wrong or warn about it.
+
+    A loss that is not finite always ends the run.
 
     Attributes:
-        loss: of every objective.
-        length: of the responses.
-        timeout_s: seconds in which no rank makes progress (a phase begun or ended, a token
-            generated) after which the run is ended, with a message that names the rank and phase
-            and every rank's stacks in ``hung/``; exit code 124. Collectives may wait four times as
-            long. A rank that can't watch (stuck in native code that keeps Python's lock, or cut off
-            from the others) ends after twice as long, its stacks on stderr; exit code 1. null: no
-            such limit.
+        loss: watches the loss of every objective.
+        length: watches the length of the responses.
+        timeout_s: seconds without progress on any rank after which the run ends with exit code 124.
+            Progress is the begin or end of a phase, or a generated token. The message names the
+            rank and the phase, and ``hung/`` contains the stacks of every rank. Collectives may
+            wait four times as long. A rank that can't watch (stuck in native code that holds
+            Python's lock, or cut off from the others) ends after twice as long with exit code 1 and
+            its stacks on stderr. Null: no limit.
     """
 
     loss: LossWatch = field(default_factory=LossWatch)
@@ -68,7 +79,7 @@ class WatchdogConfig:
     timeout_s: float | None = 3600.0
 
     def check(self, problems: Problems) -> None:
-        """Note every value that is out of range."""
+        """Add a problem for every value that is out of range."""
         need = problems.need
         watches: dict[str, LossWatch | LengthWatch] = {"loss": self.loss, "length": self.length}
         for name, watch in watches.items():

@@ -1,1 +1,1 @@
-"""What a run minimises: taps on hidden states, and losses on logits."""
+"""The training objectives: taps that compare hidden states, and losses on logits."""

@@ -1,12 +1,12 @@
-"""`attach`: OPRD on a pair of Hugging Face decoders.
+"""Representation distillation for a pair of Hugging Face decoders.
 
     distiller = attach(student, teacher, layers="all", kind="mse")
     out = distiller(input_ids, attention_mask, response_mask)
     out.loss.backward()
 
-The teacher runs without its LM head, only as deep as it is needed, and keeps only the supervised
-rows. The student's hidden states pass `rep_tap`s, which add the loss's gradient as backpropagation
-comes by. Neither LM head is called.
+The teacher runs without its LM head and only up to the deepest compared layer; only the supervised
+rows of its hidden states are kept. The student's hidden states pass through `rep_tap`, which adds
+the loss's gradient during backward. Neither LM head is called.
 
 Shapes: B sequences of T tokens, M supervised rows, L compared layers, d hidden width.
 """
@@ -36,7 +36,7 @@ from oprd_kernels.validate import KINDS
 
 
 class Distiller:
-    """A student with taps and the part of its teacher that they need; made by `attach`."""
+    """A student with taps and the part of the teacher that they need, created by `attach`."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class Distiller:
             )
         self.projectors = None if bridge is None else Projectors(bridge)
         self.compared_width = self.student.width if bridge is None else bridge.info.rank
-        """D: what `nmse` divides by."""
+        """D, the width that `nmse` divides by."""
         self.teacher = teacher_decoder
-        if not isinstance(teacher_decoder.root, FSDPModule):  # whose layers can't be taken apart
+        if not isinstance(teacher_decoder.root, FSDPModule):  # FSDP2 can't drop layers
             self.teacher = cut(teacher_decoder, max(block for _, block in self.pairs) + 1)
         self.teacher_layers = teacher_decoder.num_layers
 
@@ -86,21 +86,23 @@ class Distiller:
         return module
 
     def with_teacher(self, teacher: nn.Module, bridge: Bridge | None = None) -> Distiller:
-        """The same student, its taps and everything else, with another teacher: for batches of
-        which that one knows more. Any of them opens the taps, and `detach` of any removes them.
+        """Return a `Distiller` with the same student, taps and options but another teacher.
+
+        All such distillers share the student's taps: any of them can open the taps, and `detach`
+        of one removes them for all.
 
         Raises:
-            ValueError: as `attach`.
+            ValueError: if student and teacher do not fit together, as in `attach`.
         """
         other = copy.copy(self)
         other._take_teacher(teacher, bridge)
         return other
 
     def detach(self) -> None:
-        """Take the taps off the student."""
+        """Remove the taps from the student."""
         for module in self._points:
             module.__dict__.pop("_oprd_tap", None)
-            # Unless FSDP2 has subclassed it since: then the tap-less call stays as it is.
+            # If FSDP2 has subclassed the class since, it is kept: without a tap it does nothing.
             module.__class__ = vars(type(module)).get("_oprd_original", type(module))
         self._points.clear()
 
@@ -112,18 +114,21 @@ class Distiller:
         rows: Tensor,
         position_ids: Tensor | None = None,
     ) -> list[Tensor]:
-        """The teacher's hidden states at the supervised rows, for each compared layer.
+        """Run the teacher and return its hidden states at the supervised rows.
 
         Args:
-            input_ids: (B, T) int64, the student's rollouts, as the teacher is to read them.
+            input_ids: (B, T) int64, the student's rollouts in the form that the teacher reads.
             attention_mask: (B, T), 0 for padding; None: no padding.
-            rows: (M,) int64, of the (B * T, d) states.
-            position_ids: (1, T) int64 of sequences packed in one row, see `oprd.models.decoder`.
+            rows: (M,) int64, the supervised rows of the (B * T, d) hidden states.
+            position_ids: (1, T) int64, if sequences are packed in one row; see
+                `oprd.models.decoder`.
 
         Returns:
-            L tensors (M, d) in the teacher's dtype; with a bridge (M, r) float32, projected.
+            One tensor for each compared layer: (M, d) in the teacher's dtype, or with a bridge the
+            projected states (M, r) in float32.
         """
-        # Each layer's own: they may be the student's, and a cut backbone is not told by `train()`.
+        # Restored for each module: the teacher may be the student itself, and `train()` of the
+        # student does not reach the modules of a cut backbone.
         modes = [(module, module.training) for module in self.teacher.backbone.modules()]
         self.teacher.backbone.eval()
         try:
@@ -136,8 +141,11 @@ class Distiller:
 
     @contextmanager
     def capture_teacher(self, rows: Tensor) -> Iterator[Callable[[], list[Tensor]]]:
-        """While open, a forward pass of the teacher, however it is called, leaves its hidden states
-        at the supervised rows; the function yielded returns them, as `teacher_states` does."""
+        """Capture the teacher's hidden states at the supervised rows during its next forward pass.
+
+        The teacher may be called in any way inside the context. The context yields a function that
+        returns the states in the form of `teacher_states`.
+        """
         states: dict[int, Tensor] = {}
         pairs = {pair[1]: pair for pair in self.pairs}
 
@@ -148,8 +156,11 @@ class Distiller:
             yield lambda: [states[block] for block in pairs]
 
     def _kept(self, pair: tuple[int, int], states: Tensor, rows: Tensor) -> Tensor:
-        """What is kept of a teacher layer's states (N, dT): rows, or with a bridge what they are
-        projected to (Eq. 14), so that full-width states never outlive the layer."""
+        """Select the supervised rows of a teacher layer's states (N, dT).
+
+        With a bridge the rows are projected at once (Eq. 14), so that full-width states are freed
+        with the layer.
+        """
         if self.projectors is None:
             return states[rows]
         return self.projectors.teacher(pair[0], states, rows)
@@ -166,10 +177,18 @@ class Distiller:
         weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
     ) -> Iterator[TapSession]:
-        """While open, the student's next forward pass, however it is called, is compared.
+        """Compare the student's next forward pass with the teacher's states.
 
+        The student may be called in any way inside the context, once:
         ``with distiller.taps(states, rows) as session: student(...)``, then
-        ``session.output().loss.backward()``. Arguments as `student_loss`.
+        ``session.output().loss.backward()``.
+
+        Args:
+            teacher_states, rows, weights, denominator: as in `student_loss`.
+
+        Raises:
+            ValueError: if ``teacher_states`` has not one tensor for each compared layer.
+            RuntimeError: if another context of this student is open.
         """
         if len(teacher_states) != len(self.pairs):
             raise ValueError(
@@ -202,13 +221,14 @@ class Distiller:
         denominator: float | Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> RepOutput:
-        """Run the student's backbone on its rollouts and compare.
+        """Run the student's backbone on its rollouts and compute the representation loss.
 
         Args:
-            input_ids, attention_mask, rows, position_ids: as given to `teacher_states`.
-            teacher_states: what that returned.
-            weights: (M,), see `oprd_kernels.fused_rep_loss`.
-            denominator: of the mean: the token count of the global batch, when this is a part.
+            input_ids, attention_mask, rows, position_ids: as in `teacher_states`, for the student.
+            teacher_states: the result of `teacher_states`.
+            weights: (M,) row weights, see `oprd_kernels.fused_rep_loss`.
+            denominator: denominator of the mean, if this batch is a part of a larger one: the
+                number of supervised tokens in the whole batch.
         """
         with self.taps(teacher_states, rows, weights, denominator) as session:
             self.student.forward(input_ids, attention_mask, position_ids)
@@ -224,33 +244,37 @@ class Distiller:
         reading: Batch | None = None,
         partner: Tensor | None = None,
     ) -> RepOutput:
-        """Teacher and student on one batch of the student's rollouts.
+        """Run teacher and student on a batch of the student's rollouts and compute the loss.
 
         Args:
-            input_ids: (B, T) int64: prompt and response.
-            attention_mask: (B, T), 0 for padding, on either side; None: no padding.
-            response_mask: (B, T) bool: the student's own tokens, its first EOS included.
-            position_ids: (1, T) int64 of rollouts packed in one row, beginning at 0 for each; then
-                attention_mask must be None. `oprd.models.packing_check.check_packing` tells whether
-                a model keeps them apart.
-            reading: what the teacher reads, if it isn't the same: in its own tokens, or after
-                another prompt; with ``partner`` (B, T) int64, the teacher's row for each state of
-                the student, or -1. `oprd.data.collate.collate` makes both: of rollouts with a
-                `Reading`, such as `oprd.tokenizers.alignment.Aligner` gives.
+            input_ids: (B, T) int64, prompts and responses.
+            attention_mask: (B, T), 0 for padding on either side; None: no padding.
+            response_mask: (B, T) bool, True for the tokens that the student generated, up to and
+                including its first EOS.
+            position_ids: (1, T) int64 for rollouts packed in one row, starting at 0 in each
+                rollout; attention_mask must then be None.
+                `oprd.models.packing_check.check_packing` checks that a model keeps packed rollouts
+                separate.
+            reading: the batch that the teacher reads, if it is not the student's: with another
+                tokenizer or another prompt. `oprd.data.collate.collate` creates ``reading`` and
+                ``partner`` from rollouts that have a `Reading`, for example from
+                `oprd.tokenizers.alignment.Aligner`.
+            partner: (B, T) int64, the teacher's row that each of the student's states is compared
+                with, or -1.
 
         Raises:
-            ValueError: for one of ``reading`` and ``partner`` without the other, or if ``partner``
-                has not the shape of ``input_ids``.
+            ValueError: if only one of ``reading`` and ``partner`` is given, or ``partner`` does not
+                have the shape of ``input_ids``.
         """
         if (reading is None) != (partner is None):
             raise ValueError(
-                "reading and partner belong together: pass both of the Batch that "
-                "oprd.data.collate.collate makes of rollouts with a reading, or neither"
+                "reading and partner belong together: pass both from a Batch that "
+                "oprd.data.collate.collate made, or neither"
             )
         if partner is not None and partner.shape != input_ids.shape:
             raise ValueError(
                 f"partner has shape {tuple(partner.shape)} and input_ids {tuple(input_ids.shape)}: "
-                "they must be equal, as in the Batch that oprd.data.collate.collate makes"
+                "they must be equal, as in a Batch that oprd.data.collate.collate made"
             )
         o = self.options
         chosen = supervise(
@@ -280,25 +304,28 @@ def attach(
     backend: BackendName = DistillOptions.backend,
     bridge: Bridge | None = None,
 ) -> Distiller:
-    """Put OPRD's taps on a student and prepare its teacher.
+    """Attach OPRD's taps to a student and prepare its teacher.
 
     Args:
         student: a Hugging Face decoder, with or without LM head (Llama, Qwen2/3, Phi, Gemma,
             GPT-2, GPT-NeoX, ..).
-        teacher: another, of the same width unless there is a bridge. It is not changed; the
-            `Distiller` holds on to the part of it that is needed, so drop your reference to free
-            the rest. Its parameters get no gradient.
-        layers: ``"last"``, ``"all"``, ``"even"``, ``"odd"`` or a list of student blocks (0 ..).
-            Layers correspond by relative depth (Eq. 11) where the depths differ.
+        teacher: a Hugging Face decoder, of the student's width unless there is a bridge. It is not
+            changed, and its parameters get no gradient. The `Distiller` keeps only the part that
+            it needs; delete your own reference to free the rest.
+        layers: ``"last"``, ``"all"``, ``"even"``, ``"odd"`` or a list of student blocks, counted
+            from 0. If the depths differ, layers are paired by relative depth (Eq. 11).
         kind: ``"mse"`` (Eq. 6), ``"nmse"`` or ``"cosine"``.
         positions, k, shift, reduction: see `oprd.data.supervision.supervise`.
         backend: see `oprd_kernels.fused_rep_loss`.
-        bridge: frozen projectors (`oprd.bridge.load_bridge`): the loss is taken between
-            P_S h_S and P_T (h_T - mu_T) (Eq. 14-15), whatever the widths. The paper's kind is
-            then ``"nmse"``.
+        bridge: frozen projectors from `oprd.bridge.load_bridge`. The loss is then computed between
+            P_S h_S and P_T (h_T - mu_T) (Eq. 14-15), for models of any widths. The paper uses
+            ``kind="nmse"`` with a bridge.
+
+    Returns:
+        A `Distiller`, which computes the loss of a batch.
 
     Raises:
-        ValueError: if the two do not fit together, saying what would.
+        ValueError: if student and teacher do not fit together; the message says what to change.
     """
     blocks = layers if isinstance(layers, str) else list(layers)
     options = DistillOptions(kind, blocks, positions, k, shift, reduction, backend)

@@ -1,7 +1,7 @@
-"""What a run minimises: a weighted sum of objectives from one rollout, one teacher forward and one
-student forward (Eq. 7).
+"""The weighted sum of objectives that a run minimises (Eq. 7).
 
-``oprd`` compares hidden states; ``opd_*`` compare next-token distributions (`vocab_losses`).
+All objectives share one rollout, one teacher forward and one student forward. ``oprd`` compares
+hidden states; ``opd_*`` compare next-token distributions (`vocab_losses`).
 
 Shapes: B sequences of T tokens, M supervised tokens, V vocabulary, d hidden width.
 """
@@ -33,8 +33,13 @@ REP = "oprd"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The supervised tokens of a batch: of the representation loss, and of output-space losses,
-    which read the state that predicts a token and take all tokens of the responses."""
+    """The supervised tokens of a batch.
+
+    Attributes:
+        rep: the tokens of the representation loss; None if it is not used.
+        opd: the tokens of the output-space losses; None if there are none. These losses use the
+            state that predicts a token, and all tokens of the responses.
+    """
 
     rep: Supervision | None
     opd: Supervision | None
@@ -42,11 +47,11 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Teacher:
-    """One teacher.
+    """A teacher and the parts of it that the objectives need.
 
     Attributes:
-        distiller: the student's taps with this teacher, if hidden states are compared.
-        model, decoder: all of it, if distributions are compared.
+        distiller: the student's taps with this teacher; None if no hidden states are compared.
+        model, decoder: the whole teacher; None if no distributions are compared.
     """
 
     distiller: Distiller | None
@@ -55,7 +60,7 @@ class Teacher:
 
     @property
     def run(self) -> Decoder:
-        """What of it is run."""
+        """The decoder that is run: the whole one, or only the layers that are compared."""
         if self.decoder is not None:
             return self.decoder
         assert self.distiller is not None
@@ -64,13 +69,14 @@ class Teacher:
 
 @dataclass
 class TeacherPass:
-    """What the objectives need of the teacher on a batch.
+    """The outputs of a teacher's forward pass that the objectives need.
 
     Attributes:
-        teacher: whose it is.
+        teacher: the teacher that was run.
         states: L tensors (M, d), if hidden states are compared.
-        last_Md: final hidden states where tokens are predicted, if logits are made in chunks.
-        logits_BTV: all logits, if they are materialised.
+        last_Md: final hidden states at the positions that predict supervised tokens, if logits are
+            computed in chunks.
+        logits_BTV: the logits of all positions, if logits are materialised.
     """
 
     teacher: Teacher
@@ -79,14 +85,23 @@ class TeacherPass:
     logits_BTV: Tensor | None = None
 
     def release(self) -> None:
-        """Free what FSDP2 gathered of the teacher, once the losses are taken: no backward will."""
+        """Free the teacher's weights that FSDP2 has gathered.
+
+        Call this after the losses are computed. FSDP2 would free them only in a backward pass,
+        which the teacher does not have.
+        """
         reshard(self.teacher.run.root)
 
 
 @dataclass(frozen=True)
 class StudentPass:
-    """Of a batch: the weighted sum to call ``backward`` on, each objective's loss before weighting,
-    detached, and the representation loss's own findings, if it is one of them."""
+    """Result of a student forward pass.
+
+    Attributes:
+        loss: the weighted sum of the losses; call ``backward`` on it.
+        parts: each objective's loss before weighting, detached.
+        rep: loss and statistics of the representation loss; None if it is not used.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -107,11 +122,11 @@ class Objectives:
     ) -> None:
         """
         Args:
-            weights: by name, see `oprd.config.OBJECTIVES`.
-            teachers: by name.
-            distillers: the student's taps with each of them, if ``oprd`` is among the objectives.
-            distill: positions, shift and reduction.
-            opd: how output-space losses are computed.
+            weights: weight of each objective; `oprd.config.OBJECTIVES` lists the names.
+            teachers: the teachers by name.
+            distillers: the student's taps with each teacher, if ``oprd`` is an objective.
+            distill: options that select the supervised tokens.
+            opd: options of the output-space losses.
         """
         self.weights = dict(weights)
         self.distill, self.opd = distill, opd
@@ -121,13 +136,13 @@ class Objectives:
         self.student, self.decoder = student, find_decoder(student)
         self.materialised = opd.implementation == "materialised"
         if self.vocab and not self.materialised:
-            LMHead.of(student)  # refuses heads that it does not know
+            LMHead.of(student)  # raises for heads that it does not support
         self.teachers = {
             name: self._teacher(model, distillers.get(name)) for name, model in teachers.items()
         }
 
     def _teacher(self, model: PreTrainedModel, distiller: Distiller | None) -> Teacher:
-        if not self.vocab:  # the distiller's part of it is all that is kept
+        if not self.vocab:  # keep only the part that the distiller needs
             return Teacher(distiller)
         if not self.materialised:
             LMHead.of(model)
@@ -135,21 +150,21 @@ class Objectives:
 
     @property
     def distiller(self) -> Distiller | None:
-        """The taps, with one of the teachers, if hidden states are compared."""
+        """The first teacher's distiller; None if no hidden states are compared."""
         return next(iter(self.teachers.values())).distiller
 
     def check_packing(self) -> None:
-        """See that the models keep packed sequences apart.
+        """Check that all models keep packed sequences separate.
 
         Raises:
-            ConfigError: naming the first that does not.
+            ConfigError: for the first model that does not.
         """
         check_packing(self.decoder, "student")
         for name, teacher in self.teachers.items():
             check_packing(teacher.run, f"teacher {name}".strip())
 
     def supervise(self, batch: Batch) -> Chosen:
-        """Which tokens of a batch are supervised."""
+        """Select the supervised tokens of a batch."""
         d, mask = self.distill, batch.response_mask
         where = {"partner_BT": batch.partner, "position_ids_BT": batch.position_ids}
         rep = opd = None
@@ -160,10 +175,12 @@ class Objectives:
         return Chosen(rep, opd)
 
     def totals(self, chosen: Sequence[Chosen], device: torch.device) -> dict[str, float]:
-        """By objective, the denominator of its mean over the global batch. Collective.
+        """Return the denominator of each objective's mean over the global batch.
+
+        This is a collective operation: every rank must call it.
 
         Args:
-            chosen: of this rank's micro-batches.
+            chosen: the supervised tokens of this rank's micro-batches.
         """
         counts = [
             sum(c.rep.total for c in chosen if c.rep),
@@ -174,7 +191,7 @@ class Objectives:
 
     @torch.no_grad()
     def teacher_pass(self, batch: Batch, chosen: Chosen, name: str) -> TeacherPass:
-        """Run a teacher, by its name, once."""
+        """Run the teacher ``name`` on a batch."""
         teacher = self.teachers[name]
         read = batch.for_teacher
         if teacher.model is None:
@@ -191,7 +208,7 @@ class Objectives:
         if teacher.distiller:
             assert chosen.rep is not None
             capture = teacher.distiller.capture_teacher(chosen.rep.teacher_rows)
-        was_training = teacher.model.training  # as it is when the student teaches itself
+        was_training = teacher.model.training  # True if it is the student itself
         teacher.model.eval()
         result = TeacherPass(teacher)
         with capture as captured:
@@ -210,10 +227,10 @@ class Objectives:
     def student_pass(
         self, batch: Batch, chosen: Chosen, teacher: TeacherPass, totals: Mapping[str, float]
     ) -> StudentPass:
-        """Run the student once.
+        """Run the student on a batch and compute the losses.
 
         Args:
-            totals: by objective, the denominator of its mean over the global batch.
+            totals: for each objective, the denominator of its mean over the global batch.
         """
         session: contextlib.AbstractContextManager = contextlib.nullcontext()
         distiller = teacher.teacher.distiller
@@ -257,7 +274,7 @@ class Objectives:
             )  # fmt: skip
         last_Md = teacher.last_Md
         assert last_Md is not None
-        # Looked up now: under FSDP2 a head's weight is another tensor while it is gathered.
+        # Not cached: while FSDP2 has gathered the head, its weight is a different tensor.
         head = LMHead.of(teacher.teacher.model)
         operand_Vd = head.operand(last_Md)
 
@@ -272,6 +289,6 @@ class Objectives:
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(B, T, V), of every position, as the model itself makes them."""
+    """Return the model's own logits (B, T, V) of all positions."""
     inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.position_ids)
     return model(**inputs, use_cache=False).logits

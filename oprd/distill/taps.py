@@ -1,4 +1,4 @@
-"""Taps in a student's decoder layers: where the loss's gradient is added as backward comes by.
+"""Taps in a student's decoder layers, which add the gradient of the loss during backward.
 
 Shapes: L compared layers.
 """
@@ -18,13 +18,13 @@ from oprd_kernels import RepLossStats, rep_tap
 
 @dataclass(frozen=True)
 class RepOutput:
-    """What a student forward pass with taps gives.
+    """The representation loss of a student forward pass, and its statistics.
 
     Attributes:
-        loss: 0-D, mean of the layers' losses; ``backward`` goes through it.
-        layer_losses: (L,) float32, detached.
-        layer_cosine: (L,) float32: mean cosine between student and teacher rows.
-        layer_student_norm, layer_teacher_norm: (L,) float32: mean norms of the rows.
+        loss: 0-D, the mean of the layers' losses; call ``backward`` on it.
+        layer_losses: (L,) float32, each layer's loss, detached.
+        layer_cosine: (L,) float32, mean cosine between student and teacher rows.
+        layer_student_norm, layer_teacher_norm: (L,) float32, mean norms of the rows.
         num_valid: 0-D, the number of rows whose weight is not 0.
     """
 
@@ -38,16 +38,20 @@ class RepOutput:
 
 @dataclass
 class TapSession:
-    """One student forward pass: what the taps compare with, and what they have found."""
+    """One student forward pass: the teacher's states, and the results of the taps."""
 
     teacher_states: Sequence[Tensor]
     options: dict
     student_proj: Callable[[int, torch.device], Tensor] | None = None
-    """P_S (r, dS) of the index-th compared layer, with a bridge."""
+    """With a bridge: returns P_S (r, dS) of the index-th compared layer."""
     found: dict[int, tuple[Tensor, RepLossStats]] = field(default_factory=dict)
 
     def tap(self, index: int, h: Tensor) -> Tensor:
-        """Pass the states of the index-th compared layer through `rep_tap`."""
+        """Pass the states of the index-th compared layer through `rep_tap`.
+
+        Raises:
+            RuntimeError: if the layer has been passed already.
+        """
         if index in self.found:
             raise RuntimeError(
                 "the student ran twice inside one `taps` context: open one per forward pass"
@@ -60,10 +64,10 @@ class TapSession:
         return h
 
     def output(self) -> RepOutput:
-        """Loss and statistics of the layers.
+        """Return loss and statistics of the layers.
 
         Raises:
-            RuntimeError: if the student has not run, or not all of it.
+            RuntimeError: if the student has not run through all compared layers.
         """
         if len(self.found) < len(self.teacher_states):
             raise RuntimeError(
@@ -83,17 +87,17 @@ class TapSession:
 
 
 class Board:
-    """Where the taps of one student find the session in progress."""
+    """Holds the current session for the taps of one student."""
 
     session: TapSession | None = None
 
 
 def tapped_class(cls: Any) -> Any:
-    """A subclass of a block's class whose call ends in a tap.
+    """Return a subclass of a block's class whose ``__call__`` passes the output through a tap.
 
-    Not a forward hook: before transformers 5.20 a checkpointed block recomputes its whole call,
-    hooks included, with whatever session is current by then. Around the call, the tap runs once
-    in every version, and under reentrant checkpointing too.
+    A forward hook would not do: before transformers 5.20, gradient checkpointing recomputes a
+    block's whole call in backward, hooks included, with the session that is current then. A tap
+    outside the call runs once in every version, also under reentrant checkpointing.
     """
 
     def __call__(self, *args, **kwargs):

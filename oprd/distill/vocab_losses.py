@@ -1,7 +1,7 @@
-"""Output-space distillation (OPD), the baselines: losses between next-token distributions.
+"""Losses between next-token distributions: output-space distillation (OPD), the baselines.
 
-Shapes: M supervised tokens (rows), V vocabulary, k of a top-k; student hidden states d wide.
-p is the student's distribution, q the teacher's, both at the position that predicts the token.
+Shapes: M supervised tokens (rows), V vocabulary, k tokens of a top-k set, d hidden width. p is the
+student's distribution and q the teacher's, both at the position that predicts the token.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from oprd.models.lm_head import LMHead, add_product, wide_dtype
 
 @dataclass(frozen=True)
 class VocabLoss:
-    """One output-space objective.
+    """An output-space objective.
 
     Attributes:
         form: ``top1``: reverse KL estimated on the sampled token, as a policy gradient (Eq. 3).
-            ``topk``: KL(p||q), both renormalised on the top-k set (Eq. 5). ``topk_advantage``:
-            the public code's -sum w (log q - log p) log p with w = p renormalised, a detached
-            advantage. ``topk_raw``: sum over the set of p (log p - log q) (section 4.1.1).
-            ``full``: KL(p||q) over the vocabulary (Eq. 4); ``full_forward``: KL(q||p).
-        k: size of the set; at least 2 for ``topk``, which is 0 for one token.
-        support: whose k most probable tokens the set is.
+            ``topk``: KL(p||q) with both renormalised on the top-k set (Eq. 5).
+            ``topk_advantage``: -sum w (log q - log p) log p with w = p renormalised and a detached
+            advantage, as in the public OPRD code (github.com/ShenzhiYang2000/OPRD).
+            ``topk_raw``: sum over the set of p (log p - log q) (section 4.1.1).
+            ``full``: KL(p||q) over the vocabulary (Eq. 4). ``full_forward``: KL(q||p).
+        k: size of the top-k set; at least 2 for ``topk``, whose loss is 0 on one token.
+        support: the model whose k most probable tokens form the set.
     """
 
     form: Form
@@ -45,11 +46,14 @@ class VocabLoss:
             raise ValueError(f"{self.form} needs k >= 1, got {self.k}")
 
     def row_losses(self, student_MV: Tensor, teacher_MV: Tensor, tokens_M: Tensor) -> Tensor:
-        """(M,) losses from float32 (float64) logits; their gradient is the objective's, which for
-        the policy-gradient forms is not that of their value.
+        """Return the loss of each row, (M,).
+
+        Backpropagation gives the gradient of the objective. For the policy-gradient forms this is
+        not the gradient of the returned value.
 
         Args:
-            tokens_M: int64, the tokens that were sampled.
+            student_MV, teacher_MV: float32 or float64 logits.
+            tokens_M: int64, the sampled tokens.
         """
         if self.form == "top1":
             log_p = _log_prob(student_MV, tokens_M[:, None])
@@ -78,12 +82,12 @@ def _log_prob(logits_MV: Tensor, tokens_Mk: Tensor) -> Tensor:
 
 
 def _policy_gradient(log_p: Tensor, cost: Tensor) -> Tensor:
-    """Has the value ``cost`` and the gradient cost * grad log p: the advantage is -cost."""
+    """Return ``cost`` with the gradient cost * grad log p, where -cost is the advantage."""
     return cost * (log_p - log_p.detach()).exp()
 
 
 TeacherLogits = Callable[[slice], Tensor]
-"""(m, V) teacher logits of a slice of the rows."""
+"""Returns the teacher's logits (m, V) for a slice of the rows."""
 
 
 def materialised(
@@ -96,18 +100,19 @@ def materialised(
     denominator: float,
     teacher_rows_M: Tensor | None = None,
 ) -> Tensor:
-    """The loss from the logits of all B * T positions, as verl and TRL compute it.
+    """Compute the loss from the logits of all B * T positions, as verl and TRL do.
 
     Args:
-        rows_M: int64, which of the B * T positions predict a supervised token.
-        teacher_rows_M: the same of the teacher's; None: the same positions.
-        weights_M: of the rows; None: 1.
-        denominator: what the weighted sum is divided by.
+        rows_M: int64, the positions (of B * T) that predict a supervised token.
+        tokens_M: int64, the sampled tokens.
+        weights_M: weights of the rows; None: all are 1.
+        denominator: the weighted sum of the row losses is divided by this.
+        teacher_rows_M: int64, the teacher's positions for the same tokens; None: ``rows_M``.
     """
     student_MV = student_logits_BTV.flatten(0, 1).float()[rows_M]
     teacher_rows_M = rows_M if teacher_rows_M is None else teacher_rows_M
     teacher_MV = teacher_logits_BTV.flatten(0, 1).float()[teacher_rows_M]
-    width = min(student_MV.shape[-1], teacher_MV.shape[-1])  # padding of the vocabulary may differ
+    width = min(student_MV.shape[-1], teacher_MV.shape[-1])  # tables may differ in padding
     losses = loss.row_losses(student_MV[:, :width], teacher_MV[:, :width], tokens_M)
     return _weighted_mean(losses, weights_M, denominator)
 
@@ -128,15 +133,17 @@ def chunked(
     denominator: float,
     chunk: int = 256,
 ) -> Tensor:
-    """The same loss from the student's hidden states, ``chunk`` rows at a time: no tensor of M x V.
+    """Compute the same loss from the student's hidden states, without any (M, V) tensor.
 
-    The gradients with respect to the states and the head are formed with each chunk's logits and
-    kept instead of these.
+    The forward pass computes logits and gradients for ``chunk`` rows at a time. It keeps the
+    gradients of states and head for backward, and frees the logits.
 
     Args:
-        student_Md: the states that predict the supervised tokens.
-        head: the student's LM head; trained if its weight requires a gradient.
-        teacher_logits: called for each chunk, without gradient.
+        student_Md: the hidden states that predict the supervised tokens.
+        head: the student's LM head; it gets a gradient if its weight requires one.
+        teacher_logits: returns the teacher's logits of a chunk, without gradient.
+        tokens_M, weights_M, denominator: as in `materialised`.
+        chunk: number of rows in a chunk.
     """
     return _Chunked.apply(
         student_Md, head.weight, head.bias, head, loss, teacher_logits, tokens_M, weights_M,

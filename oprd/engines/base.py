@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # keeps transformers out of the start of an engine's process
     import torch
 
+    from oprd.config import SamplingParams
     from oprd.data.rollout import Rollout
 
 
@@ -36,16 +37,10 @@ class Engine(Protocol):
     def sample(
         self,
         prompts: Sequence[list[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        sampling: SamplingParams,
         seed: int | None = None,
     ) -> list[Rollout]:
         """Sample one response to each prompt.
-
-        Responses follow the model's own distribution at ``temperature`` and ``top_p``. Temperature
-        0 decodes greedily.
 
         Args:
             prompts: token ids; to get n responses, give a prompt n times.

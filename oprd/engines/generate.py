@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from oprd import distributed
+from oprd.config import SamplingParams
 from oprd.data.rollout import Rollout
 from oprd.distributed.fsdp import input_device, is_sharded, reshard
 from oprd.models.compile import eager_layers
@@ -52,10 +53,7 @@ class GenerateEngine:
     def sample(
         self,
         prompts: Sequence[list[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        sampling: SamplingParams,
         seed: int | None = None,
     ) -> list[Rollout]:
         """See `Engine`."""
@@ -69,9 +67,7 @@ class GenerateEngine:
                 self.model,
                 self.tokenizer,
                 prompts,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
+                sampling,
                 batch_size=self.batch_size,
             )
 
@@ -94,31 +90,27 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
+    sampling: SamplingParams,
     batch_size: int | None = None,
 ) -> list[Rollout]:
     """Sample one response to each prompt with Hugging Face's `generate`.
 
-    Sampling follows the model's own distribution at ``temperature`` and ``top_p``. Other settings
-    of its generation configuration (top-k, penalties, ..) are ignored.
+    The model's own generation configuration (top-k, penalties, ..) is ignored.
 
     Args:
         prompts: token ids, not padded.
-        temperature: 0 for greedy decoding.
         batch_size: number of prompts per batch; None: all prompts at once.
     """
     ends = eos_ids(model, tokenizer)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        options = {"do_sample": True, "top_k": 0}
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
-        **sampling,
+        **options,
     )
     was_training = model.training
     model.eval()  # in training mode gradient checkpointing would switch the cache off

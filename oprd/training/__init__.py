@@ -1,1 +1,1 @@
-"""The training loop: checks, models, steps, evaluation, stages, export."""
+"""The training loop: checks before a run, model setup, steps, evaluation, stages and export."""

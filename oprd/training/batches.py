@@ -1,4 +1,4 @@
-"""The micro-batches of a training step, shared out over all ranks."""
+"""Distribution of a training step's rollouts over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from oprd.training.metrics import plan_metrics
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rollouts that go through the models at once.
+    """Rollouts that go through the models in one forward pass.
 
     Attributes:
-        teacher: name of the teacher of these rollouts.
+        teacher: name of the teacher for these rollouts.
+        batch: the rollouts as tensors.
         chosen: the supervised tokens.
     """
 
@@ -36,10 +37,10 @@ class GlobalBatch:
     """A step's rollouts as micro-batches.
 
     Attributes:
-        micro_batches: this rank's.
-        totals: by objective, the denominator of its mean over the global batch, so that no split of
-            it changes the loss.
-        metrics: how evenly the work is shared out.
+        micro_batches: this rank's micro-batches.
+        totals: for each objective, the denominator of its mean over the global batch. With it the
+            loss does not depend on how the batch is split.
+        metrics: padding ratio and imbalance of the work between ranks.
     """
 
     micro_batches: list[MicroBatch]
@@ -55,11 +56,15 @@ def global_batch(
     teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase],
     device: torch.device,
 ) -> GlobalBatch:
-    """Share the rollouts of all ranks out over them, by teacher. Collective.
+    """Gather the rollouts of all ranks and divide them into micro-batches, one teacher at a time.
+
+    This is a collective operation: every rank must call it.
 
     Args:
-        rollouts: this rank's.
-        teacher_tokenizers: by teacher, of those whose tokenizer is not the student's.
+        rollouts: this rank's rollouts.
+        pad_id: the student's padding token.
+        teacher_tokenizers: by teacher name, only for teachers with another tokenizer than the
+            student's.
     """
     gathered, share = distributed.gather(rollouts), attention_share(objectives.decoder)
     micro_batches: list[MicroBatch] = []

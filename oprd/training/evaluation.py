@@ -1,4 +1,4 @@
-"""Accuracy and style of sampled responses: Avg@k, Best@k, Dist-4g, length."""
+"""Evaluation of sampled responses: Avg@k, Best@k, Dist-4g and length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from oprd.training.grading import GRADERS
 
 
 def distinct_4grams(responses: Sequence[str]) -> float | None:
-    """100 * unique / all 4-grams of white-space separated words, pooled over ``responses``."""
+    """Return Dist-4g: 100 * distinct 4-grams / all 4-grams, pooled over ``responses``.
+
+    4-grams are of words separated by white space. Returns None if there are none.
+    """
     texts = [response.split() for response in responses]
     grams = [tuple(words[i : i + 4]) for words in texts for i in range(len(words) - 3)]
     return 100 * len(set(grams)) / len(grams) if grams else None
@@ -28,21 +31,23 @@ def evaluate(
     cfg: EvalConfig,
     seed: int = 0,
 ) -> EvalResult:
-    """Sample ``cfg.samples`` responses to every prompt and grade them; each rank takes a share.
+    """Sample ``cfg.samples`` responses to every prompt and grade them.
 
-    Sampling has a random state of its own (``seed``): evaluating changes nothing in training.
+    Each rank evaluates a part of the prompts. Sampling uses its own random state, seeded by
+    ``seed``, so that an evaluation does not change the training run.
 
     Args:
-        engine: with the weights that are to be evaluated.
-        tokenizer: of the model.
+        engine: an engine that samples from the evaluated model.
+        tokenizer: the evaluated model's tokenizer.
+
+    Returns:
+        The results over the prompts of all ranks.
     """
     k, grade = cfg.samples, GRADERS[cfg.grader]
     mine = prompts[distributed.rank() :: distributed.world_size()]
     rollouts = engine.sample(
         [p.token_ids for p in mine for _ in range(k)],
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
+        cfg.sampling,
         seed=seed + distributed.rank(),
     )
     texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)

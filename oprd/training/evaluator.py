@@ -1,4 +1,4 @@
-"""Evaluations during a run: of the teachers, and of the student before, during and after."""
+"""Evaluations during a run: the teachers, and the student before, during and after training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from oprd.training.inputs import RunInputs
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that an evaluation is of.
+    """The model that is evaluated, and what its results are used for.
 
     Attributes:
-        label: its name in logs, checkpoints and the summary.
-        teacher: its name among the run's teachers; None: it is the student.
-        is_kept: whether its results belong to the summary.
-        may_be_best: whether its results may make a checkpoint the best one.
+        label: name in logs, checkpoints and the summary.
+        teacher: name of the teacher; None: the student is evaluated.
+        is_kept: whether the results appear in the summary.
+        may_be_best: whether the results may make a checkpoint the best one (``keep_best``).
     """
 
     label: str
@@ -41,15 +41,15 @@ AFTER = Subject("student after", may_be_best=True)
 
 
 def teacher(name: str) -> Subject:
-    """Return the teacher for the prompts of source ``name``, or "" for the only teacher."""
+    """Return the subject for the teacher ``name`` ("" if the run has one teacher)."""
     return Subject(f"teacher {name}".strip(), teacher=name)
 
 
 class Evaluator:
-    """Evaluates models on a run's sets, logs the results and keeps them for the summary.
+    """Evaluates models on the evaluation sets of a run, logs the results and keeps them.
 
     Attributes:
-        results: by label of the subject, then by set.
+        results: the kept results, by label of the subject, then by evaluation set.
     """
 
     def __init__(
@@ -63,19 +63,19 @@ class Evaluator:
     ) -> None:
         """
         Args:
-            inputs: the sets, and each model's tokenizer.
-            synced: a context in which an engine has the present weights.
+            inputs: contains the evaluation sets and each model's tokenizer.
+            synced: returns a context manager in which an engine has the student's current weights.
         """
         self.cfg, self.inputs, self.log, self.timer = cfg, inputs, log, timer
         self.autocast, self.synced = autocast, synced
         self.results: dict[str, dict[str, EvalResult]] = {}
 
     def is_done(self, subject: Subject) -> bool:
-        """Return whether results of the subject are there, from before the run was resumed, say."""
+        """Return whether the subject has results, for example from before the run was resumed."""
         return subject.label in self.results
 
     def due(self, step: int, steps: int) -> list[str]:
-        """Return the sets to evaluate the student on after a step that is not the last."""
+        """Return the names of the sets to evaluate on after ``step``; none after the last step."""
         sets = self.inputs.eval_sets
         return [n for n in sets if (k := self.cfg.sets[n].every) and step % k == 0 and step < steps]
 
@@ -87,17 +87,17 @@ class Evaluator:
         engine: Engine | None = None,
         sets: Sequence[str] | None = None,
     ) -> dict[str, float]:
-        """Evaluate, unless that is done already.
+        """Evaluate the subject, unless it has results already.
 
         Args:
-            step: optimizer steps made.
-            model: the subject.
-            engine: one that samples from it; None, or a `GenerateEngine`: `generate` in batches of
-                ``eval.batch_size``.
-            sets: None: all.
+            step: number of optimizer steps made.
+            model: the subject's model.
+            engine: an engine that samples from ``model``. None or a `GenerateEngine`: a new
+                `GenerateEngine` is used, with batches of ``eval.batch_size``.
+            sets: names of the evaluation sets; None: all.
 
         Returns:
-            The metrics; empty if there was nothing to do.
+            The metrics; empty if nothing was evaluated.
         """
         names = list(self.inputs.eval_sets) if sets is None else sets
         if not names or self.is_done(subject):

@@ -1,4 +1,4 @@
-"""A checkpoint's student in Hugging Face's layout."""
+"""Export of a checkpoint's student in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def choose(path: Path, best: bool) -> Checkpoint:
-    """The checkpoint that the command line means.
+    """Return the newest checkpoint at ``path``, or the best one.
+
+    Args:
+        path: a checkpoint or the directory of a run.
+        best: return the checkpoint that ``checkpoint.keep_best`` keeps.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no such checkpoint.
     """
-    found, torn = locate(path)
+    checkpoints, torn = locate(path)
     for other, why in torn.items():
-        logger.info(f"{other} is not whole and left out: {why}")
+        logger.info(f"{other} is incomplete or damaged and is skipped: {why}")
     if not best:
-        return found[0]
+        return checkpoints[0]
     kept = read_best(path / CHECKPOINTS)
     if kept is None:
         raise ConfigError(
@@ -44,7 +48,7 @@ def choose(path: Path, best: bool) -> Checkpoint:
 
 
 def adapted_student(checkpoint: Checkpoint) -> StudentConfig | None:
-    """The configuration of a checkpoint's student, if that was trained by LoRA."""
+    """Return the configuration of a checkpoint's student, or None if it has no LoRA adapter."""
     values = checkpoint.document.get("settings", {}).get("student", {})
     if values.get("lora", {}).get("rank") is None:
         return None
@@ -52,9 +56,9 @@ def adapted_student(checkpoint: Checkpoint) -> StudentConfig | None:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A LoRA student as a model without an adapter, with weights of its own."""
+    """Return a copy of a LoRA student with the adapter merged into the weights."""
     plain = unwritten_model(model.config, model.dtype)
-    plain.load_state_dict(dict(merged_weights(model)), strict=False)  # a tied head comes once
+    plain.load_state_dict(dict(merged_weights(model)), strict=False)  # a tied head is missing
     for name, buffer in model.named_buffers():
         plain.get_buffer(name.replace(".base_layer", "")).copy_(buffer)
     plain.tie_weights()
@@ -63,14 +67,15 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_student(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The student of a checkpoint, on the CPU.
+    """Load the student of a checkpoint on the CPU.
 
     Raises:
-        ConfigError: if the checkpoint is of another model than its own configuration says.
+        ConfigError: if the checkpoint's weights do not fit the model that its configuration
+            describes.
     """
     directory = checkpoint.path / STUDENT
     if (adapted := adapted_student(checkpoint)) is not None:
-        model = load_model(adapted)  # of which the checkpoint holds the adapter alone
+        model = load_model(adapted)  # the checkpoint holds only the adapter
         add_adapter(model, adapted.lora)
         load(checkpoint.path, model)
         return model
@@ -83,20 +88,20 @@ def load_student(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def export(checkpoint: Checkpoint, output: Path, dtype: str | None = None) -> None:
-    """Write a checkpoint's student in Hugging Face's layout.
+    """Write a checkpoint's student to ``output`` in Hugging Face format.
 
     Args:
-        dtype: of the weights; None: as they were trained. (With one, a LoRA student is written
-            merged alone, without ``adapter/``.)
+        dtype: dtype of the written weights; None: the dtype they were trained in. If a dtype is
+            given, a LoRA student is written only in merged form, without ``adapter/``.
 
     Raises:
-        ConfigError: if ``output`` holds anything, or the checkpoint can't be loaded.
+        ConfigError: if ``output`` is not empty, or the checkpoint can't be loaded.
     """
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and would be lost: choose a new directory")
     model = load_student(checkpoint)
     if dtype is not None:
-        if is_adapted(model):  # rounded once, after the adapter was added
+        if is_adapted(model):  # merge first, so that the sum is rounded only once
             model = merged(model)
         model.to(getattr(torch, dtype))
     save_student(model, load_tokenizer(str(checkpoint.path / STUDENT)), output)

@@ -1,4 +1,4 @@
-"""Is a response right? ``exact``: the text; ``math``: mathematical equality of the boxed answer."""
+"""Graders: ``exact`` compares text, ``math`` compares the boxed answer mathematically."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Grader = Callable[[str, str], bool]
 
 
 def exact(response: str, answer: str) -> bool:
-    """Whether the response is the answer, white space at the ends aside."""
+    """Return whether response and answer are equal, ignoring white space at both ends."""
     return response.strip() == answer.strip()
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last ``\\boxed{..}``, braces balanced; None if there is none."""
+    """Return the content of the last ``\\boxed{..}``, or None if there is no complete box."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -33,9 +33,10 @@ def _parse(expression: str) -> list:
 
 
 def math(response: str, answer: str) -> bool:
-    """Whether the last boxed expression of the response equals the answer ("142" and "142.0" do).
+    """Return whether the last boxed expression of the response equals the answer.
 
-    A response without a complete box is wrong.
+    The comparison is mathematical: "142" equals "142.0". A response without a complete box is
+    wrong.
     """
     boxed = last_boxed(response)
     if boxed is None:

@@ -1,4 +1,4 @@
-"""What a run reads before it begins: tokenizers and prompts."""
+"""Inputs of a run: tokenizers, prompts and layer pairs, loaded before the models."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from oprd.tokenizers.alignment import Aligner
 
 @dataclass
 class RunInputs:
-    """What the checks loaded on their way, and what they could not check.
+    """The inputs that the checks before a run load.
 
     Attributes:
-        tokenizer: the student's.
-        train, eval_sets: tokenised prompts.
-        aligners, teacher_tokenizers, teacher_sets: by teacher, of those with other tokenizers: who
-            pairs tokens, and the evaluation sets in their tokens.
-        layer_pairs: by teacher, (student block, teacher block).
-        resume: the checkpoints that the run can go on from.
-        notes: what the user should know.
-        unchecked: what lies on a hub that is out of reach, or yet to be made; filled by dry runs
-            alone.
+        tokenizer: the student's tokenizer.
+        train, eval_sets: prompts in the student's tokens.
+        aligners: by teacher name, the aligner of the two tokenizers' tokens. Only for teachers with
+            another tokenizer, as are ``teacher_tokenizers`` and ``teacher_sets``.
+        teacher_tokenizers: by teacher name.
+        teacher_sets: by teacher name, the evaluation sets in the teacher's tokens.
+        layer_pairs: by teacher name, the compared (student block, teacher block) pairs.
+        bridge_ranks: by teacher name, the rank of its bridge.
+        resume: the checkpoints that the run could resume from.
+        notes: messages for the user.
+        unchecked: what could not be checked, because the hub can't be reached or a file does not
+            exist yet. Only dry runs fill it.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -43,7 +46,7 @@ class RunInputs:
     unchecked: list[str] = field(default_factory=list)
 
     def prompts_for(self, teacher: str | None, name: str) -> list[Prompt]:
-        """The prompts of an evaluation set, for the student (None) or as a teacher is told them."""
+        """Return the prompts of an evaluation set as the student (None) or a teacher reads them."""
         if teacher is None:
             return self.eval_sets[name].prompts
         prompts = self.teacher_sets.get(teacher, self.eval_sets)[name].prompts
@@ -51,17 +54,17 @@ class RunInputs:
 
 
 def load_inputs(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt) -> None:
-    """Load the prompts, for training and evaluation, in each model's tokens.
+    """Load the prompts for training and evaluation in each model's tokens.
 
     Args:
-        inputs: has the tokenizers, and gets the prompts.
+        inputs: provides the tokenizers; the prompts are stored in it.
 
     Raises:
-        ConfigError: if there is anything wrong with them.
+        ConfigError: if prompts can't be loaded, or do not fit the configured teachers.
     """
     tokenizer = inputs.tokenizer
     if tokenizer is None:
-        inputs.unchecked.append("the prompts: they need the student's tokenizer")
+        inputs.unchecked.append("the prompts, because the student's tokenizer could not be loaded")
         return
     tokenizers = inputs.teacher_tokenizers
     inputs.train = attempt(lambda: load_training_prompts(cfg.data, tokenizer, tokenizers))
@@ -72,10 +75,12 @@ def load_inputs(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt) -> None:
         prompts = attempt(load)
         if prompts:
             inputs.eval_sets[name] = prompts
-        for who, other in tokenizers.items() if cfg.eval.teacher else ():
-            theirs = attempt(partial(load_prompts, source, cfg.data, other, for_evaluation=True))
-            if theirs:
-                inputs.teacher_sets.setdefault(who, {})[name] = theirs
+        for teacher, other in tokenizers.items() if cfg.eval.teacher else ():
+            teacher_set = attempt(
+                partial(load_prompts, source, cfg.data, other, for_evaluation=True)
+            )
+            if teacher_set:
+                inputs.teacher_sets.setdefault(teacher, {})[name] = teacher_set
     train = {"data.sources" if cfg.data.sources else "data.train": inputs.train}
     for name, prompts in {**train, **inputs.eval_sets}.items():
         if prompts and prompts.dropped:
@@ -84,11 +89,12 @@ def load_inputs(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt) -> None:
                 f"longer than {cfg.data.max_prompt_tokens} tokens"
             )
         if prompts and prompts.repeated:
-            inputs.notes.append(f"{name}: {prompts.repeated} repetitions of prompts left out")
+            inputs.notes.append(f"{name}: {prompts.repeated} repeated prompts left out")
 
 
 def _check_sources(cfg: TrainConfig, train: PromptSet) -> None:
-    """Every source has a teacher, every teacher a source, and something to say."""
+    """Check that every source has a teacher, every teacher has prompts, and a self-teacher reads
+    other prompts than the student."""
     sources = {p.source for p in train.prompts}
     if cfg.teachers and (missing := sorted(sources - set(cfg.teachers))):
         raise ConfigError(
@@ -105,5 +111,5 @@ def _check_sources(cfg: TrainConfig, train: PromptSet) -> None:
     if selves and (same := sorted(blind if "" in selves else blind & selves)):
         raise ConfigError(
             f"the teacher is the student itself and reads the same prompts ({', '.join(same)}): it "
-            "has nothing to teach. Tell it more by teacher_prompt of these prompts"
+            "has nothing to teach. Set teacher_prompt for these prompts to give it more information"
         )

@@ -1,7 +1,7 @@
-"""Runs that have gone wrong: losses that are not finite or explode, responses that grow without
-end. (A rank that hangs: `oprd.observability.hang_watchdog`.)
+"""Detection of losses that are not finite or explode, and of responses that grow too long.
 
-All of it looks at metrics that are reduced over ranks, so that every rank comes to the same answer.
+All checks use metrics that are reduced over ranks, so that every rank reaches the same decision.
+`oprd.observability.hang_watchdog` detects ranks that hang.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from oprd.config import WatchdogConfig
 from oprd.data.rollout import Rollout
 
 SIGMA = 1.4826
-"""Standard deviation of normal noise over its median absolute deviation."""
+"""Ratio of the standard deviation of normal noise to its median absolute deviation."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something has gone wrong.
+    """A problem that a watchdog has detected.
 
     Attributes:
-        stop: whether the run is to end.
-        message: the metric, its history, and what to do.
+        stop: whether the run must end.
+        message: the metric, its recent values, and what the user can do.
     """
 
     stop: bool
@@ -37,21 +37,23 @@ class Alarm:
 
 
 class Watchdog:
-    """Looks at each step's metrics."""
+    """Checks the losses and response lengths of each step."""
 
     def __init__(self, cfg: WatchdogConfig) -> None:
         self.cfg = cfg
         self.quiet: dict[str, list[float]] = {}
-        """By metric: the last quiet values of a loss; the first values of a length."""
+        """By metric: the latest normal values of a loss, or the first values of a length."""
         self.strange: dict[str, list[float]] = {}
-        """By metric: the values of the current row of steps that are not as they should be."""
+        """By metric: the values of the latest consecutive steps outside the limit."""
 
     def look(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """What is wrong after a step. Whatever was said is not said again until it changes again.
+        """Return the alarms after a step.
+
+        A problem that persists is reported once.
 
         Args:
-            step: that has just been made.
-            metrics: reduced over ranks.
+            step: number of the step that has just been made.
+            metrics: the step's metrics, reduced over ranks.
         """
         alarms = []
         if self.cfg.loss.action != "ignore":
@@ -63,11 +65,11 @@ class Watchdog:
         return [alarm for alarm in alarms if alarm is not None]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that `load_state_dict` takes."""
+        """Return the state as plain values for `load_state_dict`."""
         return {"quiet": self.quiet, "strange": self.strange}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as the one whose state it is."""
+        """Restore the state that `state_dict` returned."""
         self.quiet = {name: list(values) for name, values in state["quiet"].items()}
         self.strange = {name: list(values) for name, values in state["strange"].items()}
 
@@ -92,7 +94,7 @@ class Watchdog:
             f"step {step}: {name} has exploded: {_shown(row)} in steps {begun} to {step}, against "
             f"a median of {centre:.4g} over the {len(quiet)} quiet steps before (more than "
             f"{allowed:.4g} from it is too far). Go back to a checkpoint from before step {begun} "
-            "and lower optim.lr, or set optim.max_grad_norm; if this is how the loss should go, "
+            "and lower optim.lr, or set optim.max_grad_norm; if the loss is expected to change so, "
             "raise watchdog.loss.factor or set watchdog.loss.action to warn",
         )
 
@@ -120,20 +122,20 @@ class Watchdog:
 
     def _too_long(self, step: int, name: str, row: list[float], why: str) -> Alarm | None:
         watch = self.cfg.length
-        if len(row) != watch.patience:  # said once, at the end of the patience
+        if len(row) != watch.patience:  # a longer row has been reported
             return None
         begun = step - len(row) + 1
         return Alarm(
             watch.action == "stop",
             f"step {step}: responses have become too long: {name} was {_shown(row)} in steps "
-            f"{begun} to {step}, {why}. Look at some of them: a student that never ends its "
+            f"{begun} to {step}, {why}. Read some of them: a student that never ends its "
             "responses or repeats itself has not learned the teacher's EOS (compare both "
-            "tokenizers'), or optim.lr is too high; if they should be long, raise that limit or "
-            "set watchdog.length.action to ignore",
+            "tokenizers'), or optim.lr is too high; if long responses are expected, raise that "
+            "limit or set watchdog.length.action to ignore",
         )
 
     def _start(self, name: str, value: float) -> float | None:
-        """The median of the first steps' values, once they are there."""
+        """Return the median over the first ``window`` steps, or None during these steps."""
         first = self.quiet.setdefault(name, [])
         if len(first) < self.cfg.length.window:
             first.append(value)
@@ -141,7 +143,7 @@ class Watchdog:
         return median(first)
 
     def _row(self, name: str, strange: bool, value: float) -> list[float]:
-        """The values of the row of strange steps that this one ends."""
+        """Record the step's value and return the latest consecutive values outside the limit."""
         row = self.strange.setdefault(name, [])
         if strange:
             row.append(value)
@@ -150,7 +152,7 @@ class Watchdog:
         return row
 
     def _begin_anew(self, name: str) -> None:
-        """Forget what was normal: where only a warning is given, this is the new normal."""
+        """Clear the history. After a warning, the current level counts as normal."""
         self.quiet[name], self.strange[name] = [], []
 
 
@@ -159,12 +161,12 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def not_finite(losses: Mapping[str, float], by_layer: Mapping[int, float], norm: float) -> str:
-    """What of a step is not finite, in words; "" if all is.
+    """Return a description of the step's values that are not finite, or "" if all are finite.
 
     Args:
-        losses: by objective.
+        losses: the loss of each objective.
         by_layer: the representation loss of each compared student block.
-        norm: of the gradient.
+        norm: the gradient norm.
     """
     objectives = [name for name, loss in losses.items() if not math.isfinite(loss)]
     blocks = [block for block, loss in by_layer.items() if not math.isfinite(loss)]
@@ -185,17 +187,21 @@ def keep_batch(
     norm: float,
     rollouts: Sequence[Rollout],
 ) -> str:
-    """Write what a step failed on, this rank's part; returns where it is, or why it is not."""
+    """Write this rank's part of a failed step to ``directory``.
+
+    Returns:
+        A sentence with the path of the file, or with the reason why it could not be written.
+    """
     file = directory / f"failed_step_{step}_rank_{distributed.rank()}.pt"
     batch = [(r.prompt_ids, r.response_ids) for r in rollouts]
-    found = {
+    values = {
         "step": step,
         "losses": dict(losses),
         "layer_losses": dict(by_layer),
         "grad_norm": norm,
     }
     try:
-        torch.save(found | {"rollouts": batch}, file)
-    except (OSError, RuntimeError) as error:  # of a full disk; a checkpoint is still to be tried
+        torch.save(values | {"rollouts": batch}, file)
+    except (OSError, RuntimeError) as error:  # full disk, say: go on to the checkpoint
         return f"The batch could not be written to {file}: {error}"
     return f"The batch is in {file}"

@@ -1,4 +1,4 @@
-"""A training step's metrics, reduced over ranks, under the names that method.md's figures use."""
+"""Metrics of a training step, reduced over ranks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
 def reduced_losses(
     outputs: Sequence[StudentPass], device: torch.device
 ) -> tuple[dict[str, float], list[float]]:
-    """Each objective's loss over the global batch, before weighting, and each layer's. Collective.
+    """Sum the losses over micro-batches and ranks. Collective: every rank must call it.
 
     Args:
-        outputs: of this rank's micro-batches.
+        outputs: the student passes of this rank's micro-batches.
+
+    Returns:
+        Each objective's loss over the global batch, before weighting, and the representation loss
+        of each compared layer.
     """
     names = list(outputs[0].parts)
     local = torch.stack([torch.stack([*out.parts.values()]) for out in outputs]).double().sum(0)
@@ -35,12 +39,12 @@ def reduced_losses(
 
 
 def loss_metrics(losses: Mapping[str, float]) -> dict[str, float]:
-    """`reduced_losses` under their names in the log."""
+    """Return the objectives' losses under their metric names."""
     return {METRICS.get(name, f"actor/{name}_loss"): loss for name, loss in losses.items()}
 
 
 def time_metrics(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
-    """Of a step's phases, and the rollouts' tokens a second."""
+    """Return the seconds of each phase of a step, and the sampled tokens a second."""
     metrics = {"perf/tokens_per_second": tokens / max(sum(seconds.values()), 1e-9)}
     return metrics | {f"time/{phase.replace(' ', '_')}_s": s for phase, s in seconds.items()}
 
@@ -48,12 +52,12 @@ def time_metrics(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
 def rep_metrics(
     outputs: Sequence[RepOutput], layer_losses: list[float], width: int, device: torch.device
 ) -> dict[str, Any]:
-    """Of the representation loss.
+    """Return the metrics of the representation loss.
 
     Args:
-        outputs: of the micro-batches.
-        layer_losses: over the global batch.
-        width: D, what `nmse` divides by.
+        outputs: the outputs of this rank's micro-batches.
+        layer_losses: each layer's loss over the global batch.
+        width: D, the width that `nmse` divides by.
     """
     counts = [out.num_valid.item() for out in outputs]
     weighted = [
@@ -75,11 +79,16 @@ def rep_metrics(
 
 
 def plan_metrics(plans: Sequence[Plan], packed: bool, share: float) -> dict[str, float]:
-    """Of a step's plans, one for each teacher; all ranks know them.
+    """Return how well a step's plans use the ranks.
 
-    ``perf/padding_ratio`` is the part of what the student reads that is padding.
-    ``perf/rank_imbalance`` is the work of the ranks that others wait for, micro-batch after
-    micro-batch, over the work if it were shared equally: 1 at best.
+    ``perf/padding_ratio`` is the share of padding in the tokens that the student reads.
+    ``perf/rank_imbalance`` is the largest work of a rank in each round of micro-batches, summed
+    over rounds, divided by the sum of the mean work; 1 is the best.
+
+    Args:
+        plans: one plan for each teacher, for all ranks.
+        packed: whether sequences are packed without padding.
+        share: see `oprd.data.micro_batches.attention_share`.
     """
     batches = [batch for planned in plans for rank in planned for batch in rank]
     tokens = sum(len(r) for batch in batches for r in batch)
@@ -96,8 +105,10 @@ def plan_metrics(plans: Sequence[Plan], packed: bool, share: float) -> dict[str,
 
 
 def memory_metrics(peaks: Sequence[PeakMemory], device: torch.device) -> dict[str, float]:
-    """GiB at the peak of a student update, and above what was there when it began: the highest of
-    the ranks. Empty where the system does not tell."""
+    """Return the peak memory of a student update in GiB, and its increase over the start.
+
+    Both are the maximum over ranks. Empty where peak memory can't be measured.
+    """
     start = peaks[0].start
     highest = [p.peak for p in peaks if p.peak is not None]
     if start is None or not highest:

@@ -1,4 +1,4 @@
-"""Whether the models of a run go together: configurations, bridges, tokenizers. No weights."""
+"""Checks that the models of a run fit together. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ from oprd.training.inputs import RunInputs
 
 
 def check_models(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt, dry_run: bool) -> None:
-    """Check the student beside each teacher; add tokenizers, layer pairs and notes to ``inputs``.
+    """Check the student against each teacher: configurations, bridges and tokenizers.
+
+    Args:
+        inputs: tokenizers, aligners, layer pairs, bridge ranks and notes are stored in it.
+        dry_run: skip bridges that do not exist yet.
 
     Raises:
-        ConfigError: the first problem found.
+        ConfigError: for the first problem.
     """
     bridges = _read_bridges(cfg, inputs, dry_run)
     student = attempt(lambda: load_config(cfg.student.path))
@@ -45,14 +49,16 @@ def check_models(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt, dry_run:
 
 
 def _read_bridges(cfg: TrainConfig, inputs: RunInputs, dry_run: bool) -> dict[str, BridgeInfo]:
-    """What the teachers' bridges say of themselves, by teacher. One that is yet to be fitted stops
-    no dry run."""
+    """Return the metadata of each teacher's bridge.
+
+    A dry run skips bridges that have not been fitted yet.
+    """
     bridges, ranks = {}, inputs.bridge_ranks
     for name, b in cfg.all_bridges.items():
         if b.path is None:
             continue
         if dry_run and not Path(b.path).exists():
-            inputs.unchecked.append(f"the bridge {b.path}: it is not there")
+            inputs.unchecked.append(f"the bridge {b.path}: it does not exist yet")
             continue
         bridges[name] = info = read_info(b.path)
         ranks[name] = info.check_rank(b.rank)
@@ -60,8 +66,8 @@ def _read_bridges(cfg: TrainConfig, inputs: RunInputs, dry_run: bool) -> dict[st
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"bridges have different ranks ({', '.join(f'{n}: {r}' for n, r in ranks.items())}), "
-            f"and losses of another scale: set bridges.{next(iter(ranks))}.rank and the others' to "
-            f"{min(ranks.values())}"
+            f"so their losses have different scales: set bridges.{next(iter(ranks))}.rank and the "
+            f"other bridges' ranks to {min(ranks.values())}"
         )
     return bridges
 
@@ -70,14 +76,14 @@ def _bridge_notes(cfg: TrainConfig, teacher: str, bridge: BridgeInfo) -> list[st
     notes, pairs = [], cfg.all_teachers[teacher].pairs
     if bridge.shift is not None and bridge.shift != cfg.distill.shift:
         notes.append(
-            f"the bridge was fitted on states {bridge.shift!r} a token, this run compares those "
-            f"{cfg.distill.shift!r} it (distill.shift)"
+            f"the bridge was fitted with shift={bridge.shift!r}, but this run has "
+            f"distill.shift={cfg.distill.shift!r}"
         )
     if bridge.teacher_pairs not in (None, pairs):
         option = f"teachers.{teacher}.pairs" if teacher else "teacher.pairs"
         notes.append(
-            f"the bridge was fitted on pairs {bridge.teacher_pairs!r} of the two tokenizers' "
-            f"tokens, this run compares {pairs!r} ({option})"
+            f"the bridge was fitted with pairs={bridge.teacher_pairs!r}, but this run has "
+            f"{option}={pairs!r}"
         )
     return notes
 
@@ -125,7 +131,7 @@ def _check_states(
     teacher: PretrainedConfig,
     bridge: BridgeInfo | None,
 ) -> list[tuple[int, int]]:
-    """Return the pairs of blocks that are compared."""
+    """Return the compared (student block, teacher block) pairs."""
     pairs = check_pair(student, teacher, cfg.distill.layers, bridged=bridge is not None)
     if bridge is not None:
         bridge.check(model_info(student), model_info(teacher), pairs)
@@ -137,14 +143,14 @@ def _check_heads(cfg: TrainConfig, student: PretrainedConfig, teacher: Pretraine
     rows = min(c.get_text_config().vocab_size for c in (student, teacher))
     if tops and cfg.opd.k > rows:
         raise ConfigError(
-            f"opd.k={cfg.opd.k}, but {', '.join(tops)} can't look at more tokens than the "
-            f"vocabulary has, {rows}: set opd.k to that or less, or take opd_full"
+            f"opd.k={cfg.opd.k}, but {', '.join(tops)} can't use more tokens than the "
+            f"vocabulary has, {rows}: set opd.k to that or less, or use opd_full"
         )
     widths = [model_info(c).width for c in (student, teacher)]
     if cfg.distill.init_head_from_teacher and widths[0] != widths[1]:
         raise ConfigError(
             f"distill.init_head_from_teacher: the student is {widths[0]} wide and the "
-            f"teacher {widths[1]}, so the teacher's head does not fit: leave it off"
+            f"teacher {widths[1]}, so the teacher's head does not fit: turn this off"
         )
 
 
@@ -155,19 +161,19 @@ def _check_other_tokenizer(
     theirs: PreTrainedTokenizerBase,
     teacher: PretrainedConfig,
 ) -> None:
-    """Check a teacher whose tokenizer is not the student's, and add what it takes to feed it."""
+    """Check a teacher with another tokenizer; store its tokenizer and an aligner in ``inputs``."""
     ours = inputs.tokenizer
     assert ours is not None
     others = [o for o in cfg.objectives if o != "oprd"]
     if others:
         raise ConfigError(
             f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} "
-            f"tokens): {', '.join(others)} compare distributions over one. Train with oprd alone, "
+            f"tokens): {', '.join(others)} compare distributions over one. Use only oprd, "
             "or choose a teacher that shares the student's tokenizer"
         )
     if cfg.distill.init_head_from_teacher:
         raise ConfigError(
-            "distill.init_head_from_teacher: the teacher has another vocabulary: leave it off"
+            "distill.init_head_from_teacher: the teacher has another vocabulary: turn this off"
         )
     if cfg.all_teachers[name].reads == "student_ids":
         check_student_ids(ours, teacher)
@@ -179,8 +185,8 @@ def _check_other_tokenizer(
     inputs.aligners[name] = Aligner(ours, theirs, cfg.all_teachers[name].pairs)
     inputs.teacher_tokenizers[name] = theirs
     inputs.notes.append(
-        "the teacher has another tokenizer: it reads the responses' text, compared where tokens of "
-        "both end together (align/ratio)"
+        "the teacher has another tokenizer: it reads the text of the responses, and states are "
+        "compared where tokens of both end at the same byte (align/ratio)"
     )
 
 
@@ -204,12 +210,12 @@ def _vocabulary_notes(
         if rows[0] != rows[1]:
             notes.append(
                 f"embedding tables of {rows[0]} and {rows[1]} rows for the same {len(tokenizer)} "
-                "tokens: padded differently, which does not matter here"
+                "tokens: the tables are padded differently, which has no effect on training"
             )
     if tokenizer.eos_token != teacher_tokenizer.eos_token:
         notes.append(
             f"the student ends with {tokenizer.eos_token!r}, the teacher with "
-            f"{teacher_tokenizer.eos_token!r}: watch response_length/mean, students have been seen "
-            "to stop ending their responses"
+            f"{teacher_tokenizer.eos_token!r}: watch response_length/mean, because the student may "
+            "learn not to end its responses"
         )
     return notes

@@ -1,4 +1,4 @@
-"""AdamW over what is trained, and its learning rate."""
+"""The AdamW optimizer and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 def make_optimizer(
     student: nn.Module, cfg: OptimConfig, steps: int
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """For a run of ``steps`` steps; after the student is sharded."""
+    """Return optimizer and scheduler for a run of ``steps`` steps.
+
+    FSDP2 replaces parameters, so the student must be sharded before.
+    """
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay
@@ -28,7 +31,10 @@ def make_optimizer(
 
 
 def fast_forward(scheduler: LRScheduler, steps: int) -> None:
-    """To the learning rate after so many steps, which is a function of their number alone."""
-    with warnings.catch_warnings(action="ignore"):  # that the optimizer has made no step
+    """Advance a new scheduler by ``steps`` steps.
+
+    The learning rate depends only on the number of steps.
+    """
+    with warnings.catch_warnings(action="ignore"):  # "optimizer.step() not called"
         for _ in range(steps):
             scheduler.step()

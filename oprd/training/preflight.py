@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a run before its first weight is loaded."""
+"""Checks of a run before weights are loaded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from oprd_kernels.backends import registry
 
 
 def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None) -> RunInputs:
-    """Check configuration, models' configurations, tokenizers, prompts and output directory.
+    """Check configuration, output directory, models' configurations, tokenizers and prompts.
 
     Args:
-        dry_run: go on where the hub is out of reach, and list what was therefore not checked.
-        ranks: that the run is to have; None: those that there are.
+        dry_run: continue if the hub can't be reached, and list in ``RunInputs.unchecked`` what
+            could not be checked.
+        ranks: number of ranks to check for; None: the current number.
+
+    Returns:
+        The loaded inputs.
 
     Raises:
-        ConfigError: the first problem found (of the values: all of them).
+        ConfigError: for all options with invalid values, otherwise for the first problem.
     """
     check_values(cfg)
     inputs = RunInputs()
@@ -39,8 +43,12 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
 def check_run(cfg: TrainConfig, inputs: RunInputs, ranks: int) -> None:
     """Check ranks, output directory, device, kernels and trackers.
 
+    Args:
+        inputs: checkpoints to resume from and notes are stored in it.
+        ranks: number of ranks of the run.
+
     Raises:
-        ConfigError: the first problem found.
+        ConfigError: for the first problem.
     """
     _check_world(cfg, ranks)
     check_output_dir(cfg)
@@ -54,7 +62,10 @@ def check_run(cfg: TrainConfig, inputs: RunInputs, ranks: int) -> None:
 
 
 def _packing_notes(cfg: TrainConfig) -> list[str]:
-    """Whether sequences are kept apart at all is tried on the models (`models.packing_check`)."""
+    """Return a note if packing makes attention expensive.
+
+    `oprd.models.packing_check` checks on the loaded models that packed sequences stay separate.
+    """
     chosen = {cfg.student.attn_implementation}
     chosen |= {teacher.attn_implementation for teacher in cfg.all_teachers.values()}
     if not cfg.packing or not chosen & {None, "sdpa", "eager"}:
@@ -74,30 +85,30 @@ def _check_world(cfg: TrainConfig, ranks: int) -> None:
     if cfg.rollout.prompts_per_step % ranks:
         raise ConfigError(
             f"rollout.prompts_per_step={cfg.rollout.prompts_per_step} can't be shared equally by "
-            f"{ranks} ranks: choose a multiple"
+            f"{ranks} ranks: choose a multiple of {ranks}"
         )
 
 
 def output_dir(cfg: TrainConfig) -> Path:
-    """Where the run writes; a default is named after the run and the time."""
+    """Return the output directory; the default is ``runs/<name>-<time>``."""
     if cfg.output_dir is not None:
         return Path(cfg.output_dir)
     return Path("runs") / f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _goes_on(cfg: TrainConfig, directory: Path) -> bool:
-    """Whether ``cfg.resume`` asks to go on with the run in a directory."""
+    """Return whether ``cfg.resume`` resumes the run in ``directory``."""
     if cfg.resume is None or cfg.resume == "auto":
         return cfg.resume == "auto"
-    directory, asked = directory.resolve(), Path(cfg.resume).resolve()
-    return asked == directory or directory in asked.parents
+    directory, source = directory.resolve(), Path(cfg.resume).resolve()
+    return source == directory or directory in source.parents
 
 
 def check_output_dir(cfg: TrainConfig) -> None:
-    """Refuse a directory with anything in it but a run to go on with, or one that can't be written.
+    """Check that the output directory is writable, and empty or that of the resumed run.
 
     Raises:
-        ConfigError: saying what is there.
+        ConfigError: if it is not; the message says what the directory contains.
     """
     path = output_dir(cfg)
     if path.exists() and not path.is_dir():
@@ -106,7 +117,7 @@ def check_output_dir(cfg: TrainConfig) -> None:
         what = "another run" if is_run(path) else "other files"
         raise ConfigError(
             f"output_dir {path} already holds {what}, which would be lost: choose a new directory"
-            + (", or go on with it by resume=auto" if is_run(path) else "")
+            + (", or resume that run with resume=auto" if is_run(path) else "")
         )
     parent = path
     while not parent.exists():

@@ -1,4 +1,4 @@
-"""From a configuration to models that are ready to train: loaded, tapped, sharded."""
+"""Builds the models of a run: loading, taps and sharding."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from oprd.models.without_adapter import WithoutAdapter
 class Builder:
     """Loads the models of a run onto this rank's device.
 
-    Under FSDP2 rank 0 alone reads weights; the other ranks get their shards from it.
+    Under FSDP2 only rank 0 reads weights; it sends the other ranks their shards.
     """
 
     def __init__(self, cfg: TrainConfig, device: torch.device) -> None:
         """Load the student and its teachers.
 
         Raises:
-            ConfigError: as `oprd.models.loading.load_model`.
+            ConfigError: if a model can't be loaded, see `oprd.models.loading.load_model`.
         """
         self.cfg, self.device, self.fsdp = cfg, device, cfg.fsdp
         self.mesh = None
@@ -57,13 +57,16 @@ class Builder:
                 device,
                 cpu_offload=offload,
             )
-        if any(name != REP for name in cfg.objectives):  # logits need all of a teacher
+        if any(name != REP for name in cfg.objectives):  # these need a whole teacher
             for model in self.teachers.values():
                 self._shard_teacher(model)
 
     def whole_teacher(self, name: str) -> PreTrainedModel:
-        """A teacher that can be called. One that is to be cut before it is sharded is loaded for
-        this alone: FSDP2 can't drop layers later."""
+        """Return a teacher with all its layers, sharded if FSDP2 shards teachers.
+
+        A teacher that is sharded later, after its unneeded layers are dropped, is loaded a second
+        time here: FSDP2 can't drop layers of a sharded model.
+        """
         model = self.teachers[name]
         if not self._needs_sharding(model):
             return model
@@ -72,10 +75,12 @@ class Builder:
         return whole
 
     def objectives(self) -> Objectives:
-        """Attach the teachers. What no objective needs of them goes with this `Builder`.
+        """Attach the teachers and return the objectives.
+
+        The parts of the teachers that no objective needs are freed with this `Builder`.
 
         Raises:
-            ValueError: as `oprd.distill.distiller.attach`.
+            ValueError: if models do not fit together, see `oprd.distill.distiller.attach`.
         """
         distillers: dict[str, Distiller] = {}
         for name, model in self.teachers.items() if REP in self.cfg.objectives else ():
@@ -87,7 +92,7 @@ class Builder:
         )
 
     def _load(self, cfg: StudentConfig | TeacherConfig, *, sharded: bool) -> PreTrainedModel:
-        """A model that is to be sharded: on the CPU, and empty on ranks but 0."""
+        """Load a model. If ``sharded``, load it on the CPU, and only rank 0 reads the weights."""
         if not sharded:
             model = load_model(cfg, self.device)
         else:
@@ -97,7 +102,7 @@ class Builder:
         return model
 
     def _load_teachers(self) -> dict[str, Any]:
-        """By name; names with the same configuration share a model."""
+        """Load the teachers by name. Teachers with the same configuration share one model."""
         loaded: list[tuple[TeacherConfig, Any]] = []
         models = {}
         for name, cfg in self.cfg.all_teachers.items():

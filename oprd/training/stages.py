@@ -1,10 +1,10 @@
-"""Several runs, each from the student that the one before it has left: Bridge, then OPD, say.
+"""Runs in several stages: each stage trains the student that the previous stage has saved.
 
     oprd-train --config recipes/demo_two_stages.yaml
 
-``stages`` names them in order, each with what it changes of the configuration. Started again, the
-command goes on after the last stage that was finished; with ``resume: auto`` inside the one that
-was not, from its newest checkpoint.
+The option ``stages`` lists the stages in order, each with the options that it changes. If the
+command is started again, finished stages are skipped. With ``resume: auto``, an unfinished stage
+continues from its newest checkpoint; otherwise it begins anew.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "rollout.vllm",
             "distill", "bridge", "opd", "optim", "fsdp", "eval", "checkpoint", "watchdog",
             "watchdog.loss", "watchdog.length", "logging")  # fmt: skip
-"""Parts of the configuration of which a stage may change some entries; others it replaces."""
+"""Sections that a stage's options are merged into. A stage replaces any other value as a whole."""
 
 RECORD = "stages.json"
 T = TypeVar("T")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """``base`` with ``changes``, as plain values."""
+    """Return plain values of a configuration with the ``changes`` merged into ``base``."""
     result = dict(base)
     for key, value in changes.items():
         name = f"{where}{key}"
@@ -54,24 +54,29 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "")
 def stage_values(
     base: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Each stage's configuration, as plain values. A later stage's student is the result of the one
-    before.
+    """Return each stage's configuration as plain values.
+
+    The student of every stage but the first is the one that the previous stage saves.
 
     Args:
-        base: what the stages have in common, ``output_dir`` included.
+        base: the options that the stages share; ``output_dir`` must be set.
+        stages: by stage name, the options that the stage changes.
 
     Raises:
-        ConfigError: if there is no ``output_dir``, or a stage sets what follows from the order.
+        ConfigError: if there is no ``output_dir``, or a stage sets ``output_dir`` or the path of a
+            student that a previous stage saves.
     """
     if base["output_dir"] is None:
         raise ConfigError(
-            "stages need an output_dir: there each has a directory, and a second start goes on"
+            "stages need an output_dir: each stage has a directory in it, and a second start "
+            "continues there"
         )
     if base.get("resume") not in (None, "auto"):
         raise ConfigError(
-            f"resume={base['resume']}: with stages it must be auto, each has checkpoints of its own"
+            f"resume={base['resume']}: with stages it must be auto, because each stage has its own "
+            "checkpoints"
         )
-    found, previous = {}, None
+    by_stage, previous = {}, None
     for name, changes in stages.items():
         if not name or Path(name).name != name:
             raise ConfigError(f"stages: {name!r} can't be the name of a directory")
@@ -85,19 +90,23 @@ def stage_values(
         values["output_dir"] = str(directory)
         if previous is not None:
             values["student"] = values["student"] | {"path": str(previous / "student")}
-        found[name], previous = values, directory
-    return found
+        by_stage[name], previous = values, directory
+    return by_stage
 
 
 def check(values: Mapping[str, dict[str, Any]], dry_run: bool = False) -> dict[str, list[str]]:
-    """Check every stage before the first begins. A student that is yet to be made is taken to be
-    like the first one.
+    """Check every stage before the first begins.
+
+    A student that does not exist yet is assumed to have the configuration of the first student.
+
+    Args:
+        values: by stage name, the result of `stage_values`.
 
     Returns:
-        By stage, what a dry run could not check.
+        By stage name, what a dry run could not check.
 
     Raises:
-        ConfigError: naming the stage.
+        ConfigError: for the first stage with a problem; the message names it.
     """
     first = next(iter(values.values()))["student"]
     unchecked = {}
@@ -106,7 +115,7 @@ def check(values: Mapping[str, dict[str, Any]], dry_run: bool = False) -> dict[s
         if not Path(student["path"], "config.json").exists():
             student = student | {"path": first["path"]}
         directory = Path(stage["output_dir"])
-        # The directory may hold a run, finished or not: that is not what is checked here.
+        # The stage's own directory may already hold a run, which preflight would refuse.
         probe = stage | {"student": student, "output_dir": f"{directory}.check"}
         try:
             unchecked[name] = preflight(from_values(probe), dry_run).unchecked
@@ -117,13 +126,17 @@ def check(values: Mapping[str, dict[str, Any]], dry_run: bool = False) -> dict[s
 
 @shown()
 def run_stages(base: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> Summary | None:
-    """Run what is not finished; the last run's summary, None if there was nothing left to do.
+    """Run the stages that are not finished.
 
     Args:
         base: the configuration without ``stages``, as plain values.
+        stages: by stage name, the options that the stage changes.
+
+    Returns:
+        The summary of the last run, or None if all stages were finished already.
 
     Raises:
-        ConfigError: before the first run, if any of them could not finish, or the directory holds
+        ConfigError: before the first run, if a check of any stage fails, or ``output_dir`` holds
             stages of another configuration.
     """
     values = stage_values(base, stages)
@@ -131,13 +144,13 @@ def run_stages(base: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]])
     configs = {name: from_values(stage) for name, stage in values.items()}
     limits = [cfg.watchdog.timeout_s for cfg in configs.values()]
     limit = None if None in limits else max(filter(None, limits))
-    # For all of them: no rank begins a stage before rank 0 has ended the last one.
+    # One process group for all stages: no rank begins a stage before rank 0 has ended the last.
     distributed.init(base["device"], timeout_s=limit)
     try:
-        _by_rank_0(lambda: _keep_record(Path(base["output_dir"]), configs))
+        _on_rank_0(lambda: _record_stages(Path(base["output_dir"]), configs))
         summary = None
         for name, stage in values.items():
-            if not _by_rank_0(partial(_begin, name, stage)):
+            if not _on_rank_0(partial(_begin, name, stage)):
                 continue
             summary = train(configs[name])
             if summary.interrupted:
@@ -147,8 +160,8 @@ def run_stages(base: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]])
         distributed.shutdown()
 
 
-def _by_rank_0(do: Callable[[], T]) -> T:
-    """What rank 0's call returned, when it has. All ranks raise what it raised."""
+def _on_rank_0(do: Callable[[], T]) -> T:
+    """Call ``do`` on rank 0 and return its result on all ranks, or raise its error on all ranks."""
     outcome: tuple[T | None, Exception | None] = (None, None)
     if distributed.rank() == 0:
         try:
@@ -161,8 +174,8 @@ def _by_rank_0(do: Callable[[], T]) -> T:
     return value
 
 
-def _keep_record(root: Path, stages: Mapping[str, TrainConfig]) -> None:
-    """Note which stages a directory is of; refuse one of others."""
+def _record_stages(root: Path, stages: Mapping[str, TrainConfig]) -> None:
+    """Record the stages in output_dir; raise if it belongs to a different configuration."""
     record = root / RECORD
     if record.exists():
         _compare(record, stages)
@@ -173,28 +186,33 @@ def _keep_record(root: Path, stages: Mapping[str, TrainConfig]) -> None:
 
 
 def _compare(record: Path, stages: Mapping[str, TrainConfig]) -> None:
-    """Refuses what a resumed run may not have otherwise, and other steps of a finished stage."""
+    """Compare the recorded stages with ``stages``.
+
+    Raises:
+        ConfigError: if options differ that a resumed run may not change, or if the steps of a
+            finished stage differ.
+    """
     old = json.loads(record.read_text())
-    found = []
+    changed = []
     if list(old) != list(stages):
-        found.append(f"stages: {', '.join(old)} there, {', '.join(stages)} here")
+        changed.append(f"stages: {', '.join(old)} there, {', '.join(stages)} here")
     for i, name in enumerate(name for name in old if name in stages):
         cfg, steps = stages[name], old[name]["steps"]
-        if i > 0:  # its student is the last stage's, wherever the directory is by now
+        if i > 0:  # the previous stage's directory; it may have been moved
             old[name]["student"]["path"] = cfg.student.path
-        found += [f"{name}: {what}" for what in differences(old[name], cfg)]
+        changed += [f"{name}: {what}" for what in differences(old[name], cfg)]
         if cfg.steps != steps and finished(record.parent / name):
-            found.append(f"{name}: steps: {steps} there, {cfg.steps} here, and it is finished")
-    if found:
+            changed.append(f"{name}: steps: {steps} there, {cfg.steps} here, and it is finished")
+    if changed:
         raise ConfigError(
             f"output_dir {record.parent} holds stages of another configuration ({record}): "
-            f"{'; '.join(found)}. Take its values, choose a new directory, or name what may differ "
-            "in checkpoint.allow_changes"
+            f"{'; '.join(changed)}. Use its values, choose a new directory, or list the options "
+            "that may differ in checkpoint.allow_changes"
         )
 
 
 def _begin(name: str, stage: Mapping[str, Any]) -> bool:
-    """Whether a stage is to run; its directory is then ready."""
+    """Prepare a stage's directory; return False if the stage is finished."""
     directory = Path(stage["output_dir"])
     if finished(directory):
         logger.info(f"stage {name}: finished already, {directory}")
@@ -202,6 +220,6 @@ def _begin(name: str, stage: Mapping[str, Any]) -> bool:
     left = directory.exists() and any(directory.iterdir())
     if left and stage["resume"] is None:
         aside = set_aside(directory, "unfinished")
-        logger.info(f"stage {name}: what an unfinished run left is now in {aside}")
+        logger.info(f"stage {name}: the files of an unfinished run were moved to {aside}")
     logger.info(f"stage {name}")
     return True

@@ -1,10 +1,10 @@
-"""On-policy representation distillation, the loop.
+"""The training loop of on-policy representation distillation.
 
     oprd-train [--config recipes/x.yaml] [--optim.lr 1e-5 ..]
     torchrun --nproc-per-node 2 -m oprd.cli.train [..]
 
-Each step: sample prompts, let the student respond, run the teacher on what it wrote, run the
-student on it with taps, backpropagate, clip, step.
+Each step draws prompts, samples responses from the student, runs the teacher and then the student
+with taps on these responses, backpropagates, clips the gradients and updates the student.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
-    """The run can't go on; what it had was saved, and the message says where."""
+    """Raised if a run can't continue. The message names the last checkpoint, if there is one."""
 
 
 class Trainer:
-    """The state of a run. `run` is the algorithm."""
+    """A training run and its state; `run` executes it."""
 
     def __init__(self, cfg: TrainConfig, inputs: RunInputs) -> None:
         assert inputs.tokenizer is not None
@@ -72,14 +72,15 @@ class Trainer:
         self.tokenizer, self.prompts = inputs.tokenizer, inputs.train.prompts
         w = cfg.watchdog
         self.device = distributed.init(cfg.device, cfg.fsdp.mode == "always", w.timeout_s)
-        # The default name holds the time, which ranks need not agree on.
+        # The default name contains the time, which may differ between ranks.
         self.directory = distributed.from_rank_0(output_dir(cfg))
-        self.notes, found = list(inputs.notes), distributed.from_rank_0(inputs.resume)
-        self.resumed = resume.choose(found, self.notes.append)
+        self.notes, candidates = list(inputs.notes), distributed.from_rank_0(inputs.resume)
+        self.resumed = resume.choose(candidates, self.notes.append)
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.notes += resume.tidy(self.directory, self.resumed, found)
-        self.notes = distributed.from_rank_0(self.notes)  # nobody looks into it before
+            self.notes += resume.tidy(self.directory, self.resumed, candidates)
+        # Also a barrier: no rank reads the directory before rank 0 has tidied it.
+        self.notes = distributed.from_rank_0(self.notes)
         check_shared(self.directory, self.device)
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
@@ -87,7 +88,8 @@ class Trainer:
         self.interrupt = Interrupt(at_once=distributed.world_size() == 1)
         self.stopped_by: int | None = None
         self.batches = PromptSampler(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
-        self.step = self.evaluated = 0  # the last step made, and the last one evaluated if due
+        self.step = 0  # the number of steps made
+        self.evaluated = 0  # the last step whose evaluation, if due, is done
         self.delta_peak_gb: float | None = None
         self.evaluator = Evaluator(
             cfg.eval, inputs, self.log, self.timer, self._autocast, self._synced
@@ -97,10 +99,8 @@ class Trainer:
         if self.resumed is not None:
             self._recall(self.resumed.document)
 
-    # The algorithm ------------------------------------------------------------------------------
-
     def run(self) -> Summary:
-        """Evaluate, train, evaluate, save."""
+        """Evaluate the student, train it, save it and evaluate it again."""
         cfg, log = self.cfg, self.log
         for note in self.notes:
             logger.info(f"note: {note}")
@@ -113,7 +113,7 @@ class Trainer:
         log.start(self.step)
         with self.interrupt.armed():
             try:
-                if self.evaluated < self.step:  # it was cut short
+                if self.evaluated < self.step:  # interrupted before the evaluation ended
                     self._after_step()
                 while not self._stopping() and self.step < cfg.steps:
                     hang_watchdog.beat(step=self.step + 1)
@@ -145,17 +145,12 @@ class Trainer:
         return self._finish(student)
 
     def _rollouts(self, indices: list[int]) -> list[Rollout]:
-        """This rank's share of the step's responses, sampled from the student as it is."""
+        """Sample this rank's part of the step's responses from the current student."""
         cfg = self.cfg.rollout
         mine = indices[distributed.rank() :: distributed.world_size()]
         prompts = [self.prompts[i] for i in mine for _ in range(cfg.responses_per_prompt)]
         with self._synced(self.engine), self.timer("rollout"):
-            rollouts = self.engine.sample(
-                [p.token_ids for p in prompts],
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-            )
+            rollouts = self.engine.sample([p.token_ids for p in prompts], cfg.sampling)
         ends = eos_ids(self.student, self.tokenizer)
         return [
             for_teacher(rollout, prompt, self.inputs.aligners, ends)
@@ -163,7 +158,7 @@ class Trainer:
         ]
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        """Teacher states, student gradients, one optimizer step; returns the step's metrics."""
+        """Make one optimizer step on the rollouts and return its metrics."""
         cfg, device = self.cfg, self.device
         work = global_batch(
             rollouts, self.objectives, cfg, self.tokenizer.pad_token_id,
@@ -197,11 +192,9 @@ class Trainer:
         metrics = self._metrics(rollouts, outputs, losses, layer_losses, norm, [*peaks, peak])
         return metrics | work.metrics
 
-    # Its parts ----------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def _synced(self, engine: Engine) -> Iterator[None]:
-        """While open, the engine samples with the student's present weights."""
+        """Return a context in which the engine samples with the student's current weights."""
         try:
             if isinstance(engine, VllmEngine):
                 with self.timer("weight sync"):
@@ -214,7 +207,7 @@ class Trainer:
             self._stop(str(error), error)
 
     def _check_gap(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        """Metrics of the sampling: whether the engine that did it has the student's weights."""
+        """Check that the engine samples with the student's weights; return the sampling metrics."""
         metrics: dict[str, Any] = {"rollout/policy_version": self.engine.policy_version}
         if isinstance(self.engine, GenerateEngine) or not self.cfg.rollout.vllm.gap_responses:
             return metrics
@@ -227,11 +220,11 @@ class Trainer:
         return metrics | gap.metrics
 
     def _stop(self, why: str, cause: Exception | None = None) -> NoReturn:
-        """Write a checkpoint of what was after the last step, and end the run."""
+        """Write a checkpoint of the state after the last step and raise `TrainingStopped`."""
         self.engine.close()
         self.optimizer.zero_grad()
         path = self._last_checkpoint(why)
-        raise TrainingStopped(f"{why}. What was after step {self.step} is in {path}") from cause
+        raise TrainingStopped(f"{why}. The state after step {self.step} is in {path}") from cause
 
     def _load(self) -> None:
         cfg = self.cfg
@@ -274,33 +267,34 @@ class Trainer:
         self.timer.take_step()
 
     def _recall(self, document: dict[str, Any]) -> None:
-        """What a checkpoint knows besides weights, optimizer and random states."""
+        """Restore the parts of a checkpoint that are in its JSON document."""
         self.step, self.delta_peak_gb = document["step"], document["delta_peak_gb"]
         self.batches.load_state_dict(document["sampler"])
         self.timer.total.update(document["seconds"])
         self.watchdog.load_state_dict(document["watchdog"])
         self.evaluated = document.get("evaluated", self.step)
-        found = document["evaluations"]
-        if found and not resume.same_evaluation(document["settings"], self.cfg):
-            self.notes.append(f"evaluated with other settings, left out: {', '.join(found)}")
-            found = {}
-        for who, results in found.items():
-            over = who == AFTER.label and self.step < self.cfg.steps  # it is another student's
-            if not over:
-                self.evaluator.results[who] = {n: EvalResult(**r) for n, r in results.items()}
+        evaluations = document["evaluations"]
+        if evaluations and not resume.same_evaluation(document["settings"], self.cfg):
+            self.notes.append(f"evaluated with other settings, left out: {', '.join(evaluations)}")
+            evaluations = {}
+        for label, results in evaluations.items():
+            # If more steps follow, the student after training is a different one.
+            outdated = label == AFTER.label and self.step < self.cfg.steps
+            if not outdated:
+                self.evaluator.results[label] = {n: EvalResult(**r) for n, r in results.items()}
 
     def _between_steps(self) -> None:
-        """Note what a checkpoint of this step needs and an interrupted rollout would change."""
+        """Capture sampler and random states for a checkpoint; the next rollout changes them."""
         self.sampler_state, self.random_state = self.batches.state_dict(), rng.capture(self.device)
 
     def _stopping(self) -> bool:
-        """Whether any rank was asked to end, before this step."""
+        """Return whether a rank has received a signal to end the run. Collective."""
         signum = distributed.max_over_ranks(float(self.interrupt.signum or 0), self.device)
         self.stopped_by = int(signum) or None
         return self.stopped_by is not None
 
     def _checkpoint(self) -> None:
-        """Begin to write one of everything, as it was after the last step."""
+        """Start writing a checkpoint of the state after the last step."""
         progress = {
             "sampler": self.sampler_state,
             "evaluations": plain(self.evaluator.results),
@@ -315,7 +309,7 @@ class Trainer:
         self.timer.take_step()
 
     def _last_checkpoint(self, why: str) -> Path:
-        """Write one, wait for it, and return it."""
+        """Write a checkpoint, wait until it is complete and return its path."""
         self._checkpoint()
         with self.timer("saving"):
             path = self.checkpoints.finish()
@@ -368,7 +362,7 @@ class Trainer:
         norm: float,
         peaks: list[PeakMemory],
     ) -> dict[str, Any]:
-        """Of a step, reduced over ranks."""
+        """Return the step's metrics, reduced over ranks."""
         metrics: dict[str, Any] = loss_metrics(losses)
         metrics |= {"actor/grad_norm": norm, "actor/lr": self.scheduler.get_last_lr()[0]}
         metrics |= rollout_metrics(rollouts, self.device, bool(self.inputs.aligners))
@@ -385,7 +379,7 @@ class Trainer:
         return metrics
 
     def _after_step(self) -> None:
-        """The evaluation and the checkpoint that are due."""
+        """Evaluate and write a checkpoint if they are due after this step."""
         sets = self.evaluator.due(self.step, self.cfg.steps)
         best = self._evaluate(DURING, sets)
         self.evaluated = self.step
@@ -395,7 +389,7 @@ class Trainer:
             self.checkpoints.poll()
 
     def _evaluate(self, subject: Subject, sets: list[str] | None = None) -> bool:
-        """Evaluate the student; return whether it has never been better (``keep_best``)."""
+        """Evaluate the student; return whether its ``keep_best`` metric is the best so far."""
         metrics = self.evaluator(subject, self.step, self.student, self.engine, sets)
         return subject.may_be_best and self.checkpoints.observe(self.step, metrics)
 
@@ -432,24 +426,28 @@ class Trainer:
 
 @shown()
 def train(cfg: TrainConfig) -> Summary:
-    """Run ``cfg`` from start to end.
+    """Run the training that ``cfg`` describes.
+
+    Returns:
+        The summary of the run. With ``resume="auto"``, a finished run is not repeated; its summary
+        is returned.
 
     Raises:
-        ConfigError: before anything is loaded, if the run could not finish.
-        TrainingStopped: if it can't go on; what it had is saved.
+        ConfigError: before models are loaded, if a check of the configuration fails.
+        TrainingStopped: if the run can't continue. Its state is saved if that is possible.
     """
     inputs = preflight(cfg)
     if cfg.resume == "auto" and (done := done_already(cfg, output_dir(cfg))) is not None:
         return done
-    of_caller = distributed.joined()
+    joined_by_caller = distributed.joined()
     try:
         trainer = Trainer(cfg, inputs)
         if distributed.rank() == 0:
             resume.write_config(trainer.directory, cfg)
         with trainer.closing, hang_watchdog.watching(cfg.watchdog.timeout_s, trainer.directory):
             summary = trainer.run()
-            distributed.wait_for_all()  # gloo may abort a rank whose partners have left
+            distributed.wait_for_all()  # gloo may abort a rank if others exit first
             return summary
     finally:
-        if not of_caller:
+        if not joined_by_caller:
             distributed.shutdown()

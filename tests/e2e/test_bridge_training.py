@@ -118,5 +118,5 @@ def test_another_shift_is_noted(bridge_file, teacher, tmp_path):
     notes = preflight(
         bridged_run(tmp_path / "run", teacher, bridge_file, distill__shift="after")
     ).notes
-    assert any("fitted on states 'before' a token" in note for note in notes)
+    assert any("fitted with shift='before'" in note for note in notes)
     assert not preflight(bridged_run(tmp_path / "run", teacher, bridge_file)).notes

@@ -119,14 +119,14 @@ def test_other_pairs_than_the_bridges_are_noted(tmp_path, teacher, capsys):
     assert "text, pairs all" in capsys.readouterr().out
 
     def notes(cfg):
-        return [note for note in preflight(cfg).notes if "on pairs" in note]
+        return [note for note in preflight(cfg).notes if "with pairs" in note]
 
     run = run_config(tmp_path / "run", teacher, path)
     (note,) = notes(run)
-    assert "fitted on pairs 'all'" in note
-    assert "this run compares 'stable' (teacher.pairs)" in note
+    assert "fitted with pairs='all'" in note
+    assert "this run has teacher.pairs='stable'" in note
     several = replace(run, teacher=TeacherConfig(), teachers={"train": run.teacher})
-    assert "(teachers.train.pairs)" in notes(several)[0]
+    assert "teachers.train.pairs='stable'" in notes(several)[0]
     run.teacher.pairs = "all"
     assert not notes(run)
 
@@ -184,7 +184,7 @@ def test_a_bridge_for_each_teacher(tmp_path):
     cfg.bridge = BridgeConfig(str(tmp_path / "same"))
     refused("both bridge and bridges are given")
     cfg.bridges = {}
-    refused("is fitted for one teacher, and teachers has 2: give each its own in bridges")
+    refused("is fitted for one teacher, but teachers has 2: give each teacher its own bridge")
     cfg.bridge = BridgeConfig()
     cfg.bridges = {"same": BridgeConfig("x")}
     refused("bridges has same, and teachers same, other: name one bridge for each")

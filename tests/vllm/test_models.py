@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oprd.config import MAX_LOGPROB_GAP, LoraConfig
+from oprd.config import MAX_LOGPROB_GAP, LoraConfig, SamplingParams
 from oprd.engines.logprob_gap import logprob_gap
 from oprd.models.lora import add_adapter
 from tests.support.tiny import make_model
@@ -34,7 +34,7 @@ def test_the_gap_is_rounding(tmp_path, architecture, dtype, changes):
                     if p.requires_grad:
                         p.add_(0.05 * torch.randn_like(p))
             engine.sync(version)
-            rollouts = engine.sample([[5, 3, 6, 2, 9]] * 30, max_new_tokens=9, temperature=1.0)
+            rollouts = engine.sample([[5, 3, 6, 2, 9]] * 30, SamplingParams(max_new_tokens=9))
             found = logprob_gap(
                 model, rollouts, last=9, max_tokens=10**6, pad_id=0, device=torch.device("cpu")
             )

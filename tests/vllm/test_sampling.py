@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from oprd.config import SamplingParams
 from oprd.engines.generate import GenerateEngine
 from oprd.engines.logprob_gap import logprob_gap
 
@@ -24,9 +25,9 @@ def test_greedy_responses_are_the_same(student, tokenizer, shared, set_weights, 
     """Prompts of any length, repeated ones too; responses that end and that are cut."""
     set_weights(seed)
     prompts = [[a, b, c] for a in range(3, 13) for b in (3, 9) for c in range(3, 8)] + PROMPTS * 2
-    asked = {"max_new_tokens": 9, "temperature": 0.0}
-    ours = shared.sample(prompts, **asked)
-    theirs = GenerateEngine(student, tokenizer).sample(prompts, **asked)
+    asked = SamplingParams(max_new_tokens=9, temperature=0.0)
+    ours = shared.sample(prompts, asked)
+    theirs = GenerateEngine(student, tokenizer).sample(prompts, asked)
     for r in ours:
         assert len(r.log_probs) == len(r.response_ids)
         r.log_probs.clear()
@@ -47,9 +48,9 @@ def test_every_end_token_ends_a_response_and_padding_may_be_one(
     same = copy.deepcopy(tokenizer)
     same.pad_token = same.eos_token
     prompts = [[a, b] for a in range(3, 13) for b in range(3, 13)]
-    asked = {"max_new_tokens": 9, "temperature": 0.0}
-    ours = shared.sample(prompts, **asked)
-    theirs = GenerateEngine(student, same).sample(prompts, **asked)
+    asked = SamplingParams(max_new_tokens=9, temperature=0.0)
+    ours = shared.sample(prompts, asked)
+    theirs = GenerateEngine(student, same).sample(prompts, asked)
     assert [r.response_ids for r in ours] == [r.response_ids for r in theirs]
     assert len({r.response_ids[-1] for r in ours if not r.truncated}) >= 3
     assert all(set(r.response_ids[:-1]).isdisjoint(ends) for r in ours)
@@ -63,13 +64,13 @@ def test_sampled_tokens_follow_the_students_distribution(
     commonest first token, over the second."""
     set_weights(3)
     n, prompt = 6000, PROMPTS[0]
-    asked = {"max_new_tokens": 2, "temperature": temperature, "top_p": top_p, "seed": 0}
+    asked = SamplingParams(max_new_tokens=2, temperature=temperature, top_p=top_p)
     first = expected(student, prompt, temperature, top_p)
     common = int(first.argmax())
     assert common != 1  # EOS
     second = expected(student, [*prompt, common], temperature, top_p)
     for engine in (shared, GenerateEngine(student, tokenizer)):
-        responses = [r.response_ids for r in engine.sample([prompt] * n, **asked)]
+        responses = [r.response_ids for r in engine.sample([prompt] * n, asked, seed=0)]
         check_counts([r[0] for r in responses], first)
         check_counts([r[1] for r in responses if r[0] == common], second)
 
@@ -101,8 +102,8 @@ def test_seeds(shared, set_weights):
     set_weights(3)
 
     def sample(seed):
-        asked = {"max_new_tokens": 6, "temperature": 1.0, "seed": seed}
-        return [r.response_ids for r in shared.sample([PROMPTS[0]] * 20, **asked)]
+        asked = SamplingParams(max_new_tokens=6, temperature=1.0)
+        return [r.response_ids for r in shared.sample([PROMPTS[0]] * 20, asked, seed=seed)]
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -116,24 +117,24 @@ def test_seeds(shared, set_weights):
 
 def test_the_gap_is_rounding_after_a_sync_and_large_without_one(student, shared, set_weights):
     """The prefix cache, which the first sample fills, must go with the old weights."""
-    asked = {"max_new_tokens": 8, "temperature": 1.3, "top_p": 0.9, "seed": 0}
+    asked = SamplingParams(max_new_tokens=8, temperature=1.3, top_p=0.9)
     prompts = [[5, 3, 6, 2, 7, 8, 9, 3, 10, 4, 5]] * 40
     set_weights(4)
-    shared.sample(prompts, **asked)
+    shared.sample(prompts, asked, seed=0)
     set_weights(5)
-    fresh = gap(student, shared.sample(prompts, **asked))
+    fresh = gap(student, shared.sample(prompts, asked, seed=0))
     assert fresh.tokens > 40
     assert fresh.max < 1e-4
     set_weights(6, sync=False)
-    stale = gap(student, shared.sample(prompts, **asked))
+    stale = gap(student, shared.sample(prompts, asked, seed=0))
     assert stale.mean > 0.1
 
 
 def test_one_optimizer_step_of_staleness_shows(student, shared, set_weights):
     """In float32, at the demo's learning rate."""
     set_weights(7)
-    asked = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0}
-    rollouts = shared.sample(PROMPTS * 10, **asked)
+    asked = SamplingParams(max_new_tokens=8, temperature=1.0)
+    rollouts = shared.sample(PROMPTS * 10, asked, seed=0)
     fresh = gap(student, rollouts)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     student(torch.tensor([PROMPTS[1]])).logits.logsumexp(-1).sum().backward()

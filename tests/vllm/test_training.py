@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from oprd.checkpoint.resume import locate
-from oprd.config import EvalSetConfig, TrainConfig
+from oprd.config import EvalSetConfig, SamplingParams, TrainConfig
 from oprd.engines import factory
 from oprd.engines.logprob_gap import logprob_gap
 from oprd.engines.vllm import engine as vllm_engine
@@ -75,16 +75,16 @@ def test_a_killed_engine_comes_back_with_the_present_weights(tmp_path):
     model = make_model("smollm", vocab_size=15, eos_token_id=1, **sizes).eval()
     said = listen(vllm_engine)
     engine = start_engine(model, tmp_path, gap_responses=100)
-    asked = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
+    asked = SamplingParams(max_new_tokens=9, temperature=1.0)
     try:
         engine.sync(0)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
         engine.sync(1)
-        before = engine.sample([[5, 3, 6]] * 20, **asked)
+        before = engine.sample([[5, 3, 6]] * 20, asked, seed=3)
         os.kill(engine.pid, signal.SIGKILL)
-        after = engine.sample([[5, 3, 6]] * 20, **asked)
+        after = engine.sample([[5, 3, 6]] * 20, asked, seed=3)
     finally:
         engine.close()
     assert [r.response_ids for r in after] == [r.response_ids for r in before]

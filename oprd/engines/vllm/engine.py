@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from oprd import distributed
-from oprd.config import MAX_LOGPROB_GAP, DType, TrainConfig, VllmConfig
+from oprd.config import MAX_LOGPROB_GAP, DType, SamplingParams, TrainConfig, VllmConfig
 from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
 from oprd.engines.vllm.process import EngineProcess, free_port
@@ -175,10 +175,7 @@ class VllmEngine:
     def sample(
         self,
         prompts: Sequence[list[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
+        sampling: SamplingParams,
         seed: int | None = None,
     ) -> list[Rollout]:
         """See `Engine`. The first ``gap_responses`` responses come with their log-probs.
@@ -190,23 +187,23 @@ class VllmEngine:
         if self._asleep or self.policy_version < 0:
             raise RuntimeError("the engine has no weights: call sync before sample")
         longest, room = max(map(len, prompts), default=0), self._arguments["max_model_len"]
-        if longest + max_new_tokens > room:
+        if longest + sampling.max_new_tokens > room:
             raise ValueError(
-                f"{longest} prompt tokens and {max_new_tokens} new ones exceed the engine's {room} "
-                "(rollout.vllm.max_model_len)"
+                f"{longest} prompt tokens and {sampling.max_new_tokens} new ones exceed the "
+                f"engine's {room} (rollout.vllm.max_model_len)"
             )
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         all_prompts, seed, own, checked = self._gather(prompts, seed)
-        sampling = {
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p if temperature > 0 else 1.0,
+        wanted = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p if sampling.temperature > 0 else 1.0,
             "stop_token_ids": self.ends,
         }
-        responses = self._guarded(
-            lambda: self._ask("sample", all_prompts, sampling, seed, checked)
-        )[own]
+        responses = self._guarded(lambda: self._ask("sample", all_prompts, wanted, seed, checked))[
+            own
+        ]
         ends = set(self.ends)
         return [
             Rollout(list(prompt), ids, truncated=ids[-1] not in ends, log_probs=log_probs)

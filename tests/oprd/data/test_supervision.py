@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from oprd.config import SamplingParams
 from oprd.data.collate import collate
 from oprd.data.rollout import Rollout
 from oprd.data.supervision import supervise
@@ -68,7 +69,7 @@ def test_greedy_generation_is_what_the_model_prefers_padding_or_not(model):
     prompts = [[5, 3, 6], [7, 8, 9, 3, 10, 4], [11]]
     for batch_size in (None, 1, 2):
         rollouts = generate(
-            model, tokenizer, prompts, max_new_tokens=6, temperature=0, batch_size=batch_size
+            model, tokenizer, prompts, SamplingParams(6, temperature=0), batch_size=batch_size
         )
         assert [r.prompt_ids for r in rollouts] == prompts  # in the order they came in
         for r in rollouts:
@@ -86,7 +87,7 @@ def test_sampling_follows_the_models_own_distribution(model):
     model.generation_config.repetition_penalty = 5.0
     torch.manual_seed(0)
     n = 4000
-    rollouts = generate(model, tokenizer, [[5, 3, 6]] * n, max_new_tokens=1, temperature=2.0)
+    rollouts = generate(model, tokenizer, [[5, 3, 6]] * n, SamplingParams(1, temperature=2.0))
     counts = torch.bincount(torch.tensor([r.response_ids[0] for r in rollouts]), minlength=15)
     with torch.no_grad():
         p = (model(torch.tensor([[5, 3, 6]])).logits[0, -1] / 2.0).softmax(-1)
@@ -100,6 +101,6 @@ def test_generation_uses_every_end_token_and_restores_the_mode(model):
     model.generation_config.eos_token_id = list(range(2, 15))
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    rollouts = generate(model, tokenizer, [[5, 3]] * 8, max_new_tokens=9, temperature=1.0)
+    rollouts = generate(model, tokenizer, [[5, 3]] * 8, SamplingParams(max_new_tokens=9))
     assert model.training
     assert all(len(r.response_ids) == 1 or r.response_ids[0] == 0 for r in rollouts)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oprd.config import TrainConfig
+from oprd.config import SamplingParams, TrainConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.engines.generate import generate
 from oprd.errors import Problems
@@ -118,7 +118,7 @@ def test_layers_are_compiled_in_training_and_left_alone_in_generate():
     counters.clear()
     ids = torch.tensor([[5, 6, 7]])
     tokenizer = load_tokenizer("demo:student")
-    generate(model, tokenizer, ids.tolist(), max_new_tokens=3, temperature=0.0)
+    generate(model, tokenizer, ids.tolist(), SamplingParams(3, temperature=0.0))
     assert counters["stats"]["unique_graphs"] == 0
     with torch.no_grad():
         compiled = model(ids, use_cache=False).logits

@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen2Config, Qwen3MoeConfig
 
 from oprd import distributed
-from oprd.config import TrainConfig, VllmConfig, check_values
+from oprd.config import SamplingParams, TrainConfig, VllmConfig, check_values
 from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
 from oprd.engines.base import EngineFailure
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]
-SAMPLING = {"max_new_tokens": 3, "temperature": 1.0}
+SAMPLING = SamplingParams(max_new_tokens=3)
 
 
 # The process ----------------------------------------------------------------------------------
@@ -81,15 +81,15 @@ def test_weights_and_prompts_reach_the_process_and_responses_come_back(make_engi
 
     engine, _, directory = make_engine(weights=weights, gap_responses=1)
     with pytest.raises(RuntimeError, match="call sync before sample"):
-        engine.sample([[1]], **SAMPLING)
+        engine.sample([[1]], SAMPLING)
     engine.sync(3)
-    rollouts = engine.sample([[1, 2], [1, 2, 3]], **SAMPLING, seed=7)
+    rollouts = engine.sample([[1, 2], [1, 2, 3]], SAMPLING, seed=7)
     assert rollouts == [
         Rollout([1, 2], [2, 8, 7], False, log_probs=[-1.0] * 3),
         Rollout([1, 2, 3], [3, 8, 7], False),
     ]
-    assert engine.sample([[1]], **SAMPLING, seed=5)[0].truncated
-    assert engine.sample([], **SAMPLING) == []
+    assert engine.sample([[1]], SAMPLING, seed=5)[0].truncated
+    assert engine.sample([], SAMPLING) == []
     assert engine.policy_version == 3
     engine.sync(3)
     assert len(sent) == 1  # it had them
@@ -97,7 +97,7 @@ def test_weights_and_prompts_reach_the_process_and_responses_come_back(make_engi
     assert len(sent) == 2
     assert "the fake engine starts" in (directory / "engine.log").read_text()
     with pytest.raises(ValueError, match="2 prompt tokens and 8 new ones exceed the engine's 9"):
-        engine.sample([[1, 2]], max_new_tokens=8, temperature=1.0)
+        engine.sample([[1, 2]], SamplingParams(max_new_tokens=8))
 
 
 def test_without_a_seed_the_processs_random_state_decides(make_engine):
@@ -105,7 +105,7 @@ def test_without_a_seed_the_processs_random_state_decides(make_engine):
     engine.sync(0)
 
     def sampled(**seed):
-        return engine.sample([[1]], **SAMPLING, **seed)[0].response_ids[2]
+        return engine.sample([[1]], SAMPLING, **seed)[0].response_ids[2]
 
     torch.manual_seed(1)
     first = sampled()
@@ -134,7 +134,7 @@ def test_an_engine_that_fails_is_restarted_with_the_weights_then_given_up(
     (directory / failure).touch()
     if failure == "die_in_load":
         engine.sync(1)
-    rollout = engine.sample([[1]], **SAMPLING, seed=0)[0]
+    rollout = engine.sample([[1]], SAMPLING, seed=0)[0]
     assert rollout.response_ids == [1, 1_000_000, 0]
     assert engine.pid != first
     (line,) = said
@@ -146,7 +146,7 @@ def test_an_engine_that_fails_is_restarted_with_the_weights_then_given_up(
 
     def again():
         engine.sync(2)
-        engine.sample([[1]], **SAMPLING)
+        engine.sample([[1]], SAMPLING)
 
     with pytest.raises(EngineFailure) as caught:
         again()
@@ -172,7 +172,7 @@ def test_ctrl_c_while_it_samples_leaves_no_process(make_engine, monkeypatch):
 
     monkeypatch.setattr(engine._process.connection, "recv", interrupted, raising=False)
     with pytest.raises(KeyboardInterrupt):
-        engine.sample([[1]], **SAMPLING)
+        engine.sample([[1]], SAMPLING)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -228,11 +228,11 @@ def two_ranks(directory):
                 engine._process.process.wait()
         engine.sync(engine.policy_version + 1)
         prompts = [[1] * (distributed.rank() + 1)] * distributed.rank()  # rank 0 has none
-        found += [r.response_ids for r in engine.sample(prompts, **SAMPLING, seed=0)]
+        found += [r.response_ids for r in engine.sample(prompts, SAMPLING, seed=0)]
     if distributed.rank() == 0:
         (own / "die_in_sample").touch()
     try:
-        engine.sample([[1]], **SAMPLING)
+        engine.sample([[1]], SAMPLING)
     except EngineFailure as error:
         message = str(error).splitlines()[0]
     everything = [None, None]
@@ -266,7 +266,7 @@ def test_ranks_of_other_groups_learn_that_a_tensor_parallel_engine_died(make_eng
     engine.cfg.tensor_parallel_size = 2
     (directory / "die_in_sample").touch()
     with pytest.raises(EngineFailure, match="was ended by SIGKILL"):
-        engine.sample([[1]], **SAMPLING)
+        engine.sample([[1]], SAMPLING)
     assert told == [2.0]
     assert not said  # it is not restarted
     assert engine.pid is None
@@ -294,7 +294,7 @@ def sampled_with_log_probs(model, tokenizer, n=6):
     """Rollouts with the model's own log-probs, one sequence at a time, without padding."""
     prompts = [[5, 3, 6], [7, 8, 9, 3, 10, 4], [11]] * (n // 3)
     torch.manual_seed(0)
-    rollouts = GenerateEngine(model, tokenizer).sample(prompts, max_new_tokens=6, temperature=1.5)
+    rollouts = GenerateEngine(model, tokenizer).sample(prompts, SamplingParams(6, temperature=1.5))
     found = []
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])

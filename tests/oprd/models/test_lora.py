@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd import attach
-from oprd.config import DistillConfig, LoraConfig, OpdConfig, TeacherConfig, TrainConfig
+from oprd.config import (
+    DistillConfig,
+    LoraConfig,
+    OpdConfig,
+    SamplingParams,
+    TeacherConfig,
+    TrainConfig,
+)
 from oprd.data.collate import Batch
 from oprd.distill.objectives import REP, Objectives
 from oprd.engines.generate import generate
@@ -154,7 +161,7 @@ def test_the_base_generates_as_the_plain_model():
     plain = load_student()
     prompts = tokenizer(["100+200=", "12+345=", "7+8="])["input_ids"]
     own, *others = (
-        [r.response_ids for r in generate(m, tokenizer, prompts, max_new_tokens=5, temperature=0)]
+        [r.response_ids for r in generate(m, tokenizer, prompts, SamplingParams(5, temperature=0))]
         for m in (student, plain, WithoutAdapter(student))
     )
     assert others[0] == others[1] != own
@@ -261,7 +268,7 @@ def test_a_run_against_its_own_base(tmp_path):
         ({"student__lora": LoraConfig(4, target_modules=["lm_head"])}, "outside the decoder"),
         ({"teacher__path": "self:base"}, "student.lora.rank is null"),
         ({"student__lora": LORA, "teacher__path": "self:base"}, "nothing to teach"),
-        ({"student__lora": LORA, "distill__init_head_from_teacher": True}, "does not hold"),
+        ({"student__lora": LORA, "distill__init_head_from_teacher": True}, "does not contain"),
     ],
 )
 def test_what_can_not_work_is_refused(tmp_path, changes, message):

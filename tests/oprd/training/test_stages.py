@@ -157,7 +157,7 @@ def test_a_dry_run_goes_on_without_a_bridge_that_is_yet_to_be_fitted(tmp_path, c
     arguments = write(tmp_path, {"first": {"bridge": {"path": "none.safetensors"}}, "second": {}})
     cli.main([*arguments, "--dry_run"])
     said = capsys.readouterr().out
-    assert "not checked: first: the bridge none.safetensors: it is not there" in said
+    assert "not checked: first: the bridge none.safetensors: it does not exist yet" in said
     assert "consistent as far as it could be checked" in said
     assert "there is no bridge at" in fails(capsys, *arguments)
     assert "there are stages: plan each" in fails(capsys, *arguments, "--dry_run", "--plan.gpus=1")

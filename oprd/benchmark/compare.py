@@ -20,7 +20,7 @@ from rich.console import Console
 
 from oprd.config import BridgeConfig, OpdConfig, TrainConfig
 from oprd.distill.objectives import REP
-from oprd.errors import ConfigError
+from oprd.errors import ConfigError, Problems
 from oprd.observability.memory import GIB
 from oprd.training.trainer import train
 
@@ -107,27 +107,28 @@ def check(cfg: CompareConfig) -> None:
     Raises:
         ConfigError: if any is wrong; the message lists all problems.
     """
-    problems = []
-    sets = cfg.run.eval.sets
-    for name in {cfg.selection_set, cfg.report_set} - set(sets):
-        problems.append(f"run.eval.sets has no {name!r}, only {[*sets]}")
-    if cfg.selection_set in sets and not sets[cfg.selection_set].every:
-        problems.append(
-            f"run.eval.sets.{cfg.selection_set}.every is 0, but progress is measured on this set: "
-            "set the steps between evaluations"
-        )
+    problems = Problems()
+    need, sets = problems.need, cfg.run.eval.sets
+    for name in sorted({cfg.selection_set, cfg.report_set}):
+        need(name in sets, f"run.eval.sets has no {name!r}, only {[*sets]}")
+    need(
+        cfg.selection_set not in sets or sets[cfg.selection_set].every != 0,
+        f"run.eval.sets.{cfg.selection_set}.every is 0, but progress is measured on this set: "
+        "set the steps between evaluations",
+    )
     lists: dict[str, list[Any]] = {"learning_rates": cfg.learning_rates, "seeds": cfg.seeds}
     for name, values in lists.items():
-        if not values or len(set(values)) < len(values):
-            problems.append(f"{name} must be distinct values, at least one, got {values}")
-    if not cfg.variants:
-        problems.append("variants is empty: name at least one")
-    if not 0 < cfg.target <= 1:
-        problems.append(f"target must lie in (0, 1], got {cfg.target}")
-    if cfg.run.output_dir is not None:
-        problems.append("run.output_dir is set: leave it out, since runs are written to output_dir")
-    if problems:
-        raise ConfigError("\n".join(problems))
+        need(
+            len(values) > 0 and len(set(values)) == len(values),
+            f"{name} must be distinct values, at least one, got {values}",
+        )
+    need(len(cfg.variants) > 0, "variants is empty: name at least one")
+    need(0 < cfg.target <= 1, f"target must lie in (0, 1], got {cfg.target}")
+    need(
+        cfg.run.output_dir is None,
+        "run.output_dir is set: leave it out, since runs are written to output_dir",
+    )
+    problems.refuse()
 
 
 class Comparison:

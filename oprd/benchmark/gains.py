@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from oprd.benchmark.config import GainsConfig
 from oprd.benchmark.gains_plan import check, check_memory, make_plan, model_config, shape_of
 from oprd.errors import ConfigError
 from oprd.memory_plan.objectives import OBJECTIVES
+from oprd.memory_plan.shapes import Shape
 
 
 def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
@@ -86,63 +85,67 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
     from rich.console import Console
 
     from oprd.benchmark import report as gains_report
-    from oprd.config import TeacherConfig
-    from oprd.models.compatibility import check_pair
-    from oprd.models.loading import load_config, load_model
     from oprd.observability.memory import available_bytes
 
     check(cfg, dry_run)
     console = Console(highlight=False)
     config = model_config(cfg)
     shape = shape_of(config, "student")
-    teacher_shape = None
-    if cfg.teacher.path is not None:
-        teacher_config = load_config(cfg.teacher.path)
-        check_pair(config, teacher_config, "all")
-        teacher_shape = shape_of(teacher_config, "teacher")
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    plan = make_plan(cfg, shape, teacher_shape, device.type == "cuda")
+    theirs = teacher_shape(cfg, config)
+    device = device_of(cfg)
+    plan = make_plan(cfg, shape, theirs, device.type == "cuda")
     if dry_run:
-        for table in gains_report.prediction_tables(cfg, shape, plan):
-            console.print(table)
-        console.print(gains_report.paper_table())
-        for line in gains_report.PAPER_DIFFERENCES:
-            console.print(f"- {line}", soft_wrap=True)
+        gains_report.show_prediction(cfg, shape, plan, console)
         return
+    refuse_to_overwrite(cfg)
+    check_memory(plan, available_bytes(device))
+    student, teacher = build_student(cfg, config, device), load_teacher(cfg, device)
+    measured = measure(cfg, student, teacher, Console(stderr=True, highlight=False))
+    report = gains_report.make_report(cfg, command, device, shape, plan, measured)
+    gains_report.show_report(report, console)
+    gains_report.write_report(report, cfg.output_dir)
+
+
+def device_of(cfg: GainsConfig) -> torch.device:
+    """Return the device to measure on."""
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(cfg.device)
+
+
+def teacher_shape(cfg: GainsConfig, student_config: Any) -> Shape | None:
+    """Return the shape of the teacher; None if it shares the student's weights.
+
+    Raises:
+        ConfigError: if the teacher does not go with the student.
+    """
+    from oprd.models.compatibility import check_pair
+    from oprd.models.loading import load_config
+
+    if cfg.teacher.path is None:
+        return None
+    config = load_config(cfg.teacher.path)
+    check_pair(student_config, config, "all")
+    return shape_of(config, "teacher")
+
+
+def load_teacher(cfg: GainsConfig, device: torch.device) -> Any:
+    """Load the teacher; None if it shares the student's weights."""
+    from oprd.config import TeacherConfig
+    from oprd.models.loading import load_model
+
+    if cfg.teacher.path is None:
+        return None
+    return load_model(TeacherConfig(path=cfg.teacher.path, dtype=cfg.dtype), device)
+
+
+def refuse_to_overwrite(cfg: GainsConfig) -> None:
+    """Check that ``output_dir`` holds no report.
+
+    Raises:
+        ConfigError: if it does.
+    """
     if cfg.output_dir is not None and Path(cfg.output_dir, "gains.json").exists():
         raise ConfigError(
             f"{cfg.output_dir} holds the gains.json of another run: choose another --output_dir"
         )
-    check_memory(plan, available_bytes(device))
-    student = build_student(cfg, config, device)
-    teacher = None
-    if cfg.teacher.path is not None:
-        teacher = load_model(TeacherConfig(path=cfg.teacher.path, dtype=cfg.dtype), device)
-    measured = measure(cfg, student, teacher, Console(stderr=True, highlight=False))
-    report: dict[str, Any] = {
-        "command": command,
-        "machine": gains_report.machine(device),
-        "config": asdict(cfg),
-        "shape": {f.name: getattr(shape, f.name) for f in fields(shape)},
-        "parameters": shape.parameters,
-        "rows": cfg.batch * (cfg.tokens - cfg.prompt),
-        "resident_bytes": plan.resident,
-        "modes": {
-            mode: gains_report.summary(
-                measured[mode], measured["teacher"], plan.peaks[mode == "on"]
-            )
-            for mode in ("on", "off")
-            if mode in measured
-        },
-    }
-    for mode, rows in report["modes"].items():
-        for table in gains_report.tables(report, mode, rows):
-            console.print(table)
-    if cfg.output_dir is not None:
-        directory = Path(cfg.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "gains.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        (directory / "gains.md").write_text(gains_report.markdown(report), "utf-8")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oprd.benchmark.config import SHAPE_FLAGS, GainsConfig
-from oprd.errors import ConfigError
+from oprd.errors import ConfigError, Problems
 from oprd.memory_plan.objectives import OBJECTIVES
 from oprd.memory_plan.shapes import DTYPE_BYTES, Shape, Update
 from oprd.memory_plan.update import Moment, predict, ready_bytes, resident
@@ -18,43 +18,41 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
     Raises:
         ConfigError: if any is wrong; the message lists all problems.
     """
-    problems = []
-    for name in ("d", "layers", "heads", "kv_heads", "intermediate", "batch", "prompt", "rank",
-                 "chunk", "rounds", "shards"):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            problems.append(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    if cfg.tokens <= cfg.prompt:
-        problems.append(
-            f"tokens is {cfg.tokens} and prompt {cfg.prompt}: no token is left to supervise; "
-            "raise --tokens or lower --prompt"
-        )
-    if cfg.vocab < 2:
-        problems.append(f"vocab must be at least 2, got {cfg.vocab}")
-    if not 1 <= cfg.k <= cfg.vocab:
-        problems.append(f"k must lie between 1 and vocab ({cfg.vocab}), got {cfg.k}")
-    if cfg.heads > 0 and cfg.d % (2 * cfg.heads):
-        problems.append(
-            f"d must be a multiple of 2 * heads (rotary embeddings need an even head width), got "
-            f"d {cfg.d} and heads {cfg.heads}"
-        )
-    if cfg.kv_heads > 0 and cfg.heads % cfg.kv_heads:
-        problems.append(f"heads ({cfg.heads}) must be a multiple of kv_heads ({cfg.kv_heads})")
+    problems = Problems()
+    need = problems.need
+    counts = ("d", "layers", "heads", "kv_heads", "intermediate", "batch", "prompt", "rank",
+              "chunk", "rounds", "shards")  # fmt: skip
+    problems.need_at_least_one({name: getattr(cfg, name) for name in counts})
+    need(
+        cfg.tokens > cfg.prompt,
+        f"tokens is {cfg.tokens} and prompt {cfg.prompt}: no token is left to supervise; "
+        "raise --tokens or lower --prompt",
+    )
+    need(cfg.vocab >= 2, f"vocab must be at least 2, got {cfg.vocab}")
+    need(1 <= cfg.k <= cfg.vocab, f"k must lie between 1 and vocab ({cfg.vocab}), got {cfg.k}")
+    need(
+        cfg.heads <= 0 or cfg.d % (2 * cfg.heads) == 0,
+        f"d must be a multiple of 2 * heads (rotary embeddings need an even head width), got "
+        f"d {cfg.d} and heads {cfg.heads}",
+    )
+    need(
+        cfg.kv_heads <= 0 or cfg.heads % cfg.kv_heads == 0,
+        f"heads ({cfg.heads}) must be a multiple of kv_heads ({cfg.kv_heads})",
+    )
     unknown = [name for name in cfg.objectives if name not in OBJECTIVES]
-    if unknown:
-        problems.append(f"unknown objectives {', '.join(unknown)}; known: {', '.join(OBJECTIVES)}")
-    if cfg.shards > 1 and not dry_run:
-        problems.append(
-            f"shards is {cfg.shards}, but only one process is measured: leave shards at 1, or add "
-            "--dry_run to predict only"
-        )
-    changed = [n for n in SHAPE_FLAGS if getattr(cfg, n) != getattr(GainsConfig, n)]
-    if cfg.student.path is not None and changed:
-        problems.append(
-            f"both student.path ({cfg.student.path}) and a shape by flags ({', '.join(changed)}) "
-            "are given: leave one of them out"
-        )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    need(not unknown, f"unknown objectives {', '.join(unknown)}; known: {', '.join(OBJECTIVES)}")
+    need(
+        cfg.shards <= 1 or dry_run,
+        f"shards is {cfg.shards}, but only one process is measured: leave shards at 1, or add "
+        "--dry_run to predict only",
+    )
+    changed = [name for name in SHAPE_FLAGS if getattr(cfg, name) != getattr(GainsConfig, name)]
+    need(
+        cfg.student.path is None or not changed,
+        f"both student.path ({cfg.student.path}) and a shape by flags ({', '.join(changed)}) "
+        "are given: leave one of them out",
+    )
+    problems.refuse()
 
 
 def model_config(cfg: GainsConfig) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -341,3 +343,54 @@ def paper_rows() -> list[tuple[str, Moment, float | None]]:
         else:
             rows.append((label(objective, 16), moment, PAPER_GIB.get(objective)))
     return rows
+
+
+def show_prediction(cfg: GainsConfig, shape: Shape, plan: Plan, console: Any) -> None:
+    """Print the predicted memory, and the paper's run beside its numbers."""
+    for table in prediction_tables(cfg, shape, plan):
+        console.print(table)
+    console.print(paper_table())
+    for line in PAPER_DIFFERENCES:
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def make_report(
+    cfg: GainsConfig,
+    command: str,
+    device: torch.device,
+    shape: Shape,
+    plan: Plan,
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """Put together settings, predictions and what `oprd.benchmark.gains.measure` returned."""
+    return {
+        "command": command,
+        "machine": machine(device),
+        "config": asdict(cfg),
+        "shape": {f.name: getattr(shape, f.name) for f in fields(shape)},
+        "parameters": shape.parameters,
+        "rows": cfg.batch * (cfg.tokens - cfg.prompt),
+        "resident_bytes": plan.resident,
+        "modes": {
+            mode: summary(measured[mode], measured["teacher"], plan.peaks[mode == "on"])
+            for mode in ("on", "off")
+            if mode in measured
+        },
+    }
+
+
+def show_report(report: dict[str, Any], console: Any) -> None:
+    """Print the tables of every mode."""
+    for mode, rows in report["modes"].items():
+        for table in tables(report, mode, rows):
+            console.print(table)
+
+
+def write_report(report: dict[str, Any], output_dir: str | None) -> None:
+    """Write ``gains.json`` and ``gains.md`` to ``output_dir``, if there is one."""
+    if output_dir is None:
+        return
+    directory = Path(output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "gains.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    (directory / "gains.md").write_text(markdown(report), "utf-8")

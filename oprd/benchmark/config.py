@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from oprd.config import DType
-from oprd.memory_plan.objectives import OBJECTIVES
+from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 
 SHAPE_FLAGS = ("d", "layers", "heads", "kv_heads", "intermediate", "vocab", "tied")
 
@@ -70,7 +70,7 @@ class GainsConfig:
     dtype: DType = "float32"
     device: str = "auto"
     gradient_checkpointing: Literal["on", "off", "both"] = "both"
-    objectives: list[str] = field(default_factory=lambda: list(OBJECTIVES))
+    objectives: list[str] = field(default_factory=lambda: list(PLANNER_OBJECTIVES))
     k: int = 16
     rank: int = 8
     chunk: int = 128
@@ -85,5 +85,5 @@ class GainsConfig:
         return {"on": [True], "off": [False], "both": [True, False]}[self.gradient_checkpointing]
 
     def chosen(self) -> list[str]:
-        """Return the objectives to measure, in the order of `OBJECTIVES`."""
-        return [name for name in OBJECTIVES if name in {"oprd", *self.objectives}]
+        """Return the objectives to measure, in the order of `PLANNER_OBJECTIVES`."""
+        return [name for name in PLANNER_OBJECTIVES if name in {"oprd", *self.objectives}]

@@ -10,7 +10,7 @@ import torch
 from oprd.benchmark.config import GainsConfig
 from oprd.benchmark.gains_plan import check, check_memory, make_plan, model_config, shape_of
 from oprd.errors import ConfigError
-from oprd.memory_plan.objectives import OBJECTIVES
+from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape
 
 
@@ -48,11 +48,11 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         k=cfg.k,
         rank=cfg.rank,
         chunk=cfg.chunk,
-        with_logits=any(OBJECTIVES[name].is_materialised for name in chosen),
+        with_logits=any(PLANNER_OBJECTIVES[name].is_materialised for name in chosen),
         with_bridge="bridge" in chosen,
         seed=cfg.seed,
     )
-    wanted = sorted({kind for name in chosen if (kind := OBJECTIVES[name].teacher_outputs)})
+    wanted = sorted({kind for name in chosen if (kind := PLANNER_OBJECTIVES[name].teacher_outputs)})
     measured: dict[str, Any] = {"teacher": {kind: [] for kind in wanted}}
     for mode in cfg.modes:
         if mode:
@@ -64,7 +64,7 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
         for round_ in range(cfg.rounds + 1):
             named = f"checkpointing {'on' if mode else 'off'}, round {round_} of {cfg.rounds}"
             for objective in chosen:
-                console.print(f"{named}: {OBJECTIVES[objective].title}")
+                console.print(f"{named}: {PLANNER_OBJECTIVES[objective].title}")
                 if round_ == 0:
                     with freed_at_once():
                         results[objective].delta_peaks.append(actor.measure(objective).delta_peak)

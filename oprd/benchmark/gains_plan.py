@@ -7,7 +7,7 @@ from typing import Any
 
 from oprd.benchmark.config import SHAPE_FLAGS, GainsConfig
 from oprd.errors import ConfigError, Problems
-from oprd.memory_plan.objectives import OBJECTIVES
+from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import DTYPE_BYTES, Shape, Update
 from oprd.memory_plan.update import Moment, predict, ready_bytes, resident
 
@@ -39,8 +39,11 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         cfg.kv_heads <= 0 or cfg.heads % cfg.kv_heads == 0,
         f"heads ({cfg.heads}) must be a multiple of kv_heads ({cfg.kv_heads})",
     )
-    unknown = [name for name in cfg.objectives if name not in OBJECTIVES]
-    need(not unknown, f"unknown objectives {', '.join(unknown)}; known: {', '.join(OBJECTIVES)}")
+    unknown = [name for name in cfg.objectives if name not in PLANNER_OBJECTIVES]
+    need(
+        not unknown,
+        f"unknown objectives {', '.join(unknown)}; known: {', '.join(PLANNER_OBJECTIVES)}",
+    )
     need(
         cfg.shards <= 1 or dry_run,
         f"shards is {cfg.shards}, but only one process is measured: leave shards at 1, or add "
@@ -102,7 +105,7 @@ def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool) -> Update:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GainsPlan:
     """The memory that a run needs.
 
     Attributes:
@@ -127,7 +130,7 @@ class Plan:
         return sum(self.resident.values()) + self.worst[0]
 
 
-def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: bool) -> Plan:
+def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: bool) -> GainsPlan:
     """Predict the memory of a run. ``teacher`` is None if it shares the student's weights."""
     peaks = {}
     for mode in cfg.modes:
@@ -136,10 +139,10 @@ def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: b
     update = update_of(cfg, cfg.modes[0], on_gpu)
     ready = ready_bytes(cfg.chosen(), student, update, cfg.rank)
     teacher_bytes = 0 if teacher is None else teacher.parameters * update.dtype_bytes
-    return Plan(resident(student, update, teacher_bytes, ready), peaks)
+    return GainsPlan(resident(student, update, teacher_bytes, ready), peaks)
 
 
-def check_memory(plan: Plan, available: int | None) -> None:
+def check_memory(plan: GainsPlan, available: int | None) -> None:
     """Check that a run fits in memory.
 
     Args:
@@ -154,7 +157,7 @@ def check_memory(plan: Plan, available: int | None) -> None:
     named = ", ".join(f"{name} {mib(size)}" for name, size in plan.resident.items() if size)
     raise ConfigError(
         f"this run needs {mib(plan.total)} MiB and {mib(available)} MiB are available: resident "
-        f"({named} MiB) and {mib(peak)} MiB at the peak of {OBJECTIVES[objective].title!r} "
+        f"({named} MiB) and {mib(peak)} MiB at the peak of {PLANNER_OBJECTIVES[objective].title!r} "
         f"{'with' if mode else 'without'} gradient checkpointing. Lower --batch, --tokens, "
         "--layers or --vocab, use --dtype bfloat16, leave objectives out (--objectives) or "
         f"{'' if mode else 'set --gradient_checkpointing on, or '}add --dry_run to predict only"

@@ -14,14 +14,14 @@ import torch
 from rich.table import Table
 
 from oprd.benchmark.update import PARTS, Measured
-from oprd.memory_plan.objectives import OBJECTIVES
+from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape, Update
 from oprd.memory_plan.update import Moment, moments, predict
 from oprd.observability.memory import GIB
 
 if TYPE_CHECKING:
     from oprd.benchmark.config import GainsConfig
-    from oprd.benchmark.gains_plan import Plan
+    from oprd.benchmark.gains_plan import GainsPlan
 
 MIB = 2**20
 
@@ -87,7 +87,7 @@ def _cpuinfo() -> list[str]:
 
 def label(objective: str, k: int) -> str:
     """Return an objective's title in tables."""
-    return OBJECTIVES[objective].title.replace("top-k", f"top-{k}")
+    return PLANNER_OBJECTIVES[objective].title.replace("top-k", f"top-{k}")
 
 
 def summary(
@@ -101,12 +101,12 @@ def summary(
     for objective, measured in results.items():
         middle = _middle(measured.seconds)
         seconds = measured.seconds[middle]
-        kind = OBJECTIVES[objective].teacher_outputs
+        kind = PLANNER_OBJECTIVES[objective].teacher_outputs
         teacher_forward = median(teacher[kind]) if kind else None
         step = None
         if teacher_forward is not None:
             step = seconds + teacher_forward
-            if OBJECTIVES[objective].is_materialised and extra is not None:
+            if PLANNER_OBJECTIVES[objective].is_materialised and extra is not None:
                 step += extra
         delta = measured.delta_peaks[0] if measured.delta_peaks else None
         rows.append(
@@ -278,7 +278,7 @@ def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (list(headings), rule, *rows)]
 
 
-def prediction_tables(cfg: GainsConfig, shape: Shape, plan: Plan) -> list[Table]:
+def prediction_tables(cfg: GainsConfig, shape: Shape, plan: GainsPlan) -> list[Table]:
     """Make tables of the predicted delta-peaks and their terms, one per mode."""
     result = []
     resident = ", ".join(f"{name} {_mib(size)}" for name, size in plan.resident.items() if size)
@@ -345,7 +345,7 @@ def paper_rows() -> list[tuple[str, Moment, float | None]]:
     return rows
 
 
-def show_prediction(cfg: GainsConfig, shape: Shape, plan: Plan, console: Any) -> None:
+def show_prediction(cfg: GainsConfig, shape: Shape, plan: GainsPlan, console: Any) -> None:
     """Print the predicted memory, and the paper's run beside its numbers."""
     for table in prediction_tables(cfg, shape, plan):
         console.print(table)
@@ -359,7 +359,7 @@ def make_report(
     command: str,
     device: torch.device,
     shape: Shape,
-    plan: Plan,
+    plan: GainsPlan,
     measured: dict[str, Any],
 ) -> dict[str, Any]:
     """Put together settings, predictions and what `oprd.benchmark.gains.measure` returned."""

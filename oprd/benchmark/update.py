@@ -24,7 +24,7 @@ from oprd.data.supervision import supervise
 from oprd.distill.distiller import Distiller, attach
 from oprd.distill.taps import TapSession
 from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
-from oprd.memory_plan.objectives import OBJECTIVES, LossForm
+from oprd.memory_plan.objectives import PLANNER_OBJECTIVES, LossForm
 from oprd.models.decoder import find_decoder
 from oprd.models.lm_head import LMHead
 from oprd.observability.memory import PeakMemory
@@ -219,7 +219,7 @@ class ActorUpdate:
     @contextmanager
     def prepared(self, objective: str) -> Iterator[Callable[[Laps], None]]:
         """Yield the function that runs an objective's update, with its taps attached."""
-        chosen = OBJECTIVES[objective]
+        chosen = PLANNER_OBJECTIVES[objective]
         if not chosen.has_backward:
             yield self._logprob
         elif chosen.taps is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from oprd.data.rollout import Rollout
 from oprd.models.decoder import Decoder
 
-Plan = list[list[list[Rollout]]]
+Assignment = list[list[list[Rollout]]]
 """Micro-batches by rank. All ranks have the same number of micro-batches. A micro-batch may be
 empty: `collate` turns it into a batch of one padding token."""
 
@@ -64,13 +64,13 @@ def batch_work(batch: Sequence[Rollout], packed: bool, share: float = 0.0) -> in
     return _Bin.of(list(batch), packed, share).work
 
 
-def plan(
+def assign(
     rollouts: Sequence[Rollout],
     ranks: int,
     max_tokens: int,
     packed: bool = False,
     share: float = 0.0,
-) -> Plan:
+) -> Assignment:
     """Assign rollouts to ranks and micro-batches.
 
     The number of micro-batches is the smallest multiple of ``ranks`` that holds all rollouts. The
@@ -80,7 +80,7 @@ def plan(
     The i-th micro-batches of all ranks run at the same time, and are of similar cost.
 
     The result depends on the arguments alone: all ranks that pass the same arguments get the same
-    plan.
+    assignment.
 
     Args:
         rollouts: rollouts of all ranks (`oprd.distributed.gather`), for one teacher.
@@ -107,23 +107,23 @@ def plan(
             too_little = budget
     _spread(bins, most, packed, share)
     bins.sort(key=lambda b: b.work, reverse=True)
-    planned: Plan = [[] for _ in range(ranks)]
+    assigned: Assignment = [[] for _ in range(ranks)]
     load = [0] * ranks
     for start in range(0, most, ranks):
         together = bins[start : start + ranks]
         together += [_Bin([], 0, 0)] * (ranks - len(together))
         least_first = sorted(range(ranks), key=lambda rank: load[rank])
         for rank, one in zip(least_first, together, strict=True):
-            planned[rank].append(one.rollouts)
+            assigned[rank].append(one.rollouts)
             load[rank] += one.work
-    return planned
+    return assigned
 
 
 def micro_batches(
     rollouts: Sequence[Rollout], max_tokens: int, packed: bool = False
 ) -> list[list[Rollout]]:
-    """Divide the rollouts of one rank into micro-batches, see `plan`."""
-    return plan(rollouts, 1, max_tokens, packed)[0]
+    """Divide the rollouts of one rank into micro-batches, see `assign`."""
+    return assign(rollouts, 1, max_tokens, packed)[0]
 
 
 def _fill(

@@ -45,7 +45,7 @@ class Objective:
         return self.loss is not None and not self.is_chunked
 
 
-OBJECTIVES = {
+PLANNER_OBJECTIVES = {
     "backbone": Objective("backbone alone"),
     "oprd": Objective("OPRD, all layers", taps="all"),
     "oprd_last": Objective("OPRD, last layer", taps="last"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oprd.memory_plan.objectives import OBJECTIVES, LossForm, Objective
+from oprd.memory_plan.objectives import PLANNER_OBJECTIVES, LossForm, Objective
 from oprd.memory_plan.shapes import FLOAT32, Shape, Update
 
 
@@ -35,7 +35,7 @@ def predict(objective: str, shape: Shape, update: Update) -> Moment:
     """Return the moment at which the update's memory peaks; its total is the delta-peak.
 
     Args:
-        objective: one of `OBJECTIVES`.
+        objective: one of `PLANNER_OBJECTIVES`.
 
     Raises:
         ValueError: for an unknown objective.
@@ -49,9 +49,11 @@ def moments(objective: str, shape: Shape, update: Update) -> list[Moment]:
     Raises:
         ValueError: for an unknown objective.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
-    chosen = OBJECTIVES[objective]
+    if objective not in PLANNER_OBJECTIVES:
+        raise ValueError(
+            f"objective must be one of {', '.join(PLANNER_OBJECTIVES)}; got {objective!r}"
+        )
+    chosen = PLANNER_OBJECTIVES[objective]
     if not chosen.has_backward:
         return _forward_alone(shape, update)
     stored = _stored(chosen, shape, update) | _gathered_root(shape, update)
@@ -308,7 +310,7 @@ def resident(shape: Shape, update: Update, teacher_bytes: int, ready_bytes: int)
 def teacher_rows(objective: str, shape: Shape, update: Update, rank: int) -> int:
     """Return the bytes of the teacher's outputs that an update of this objective reads."""
     m, e = update.rows, update.dtype_bytes
-    chosen = OBJECTIVES[objective]
+    chosen = PLANNER_OBJECTIVES[objective]
     if chosen.is_projected:
         return shape.layers * m * rank * FLOAT32
     sizes = {
@@ -328,6 +330,6 @@ def ready_bytes(objectives: list[str], shape: Shape, update: Update, rank: int) 
     size = teacher_rows("oprd", shape, update, rank)
     if "bridge" in objectives:
         size += teacher_rows("bridge", shape, update, rank)
-    if any(OBJECTIVES[name].is_materialised for name in objectives):
+    if any(PLANNER_OBJECTIVES[name].is_materialised for name in objectives):
         size += teacher_rows("opd_full", shape, update, rank)
     return size

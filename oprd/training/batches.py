@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from oprd import distributed
 from oprd.config import TrainConfig
 from oprd.data.collate import Batch, collate
-from oprd.data.micro_batches import Plan, attention_share, plan
+from oprd.data.micro_batches import Assignment, assign, attention_share
 from oprd.data.rollout import Rollout
 from oprd.distill.objectives import Chosen, Objectives
 from oprd.training.metrics import plan_metrics
@@ -68,11 +68,11 @@ def global_batch(
     """
     gathered, share = distributed.gather(rollouts), attention_share(objectives.decoder)
     micro_batches: list[MicroBatch] = []
-    plans: list[Plan] = []
+    plans: list[Assignment] = []
     for name in objectives.teachers:
         own = [r for r in gathered if name in ("", r.source)]
         plans.append(
-            plan(own, distributed.world_size(), cfg.micro_batch_tokens, cfg.packing, share)
+            assign(own, distributed.world_size(), cfg.micro_batch_tokens, cfg.packing, share)
         )
         theirs = teacher_tokenizers.get(name)
         teacher_pad_id = None if theirs is None else theirs.pad_token_id

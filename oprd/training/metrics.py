@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from oprd import distributed
-from oprd.data.micro_batches import Plan, batch_work
+from oprd.data.micro_batches import Assignment, batch_work
 from oprd.distill.objectives import StudentPass
 from oprd.distill.taps import RepOutput
 from oprd.observability.memory import GIB, PeakMemory
@@ -78,7 +78,7 @@ def rep_metrics(
     }
 
 
-def plan_metrics(plans: Sequence[Plan], packed: bool, share: float) -> dict[str, float]:
+def plan_metrics(plans: Sequence[Assignment], packed: bool, share: float) -> dict[str, float]:
     """Return how well a step's plans use the ranks.
 
     ``perf/padding_ratio`` is the share of padding in the tokens that the student reads.

@@ -11,12 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.benchmark.config import GainsConfig
-from oprd.benchmark.gains_plan import Plan, check_memory, make_plan
+from oprd.benchmark.gains_plan import GainsPlan, check_memory, make_plan
 from oprd.benchmark.report import PAPER_GIB, PAPER_SHAPE, paper_rows
 from oprd.benchmark.update import PARTS, ActorUpdate, Laps
 from oprd.cli import gains as gains_cli
 from oprd.errors import ConfigError
-from oprd.memory_plan.objectives import OBJECTIVES
+from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape, Update
 from oprd.memory_plan.update import predict
 from oprd.observability.memory import GIB, freed_at_once
@@ -49,7 +49,7 @@ def test_everything_is_measured_in_both_modes(report):
     written, markdown = report
     assert list(written["modes"]) == ["on", "off"]
     for rows in written["modes"].values():
-        assert [row["objective"] for row in rows] == list(OBJECTIVES)
+        assert [row["objective"] for row in rows] == list(PLANNER_OBJECTIVES)
         for row in rows:
             assert len(row["seconds_by_round"]) == 2
             assert row["seconds"] in row["seconds_by_round"]
@@ -126,7 +126,7 @@ def plain_loss(actor, objective):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "logprob"])
+@pytest.mark.parametrize("objective", [name for name in PLANNER_OBJECTIVES if name != "logprob"])
 def test_gradients_are_those_of_the_definition(objective, checkpointing):
     student = model(32, 3, 4, 2, 48, 80, tied=True)
     actor = ActorUpdate(student, batch=2, tokens=12, prompt=3, k=4, chunk=5)
@@ -254,7 +254,7 @@ def test_peak_of_the_process_holds_the_tensors():
 
 def test_planner_in_the_large():
     update = Update(batch=8, tokens=4096, rows=8 * 4000, dtype_bytes=2)
-    peaks = {name: predict(name, PAPER_SHAPE, update).total for name in OBJECTIVES}
+    peaks = {name: predict(name, PAPER_SHAPE, update).total for name in PLANNER_OBJECTIVES}
     assert peaks["oprd"] <= 1.05 * peaks["backbone"]
     assert peaks["oprd"] < peaks["opd_top1_chunked"] < peaks["opd_top1"] < peaks["opd_full"]
     without = predict("oprd", PAPER_SHAPE, replace(update, checkpointing=False)).total
@@ -311,12 +311,12 @@ def test_results_are_not_overwritten(capsys, tmp_path):
 
 def test_a_run_that_does_not_fit_is_refused():
     shape = Shape.of(model(32, 3, 4, 2, 48, 80, True).config)
-    plan: Plan = make_plan(GainsConfig(), shape, None, on_gpu=False)
+    plan: GainsPlan = make_plan(GainsConfig(), shape, None, on_gpu=False)
     check_memory(plan, plan.total)
     check_memory(plan, None)
     with pytest.raises(ConfigError, match="are available: resident") as refused:
         check_memory(plan, plan.total - 1)
-    assert OBJECTIVES[plan.worst[1]].title in str(refused.value)
+    assert PLANNER_OBJECTIVES[plan.worst[1]].title in str(refused.value)
 
 
 def test_demo_pair_by_path(tmp_path):

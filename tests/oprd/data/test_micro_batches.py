@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from oprd.config import OBJECTIVES, DistillConfig, OpdConfig
 from oprd.data.collate import collate
-from oprd.data.micro_batches import attention_share, batch_work, micro_batches, plan
+from oprd.data.micro_batches import assign, attention_share, batch_work, micro_batches
 from oprd.data.rollout import Rollout
 from oprd.distill.distiller import attach
 from oprd.distill.objectives import REP, Objectives
@@ -49,7 +49,7 @@ def test_every_rollout_once_within_the_limit_and_as_many_batches_on_every_rank(
     lengths, ranks, max_tokens, packed, share
 ):
     rollouts = rollouts_of(lengths)
-    planned = plan(rollouts, ranks, max_tokens, packed, share)
+    planned = assign(rollouts, ranks, max_tokens, packed, share)
     assert len(planned) == ranks
     assert sorted(map(id, rollouts)) == sorted(id(r) for rank in planned for b in rank for r in b)
     assert len({len(rank) for rank in planned}) == 1
@@ -58,7 +58,7 @@ def test_every_rollout_once_within_the_limit_and_as_many_batches_on_every_rank(
         assert tokens(batch, packed) <= max_tokens or len(batch) == 1
     if not all(batches):  # a batch is empty only where no other holds two rollouts
         assert all(len(batch) <= 1 for batch in batches)
-    assert plan(rollouts, ranks, max_tokens, packed, share) == planned
+    assert assign(rollouts, ranks, max_tokens, packed, share) == planned
 
 
 def fewest_by_length(lengths, limit):
@@ -77,7 +77,7 @@ def fewest_by_length(lengths, limit):
 @given(lengths=some_lengths, **some_plan)
 @settings(deadline=None)
 def test_no_more_batches_than_need_be(lengths, ranks, max_tokens, packed, share):
-    rounds = len(plan(rollouts_of(lengths), ranks, max_tokens, packed, share)[0])
+    rounds = len(assign(rollouts_of(lengths), ranks, max_tokens, packed, share)[0])
     if not packed:
         assert rounds == -(-fewest_by_length(lengths, max_tokens) // ranks)
         return
@@ -91,7 +91,7 @@ def test_no_more_batches_than_need_be(lengths, ranks, max_tokens, packed, share)
 @given(st.lists(st.integers(1, 60), min_size=20, max_size=60), st.integers(1, 4), st.booleans())
 @settings(deadline=None)
 def test_batches_are_alike_in_size(lengths, ranks, packed):
-    planned = plan(rollouts_of(lengths), ranks, 300, packed)
+    planned = assign(rollouts_of(lengths), ranks, 300, packed)
     works = [[batch_work(batch, packed) for batch in rank] for rank in planned]
     largest, number = max(map(max, works)), sum(map(len, works))
     slack = 1 + largest / 64  # the search stops there
@@ -115,8 +115,8 @@ def test_planned_ranks_wait_less_than_ranks_with_their_own_rollouts():
     waiting = {}
     for name, planned, packed in [
         ("naive", naive, False),
-        ("padded", plan(rollouts, 4, 4096, False, share), False),
-        ("packed", plan(rollouts, 4, 4096, True, share), True),
+        ("padded", assign(rollouts, 4, 4096, False, share), False),
+        ("packed", assign(rollouts, 4, 4096, True, share), True),
     ]:
         waiting[name] = plan_metrics([planned], packed, share)
     beyond = {name: metrics["perf/rank_imbalance"] - 1 for name, metrics in waiting.items()}

@@ -6,12 +6,8 @@ import logging
 import os
 import socket
 import warnings
-from typing import TYPE_CHECKING
 
 import huggingface_hub.constants
-
-if TYPE_CHECKING:
-    pass
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:

@@ -10,6 +10,8 @@ from oprd_kernels import doctor, native
 from oprd_kernels.backends import cuda, registry
 from oprd_kernels.call import LossCall
 
+pytestmark = pytest.mark.slow  # compiles for every target
+
 
 @pytest.fixture(scope="module")
 def reports():

@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("triton")
 from benchmarks.gpu_code import Missing, find_cuobjdump
 
+pytestmark = pytest.mark.slow  # compiles for every target
+
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 PRODUCTS = (
     "projected_forward", "project", "half_backward", "tiled_backward", "projector_gradient",

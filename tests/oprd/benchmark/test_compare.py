@@ -9,8 +9,6 @@ from oprd.cli.compare import main
 from oprd.config import EvalSetConfig, OpdConfig
 from oprd.errors import ConfigError
 
-pytestmark = pytest.mark.slow
-
 
 def tiny(directory, **changes):
     cfg = CompareConfig(str(directory), **changes)
@@ -27,6 +25,7 @@ def tiny(directory, **changes):
     return cfg
 
 
+@pytest.mark.slow
 def test_table_figure_and_restart(tmp_path, capsys):
     report = Comparison(tiny(tmp_path)).run()
     assert report == json.loads((tmp_path / "compare.json").read_text())

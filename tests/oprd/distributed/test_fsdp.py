@@ -61,11 +61,12 @@ def results(tmp_path_factory):
 
 
 PAIRS = [
-    pytest.param(ranks, case, marks=pytest.mark.slow if ranks > 2 else ())
+    (ranks, case)
     for ranks in SKIPPED if ranks > 1 for case in CASES if case not in SKIPPED[ranks]
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "case"), PAIRS)
 def test_ranks_agree_with_one(results, ranks, case):
     assert_agree(results(1, case), results(ranks, case), case)

@@ -31,8 +31,6 @@ from oprd.training.preflight import preflight
 from tests.support.logs import listen
 from tests.support.tiny import make_model
 
-pytestmark = pytest.mark.slow
-
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[3]
 SAMPLING = SamplingParams(max_new_tokens=3)
@@ -115,6 +113,7 @@ def test_without_a_seed_the_processs_random_state_decides(make_engine):
     assert sampled() == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
@@ -162,6 +161,7 @@ def test_an_engine_that_does_not_start_says_so(monkeypatch, tmp_path):
         fake_engine(monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_samples_leaves_no_process(make_engine, monkeypatch):
     engine, *_ = make_engine()
     engine.sync(0)
@@ -177,6 +177,7 @@ def test_ctrl_c_while_it_samples_leaves_no_process(make_engine, monkeypatch):
         os.kill(pid, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_it_ends_with_the_trainer_however_that_ends(tmp_path):
     code = """
@@ -242,6 +243,7 @@ def two_ranks(directory):
     distributed.shutdown()
 
 
+@pytest.mark.slow
 def test_when_one_ranks_engine_dies_the_others_help_to_gather_its_weights(tmp_path):
     code = f"from tests.oprd.engines.test_engines import two_ranks; two_ranks({str(tmp_path)!r})"
     script = tmp_path / "two_ranks.py"
@@ -258,6 +260,7 @@ def test_when_one_ranks_engine_dies_the_others_help_to_gather_its_weights(tmp_pa
     assert second == (0, [[2, 6, 0]] * 3, "another rank's vLLM engine failed: see its message")
 
 
+@pytest.mark.slow
 def test_ranks_of_other_groups_learn_that_a_tensor_parallel_engine_died(make_engine, monkeypatch):
     engine, said, directory = make_engine()
     engine.sync(0)
@@ -272,6 +275,7 @@ def test_ranks_of_other_groups_learn_that_a_tensor_parallel_engine_died(make_eng
     assert engine.pid is None
 
 
+@pytest.mark.slow
 def test_the_process_starts_outside_the_trainers_process_group():
     inherited = {
         "PATH": "/bin", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8",

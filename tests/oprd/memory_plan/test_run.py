@@ -21,8 +21,6 @@ from tests.oprd.models.test_lora import with_adapter
 from tests.oprd.training.test_trainer import ROOT
 from tests.support.plan_on_ranks import cases
 
-pytestmark = pytest.mark.slow
-
 SHAPE = (
     "{d: 1536, layers: 28, heads: 12, kv_heads: 2, head_dim: 128, intermediate: 8960, "
     "vocab: 151936, tied: false}"
@@ -49,6 +47,7 @@ def measured(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "case"), [(r, case) for r in (1, 2) for case in cases(r)])
 def test_a_step_holds_what_is_planned(measured, ranks, case):
     found = measured[ranks, case]

@@ -17,8 +17,6 @@ from oprd.training.trainer import train
 from tests.oprd.training.test_trainer import ROOT, lines, small_run, steps_of
 from tests.support.logs import listen
 
-pytestmark = pytest.mark.slow
-
 RECORDS = [{"step": i, "actor/rep_loss": 1.0 / i, "rep/layer_loss": [0.5, 2.0]} for i in (1, 2, 3)]
 
 
@@ -44,6 +42,7 @@ def scalars(directory):
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_a_whole_run(tmp_path):
     cfg = small_run(tmp_path / "run", logging=LoggingConfig(["tensorboard"]))
     found = (train(cfg), scalars(tmp_path / "run"))[1]
@@ -104,6 +103,7 @@ trackers.close()
 """
 
 
+@pytest.mark.slow
 def test_wandb_continues_its_run(tmp_path):
     pytest.importorskip("wandb")
     for step in (0, 1):
@@ -119,6 +119,7 @@ def test_wandb_continues_its_run(tmp_path):
     assert found == [(r["step"], r["actor/rep_loss"]) for r in [*RECORDS, *RECORDS[1:]]]
 
 
+@pytest.mark.slow
 def test_trackio_continues_its_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")

@@ -15,8 +15,6 @@ from oprd.observability.summary import finished
 from oprd.training.stages import RECORD, merged, stage_values
 from tests.support.runs import ROOT, stop_after
 
-pytestmark = pytest.mark.slow
-
 FEW = {
     "steps": 2, "rollout": {"prompts_per_step": 4},
     "eval": {"sets": {}, "teacher": False},
@@ -43,6 +41,7 @@ def weights(directory):
     return AutoModelForCausalLM.from_pretrained(directory).model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_each_stage_goes_on_from_the_last(tmp_path, capsys):
     cli.main(write(tmp_path))
     out = tmp_path / "out"
@@ -56,6 +55,7 @@ def test_each_stage_goes_on_from_the_last(tmp_path, capsys):
     assert not torch.equal(weights(out / "first/student"), weights(out / "second/student"))
 
 
+@pytest.mark.slow
 def test_a_second_start_goes_on_after_what_is_finished(tmp_path, capsys):
     arguments = write(tmp_path)
     cli.main(arguments)
@@ -72,6 +72,7 @@ def test_a_second_start_goes_on_after_what_is_finished(tmp_path, capsys):
     assert capsys.readouterr().out.count("finished already") == 2
 
 
+@pytest.mark.slow
 def test_a_second_start_goes_on_inside_a_stage_from_its_checkpoint(tmp_path, monkeypatch, capsys):
     few = FEW | {"steps": 4}
     cli.main(write(tmp_path / "whole", **few))
@@ -92,6 +93,7 @@ def test_a_second_start_goes_on_inside_a_stage_from_its_checkpoint(tmp_path, mon
     )
 
 
+@pytest.mark.slow
 def test_each_stage_has_checkpoints_of_its_own(tmp_path, capsys):
     assert "with stages it must be auto" in fails(capsys, *write(tmp_path), "--resume=elsewhere")
 
@@ -113,6 +115,7 @@ distributed.run_main(lambda: cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_no_rank_begins_a_stage_before_the_last_one_is_written(tmp_path):
     (tmp_path / "script.py").write_text(SLOWLY)
     ran = subprocess.run(
@@ -126,6 +129,7 @@ def test_no_rank_begins_a_stage_before_the_last_one_is_written(tmp_path):
     assert all(finished(tmp_path / "out" / name) for name in STAGES)
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):
     cli.main(write(tmp_path))
     said = fails(capsys, *write(tmp_path, optim={"lr": 0.5}, steps=3))
@@ -137,6 +141,7 @@ def test_other_settings_in_the_same_directory_are_refused(tmp_path, capsys):
     assert "holds other files" in fails(capsys, *write(tmp_path))
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_may_have_otherwise_a_second_start_may_too(tmp_path, capsys):
     cli.main(write(tmp_path))
     changes = {"logging": {"project": "mine"}, "watchdog": {"timeout_s": 900}, "log_every": 2}
@@ -146,6 +151,7 @@ def test_what_a_resumed_run_may_have_otherwise_a_second_start_may_too(tmp_path, 
     assert record["first"]["log_every"] == 2
 
 
+@pytest.mark.slow
 def test_a_directory_may_be_moved(tmp_path, capsys):
     cli.main(write(tmp_path))
     (tmp_path / "out").rename(tmp_path / "moved")

@@ -21,8 +21,6 @@ from oprd.training.trainer import Trainer, TrainingStopped, train
 from tests.oprd.training.test_trainer import ROOT, lines, small_run, steps_of
 from tests.support.runs import limits_of_two_ranks
 
-pytestmark = pytest.mark.slow
-
 CALM = {"response_length/mean": 100.0, "response_length/clip_ratio": 0.1}
 
 
@@ -116,6 +114,7 @@ class Exploding(Trainer):
         return super()._update(rollouts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["stop", "warn"])
 def test_a_run_that_explodes(tmp_path, monkeypatch, capsys, action):
     monkeypatch.setattr("oprd.training.trainer.Trainer", Exploding)
@@ -133,6 +132,7 @@ def test_a_run_that_explodes(tmp_path, monkeypatch, capsys, action):
         assert "warning: step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["oprd", "opd_top1", "opd_topk_advantage"])
 def test_a_healthy_run_raises_no_alarm(tmp_path, capsys, objective):
     """With limits much narrower than the default ones."""
@@ -210,6 +210,7 @@ oprd.training.trainer.train(small_run(Path(sys.argv[1]), eval__sets={}, watchdog
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     ran = run_script(tmp_path, HANGS, *launcher, "--nproc-per-node=2")
@@ -243,6 +244,7 @@ with hang_watchdog.watching(2.0, directory):
 """
 
 
+@pytest.mark.slow
 def test_slow_is_not_hung(tmp_path):
     ran = run_script(tmp_path, ALONE)
     assert ran.returncode == hang_watchdog.EXIT_CODE
@@ -261,6 +263,7 @@ with hang_watchdog.watching(1.0, Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_native_code_that_keeps_the_interpreters_lock(tmp_path):
     ran = run_script(tmp_path, STUCK)
     assert ran.returncode == 1
@@ -268,6 +271,7 @@ def test_native_code_that_keeps_the_interpreters_lock(tmp_path):
     assert "script.py" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_hung_run_ends_where_nothing_can_be_written(tmp_path):
     (tmp_path / "run").write_text("no directory")
     ran = run_script(tmp_path, ALONE)
@@ -275,6 +279,7 @@ def test_a_hung_run_ends_where_nothing_can_be_written(tmp_path):
     assert "has been in 'working' of step 3" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_run_beats_with_every_phase_and_token(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -20,8 +20,19 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
     """
     problems = Problems()
     need = problems.need
-    counts = ("d", "layers", "heads", "kv_heads", "intermediate", "batch", "prompt", "rank",
-              "chunk", "rounds", "shards")  # fmt: skip
+    counts = (
+        "d",
+        "layers",
+        "heads",
+        "kv_heads",
+        "intermediate",
+        "batch",
+        "prompt",
+        "rank",
+        "chunk",
+        "rounds",
+        "shards",
+    )
     problems.need_at_least_one({name: getattr(cfg, name) for name in counts})
     need(
         cfg.tokens > cfg.prompt,

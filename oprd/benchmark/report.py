@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 PAPER_SHAPE = Shape(
-    d=1536, layers=28, heads=12, kv_heads=2, head_dim=128, intermediate=8960, vocab=151936,
+    d=1536,
+    layers=28,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    intermediate=8960,
+    vocab=151936,
     tied=False,
-)  # fmt: skip
+)
 PAPER_GIB = {"opd_top1": 30.2, "opd_topk": 45.0, "oprd": 20.5}
 """Actor-update delta-peaks in the paper's Table 3, whose "GB" are GiB."""
 
@@ -36,9 +42,14 @@ PAPER_GIB = {"opd_top1": 30.2, "opd_topk": 45.0, "oprd": 20.5}
 def paper_update(rows_per_sequence: int) -> Update:
     """Return a rank's micro-batch in the paper: 2 x 16,384 tokens, bf16, FSDP over 8 GPUs."""
     return Update(
-        batch=2, tokens=16384, rows=2 * rows_per_sequence, dtype_bytes=2, checkpointing=True,
-        widen_head=False, shards=8,
-    )  # fmt: skip
+        batch=2,
+        tokens=16384,
+        rows=2 * rows_per_sequence,
+        dtype_bytes=2,
+        checkpointing=True,
+        widen_head=False,
+        shards=8,
+    )
 
 
 PAPER_LOGITS = 32768 * PAPER_SHAPE.vocab * 2
@@ -126,8 +137,11 @@ def summary(
     oprd = next(row for row in rows if row["objective"] == "oprd")
     backbone = next((row for row in rows if row["objective"] == "backbone"), None)
     for row in rows:
-        for name, of in (("seconds", "time"), ("delta_peak_bytes", "memory"),
-                         ("step_seconds", "step")):  # fmt: skip
+        for name, of in (
+            ("seconds", "time"),
+            ("delta_peak_bytes", "memory"),
+            ("step_seconds", "step"),
+        ):
             row[f"{of}_to_oprd"] = _ratio(row[name], oprd[name])
             if name != "step_seconds":
                 other = backbone[name] if backbone else None
@@ -154,9 +168,18 @@ def _mib(size: float | None) -> str:
 
 
 HEADINGS = (
-    "objective", "update s", "x OPRD", "x backbone", "delta-peak MiB", "x OPRD", "x backbone",
-    "predicted MiB", "teacher s", "step s", "x OPRD",
-)  # fmt: skip
+    "objective",
+    "update s",
+    "x OPRD",
+    "x backbone",
+    "delta-peak MiB",
+    "x OPRD",
+    "x backbone",
+    "predicted MiB",
+    "teacher s",
+    "step s",
+    "x OPRD",
+)
 MEANING = (
     "update: forward, loss and backward into existing gradients; step: update, the teacher's "
     "forward and, for materialised OPD, the log-prob forward"
@@ -265,9 +288,12 @@ def markdown(report: dict[str, Any]) -> str:
     for mode, rows in report["modes"].items():
         for title, headings, cells in (
             (_mode_title(mode), HEADINGS, main_rows(rows, cfg["k"])),
-            (f"where the seconds go, {_mode_title(mode)}", ("objective", *PARTS),
-             part_rows(rows, cfg["k"])),
-        ):  # fmt: skip
+            (
+                f"where the seconds go, {_mode_title(mode)}",
+                ("objective", *PARTS),
+                part_rows(rows, cfg["k"]),
+            ),
+        ):
             lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_markdown(headings, cells)]
         lines += ["", *(f"- {line}" for line in conclusions(rows, cfg["k"]))]
     return "\n".join(lines) + "\n"
@@ -284,10 +310,15 @@ def prediction_tables(cfg: GainsConfig, shape: Shape, plan: GainsPlan) -> list[T
     resident = ", ".join(f"{name} {_mib(size)}" for name, size in plan.resident.items() if size)
     for mode, peaks in plan.peaks.items():
         rows = [
-            [label(o, cfg.k), _mib(m.total), f"{m.total / peaks['oprd'].total:.2f}", m.name,
-             _terms(m)]
+            [
+                label(o, cfg.k),
+                _mib(m.total),
+                f"{m.total / peaks['oprd'].total:.2f}",
+                m.name,
+                _terms(m),
+            ]
             for o, m in peaks.items()
-        ]  # fmt: skip
+        ]
         table = Table(
             title=f"predicted, {shape.parameters / 1e6:,.0f} M parameters, {cfg.batch} x "
             f"{cfg.tokens} tokens, {cfg.dtype}, {_mode_title('on' if mode else 'off')}",
@@ -337,8 +368,9 @@ def paper_rows() -> list[tuple[str, Moment, float | None]]:
             stored = moments(objective, PAPER_SHAPE, update)
             block = next(m for m in stored if m.name == "backward of a block")
             both = block.terms | {
-                "logits [B,T,V]": PAPER_LOGITS, "float32 stack (B,L,T,d)": PAPER_STACK
-            }  # fmt: skip
+                "logits [B,T,V]": PAPER_LOGITS,
+                "float32 stack (B,L,T,d)": PAPER_STACK,
+            }
             rows.append(("OPRD with both", Moment(block.name, both), PAPER_GIB[objective]))
         else:
             rows.append((label(objective, 16), moment, PAPER_GIB.get(objective)))

@@ -7,13 +7,7 @@ from typing import Literal
 
 from oprd import distributed
 from oprd.bridge.sgd import SgdConfig
-from oprd.config import (
-    DataConfig,
-    DistillConfig,
-    RolloutConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from oprd.config import DataConfig, DistillConfig, RolloutConfig, StudentConfig, TeacherConfig
 from oprd.config.types import Positions, Shift
 from oprd.errors import Problems
 

@@ -27,13 +27,7 @@ from oprd.bridge.preflight import Checked, check_fit
 from oprd.bridge.project import project_rows
 from oprd.bridge.sgd import KeptRows, sgd
 from oprd.bridge.show import tables
-from oprd.bridge.solve import (
-    TeacherBasis,
-    random_student_proj,
-    ridge,
-    student_r2,
-    teacher_basis,
-)
+from oprd.bridge.solve import TeacherBasis, random_student_proj, ridge, student_r2, teacher_basis
 from oprd.bridge.statistics import PairStatistics
 from oprd.data.collate import Batch, collate
 from oprd.data.micro_batches import micro_batches

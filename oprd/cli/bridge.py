@@ -66,9 +66,11 @@ def make_parser() -> Parser:
     )
     imported.add_argument("--output", required=True, help="the file to write")
     imported.add_argument(
-        "--student", type=str | None, default=None,
+        "--student",
+        type=str | None,
+        default=None,
         help="the student that it was fitted for, to check and record its shape",
-    )  # fmt: skip
+    )
     imported.add_argument(
         "--teacher",
         type=str | None,

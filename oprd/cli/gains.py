@@ -23,9 +23,10 @@ def make_parser() -> Parser:
     parser = Parser(prog="oprd-gains", description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="a YAML file with any of the options")
     parser.add_argument(
-        "--dry_run", action="store_true", help="only print the predictions, also for the paper's "
-        "run; measure nothing",
-    )  # fmt: skip
+        "--dry_run",
+        action="store_true",
+        help="only print the predictions, also for the paper's run; measure nothing",
+    )
     parser.add_class_arguments(GainsConfig, None)
     return parser
 

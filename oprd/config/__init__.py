@@ -8,14 +8,7 @@ from oprd.config.checkpoint import CheckpointConfig
 from oprd.config.data import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig
 from oprd.config.fsdp import FsdpConfig
 from oprd.config.logging import LoggingConfig
-from oprd.config.models import (
-    SELF,
-    BridgeConfig,
-    DType,
-    LoraConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from oprd.config.models import SELF, BridgeConfig, DType, LoraConfig, StudentConfig, TeacherConfig
 from oprd.config.objectives import OBJECTIVES, DistillConfig, DistillOptions, OpdConfig
 from oprd.config.optim import OptimConfig
 from oprd.config.rollout import RolloutConfig

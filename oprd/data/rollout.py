@@ -58,9 +58,11 @@ def for_teacher(
     aligner = aligners.get(prompt.source, aligners.get(""))
     if prompt.teacher_ids is not None and aligner is not None:
         reading = aligner(
-            rollout.response_ids, prompt.teacher_ids,
-            student_end_ids=ends, teacher_end_id=prompt.teacher_end_id,
-        )  # fmt: skip
+            rollout.response_ids,
+            prompt.teacher_ids,
+            student_end_ids=ends,
+            teacher_end_id=prompt.teacher_end_id,
+        )
     elif prompt.teacher_ids is not None:
         reading = Reading(prompt.teacher_ids, rollout.response_ids)
     return replace(rollout, source=prompt.source, reading=reading)

@@ -14,12 +14,7 @@ from typing import Literal
 import torch
 from jsonargparse import auto_cli
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from oprd.demo.make import make_model
 from oprd.demo.more import accuracy, train, without_hint

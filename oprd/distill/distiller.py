@@ -278,17 +278,27 @@ class Distiller:
             )
         o = self.options
         chosen = supervise(
-            response_mask.bool(), o.positions, o.k, o.shift, o.reduction, partner,
+            response_mask.bool(),
+            o.positions,
+            o.k,
+            o.shift,
+            o.reduction,
+            partner,
             position_ids_BT=position_ids,
-        )  # fmt: skip
+        )
         read = reading or Batch(input_ids, attention_mask, response_mask, position_ids=position_ids)
         states = self.teacher_states(
             read.input_ids, read.attention_mask, chosen.teacher_rows, read.position_ids
         )
         return self.student_loss(
-            input_ids, attention_mask, chosen.rows, states, chosen.weights, chosen.total,
+            input_ids,
+            attention_mask,
+            chosen.rows,
+            states,
+            chosen.weights,
+            chosen.total,
             position_ids,
-        )  # fmt: skip
+        )
 
 
 def attach(

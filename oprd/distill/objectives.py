@@ -269,9 +269,15 @@ class Objectives:
         if self.materialised:
             assert teacher.logits_BTV is not None
             return materialised(
-                self.vocab[name], output, teacher.logits_BTV, opd.rows, tokens_M, opd.weights,
-                total, opd.teacher_rows,
-            )  # fmt: skip
+                self.vocab[name],
+                output,
+                teacher.logits_BTV,
+                opd.rows,
+                tokens_M,
+                opd.weights,
+                total,
+                opd.teacher_rows,
+            )
         last_Md = teacher.last_Md
         assert last_Md is not None
         # Not cached: while FSDP2 has gathered the head, its weight is a different tensor.
@@ -283,9 +289,15 @@ class Objectives:
 
         student_Md = output.flatten(0, 1)[opd.rows]
         return chunked(
-            self.vocab[name], student_Md, LMHead.of(self.student), teacher_logits, tokens_M,
-            opd.weights, total, self.opd.chunk_tokens,
-        )  # fmt: skip
+            self.vocab[name],
+            student_Md,
+            LMHead.of(self.student),
+            teacher_logits,
+            tokens_M,
+            opd.weights,
+            total,
+            self.opd.chunk_tokens,
+        )
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -146,28 +146,63 @@ def chunked(
         chunk: number of rows in a chunk.
     """
     return _Chunked.apply(
-        student_Md, head.weight, head.bias, head, loss, teacher_logits, tokens_M, weights_M,
-        denominator, chunk,
-    )  # fmt: skip
+        student_Md,
+        head.weight,
+        head.bias,
+        head,
+        loss,
+        teacher_logits,
+        tokens_M,
+        weights_M,
+        denominator,
+        chunk,
+    )
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, student_Md, weight, bias, head, loss, teacher_logits, tokens_M, weights_M,
-        denominator, chunk,
-    ):  # fmt: skip
+        ctx,
+        student_Md,
+        weight,
+        bias,
+        head,
+        loss,
+        teacher_logits,
+        tokens_M,
+        weights_M,
+        denominator,
+        chunk,
+    ):
         with torch.autocast(student_Md.device.type, enabled=False):
             return _Chunked._forward(
-                ctx, student_Md, weight, bias, head, loss, teacher_logits, tokens_M, weights_M,
-                denominator, chunk,
-            )  # fmt: skip
+                ctx,
+                student_Md,
+                weight,
+                bias,
+                head,
+                loss,
+                teacher_logits,
+                tokens_M,
+                weights_M,
+                denominator,
+                chunk,
+            )
 
     @staticmethod
     def _forward(
-        ctx, student_Md, weight, bias, head, loss, teacher_logits, tokens_M, weights_M,
-        denominator, chunk,
-    ):  # fmt: skip
+        ctx,
+        student_Md,
+        weight,
+        bias,
+        head,
+        loss,
+        teacher_logits,
+        tokens_M,
+        weights_M,
+        denominator,
+        chunk,
+    ):
         wide, operand_Vd = wide_dtype(student_Md.dtype), head.operand(student_Md)
         total = student_Md.new_zeros((), dtype=wide)
         d_student = torch.empty_like(student_Md) if ctx.needs_input_grad[0] else None

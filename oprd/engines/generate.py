@@ -164,10 +164,12 @@ def _generate_batch(
         attention[i, length - len(prompt) :] = 1
     device = input_device(model)
     output = model.generate(
-        input_ids=ids.to(device), attention_mask=attention.to(device),
-        generation_config=config, synced_gpus=together,
+        input_ids=ids.to(device),
+        attention_mask=attention.to(device),
+        generation_config=config,
+        synced_gpus=together,
         stopping_criteria=StoppingCriteriaList([_Beat()]),
-    )  # fmt: skip
+    )
     rollouts = []
     for prompt, new in zip(prompts, output[:, length:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(new) if token in ends), None)

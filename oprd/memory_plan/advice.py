@@ -12,9 +12,13 @@ from oprd.memory_plan.shapes import Shape
 
 
 def advice(
-    cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int, memory: int,
+    cfg: TrainConfig,
+    student: Shape,
+    teachers: dict[str, Shape],
+    gpus: int,
+    memory: int,
     ranks: Mapping[str, int] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Say in words what to change so that a run that does not fit its GPUs does."""
 
     def planned(changed: TrainConfig) -> TrainingPlan:

@@ -22,15 +22,22 @@ from oprd.models.layer_pairs import pair_layers
 from oprd.observability.memory import GIB
 
 UPDATE, TEACHER, ROLLOUT, EVALUATION, STEP = (
-    "student update", "teacher", "rollout", "evaluation", "optimizer step",
-)  # fmt: skip
+    "student update",
+    "teacher",
+    "rollout",
+    "evaluation",
+    "optimizer step",
+)
 ENGINE = "vLLM"
 WEIGHT_GRADIENTS = (
-    "head's weight gradient", "head's weight gradient, float32", "embedding's weight gradient",
-    "sum of both weight gradients", "block's gradients in reduce-scatter",
+    "head's weight gradient",
+    "head's weight gradient, float32",
+    "embedding's weight gradient",
+    "sum of both weight gradients",
+    "block's gradients in reduce-scatter",
     "down projection's weight gradient",
     "embedding's and head's gradients in reduce-scatter",
-)  # fmt: skip
+)
 """Terms of an update that don't occur if the weights are frozen."""
 FORWARD = 3
 """Blocks' worth of gathered weights that FSDP holds in a forward pass: the current block twice (as
@@ -105,9 +112,15 @@ class _Planner:
     """The computation of a `TrainingPlan`."""
 
     def __init__(
-        self, cfg: TrainConfig, student: Shape, teachers: dict[str, Shape], gpus: int,
-        memory: int | None, on_gpu: bool, ranks: Mapping[str, int],
-    ) -> None:  # fmt: skip
+        self,
+        cfg: TrainConfig,
+        student: Shape,
+        teachers: dict[str, Shape],
+        gpus: int,
+        memory: int | None,
+        on_gpu: bool,
+        ranks: Mapping[str, int],
+    ) -> None:
         self.cfg, self.student, self.teachers, self.gpus = cfg, student, teachers, gpus
         self.memory, self.on_gpu, self.ranks = memory, on_gpu, ranks
         fsdp = cfg.fsdp
@@ -376,9 +389,12 @@ class _Planner:
         teacher = self.cfg.all_teachers[name]
         gathered = self._teacher_gathered(teacher) if self.teacher_sharded else 0
         return _Sampled(
-            f"teacher {name}".strip(), self.teachers[name], self._teacher_computes(name),
-            self._teacher_stream(name), gathered,
-        )  # fmt: skip
+            f"teacher {name}".strip(),
+            self.teachers[name],
+            self._teacher_computes(name),
+            self._teacher_stream(name),
+            gathered,
+        )
 
     def _generation(self, model: _Sampled, sequences: int, tokens: int) -> Moment:
         """Return the worst moment of Hugging Face's `generate`."""
@@ -426,9 +442,14 @@ def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     d, wide = shape.d, shape.intermediate
     sizes = {
-        "q_proj": d + q, "k_proj": d + kv, "v_proj": d + kv, "o_proj": q + d,
-        "gate_proj": d + wide, "up_proj": d + wide, "down_proj": wide + d,
-    }  # fmt: skip
+        "q_proj": d + q,
+        "k_proj": d + kv,
+        "v_proj": d + kv,
+        "o_proj": q + d,
+        "gate_proj": d + wide,
+        "up_proj": d + wide,
+        "down_proj": wide + d,
+    }
     names = list(sizes) if lora.target_modules == "all-linear" else lora.target_modules
     return shape.layers * (lora.rank or 0) * sum(sizes.get(name, 0) for name in names)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import (
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd.errors import ConfigError
 from oprd.models.info import model_info

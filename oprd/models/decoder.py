@@ -124,8 +124,10 @@ def model_inputs(
             f"{tuple(input_ids.shape)}: flatten input_ids, response_mask and position_ids"
         )
     return {
-        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-    }  # fmt: skip
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
 
 
 def find_decoder(model: Any) -> Decoder:

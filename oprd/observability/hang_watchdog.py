@@ -68,9 +68,13 @@ class Heartbeat:
     """The beats of one rank, and the thread that watches them."""
 
     def __init__(
-        self, timeout_s: float, directory: Path, rank: int = 0, ranks: int = 1,
+        self,
+        timeout_s: float,
+        directory: Path,
+        rank: int = 0,
+        ranks: int = 1,
         store: dist.Store | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """
         Args:
             timeout_s: the run is ended after this many seconds without a beat of any rank.

@@ -62,9 +62,13 @@ class WandB:
         import wandb
 
         self.run = wandb.init(
-            project=cfg.project, name=directory.name, id=name, resume="allow", dir=str(directory),
+            project=cfg.project,
+            name=directory.name,
+            id=name,
+            resume="allow",
+            dir=str(directory),
             config=dict(config),
-        )  # fmt: skip
+        )
         # wandb's own step counter can't go back to the checkpoint that a run is resumed from.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")

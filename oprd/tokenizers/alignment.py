@@ -31,9 +31,7 @@ from typing import Literal
 
 import numpy as np
 from tokenizers import Encoding
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from oprd.tokenizers.digit_boundaries import LONGEST, Boundaries
 from oprd.tokenizers.token_bytes import TokenBytes, token_bytes

@@ -105,9 +105,12 @@ class Watchdog:
             return None
         row = self._row(name, value > watch.factor * start, value)
         return self._too_long(
-            step, name, row, f"more than watchdog.length.factor={watch.factor:g} times the "
+            step,
+            name,
+            row,
+            f"more than watchdog.length.factor={watch.factor:g} times the "
             f"{start:.4g} that it began with",
-        )  # fmt: skip
+        )
 
     def _truncated(self, step: int, value: float) -> Alarm | None:
         name, watch = "response_length/clip_ratio", self.cfg.length
@@ -116,9 +119,11 @@ class Watchdog:
             return None
         row = self._row(name, value > watch.truncated, value)
         return self._too_long(
-            step, name, row, f"above watchdog.length.truncated={watch.truncated:g}, and it began "
-            f"with {start:.4g}",
-        )  # fmt: skip
+            step,
+            name,
+            row,
+            f"above watchdog.length.truncated={watch.truncated:g}, and it began with {start:.4g}",
+        )
 
     def _too_long(self, step: int, name: str, row: list[float], why: str) -> Alarm | None:
         watch = self.cfg.length

@@ -30,9 +30,26 @@ from oprd.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("student", "student.lora", "teacher", "data", "data.train", "rollout", "rollout.vllm",
-            "distill", "bridge", "opd", "optim", "fsdp", "eval", "checkpoint", "watchdog",
-            "watchdog.loss", "watchdog.length", "logging")  # fmt: skip
+SECTIONS = (
+    "student",
+    "student.lora",
+    "teacher",
+    "data",
+    "data.train",
+    "rollout",
+    "rollout.vllm",
+    "distill",
+    "bridge",
+    "opd",
+    "optim",
+    "fsdp",
+    "eval",
+    "checkpoint",
+    "watchdog",
+    "watchdog.loss",
+    "watchdog.length",
+    "logging",
+)
 """Sections that a stage's options are merged into. A stage replaces any other value as a whole."""
 
 RECORD = "stages.json"

@@ -161,9 +161,13 @@ class Trainer:
         """Make one optimizer step on the rollouts and return its metrics."""
         cfg, device = self.cfg, self.device
         work = global_batch(
-            rollouts, self.objectives, cfg, self.tokenizer.pad_token_id,
-            self.inputs.teacher_tokenizers, device,
-        )  # fmt: skip
+            rollouts,
+            self.objectives,
+            cfg,
+            self.tokenizer.pad_token_id,
+            self.inputs.teacher_tokenizers,
+            device,
+        )
         self.student.train()
         outputs, peaks = [], []
         for part in work.micro_batches:
@@ -258,9 +262,13 @@ class Trainer:
         with self.timer("loading"):
             try:
                 self.engine = make_engine(
-                    cfg, self.student, self.tokenizer, self.device, self.directory,
+                    cfg,
+                    self.student,
+                    self.tokenizer,
+                    self.device,
+                    self.directory,
                     self._autocast,
-                )  # fmt: skip
+                )
             except EngineFailure as error:
                 raise TrainingStopped(f"{error}\nNothing was trained") from error
         self.closing.callback(self.engine.close)

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 import oprd_kernels
-from oprd_kernels import (
-    BackendUnavailable,
-    fused_rep_loss,
-    fused_rep_losses,
-    native,
-    validate,
-)
-from oprd_kernels import (
-    saved_buffer as layout,
-)
+from oprd_kernels import BackendUnavailable, fused_rep_loss, fused_rep_losses, native, validate
+from oprd_kernels import saved_buffer as layout
 from oprd_kernels.backends import cuda, registry
 from oprd_kernels.call import GradCall, LossCall
 

@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from oprd.bridge.heldout import Agreement, ranks_up_to
 from oprd.bridge.project import project_rows
 from oprd.bridge.sgd import KeptRows, SgdConfig, sgd
-from oprd.bridge.solve import (
-    random_student_proj,
-    residual_variances,
-    ridge,
-    teacher_basis,
-)
+from oprd.bridge.solve import random_student_proj, residual_variances, ridge, teacher_basis
 from oprd.bridge.statistics import CHUNK, PairStatistics
 from oprd.errors import ConfigError
 from oprd.observability.memory import PeakMemory

@@ -166,14 +166,14 @@ def _scratch_size(cuda_scratch: Any, calls: Sequence[LossCall]) -> int:
     The scratch holds partial sums over the rows and the terms of the projectors.
     """
     first = calls[0]
-    student, rank = first.student, first.rank
+    m, layers, rank, code = first.num_rows, len(calls), first.rank, DTYPE_CODES[first.student.dtype]
     if not rank:
-        return cuda_scratch(first.num_rows, len(calls), 0, 0, 0, DTYPE_CODES[student.dtype])
-    widths = [max([x.shape[-1] for x in column]) for column in list(zip(*calls, strict=True))[:2]]
-    if first.teacher_proj is None:
-        widths[1] = 0
-    code = DTYPE_CODES[student.dtype]
-    return cuda_scratch(first.num_rows, len(calls), rank, *widths, code)
+        return cuda_scratch(m, layers, 0, 0, 0, code)
+    width = max([call.student.shape[-1] for call in calls])
+    teacher_width = 0
+    if first.teacher_proj is not None:
+        teacher_width = max([call.teacher.shape[-1] for call in calls])
+    return cuda_scratch(m, layers, rank, width, teacher_width, code)
 
 
 BACKEND = CudaBackend()

@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 
 from oprd_kernels.backends.triton import configs
-from oprd_kernels.backends.triton.geometry import Form, geometry
+from oprd_kernels.backends.triton.geometry import Form, Geometry, geometry
 from oprd_kernels.backends.triton.identity import identity_backward, identity_forward
 from oprd_kernels.backends.triton.identity_wide import identity_forward_wide
 from oprd_kernels.backends.triton.launch import Kernel, Launch
 from oprd_kernels.backends.triton.operands import (
     PRODUCTS,
     RANK_BLOCK,
+    Plan,
     next_power_of_2,
     plan,
     prepare,
@@ -155,6 +156,33 @@ class ProjectLaunches(NamedTuple):
     compare: Launch | None  # None if the kernel in `projects` also compares
 
 
+class _Projection(NamedTuple):
+    """What the launches of forward with a projection have in common.
+
+    Attributes:
+        few: Whether there are too few rows to keep the device busy with one program per block of
+            rows.
+        options: The constants KIND, MEAN, EACH and RANK.
+        sizes: The constants S_WIDTH, S_COLUMNS, T_WIDTH and T_COLUMNS.
+        terms: The constants S_TERMS and T_TERMS.
+    """
+
+    m: int
+    arch: str
+    wanted: int
+    layout: Plan
+    where: Geometry
+    projects_teacher: bool
+    same_dtype: bool
+    has_float: bool
+    products: int
+    block: int
+    few: bool
+    options: tuple[int, bool, bool, int]
+    sizes: tuple[int, int, int, int]
+    terms: tuple[int, int]
+
+
 @kept
 def project_launches(
     kind: str, reduction: str, m: int, rank: int, projects_teacher: bool, precision: str, arch: str,
@@ -163,58 +191,86 @@ def project_launches(
     width, dtype, teacher_dtype = student[0][-1], student[2], teacher[2]
     teacher_width = teacher[0][-1] if projects_teacher else 0
     layout = plan(rank, width, teacher_width, dtype, teacher_dtype)
-    k = layout.k
     has_float = dtype is torch.float32 or (projects_teacher and teacher_dtype is torch.float32)
-    products = PRODUCTS[precision]
     block = min(layout.forward_k, RANK_BLOCK)
-    config = configs.projection(arch, block, has_float)
-    blocks = cdiv(m, config.rows)
-    few = 2 * blocks < wanted
-    fused = configs.fuses(k, has_float) and not few
-    sizes = (width, layout.student_columns, teacher_width, layout.teacher_columns)
-    terms = (layout.student_terms, layout.teacher_terms)
+    rows = configs.projection(arch, block, has_float).rows
+    call = _Projection(
+        m=m,
+        arch=arch,
+        wanted=wanted,
+        layout=layout,
+        where=geometry(student, teacher),
+        projects_teacher=projects_teacher,
+        same_dtype=dtype is teacher_dtype,
+        has_float=has_float,
+        products=PRODUCTS[precision],
+        block=block,
+        few=2 * cdiv(m, rows) < wanted,
+        options=(KIND_CODES[kind], reduction == "mean", reduction == "none", rank),
+        sizes=(width, layout.student_columns, teacher_width, layout.teacher_columns),
+        terms=(layout.student_terms, layout.teacher_terms),
+    )
+    types = TYPES[dtype], TYPES[teacher_dtype]
     prepare = Launch(
         PREPARE,
-        (k, 1 + projects_teacher, 1),
+        (layout.k, 1 + projects_teacher, 1),
         (rank,),
-        (TYPES[dtype], TYPES[teacher_dtype], k, *sizes, layout.operand, *terms, 1024),
+        (*types, layout.k, *call.sizes, layout.operand, *call.terms, 1024),
         4,
     )
-    where = geometry(student, teacher)
-    flags = (where.unit, where.flat, where.dense)
-    options = (KIND_CODES[kind], reduction == "mean", reduction == "none", rank)
-    if fused:
-        forward = Launch(
-            PROJECTED_FORWARD,
-            (blocks, 1, 1),
-            (m, *where.strides),
-            (
-                *options, config.rows, config.columns, block, k, layout.dz_k, projects_teacher,
-                layout.half_dz, products, *flags, *sizes, layout.scales, *terms, layout.rest, 512,
-            ),
-            config.warps,
-            config.stages,
-        )  # fmt: skip
-        return ProjectLaunches(layout.rest + blocks * SUMS.value, prepare, [forward], None)
-    config = configs.project(arch, block, has_float, few)
-    comparison = configs.comparison(arch, next_power_of_2(layout.forward_k))
-    row_blocks, rank_blocks = cdiv(m, config.rows), layout.forward_k // block
+    if configs.fuses(layout.k, has_float) and not call.few:
+        return _fused(call, prepare)
+    return _separate(call, prepare)
+
+
+def _fused(call: _Projection, prepare: Launch) -> ProjectLaunches:
+    """Return launches of one kernel that projects and compares."""
+    layout, where = call.layout, call.where
+    config = configs.projection(call.arch, call.block, call.has_float)
+    blocks = cdiv(call.m, config.rows)
+    forward = Launch(
+        PROJECTED_FORWARD,
+        (blocks, 1, 1),
+        (call.m, *where.strides),
+        (
+            *call.options, config.rows, config.columns, call.block, layout.k, layout.dz_k,
+            call.projects_teacher, layout.half_dz, call.products, where.unit, where.flat,
+            where.dense, *call.sizes, layout.scales, *call.terms, layout.rest, 512,
+        ),
+        config.warps,
+        config.stages,
+    )  # fmt: skip
+    return ProjectLaunches(layout.rest + blocks * SUMS.value, prepare, [forward], None)
+
+
+def _separate(call: _Projection, prepare: Launch) -> ProjectLaunches:
+    """Return launches of one kernel that projects to z and one that compares.
+
+    The workspace holds the sums of the comparing programs, then z: one part of z_rows rows for each
+    part of the width.
+    """
+    layout, where = call.layout, call.where
+    config = configs.project(call.arch, call.block, call.has_float, call.few)
+    comparison = configs.comparison(call.arch, next_power_of_2(layout.forward_k))
+    row_blocks, rank_blocks = cdiv(call.m, config.rows), layout.forward_k // call.block
     blocks, z_rows = row_blocks * rank_blocks, row_blocks * config.rows
-    parts = max(min(2 * wanted // (blocks * (1 + projects_teacher)), 8), 1)
-    programs = cdiv(m, comparison.rows)
+    projectors = 1 + call.projects_teacher
+    parts = max(min(2 * call.wanted // (blocks * projectors), 8), 1)
+    programs = cdiv(call.m, comparison.rows)
     z_at = layout.rest + aligned(programs * SUMS.value)
+    width, _, teacher_width, _ = call.sizes
     part = [cdiv(cdiv(n, config.columns), parts) for n in (width, teacher_width)]
-    sides = [0, 1] if projects_teacher else [0]
-    if projects_teacher and dtype is teacher_dtype:
+    sides = list(range(projectors))
+    if call.projects_teacher and call.same_dtype:
         sides = [BOTH.value]
     projects = [
         Launch(
             PROJECT,
             (blocks, parts, 2 if side == BOTH.value else 1),
-            (m, *where.strides, *part, z_at // ALIGN.value, z_rows),
+            (call.m, *where.strides, *part, z_at // ALIGN.value, z_rows),
             (
-                config.rows, config.columns, block, rank_blocks, k, products, *flags, *sizes,
-                *terms, side,
+                config.rows, config.columns, call.block, rank_blocks, layout.k, call.products,
+                where.unit, where.flat, where.dense, *call.sizes, *call.terms, side,
             ),
             config.warps,
             config.stages,
@@ -224,15 +280,15 @@ def project_launches(
     compare = Launch(
         COMPARE,
         (programs, 1, 1),
-        (z_at // ALIGN.value, z_rows, parts, m, *where.strides[4:]),
+        (z_at // ALIGN.value, z_rows, parts, call.m, *where.strides[4:]),
         (
-            *options, comparison.rows, layout.forward_k, layout.dz_k, k, comparison.ranks,
-            projects_teacher, layout.half_dz, where.unit, where.flat, layout.scales, layout.rest,
-            512,
+            *call.options, comparison.rows, layout.forward_k, layout.dz_k, layout.k,
+            comparison.ranks, call.projects_teacher, layout.half_dz, where.unit, where.flat,
+            layout.scales, layout.rest, 512,
         ),
         comparison.warps,
     )  # fmt: skip
-    work_size = z_at + (1 + projects_teacher) * parts * z_rows * layout.forward_k
+    work_size = z_at + projectors * parts * z_rows * layout.forward_k
     return ProjectLaunches(work_size, prepare, projects, compare)
 
 

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oprd import distributed
+from oprd.cli import export as export_cli
 from oprd.cli import train as cli
 from oprd.config import PromptsConfig
 from oprd.demo.task import make_splits
 from oprd.engines.base import EngineFailure
 from oprd.errors import ConfigError
 from oprd.models.loading import DEMO
-from oprd.training import export, trainer
+from oprd.training import trainer
 from oprd.training.trainer import TrainingStopped, train
 from tests.support.runs import ROOT, checkpoint_tensors, lines, small_run
 
@@ -156,7 +157,7 @@ def test_a_signal_ends_a_run_cleanly_with_a_checkpoint(tmp_path, signum, code):
     assert "Traceback" not in rest
     step = json.loads((tmp_path / "run" / "summary.json").read_text())["steps"]
     assert step >= 3
-    export.main([str(tmp_path / "run"), str(tmp_path / "model")])
+    export_cli.main([str(tmp_path / "run"), str(tmp_path / "model")])
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 

@@ -28,3 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda: Comparison(CompareConfig(**values)).run(),
         interrupted="interrupted; run the same command again to continue",
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -42,3 +42,7 @@ def _export(options: argparse.Namespace) -> None:
         sys.stderr.write(f"oprd-export: {options.output} could not be written: {error}\n")
         sys.exit(1)
     print(f"step {checkpoint.step}: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

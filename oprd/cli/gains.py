@@ -44,3 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     command = shlex.join(["oprd-gains", *given])
     run_command("oprd-gains", lambda: run(cfg, command, parsed.dry_run))
+
+
+if __name__ == "__main__":
+    main()

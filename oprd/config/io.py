@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +26,13 @@ UNKNOWN = (
 
 def to_yaml(cfg: TrainConfig) -> str:
     """Return every option of ``cfg`` as YAML that ``--config`` reads."""
-    return yaml.safe_dump(asdict(cfg), sort_keys=False, allow_unicode=True)
+    values = json.loads(json.dumps(asdict(cfg), default=_plain))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that Python callers may have put into a configuration, as JSON has it."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def from_values(values: Mapping[str, Any]) -> TrainConfig:

@@ -43,8 +43,8 @@ class DistillOptions:
 class DistillConfig(DistillOptions):
     """The representation loss in a training run.
 
-    ``positions`` and ``shift`` default to the demo's values. Its responses have five tokens, and
-    the first matters most, so the demo supervises all tokens by the states that predict them.
+    ``positions`` and ``shift`` default to the demo's values: its responses have five tokens, and
+    all of them are supervised by the states that predict them.
 
     Attributes:
         kind: loss: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d

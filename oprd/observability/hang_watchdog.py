@@ -1,8 +1,8 @@
 """Hang watchdog: a thread on each rank that detects a hung run, reports the rank and ends the run.
 
-    with heartbeat.watching(timeout_s, directory):
-        heartbeat.beat(step=7)
-        heartbeat.beat("rollout")  # now, and at every sign of progress
+    with hang_watchdog.watching(timeout_s, directory):
+        hang_watchdog.beat(step=7)
+        hang_watchdog.beat("rollout")  # now, and at every sign of progress
 
 Each rank publishes its last beat in a store that all ranks can read. A rank that waits in a
 collective does not beat, but the rank that it waits for may. The run therefore counts as hung only

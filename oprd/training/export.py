@@ -35,7 +35,7 @@ def choose(path: Path, best: bool) -> Checkpoint:
     """
     checkpoints, torn = locate(path)
     for other, why in torn.items():
-        logger.info(f"{other} is incomplete or damaged and is skipped: {why}")
+        logger.info(f"{other} is not whole and left out: {why}")
     if not best:
         return checkpoints[0]
     kept = read_best(path / CHECKPOINTS)

@@ -64,7 +64,7 @@ def load_inputs(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt) -> None:
     """
     tokenizer = inputs.tokenizer
     if tokenizer is None:
-        inputs.unchecked.append("the prompts, because the student's tokenizer could not be loaded")
+        inputs.unchecked.append("the prompts: they need the student's tokenizer")
         return
     tokenizers = inputs.teacher_tokenizers
     inputs.train = attempt(lambda: load_training_prompts(cfg.data, tokenizer, tokenizers))

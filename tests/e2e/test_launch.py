@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.slurm"))
 
@@ -69,6 +67,7 @@ def test_a_run_that_ends_by_itself(tmp_path, script):
     assert not (tmp_path / "scontrol").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
 def test_the_end_of_the_job_is_passed_on_and_the_job_is_queued_again(tmp_path, script):
     process = start(tmp_path, script, "when told")

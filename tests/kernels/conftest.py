@@ -1,4 +1,4 @@
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 import torch
@@ -16,22 +16,19 @@ if triton_backend.INTERPRETED:
     interpreter.small_blocks()
 
 
-EVERY = 13
-"""No divisor of a number of cases, so that every value of each parameter is among those kept."""
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all but every 13th of a test's Triton cases where these are interpreted, which
-    takes a hundred times as long as the other backends."""
-    seen: Counter[str] = Counter()
+    """Mark as slow the Triton cases of a test that have no new value of any parameter, where the
+    kernels are interpreted: that takes a hundred times as long as the other backends."""
+    seen: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for item in items:
         call = getattr(item, "callspec", None)
         if triton_backend.INTERPRETED and call and call.params.get("backend") == "triton":
-            test = item.nodeid.partition("[")[0]
-            if seen[test] % EVERY:
+            values = {(name, repr(value)) for name, value in call.params.items()}
+            known = seen[item.nodeid.partition("[")[0]]
+            if values <= known:
                 item.add_marker(pytest.mark.slow)
-            seen[test] += 1
+            known |= values
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,6 @@ from oprd_kernels import doctor, native
 from oprd_kernels.backends import cuda, registry
 from oprd_kernels.call import LossCall
 
-pytestmark = pytest.mark.slow  # compiles for every target
-
 
 @pytest.fixture(scope="module")
 def reports():
@@ -21,6 +19,7 @@ def reports():
         pytest.skip(str(reason))
 
 
+@pytest.mark.slow
 def test_every_unit_compiles_for_every_architecture(reports):
     found = {(unit, r.arch) for unit, r in reports}
     assert found == {(u, a) for u in gpu_cuda.UNITS for a in gpu_cuda.ARCHITECTURES}
@@ -35,11 +34,13 @@ def test_every_unit_compiles_for_every_architecture(reports):
             assert any(name in kernel for kernel in kernels)
 
 
+@pytest.mark.slow
 def test_nothing_is_spilled_or_kept_in_local_memory(reports):
     assert not [r for _, r in reports if r.spill or r.local]
     assert all(r.registers > 0 for _, r in reports)
 
 
+@pytest.mark.slow
 def test_vectors_are_read_and_written_16_bytes_at_a_time(reports):
     for unit, r in reports:
         if unit == "reduce" or "prepare_terms" in r.kernel:
@@ -52,11 +53,13 @@ def test_vectors_are_read_and_written_16_bytes_at_a_time(reports):
         assert (r.vector_stores > 0) == (vectorised and writes_rows), r
 
 
+@pytest.mark.slow
 def test_16_bit_states_are_projected_on_tensor_cores(reports):
     for _, r in reports:
         assert bool(r.matrix) == ("tensor_forward" in r.kernel), r
 
 
+@pytest.mark.slow
 def test_two_blocks_of_the_projection_fit_an_sm(reports):
     for _, r in reports:
         assert 0.12 < r.occupancy <= 1, r

@@ -12,8 +12,6 @@ import pytest
 pytest.importorskip("triton")
 from benchmarks.gpu_code import Missing, find_cuobjdump
 
-pytestmark = pytest.mark.slow  # compiles for every target
-
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 PRODUCTS = (
     "projected_forward", "project", "half_backward", "tiled_backward", "projector_gradient",
@@ -58,6 +56,7 @@ def kernels(request, compiled):
     return compiled[request.param].result()
 
 
+@pytest.mark.slow
 def test_nothing_spills(kernels):
     spilled = [k for k in kernels if k["spill"] or k["local"]]
     assert not spilled
@@ -68,11 +67,13 @@ SHARED = {"sm80": 101376, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
 """Bytes of shared memory that a program may have; sm80: the least of that generation (sm_86)."""
 
 
+@pytest.mark.slow
 def test_shared_memory_suffices(kernels):
     greedy = [k for k in kernels if k["shared"] > SHARED[k["arch"]]]
     assert not greedy
 
 
+@pytest.mark.slow
 def test_activations_move_in_128_bits(kernels):
     """Every row-wise load and store: what is narrower are indices, weights, statistics and dz."""
     for k in kernels:
@@ -85,6 +86,7 @@ def test_activations_move_in_128_bits(kernels):
             assert k["vector_loads"] >= (1 if k["kernel"] == "tiled_backward" else 2), k
 
 
+@pytest.mark.slow
 def test_products_use_tensor_cores(kernels):
     names = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
     seen = 0
@@ -95,10 +97,12 @@ def test_products_use_tensor_cores(kernels):
     assert seen >= 20
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_backend_is_in_the_table(kernels):
     assert {k["kernel"] for k in kernels} == KERNELS
 
 
+@pytest.mark.slow
 def test_every_option_compiles():
     assert int(run("tests.kernels.triton_options")) > 100
 

@@ -15,5 +15,7 @@ class _Keeper(logging.Handler):
 def listen(module) -> list[str]:
     """The messages that a module logs from here on, in a list that grows."""
     messages: list[str] = []
+    for handler in [h for h in module.logger.handlers if isinstance(h, _Keeper)]:
+        module.logger.removeHandler(handler)  # an earlier test's
     module.logger.addHandler(_Keeper(messages))
     return messages

@@ -1,4 +1,5 @@
-"""Trains on fixed rollouts, on as many ranks as torchrun starts; for `test_sharding`.
+"""Trains on fixed rollouts, on as many ranks as torchrun starts; for
+`tests/oprd/distributed/test_fsdp.py`.
 
     torchrun --nproc-per-node 2 -m tests.support.on_ranks DIRECTORY CASE [CASE ..]
 

@@ -1,5 +1,5 @@
 """Measures what a rank holds in a step of training, beside what is planned; for
-`test_training_plan`.
+`tests/oprd/memory_plan/test_run.py`.
 
     torchrun --nproc-per-node 2 -m tests.support.plan_on_ranks DIRECTORY CASE [CASE ..]
 """

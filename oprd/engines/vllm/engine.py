@@ -22,6 +22,7 @@ from oprd.config import MAX_LOGPROB_GAP, DType, SamplingParams, TrainConfig, Vll
 from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
 from oprd.engines.vllm.process import EngineProcess, free_port
+from oprd.observability.console import ANY_RANK
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +287,8 @@ class VllmEngine:
             if lost:
                 self.restarts += 1
                 logger.warning(
-                    f"{failure}\nIt is restarted ({self.restarts}/{self.cfg.max_restarts})."
+                    f"{failure}\nIt is restarted ({self.restarts}/{self.cfg.max_restarts}).",
+                    extra=ANY_RANK,
                 )
             recovering = True
 

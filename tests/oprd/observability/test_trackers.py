@@ -161,7 +161,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     monkeypatch.setattr("oprd.training.preflight.check_trackers", lambda cfg: None)
     cfg = small_run(tmp_path / "run", eval__sets={}, logging=LoggingConfig(["wandb"]))
     assert train(cfg).steps == 3
-    assert "no route to host" in warned.pop()
+    assert Broken.calls == 2
     assert "no route to host" in warned.pop()
     assert capsys.readouterr().out.count("ConnectionError: no route to host") == 1
     assert len(steps_of(tmp_path / "run")) == 3

@@ -41,7 +41,6 @@ def weights(directory):
     return AutoModelForCausalLM.from_pretrained(directory).model.embed_tokens.weight
 
 
-@pytest.mark.slow
 def test_each_stage_goes_on_from_the_last(tmp_path, capsys):
     cli.main(write(tmp_path))
     out = tmp_path / "out"

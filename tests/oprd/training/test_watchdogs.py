@@ -244,7 +244,6 @@ with hang_watchdog.watching(2.0, directory):
 """
 
 
-@pytest.mark.slow
 def test_slow_is_not_hung(tmp_path):
     ran = run_script(tmp_path, ALONE)
     assert ran.returncode == hang_watchdog.EXIT_CODE

@@ -9,6 +9,7 @@ import torch
 
 from oprd.benchmark.config import GainsConfig
 from oprd.benchmark.gains_plan import check, check_memory, make_plan, model_config, shape_of
+from oprd.distributed.device import check_device
 from oprd.errors import ConfigError
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape
@@ -92,7 +93,7 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
     config = model_config(cfg)
     shape = shape_of(config, "student")
     theirs = teacher_shape(cfg, config)
-    device = device_of(cfg)
+    device = check_device(cfg.device)
     plan = make_plan(cfg, shape, theirs, device.type == "cuda")
     if dry_run:
         gains_report.show_prediction(cfg, shape, plan, console)
@@ -104,13 +105,6 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
     report = gains_report.make_report(cfg, command, device, shape, plan, measured)
     gains_report.show_report(report, console)
     gains_report.write_report(report, cfg.output_dir)
-
-
-def device_of(cfg: GainsConfig) -> torch.device:
-    """Return the device to measure on."""
-    if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(cfg.device)
 
 
 def teacher_shape(cfg: GainsConfig, student_config: Any) -> Shape | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -21,7 +20,7 @@ from oprd.bridge.import_public import read_ps_bank
 from oprd.bridge.preflight import check_fit
 from oprd.bridge.show import tables
 from oprd.bridge.sweep import sweep
-from oprd.cli.environment import conclusion, leave_out_an_unreachable_hub, quiet_libraries
+from oprd.cli.environment import leave_out_an_unreachable_hub, print_conclusion, quiet_libraries
 from oprd.cli.parser import Parser, run_command
 from oprd.distributed import run_main
 from oprd.errors import ConfigError
@@ -101,11 +100,7 @@ def run_fit(options: Namespace) -> None:
         print("layers (student<-teacher): " + ", ".join(f"{s}<-{t}" for s, t in checked.pairs))
     if checked.prompts:
         print(f"prompts: {len(checked.prompts)}, {checked.held_out_prompts} of them held out")
-    for note in checked.notes:
-        print(f"note: {note}")
-    for item in checked.unchecked:
-        print(f"not checked: {item}")
-    print(conclusion(bool(checked.unchecked), "the fit"))
+    print_conclusion("the fit", checked.notes, checked.unchecked)
 
 
 def run_sweep(options: Namespace) -> None:
@@ -164,15 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parsed = parser.instantiate(parser.parse_args(argv))
     options = parsed[parsed.command]
     quiet_libraries()
-    if parsed.command == "fit":
-        command = partial(run_fit, options)
-    elif parsed.command == "sweep":
-        command = partial(run_sweep, options)
-    elif parsed.command == "import":
-        command = partial(run_import, options)
-    else:
-        command = partial(run_show, options)
-    run_command("oprd-bridge", command)
+    command = {"fit": run_fit, "sweep": run_sweep, "import": run_import, "show": run_show}
+    run_command("oprd-bridge", lambda: command[parsed.command](options))
 
 
 if __name__ == "__main__":  # for torchrun

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterable, Sequence
 
 import huggingface_hub.constants
 
@@ -45,13 +46,19 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def conclusion(unchecked: bool, what: str) -> str:
-    """Return the last line of a dry run without errors.
+def print_conclusion(what: str, notes: Iterable[str], unchecked: Sequence[str]) -> None:
+    """Print the last lines of a dry run without errors.
 
     Args:
-        unchecked: whether something could not be checked.
         what: what was checked, for the message.
+        notes: what the user should know.
+        unchecked: what could not be checked.
     """
+    for note in notes:
+        print(f"note: {note}")
+    for item in unchecked:
+        print(f"not checked: {item}")
     if unchecked:
-        return "the configuration is consistent as far as it could be checked from here"
-    return f"everything checked: {what} can start"
+        print("the configuration is consistent as far as it could be checked from here")
+    else:
+        print(f"everything checked: {what} can start")

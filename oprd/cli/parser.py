@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from jsonargparse import ArgumentParser
 
-from oprd.config.io import explained
+from oprd.config.io import explained, option_names
 from oprd.errors import ConfigError
 from oprd.observability.console import shown
 
@@ -17,12 +17,8 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None):
         """Print the message and exit with code 2."""
-        sys.stderr.write(f"{self.prog}: error: {explained(message, self.option_names())}\n")
+        sys.stderr.write(f"{self.prog}: error: {explained(message, option_names(self))}\n")
         sys.exit(2)
-
-    def option_names(self) -> list[str]:
-        """Return the dotted names of all options."""
-        return [action.dest for action in self._actions if action.dest != "help"]
 
 
 def run_command(prog: str, command: Callable[[], object], interrupted: str = "interrupted") -> None:

@@ -9,13 +9,13 @@ torchrun --nproc-per-node 2 -m oprd.cli.train # several ranks
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from oprd.cli.environment import conclusion, leave_out_an_unreachable_hub, quiet_libraries
+from oprd.cli.environment import leave_out_an_unreachable_hub, print_conclusion, quiet_libraries
 from oprd.cli.parser import Parser, run_command
 from oprd.config import EvalConfig, TrainConfig
 from oprd.distributed import run_main
@@ -78,56 +78,54 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(parser: Parser, parsed: Namespace) -> None:
-    from oprd.training.trainer import TrainingStopped
-
-    plan = parser.instantiate(parsed).plan
-    if plan.gpus is not None and not parsed.dry_run:
+    plans = parsed.plan.gpus is not None
+    if plans and not parsed.dry_run:
         raise ConfigError("plan.gpus only plans a run: add --dry_run")
-    if plan.gpus is not None and parsed.stages:
+    if plans and parsed.stages:
         raise ConfigError(
             "plan.gpus plans a single run, but there are stages: plan each stage alone, with "
             "--stages '{}' and its options"
         )
-    if parsed.dry_run:
-        _dry_run(parser, parsed, plan)
+    if parsed.stages:
+        _run_stages(parsed)
         return
+    made = parser.instantiate(parsed)
+    if not parsed.dry_run:
+        from oprd.training.trainer import train
+
+        _finish(lambda: train(to_config(made)))
+        return
+    made.plan.check()
+    if not dry_run(to_config(made), made.plan):
+        sys.exit(1)
+
+
+def _run_stages(parsed: Namespace) -> None:
+    from oprd.training import stages
+
+    plain = {k: v for k, v in parsed.as_dict().items() if k not in CONTROLS}
+    if not parsed.dry_run:
+        _finish(lambda: stages.run_stages(plain, parsed.stages))
+        return
+    unchecked = stages.check(stages.stage_values(plain, parsed.stages), dry_run=True)
+    print_conclusion(
+        f"the stages {', '.join(parsed.stages)}",
+        notes=(),
+        unchecked=[f"{name}: {item}" for name, items in unchecked.items() for item in items],
+    )
+
+
+def _finish(run: Callable[[], Summary | None]) -> None:
+    """Call ``run``; exit with the code of what ended it, unless it finished."""
+    from oprd.training.trainer import TrainingStopped
+
     try:
-        summary = _train(parser, parsed)
+        summary = run()
     except TrainingStopped as error:
         sys.stderr.write(f"oprd-train: stopped: {error}\n")
         sys.exit(1)
     if summary is not None and summary.stopped_by is not None:
         sys.exit(128 + summary.stopped_by)
-
-
-def _plain(parsed: Namespace) -> dict[str, Any]:
-    return {k: v for k, v in parsed.as_dict().items() if k not in CONTROLS}
-
-
-def _train(parser: Parser, parsed: Namespace) -> Summary | None:
-    from oprd.training.stages import run_stages
-    from oprd.training.trainer import train
-
-    if parsed.stages:
-        return run_stages(_plain(parsed), parsed.stages)
-    return train(to_config(parser.instantiate(parsed)))
-
-
-def _dry_run(parser: Parser, parsed: Namespace, plan: PlanConfig) -> None:
-    """Check the configuration; exit with code 1 if the planned run does not fit."""
-    from oprd.training import stages
-
-    if parsed.stages:
-        values = stages.stage_values(_plain(parsed), parsed.stages)
-        unchecked = stages.check(values, dry_run=True)
-        for name, items in unchecked.items():
-            for item in items:
-                print(f"not checked: {name}: {item}")
-        print(conclusion(any(unchecked.values()), f"the stages {', '.join(parsed.stages)}"))
-        return
-    plan.check()
-    if not dry_run(to_config(parser.instantiate(parsed)), plan):
-        sys.exit(1)
 
 
 def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
@@ -157,11 +155,7 @@ def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
             print(f"prompts {name}: {len(prompts)}, the longest {longest} tokens")
     if inputs.resume.checkpoints:
         print(f"resume: from {inputs.resume.checkpoints[0].path}")
-    for note in inputs.notes:
-        print(f"note: {note}")
-    for item in inputs.unchecked:
-        print(f"not checked: {item}")
-    print(conclusion(bool(inputs.unchecked), "the run"))
+    print_conclusion("the run", inputs.notes, inputs.unchecked)
     return plan.gpus is None or show_training_plan(cfg, plan, inputs.bridge_ranks)
 
 

@@ -46,9 +46,13 @@ def from_values(values: Mapping[str, Any]) -> TrainConfig:
     try:
         made = parser.instantiate(parser.parse_object(dict(values)))
     except ArgumentError as error:
-        names = [action.dest for action in parser._actions if action.dest != "help"]
-        raise ConfigError(explained(str(error), names)) from error
+        raise ConfigError(explained(str(error), option_names(parser))) from error
     return TrainConfig(**vars(made))
+
+
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Return the dotted names of all options of a parser."""
+    return [action.dest for action in parser._actions if action.dest != "help"]
 
 
 def explained(message: str, names: Sequence[str]) -> str:

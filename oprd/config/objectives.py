@@ -47,16 +47,6 @@ class DistillConfig(DistillOptions):
     all of them are supervised by the states that predict them.
 
     Attributes:
-        kind: loss: ``mse`` (Eq. 6), ``nmse`` or ``cosine``. Their scales differ: ``nmse`` is 2/d
-            times ``cosine``.
-        layers: compared layers: ``last``, ``all``, ``even``, ``odd`` or a list of student blocks,
-            counted from 0.
-        positions: supervised response tokens: ``all``, ``last``, ``last_k`` or ``first_k``.
-        k: number of tokens for ``last_k`` and ``first_k``.
-        shift: hidden state that is compared for a token. ``after``: the state that has read the
-            token. ``before``: the state that predicts it.
-        reduction: ``token-mean`` or ``seq-mean`` over the global batch.
-        backend: kernel backend: ``auto``, ``cuda``, ``triton``, ``cpu`` or ``reference``.
         init_head_from_teacher: copy the teacher's LM head into the student before training. OPRD
             gives an untied LM head no gradient. (This option is not in the paper.)
     """

@@ -161,33 +161,9 @@ def chunked(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        student_Md,
-        weight,
-        bias,
-        head,
-        loss,
-        teacher_logits,
-        tokens_M,
-        weights_M,
-        denominator,
-        chunk,
-    ):
+    def forward(ctx, student_Md, *arguments):
         with torch.autocast(student_Md.device.type, enabled=False):
-            return _Chunked._forward(
-                ctx,
-                student_Md,
-                weight,
-                bias,
-                head,
-                loss,
-                teacher_logits,
-                tokens_M,
-                weights_M,
-                denominator,
-                chunk,
-            )
+            return _Chunked._forward(ctx, student_Md, *arguments)
 
     @staticmethod
     def _forward(

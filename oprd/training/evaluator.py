@@ -34,15 +34,15 @@ class Subject:
     is_kept: bool = True
     may_be_best: bool = False
 
+    @classmethod
+    def of_teacher(cls, name: str) -> Subject:
+        """Return the subject for the teacher ``name`` ("" if the run has one teacher)."""
+        return cls(f"teacher {name}".strip(), teacher=name)
+
 
 BEFORE = Subject("student before")
 DURING = Subject("student", is_kept=False, may_be_best=True)
 AFTER = Subject("student after", may_be_best=True)
-
-
-def teacher(name: str) -> Subject:
-    """Return the subject for the teacher ``name`` ("" if the run has one teacher)."""
-    return Subject(f"teacher {name}".strip(), teacher=name)
 
 
 class Evaluator:

@@ -39,7 +39,6 @@ from oprd.observability.run_log import RunLog
 from oprd.observability.signals import Interrupt
 from oprd.observability.summary import EvalResult, Summary, plain, write_summary
 from oprd.observability.timer import PhaseTimer
-from oprd.training import evaluator
 from oprd.training.batches import global_batch
 from oprd.training.evaluator import AFTER, BEFORE, DURING, Evaluator, Subject
 from oprd.training.inputs import RunInputs
@@ -237,7 +236,7 @@ class Trainer:
         self.student = builder.student
         check_space(cfg, self.directory, self.student)
         for name in cfg.all_teachers if cfg.eval.teacher else ():
-            subject = evaluator.teacher(name)
+            subject = Subject.of_teacher(name)
             if self.evaluator.is_done(subject):
                 continue
             with self.timer("loading"):

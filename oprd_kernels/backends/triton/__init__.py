@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Missing:
-    """A placeholder for the backend if Triton can't be imported."""
+    """The backend if Triton can't be imported: unavailable, with the reason."""
 
     name = "triton"
 

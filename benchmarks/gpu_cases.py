@@ -24,10 +24,12 @@ PEERS = ("eager", "compile", "liger", "three GEMMs")
 
 @dataclass(frozen=True)
 class Variant:
-    """``whole``: loss and gradient; ``forward``: the loss alone, where it is timed apart."""
+    """``whole``: loss and gradient; ``forward``: the loss alone, where it is timed apart;
+    ``in_graph``: whether a CUDA graph can hold them."""
 
     whole: Callable[[], object]
     forward: Callable[[], object] | None = None
+    in_graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,12 @@ def identity(how: str, m: int, d: int, dtype: str, with_peers: bool, compile: bo
 
 def _identity(how: str, x: Tensor, teacher: Tensor, backend: str, ready: bool = True) -> Variant:
     if how == "rep_tap":
+        # A leaf of its own: autograd binds a leaf to the stream of its first graph, which is then
+        # not captured with another.
+        leaf = x.detach().requires_grad_()
         return Variant(
             flow(lambda h: rep_tap(h, teacher, backend=backend), x, False),
-            lambda: rep_tap(x, teacher, backend=backend)[1],
+            lambda: rep_tap(leaf, teacher, backend=backend)[1],
         )
     inplace = how == "in place"
     return _gradient(
@@ -146,10 +151,11 @@ def bridge(
             function = compiled(peers.eager_projected, "gpu", rank, m, d, dtype)
             found["compile"] = _gradient(lambda: function(x, teacher, p_s, p_t, middle), *of)
             if find_spec("liger_kernel"):
-                found["liger"] = _gradient(
-                    lambda: peers.liger(x, teacher, p_s, p_t, compiled=liger_compiles()),
-                    x,
-                    ready=False,
+                found["liger"] = Variant(
+                    lambda: torch.autograd.grad(
+                        peers.liger(x, teacher, p_s, p_t, compiled=liger_compiles()), x
+                    ),
+                    in_graph=False,  # it waits for the device
                 )
         return found
 

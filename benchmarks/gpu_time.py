@@ -40,17 +40,23 @@ class Recorded:
     kept: object = None
 
 
-def record(calls: Sequence[Call]) -> Recorded:
-    """Make one run of ``calls``, which are warm already."""
+def record(calls: Sequence[Call], in_graph: bool = True) -> Recorded:
+    """Make one run of ``calls``, which are warm already, by a CUDA graph if that can be.
+
+    Args:
+        in_graph: False if it is known that it can't.
+    """
     if not torch.cuda.is_available():
         return Recorded(lambda: [call() for call in calls], len(calls), "wall clock", 0.0)
-    try:
-        graph, kept = _capture(calls)
-    except RuntimeError:  # it waits for the device, say
-        torch.cuda.synchronize()
-        run, method, kept = (lambda: [call() for call in calls]), "queued", None
-    else:
-        run, method = graph.replay, "graph"
+    run, method, kept = (lambda: [call() for call in calls]), "queued", None
+    if in_graph:
+        try:
+            graph, kept = _capture(calls)
+        except RuntimeError as error:  # it waits for the device, say
+            print(f"not captured in a graph: {error}"[:300], flush=True)
+            torch.cuda.synchronize()
+        else:
+            run, method = graph.replay, "graph"
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -63,20 +69,32 @@ def record(calls: Sequence[Call]) -> Recorded:
 def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[object]]:
     """Without torch.cuda.graph, whose garbage collection takes longer than all the rest."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    pool = torch.cuda.graph_pool_handle()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         calls[0]()
         torch.cuda.synchronize()
-        graph.capture_begin()
+        graph.capture_begin(pool=pool)
         try:
             kept = [call() for call in calls]
         except Exception as error:
-            with suppress(RuntimeError):  # it was invalidated
-                graph.capture_end()
-            raise RuntimeError(f"not captured: {error}") from error
+            _give_up(graph, pool)
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
     return graph, kept
+
+
+def _give_up(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End a capture that failed, and with it the allocator's use of ``pool``: else no memory could
+    be given back to the GPU any more."""
+    try:
+        graph.capture_end()
+    except RuntimeError:  # it was invalidated
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
 
 
 def in_turns(

@@ -215,11 +215,9 @@ def small_blocks() -> None:
     configurations that GPUs get are compiled in tests, not interpreted."""
     from oprd_kernels.backends.triton import configs
 
-    for table in (configs._HALF, configs._FLOAT):
+    for table in (configs._HALF, configs._FLOAT, configs._RESIDENT):
         for generation in table:
             table[generation] = dict.fromkeys(table[generation], (32, 64, 128, 2))
     for table in (configs._PROJECT, configs._FEW):
         for generation in table:
             table[generation] = (32, 64, 128, 2)
-    for rank in configs._RESIDENT:
-        configs._RESIDENT[rank] = (32, 64, 128, 2)

@@ -143,7 +143,8 @@ __launch_bounds__(Group::kMaxThreads, Group::kMinBlocks)
 }
 
 
-// 1 << log_split warps share a row, chunk by chunk. Whole says that rows consist of whole chunks.
+// 1 << log_split warps share a row, usually a chunk each, so that all loads are issued before the
+// first use. Whole says that rows consist of whole chunks.
 template <DType D, bool Vector, int Chunk, bool Whole>
 __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
     identity_backward(const __grid_constant__ Parameter<IdentityBackward> call) {
@@ -154,13 +155,13 @@ __global__ void __launch_bounds__(WarpGroup::kMaxThreads)
   const Batch& batch = call.batch;
   const i64 warp = WarpGroup{}.row();
   const i64 i = warp >> call.log_split;
-  if (i >= batch.rows) return;
+  const int units = layer.width / U::kElements;
+  const int first = (static_cast<int>(warp) & ((1 << call.log_split) - 1)) * (kWarp * Chunk);
+  if (i >= batch.rows || first >= units) return;
   const float w = weight(batch, i);
   const i64 n = student_row(batch, i);
   type* grad = row_of<type>(layer.grad, n);
   const float scale = load(call.scale);
-  const int units = layer.width / U::kElements;
-  const int first = (static_cast<int>(warp) & ((1 << call.log_split) - 1)) * (kWarp * Chunk);
   const int step = (kWarp * Chunk) << call.log_split;
   const int lane = threadIdx.x % kWarp;
   if (w == 0.f || scale == 0.f) {  // gradient 0, whatever the row holds
@@ -276,18 +277,18 @@ void launch_identity_forward(const Problem* problems, const ForwardOut* outs, in
   });
 }
 
-constexpr i64 kEnoughWarps = 8 * 4 * 148;  // eight per scheduler of a B200
-
 template <DType D, bool Vector, int Chunk, bool Whole>
 void launch_chunks_backward(IdentityBackward& call, int units, Launch launch_as) {
   const i64 rows = call.batch.rows;
   call.log_split = 0;
-  while ((kWarp * Chunk) << call.log_split < units &&
-         (rows << call.log_split) * launch_as.layers < kEnoughWarps) {
+  const auto blocks = [&](int log_split) {
+    return ((rows << log_split) + kWarpRows - 1) / kWarpRows;
+  };
+  while (i64{kWarp * Chunk} << call.log_split < units && blocks(call.log_split + 1) <= kMaxBlocks) {
     ++call.log_split;
   }
   launch_as.kernel = "identity_backward";
-  launch_as.blocks = ((rows << call.log_split) + kWarpRows - 1) / kWarpRows;
+  launch_as.blocks = blocks(call.log_split);
   launch_as.threads = WarpGroup::kMaxThreads;
   launch(launch_as, identity_backward<D, Vector, Chunk, Whole>, call);
 }

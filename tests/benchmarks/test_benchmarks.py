@@ -134,14 +134,19 @@ def test_report_writes_table_and_plot(tmp_path):
 class MockedGraph:
     """A CUDA graph whose replay does again what was called during the capture."""
 
+    invalid = False
+
     def __init__(self):
         self.capturing = False
 
-    def capture_begin(self):
+    def capture_begin(self, pool):
+        assert pool == (0, 7)
         self.capturing = True
 
     def capture_end(self):
         self.capturing = False
+        if self.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def replay(self):
         assert not self.capturing
@@ -151,6 +156,7 @@ class MockedGraph:
 def mocked_graph(monkeypatch, mocked_cuda):
     stream = SimpleNamespace(wait_stream=lambda _: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MockedGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
@@ -163,8 +169,14 @@ def test_calls_are_captured_and_their_results_kept(mocked_graph):
     assert len(seconds["both"]) == 3
 
 
-def test_what_cannot_be_captured_is_queued(mocked_graph):
-    calls = []
+@pytest.mark.parametrize("invalid", [False, True])
+def test_what_cannot_be_captured_is_queued(mocked_graph, monkeypatch, invalid):
+    """If the error has ended the capture, the allocator is told."""
+    calls, told = [], []
+    monkeypatch.setattr(MockedGraph, "invalid", invalid)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args: told.append(args), raising=False)
 
     def waits_for_the_device():
         calls.append(1)
@@ -175,3 +187,8 @@ def test_what_cannot_be_captured_is_queued(mocked_graph):
     assert recorded.method == "queued"
     recorded.run()
     assert len(calls) == 5
+    assert told == ([(3, (0, 7))] * 2 if invalid else [])
+
+
+def test_what_is_known_not_to_be_captured_is_queued(mocked_graph):
+    assert gpu_time.record([lambda: None], in_graph=False).method == "queued"

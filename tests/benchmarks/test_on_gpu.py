@@ -49,11 +49,12 @@ def no_options_of_this_run(monkeypatch):
 
 def run_script(out, *options, bin=None, **environment):
     path = os.environ["PATH"] if bin is None else f"{bin}{os.pathsep}{os.environ['PATH']}"
+    own = {"OMP_NUM_THREADS": "1", "OPRD_WHEELS": str(out.parent / "no_wheels")}
     return subprocess.run(
         ["bash", str(ROOT / "benchmarks/on_gpu.sh"), str(out), *options],
         capture_output=True,
         text=True,
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PATH": path} | own | environment,
         cwd=out.parent,
     )
 

@@ -193,3 +193,18 @@ def test_the_cuda_backend_launches_on_the_machine_it_is_given(monkeypatch):
     monkeypatch.setattr(cuda.BACKEND, "machine", None)
     with pytest.raises(BackendUnavailable, match="NVIDIA GPU, not on cpu"):
         fused_rep_loss(student, T, backend="cuda")
+
+
+@pytest.mark.parametrize("rank", [0, 8, 64])
+def test_auto_on_a_gpu_takes_the_faster_backend(monkeypatch, rank):
+    """The CUDA kernels for the states themselves, Triton's for projections."""
+    monkeypatch.setattr(registry, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(registry, "_unsupported", lambda backend, calls: None)
+    on_gpu = [torch.empty(n, 8, device="meta") for n in (6, 6)]
+    proj = torch.empty(rank, 8, device="meta") if rank else None
+    call = LossCall(*on_gpu, student_proj=proj, teacher_proj=proj)
+    assert registry.choose("auto", [call]) == ("triton" if rank else "cuda")
+    monkeypatch.setattr(
+        registry, "unavailable", lambda name, device: "missing" if name == "triton" else None
+    )
+    assert registry.choose("auto", [call]) == "cuda"

@@ -1,10 +1,10 @@
 """Launch configurations: a small fixed table by device generation, width and rank.
 
 Nothing is tuned at run time. A batch with another number of rows needs no recompilation, because
-few rows select another kernel rather than another configuration. The values were chosen from the
-registers, spills and shared memory of the compiled code (``python -m benchmarks.gpu_static``), and
-for sm90 also from measurements of similar kernels on such a GPU. The kernels here have not run on a
-GPU.
+few rows select another kernel rather than another configuration. The values for sm90 are the
+fastest of several on an H200, with 65,536 rows, 2,048 and 2,560 wide (few rows: 4,096). The others
+were chosen from the registers, spills and shared memory of the compiled code (``python -m
+benchmarks.gpu_static``) and have not run on such a GPU.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def wide_row(generation: str) -> RowConfig:
 # ranks floats must fit the registers of the threads; two must, if both sides are in one program.
 _HALF = {
     "sm90": {
-        8: (128, 64, 128, 4),
+        8: (128, 64, 128, 3),
         16: (128, 64, 128, 4),
-        32: (128, 64, 256, 3),
-        64: (128, 64, 256, 3),
-        128: (128, 64, 256, 3),
+        32: (128, 64, 128, 4),
+        64: (128, 64, 128, 3),
+        128: (128, 64, 256, 4),
     },
     "sm80": {
         8: (64, 64, 128, 3),
@@ -110,10 +110,10 @@ _HALF = {
 """For `projected_forward` of 16-bit states."""
 _FLOAT = {
     "sm90": {
-        16: (128, 64, 256, 3),
-        32: (128, 64, 256, 3),
-        64: (128, 64, 256, 2),
-        128: (128, 64, 256, 2),
+        16: (128, 64, 128, 3),
+        32: (64, 64, 128, 3),
+        64: (128, 64, 256, 3),
+        128: (128, 64, 256, 3),
     },
     "sm80": {
         16: (64, 32, 256, 3),
@@ -131,20 +131,43 @@ _FLOAT = {
 }
 """For `projected_forward` and `project` if a side has float32 states."""
 _PROJECT = {
-    "sm90": (256, 64, 256, 3),
+    "sm90": (128, 64, 128, 4),
     "sm80": (128, 64, 256, 3),
     "sm100": (128, 64, 256, 3),
     "gfx942": (128, 32, 256, 2),
 }
 """For `project` of 16-bit states with RANK_BLOCK ranks."""
-_FEW = {"sm90": (64, 64, 128, 3), "sm80": (64, 64, 128, 3), "gfx942": (64, 32, 256, 2)}
+_FEW = {"sm90": (64, 64, 128, 4), "sm80": (64, 64, 128, 3), "gfx942": (64, 32, 256, 2)}
 """For `project` of few rows of 16-bit states."""
 _RESIDENT = {
-    16: (64, 128, 128, 3),
-    32: (64, 128, 128, 3),
-    64: (128, 64, 256, 3),
-    128: (128, 64, 256, 3),
-    256: (128, 128, 256, 2),
+    "sm90": {
+        16: (64, 128, 128, 3),
+        32: (64, 128, 128, 3),
+        64: (64, 128, 128, 3),
+        128: (128, 64, 256, 3),
+        256: (64, 32, 128, 4),
+    },
+    "sm80": {
+        16: (64, 128, 128, 3),
+        32: (64, 128, 128, 3),
+        64: (128, 64, 256, 3),
+        128: (128, 64, 256, 3),
+        256: (64, 64, 256, 2),
+    },
+    "sm100": {
+        16: (64, 128, 128, 3),
+        32: (64, 128, 128, 3),
+        64: (128, 64, 256, 3),
+        128: (128, 64, 256, 3),
+        256: (128, 128, 256, 2),
+    },
+    "gfx942": {
+        16: (64, 128, 128, 2),
+        32: (64, 128, 128, 2),
+        64: (128, 64, 256, 2),
+        128: (128, 64, 256, 2),
+        256: (128, 128, 256, 2),
+    },
 }
 """For `half_backward`."""
 
@@ -189,7 +212,7 @@ def comparison(generation: str, ranks: int) -> Config:
 
     ``ranks`` must be a power of two.
     """
-    rows = max(min(4096 // ranks, 128), 1)
+    rows = max(min(2048 // ranks, 128), 1)
     threads = min(max(rows * ranks // 16, 128), 512)
     return _config((rows, 0, threads, 1), ranks, generation)
 
@@ -197,29 +220,32 @@ def comparison(generation: str, ranks: int) -> Config:
 @functools.cache
 def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
     """Return the configuration of backward for bfloat16 states; ``ranks`` is in RESIDENT_RANKS."""
-    rows, columns, threads, stages = _RESIDENT[ranks]
-    if ranks == 256 and generation == "sm80":  # fits the least shared memory of that generation
-        rows, columns = 64, 64
-    elif ranks == 256 and accumulate:
-        columns = 64
-    if generation == "gfx942":
-        stages = 2
+    rows, columns, threads, stages = _table(generation, _RESIDENT)[ranks]
+    if accumulate:
+        columns = min(columns, 16384 // ranks)
     return _config((rows, columns, threads, stages), ranks, generation)
 
 
 @functools.cache
 def tiled_backward(generation: str, ranks: int) -> Config:
     """Return the configuration of backward for all other states."""
-    if generation in ("sm90", "sm100"):
+    if generation == "sm90":
+        return _config((64, 128, 128, 2), min(ranks, 64), generation)
+    if generation == "sm100":
         return _config((128, 64, 256, 2), min(ranks, 64), generation)
     return _config((64, 64, 256, 2), min(ranks, 32), generation)
 
 
 @functools.cache
-def projector_gradient(generation: str, ranks: int) -> Config:
+def projector_gradient(generation: str, ranks: int, is_float: bool) -> Config:
     """Return the configuration of the projector's gradient.
 
-    It holds the rows processed at a time, and the columns and ranks of a program.
+    It holds the rows processed at a time, and the columns and ranks of a program. ``is_float`` says
+    that the states are float32.
     """
-    values = (32, 64, 256, 2) if generation == "gfx942" else (64, 128, 256, 2)
+    values = (64, 128, 256, 2)
+    if generation == "sm90":
+        values = (32 if is_float else 64, 128, 128, 3)
+    elif generation == "gfx942":
+        values = (32, 64, 256, 2)
     return _config(values, min(ranks, 64), generation)

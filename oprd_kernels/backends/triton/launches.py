@@ -346,7 +346,7 @@ def projector_gradient_launches(
     width, dtype = student[0][-1], student[2]
     layout = plan(rank, width, 0, dtype, dtype)
     k = layout.k
-    config = configs.projector_gradient(arch, k)
+    config = configs.projector_gradient(arch, k, dtype is torch.float32)
     tiles = cdiv(width, config.columns), k // config.ranks
     parts = max(min(2 * wanted // (tiles[0] * tiles[1]), cdiv(m, 4 * config.rows)), 1)
     chunk = cdiv(cdiv(m, parts), config.rows) * config.rows

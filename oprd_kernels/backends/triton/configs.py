@@ -227,10 +227,11 @@ def half_backward(generation: str, ranks: int, accumulate: bool) -> Config:
 
 
 @functools.cache
-def tiled_backward(generation: str, ranks: int) -> Config:
+def tiled_backward(generation: str, ranks: int, accumulate: bool) -> Config:
     """Return the configuration of backward for all other states."""
     if generation == "sm90":
-        return _config((64, 128, 128, 2), min(ranks, 64), generation)
+        most = 32 if accumulate and ranks > 64 else 64  # the registers that are left
+        return _config((64, 128, 128, 2), min(ranks, most), generation)
     if generation == "sm100":
         return _config((128, 64, 256, 2), min(ranks, 64), generation)
     return _config((64, 64, 256, 2), min(ranks, 32), generation)

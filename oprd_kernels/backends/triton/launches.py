@@ -317,7 +317,7 @@ def projected_backward_launch(
             config.warps,
             config.stages,
         )
-    config = configs.tiled_backward(arch, k)
+    config = configs.tiled_backward(arch, k, accumulate)
     return Launch(
         TILED_BACKWARD,
         (cdiv(width, config.columns) * cdiv(m, config.rows), 1, 1),

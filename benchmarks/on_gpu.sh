@@ -7,7 +7,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 wheels=${OPRD_WHEELS:-$root/.whl}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [ -d /usr/local/cuda/bin ]; then export PATH="$PATH:/usr/local/cuda/bin"; fi
-if compgen -G "$wheels/*.whl" > /dev/null; then
+# The wheels are for the machine with the GPU.
+if [[ " $* " != *" --adopt "* && " $* " != *" --wheels "* ]] && compgen -G "$wheels/*.whl" > /dev/null; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" \

@@ -55,7 +55,7 @@ class Scripted:
     def __init__(self, responses):
         self.responses = responses
 
-    def sample(self, prompts, **_):
+    def sample(self, prompts, sampling, seed):
         pairs = zip(prompts, self.responses, strict=True)
         return [Rollout(p, r, truncated=r[-1] != 1) for p, r in pairs]
 

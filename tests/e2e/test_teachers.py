@@ -235,6 +235,7 @@ def refused(cfg, message):
         preflight(cfg)
 
 
+@pytest.mark.slow
 def test_mistakes_are_explained(tmp_path):
     refused(two_sources(tmp_path, a="demo:teacher"), "no teacher for the prompts of b")
     extra = two_sources(tmp_path, a="demo:teacher", b="demo:teacher", c="demo:teacher")

@@ -91,7 +91,7 @@ def test_any_call_is_no_worse_than_torch(backend, pytestconfig):
 
     examples = 300
     if backend == "triton":  # interpreted, a call takes 0.3 s
-        examples = 30 if pytestconfig.getoption("markexpr") == "not slow" else 100
+        examples = 30 if pytestconfig.getoption("markexpr") == "not slow" else 60
 
     @settings(
         max_examples=examples,

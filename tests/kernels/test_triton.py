@@ -74,7 +74,7 @@ def test_wide_rows_in_place(narrow_registers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [3, 40, 200, 300])
+@pytest.mark.parametrize("rank", [3, 40, 200, pytest.param(300, marks=pytest.mark.slow)])
 def test_few_rows_split_the_width(monkeypatch, rank, dtype):
     """As on a chip of 64 multiprocessors: several programs a row, summed in order."""
     monkeypatch.setattr(backend, "processors", lambda _: 64)
@@ -165,7 +165,7 @@ def test_sums_of_programs_are_added_in_their_order(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rank", [20, 300])
+@pytest.mark.parametrize("rank", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_rows_of_a_projector_of_any_scale_learn(rank, dtype):
     """As a row does that begins at zero."""
     case = make_case(rank, dtype, m=40, kind="mse")

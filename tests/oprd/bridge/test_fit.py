@@ -147,6 +147,7 @@ def test_padding_and_prompt_rows_never_enter_a_statistic():
     assert found.student_gram.isfinite().all()
 
 
+@pytest.mark.slow
 def test_two_ranks_fit_the_bridge_of_one(teacher, tmp_path):
     """Nearly greedy rollouts are the same on any rank."""
     launchers = {

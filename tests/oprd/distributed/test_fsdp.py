@@ -93,6 +93,7 @@ def distance(a: dict, b: dict) -> float:
     return sum((a[name] - b[name]).double().square().sum().item() for name in a) ** 0.5
 
 
+@pytest.mark.slow
 def test_cases_with_one_meaning_agree(results):
     """What saves memory or time changes nothing."""
     plain = results(1, "oprd")["weights"]

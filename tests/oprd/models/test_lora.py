@@ -322,7 +322,7 @@ os._exit(0)  # see oprd.distributed.run_main
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_two_sharded_ranks_train_and_merge_as_one(tmp_path, dtype):
     """Frozen and trained weights in one FSDP2 group; its first forward has the adapter off."""
     script, result = tmp_path / "sharded.py", tmp_path / "result.pt"

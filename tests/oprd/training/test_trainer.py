@@ -48,6 +48,7 @@ def greedy_accuracy(directory, problems):
     return sum(r == p.answer for r, p in zip(responses, problems, strict=True)) / len(problems)
 
 
+@pytest.mark.slow
 def test_the_demo_learns_and_transformers_alone_confirms_it(tmp_path, capsys):
     """The README's first command: from 19 % to over 90 % of sums that nothing was trained on."""
     cli.main([f"--output_dir={tmp_path / 'run'}"])
@@ -138,7 +139,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
     assert all(w.isfinite().all() for name, w in saved.items() if name.startswith("model/"))
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_a_run_cleanly_with_a_checkpoint(tmp_path, signum, code):
     process = subprocess.Popen(
         oprd_train(tmp_path / "run", "--steps=100000", "--log_every=1"),
@@ -265,7 +269,7 @@ for number in range(3):
 """
 
 
-@pytest.mark.parametrize("late", ["0", "1"])
+@pytest.mark.parametrize("late", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_process_group_can_be_left_and_joined_again(tmp_path, late):
     """Runs one after another in one program."""
     script = tmp_path / "script.py"

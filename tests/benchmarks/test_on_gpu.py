@@ -261,7 +261,8 @@ def test_failing_tests_are_counted_and_recorded(check, monkeypatch, tmp_path, wo
     assert results["tested_on"]["tests"] == {"passed": 4, "failed": 2, "skipped": 1}
 
 
-@pytest.mark.parametrize("workers", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [False, True])
 def test_tests_ended_at_the_time_limit_are_counted(check, monkeypatch, tmp_path, workers):
     text = GOOD.format(bad=9) + HANGS
     status, note = run_tests(check, monkeypatch, tmp_path, text, 15, workers)

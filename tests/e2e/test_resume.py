@@ -60,7 +60,9 @@ def whole(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_interrupted_and_resumed_it_is_the_same_run(
     tmp_path, monkeypatch, capsys, whole, signum, asynchronous
@@ -121,7 +123,10 @@ SELF = {
         {"distill__init_head_from_teacher": True, "objectives": {"oprd": 1.0, "opd_full": 1.0}},
         SELF,
         {"fsdp__mode": "always", "student__dtype": "bfloat16"},
-        {"student__gradient_checkpointing": True, "rollout__responses_per_prompt": 2},
+        pytest.param(
+            {"student__gradient_checkpointing": True, "rollout__responses_per_prompt": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["head", "self", "sharded", "gradient_checkpointing"],
 )

@@ -257,6 +257,7 @@ def test_mistakes_are_explained(tmp_path):
     refused(wide, "60 prompt tokens and 5 new ones exceed the 64 positions of the teacher")
 
 
+@pytest.mark.slow
 def test_the_demos_models_and_prompts(tmp_path):
     make_more(tmp_path, specialist_steps=3, hint_steps=3, num_train=20, num_test=30)
     tokenizer = make_tokenizer()

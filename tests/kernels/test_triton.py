@@ -17,7 +17,7 @@ from oprd_kernels.backends.triton import backend, configs, identity, launches
 from oprd_kernels.backends.triton.operands import RANK_BLOCK
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("regime", gpu_traffic.REGIMES, ids=lambda r: f"{r.name} {r.rank}")
 def test_activations_move_no_more_than_they_must(regime, dtype):
     traffic = gpu_traffic.count(regime, dtype)
@@ -25,6 +25,7 @@ def test_activations_move_no_more_than_they_must(regime, dtype):
     assert traffic.floor <= traffic.activations / times <= 1.05 * traffic.floor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", gpu_traffic.REGIMES[::2], ids=lambda r: f"{r.name} {r.rank}")
 def test_traffic_follows_the_rows_picked(regime):
     if regime.name.endswith("in place"):
@@ -73,8 +74,12 @@ def test_wide_rows_in_place(narrow_registers):
     assert torch.equal(*torch.autograd.grad(loss, student), *expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [3, 40, 200, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16, torch.float16]
+)
+@pytest.mark.parametrize(
+    "rank", [3, 40, *(pytest.param(r, marks=pytest.mark.slow) for r in (200, 300))]
+)
 def test_few_rows_split_the_width(monkeypatch, rank, dtype):
     """As on a chip of 64 multiprocessors: several programs a row, summed in order."""
     monkeypatch.setattr(backend, "processors", lambda _: 64)

@@ -17,6 +17,9 @@ KERNELS = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.slow  # all kernels are compiled
+
+
 @pytest.fixture(scope="module")
 def every_case():
     """What each case launches, how it was launched; from a process that does not interpret."""

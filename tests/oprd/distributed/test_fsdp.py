@@ -112,6 +112,7 @@ def test_a_model_to_be_filled_is_the_model_but_for_its_weights():
     assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_in_training_and_left_alone_in_generate():
     from torch._dynamo.utils import counters
 

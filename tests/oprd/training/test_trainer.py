@@ -165,6 +165,7 @@ def test_a_signal_ends_a_run_cleanly_with_a_checkpoint(tmp_path, signum, code):
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_does(tmp_path):
     """Nearly greedy rollouts are the same on any rank; loss and gradients follow."""
     arguments = [
@@ -220,6 +221,7 @@ def test_test_sums_are_in_no_training_prompt():
     assert shipped == [s.prompt for s in splits.test]
 
 
+@pytest.mark.slow
 def test_the_display_on_a_terminal(tmp_path):
     """A live bar on a terminal, seen through a pseudo-terminal."""
     pty = pytest.importorskip("pty")
@@ -269,7 +271,8 @@ for number in range(3):
 """
 
 
-@pytest.mark.parametrize("late", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("late", ["0", "1"])
 def test_a_process_group_can_be_left_and_joined_again(tmp_path, late):
     """Runs one after another in one program."""
     script = tmp_path / "script.py"

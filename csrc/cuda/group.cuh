@@ -39,7 +39,7 @@ struct ThreadGroup {
 };
 
 // Rows of a block with one warp per row. Blocks of several warps would hold their registers until
-// the slowest warp ends: 4 rows are 3 % slower on an H200.
+// the slowest warp ends: with 4 rows, bf16 forward in place takes 3 % longer on an H200.
 constexpr int kWarpRows = 1;
 
 struct WarpGroup {

@@ -29,9 +29,10 @@ from oprd.config.types import BackendName, Kind, Positions, Reduction, Shift
 from oprd.data.collate import Batch
 from oprd.data.supervision import supervise
 from oprd.distill.taps import Board, RepOutput, TapSession, tapped_class
-from oprd.models.decoder import cut, find_decoder, watch
+from oprd.models.decoder import find_decoder, watch
 from oprd.models.info import ModelInfo
 from oprd.models.layer_pairs import LayerSpec, pair_layers
+from oprd.models.self_check import check_states, cut_if_it_runs
 from oprd_kernels.validate import KINDS
 
 
@@ -74,7 +75,8 @@ class Distiller:
         """D, the width that `nmse` divides by."""
         self.teacher = teacher_decoder
         if not isinstance(teacher_decoder.root, FSDPModule):  # FSDP2 can't drop layers
-            self.teacher = cut(teacher_decoder, max(block for _, block in self.pairs) + 1)
+            deepest = max(block for _, block in self.pairs)
+            self.teacher = cut_if_it_runs(teacher_decoder, deepest + 1)
         self.teacher_layers = teacher_decoder.num_layers
 
     def _add_tap(self, index: int, block: int) -> nn.Module:
@@ -97,6 +99,18 @@ class Distiller:
         other = copy.copy(self)
         other._take_teacher(teacher, bridge)
         return other
+
+    def check(self) -> None:
+        """Run both models on a few tokens, and check that what is compared are hidden states.
+
+        If a model is sharded, all ranks must call this together.
+
+        Raises:
+            ConfigError: see `oprd.models.self_check.check_states`.
+        """
+        ours, theirs = zip(*self.pairs, strict=True)
+        check_states(self.student, ours, self.student.num_layers, "student")
+        check_states(self.teacher, theirs, self.teacher_layers, "teacher")
 
     def detach(self) -> None:
         """Remove the taps from the student."""
@@ -316,6 +330,8 @@ def attach(
 ) -> Distiller:
     """Attach OPRD's taps to a student and prepare its teacher.
 
+    Both models run once on ten random tokens, to check that they are built as OPRD assumes.
+
     Args:
         student: a Hugging Face decoder, with or without LM head (Llama, Qwen2/3, Phi, Gemma,
             GPT-2, GPT-NeoX, ..).
@@ -339,4 +355,12 @@ def attach(
     """
     blocks = layers if isinstance(layers, str) else list(layers)
     options = DistillOptions(kind, blocks, positions, k, shift, reduction, backend)
-    return Distiller(student, teacher, options, bridge)
+    distiller = Distiller(student, teacher, options, bridge)
+    try:
+        theirs = [block for _, block in distiller.pairs]
+        check_states(find_decoder(teacher), theirs, distiller.teacher_layers, "teacher")
+        distiller.check()
+    except BaseException:
+        distiller.detach()
+        raise
+    return distiller

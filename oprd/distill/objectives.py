@@ -27,6 +27,7 @@ from oprd.distributed.fsdp import reshard
 from oprd.models.decoder import Decoder, find_decoder, model_inputs
 from oprd.models.lm_head import LMHead
 from oprd.models.packing_check import check_packing
+from oprd.models.self_check import check_head
 
 REP = "oprd"
 
@@ -152,6 +153,24 @@ class Objectives:
     def distiller(self) -> Distiller | None:
         """The first teacher's distiller; None if no hidden states are compared."""
         return next(iter(self.teachers.values())).distiller
+
+    def check_models(self) -> None:
+        """Run all models on a few tokens, and check that they are built as OPRD assumes.
+
+        This is a collective operation: every rank must call it.
+
+        Raises:
+            ConfigError: for the first model that is not, see `oprd.models.self_check`.
+        """
+        uses_heads = bool(self.vocab) and not self.materialised
+        if uses_heads:
+            check_head(self.student, self.decoder, "student")
+        for name, teacher in self.teachers.items():
+            if teacher.distiller is not None:
+                teacher.distiller.check()
+            if uses_heads:
+                assert teacher.decoder is not None
+                check_head(teacher.model, teacher.decoder, f"teacher {name}".strip())
 
     def check_packing(self) -> None:
         """Check that all models keep packed sequences separate.

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from oprd.errors import ConfigError
 from oprd.models.without_adapter import WithoutAdapter
 
-LAYER_NAMES = ("layers", "h")
-NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+LAYER_NAMES = ("layers", "h", "blocks")
+NORM_NAMES = (
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm",
+    "embedding_norm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,13 @@ class Decoder:
         See `model_inputs` for the arguments and the errors raised.
         """
         with self.running():
-            return self._run(
+            return self.run(
                 **model_inputs(input_ids, attention_mask, position_ids), use_cache=False
             ).last_hidden_state
 
     @property
-    def _run(self) -> Callable[..., Any]:
-        """The callable that runs the backbone.
+    def run(self) -> Callable[..., Any]:
+        """The callable that runs the backbone; call it within `running`.
 
         Under FSDP2 the root gathers the backbone's parameters, but the root's own ``forward`` would
         also run the LM head. The root therefore gets a method that stops before the head.
@@ -134,8 +138,9 @@ def find_decoder(model: Any) -> Decoder:
     """Find the decoder inside a Hugging Face model, a backbone, or a PEFT wrapper of either.
 
     Raises:
-        ValueError: if the model has no list of blocks and final norm under the names that Llama,
-            Qwen, Phi, Gemma, GPT-2, GPT-NeoX and similar models use.
+        ConfigError: if the model has no list of blocks and final norm under the names that Llama,
+            Qwen, Phi, Gemma, GPT-2, GPT-NeoX, Mamba, LFM2 and similar models use.
+            `oprd.models.self_check` checks that the norm found is the final one.
     """
     if isinstance(model, WithoutAdapter):
         return replace(find_decoder(model.adapted), running=model.running)
@@ -146,7 +151,7 @@ def find_decoder(model: Any) -> Decoder:
     layers = [n for n in LAYER_NAMES if isinstance(getattr(backbone, n, None), nn.ModuleList)]
     norms = [n for n in NORM_NAMES if isinstance(getattr(backbone, n, None), nn.Module)]
     if not layers or not norms:
-        raise ValueError(
+        raise ConfigError(
             f"{type(backbone).__name__} is not a decoder that oprd knows: expected a ModuleList "
             f"called {' or '.join(LAYER_NAMES)} and a final norm called {' or '.join(NORM_NAMES)}, "
             f"found {[name for name, _ in backbone.named_children()]}"
@@ -186,21 +191,17 @@ def watch(
 def cut(decoder: Decoder, num_layers: int) -> Decoder:
     """Return a decoder with the first ``num_layers`` blocks only.
 
-    If any block is dropped, the final norm is dropped too: it does not apply to the states of
-    earlier blocks. The remaining modules are shared with ``decoder``, which is not changed.
-    Dropping all references to ``decoder`` frees the other modules.
+    The configuration stays that of the whole model, from which modules derive sizes. The modules
+    are shared with ``decoder``, which is not changed. Dropping all references to ``decoder`` frees
+    the blocks that were cut off.
+
+    Not every model runs so: see `oprd.models.self_check.same_states`.
     """
     if num_layers == decoder.num_layers:
         return decoder
     backbone = copy.copy(decoder.backbone)
     backbone._modules = dict(decoder.backbone._modules)
     backbone._modules[decoder.layers_name] = nn.ModuleList(decoder.layers[:num_layers])
-    backbone._modules[decoder.norm_name] = nn.Identity()
-    backbone.config = copy.deepcopy(decoder.backbone.config)
-    text_config = backbone.config.get_text_config()
-    text_config.num_hidden_layers = num_layers
-    if getattr(text_config, "layer_types", None) is not None:
-        text_config.layer_types = text_config.layer_types[:num_layers]
     return replace(decoder, backbone=backbone, root=backbone)
 
 

@@ -14,18 +14,16 @@ from transformers import PreTrainedModel
 
 from oprd.errors import ConfigError
 
-# Configuration entries by which a model scales its logits after the head. LMHead does not apply
-# these scales.
-UNKNOWN_SCALES = (
-    "logit_scale",
-    "logits_scaling",
-    "mup_width_multiplier",
-)
+# Configuration entries by which a model multiplies its logits after the head (1), or divides them
+# (-1): Cohere's, Falcon-H1's and Granite's.
+SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 
 
 @dataclass(frozen=True)
 class LMHead:
-    """The weight, bias and logit cap of an LM head.
+    """The weight, bias, scale and logit cap of an LM head.
+
+    `oprd.models.self_check.check_head` checks that a model does no more to its logits.
 
     Logits are float32 from the accumulator on. Rounded to bfloat16 first, they would be off by up
     to a percent, and their gradient by more.
@@ -34,31 +32,30 @@ class LMHead:
         weight: (V, d).
         bias: (V,) or None.
         softcap: the cap that Gemma applies to logits; None: no cap.
+        scale: what the model multiplies its logits by.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, model: Any) -> LMHead:
         """Return the LM head of a causal LM.
 
         Raises:
-            ValueError: if the model has no LM head, or if it scales its logits after the head.
+            ValueError: if the model has no LM head.
         """
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no LM head: output-space losses need one")
         config = model.config.get_text_config()
-        for name in UNKNOWN_SCALES:
-            if getattr(config, name, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"{type(model).__name__} scales its logits ({name}={getattr(config, name)}), "
-                    "which the chunked losses do not support: use the materialised losses"
-                )
+        scale = 1.0
+        for name, power in SCALES.items():
+            scale *= (getattr(config, name, None) or 1.0) ** power
         cap = getattr(config, "final_logit_softcapping", None)
-        return cls(head.weight, getattr(head, "bias", None), cap)
+        return cls(head.weight, getattr(head, "bias", None), cap, scale)
 
     def operand(self, states: Tensor) -> Tensor:
         """Return the weight in the dtype that `multiply` needs for these states.
@@ -83,8 +80,9 @@ class LMHead:
         return multiply(d_products_mV, operand_Vd)
 
     def logits(self, products_mV: Tensor) -> Tensor:
-        """Return the logits: the products with bias and cap applied."""
+        """Return the logits: the products with bias, scale and cap applied."""
         logits = products_mV if self.bias is None else products_mV + self.bias.detach()
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 

@@ -21,6 +21,7 @@ from oprd.models.compatibility import (
 from oprd.models.info import model_info
 from oprd.models.loading import load_config, load_tokenizer, teacher_path
 from oprd.models.lora import check_targets
+from oprd.models.self_check import check_structure
 from oprd.tokenizers.alignment import Aligner
 from oprd.training.inputs import RunInputs
 
@@ -135,6 +136,8 @@ def _check_states(
     pairs = check_pair(student, teacher, cfg.distill.layers, bridged=bridge is not None)
     if bridge is not None:
         bridge.check(model_info(student), model_info(teacher), pairs)
+    check_structure(student, [block for block, _ in pairs], "student")
+    check_structure(teacher, [block for _, block in pairs], "teacher")
     return pairs
 
 

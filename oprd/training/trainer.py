@@ -245,8 +245,9 @@ class Trainer:
             del model
         with self.timer("loading"):
             self.objectives = builder.objectives()
-            if cfg.packing:
-                with self._autocast():
+            with self._autocast():
+                self.objectives.check_models()
+                if cfg.packing:
                     self.objectives.check_packing()
         self.sharded = builder.mesh is not None
         self.optimizer, self.scheduler = make_optimizer(self.student, cfg.optim, cfg.steps)

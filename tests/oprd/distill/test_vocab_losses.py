@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
+from oprd.errors import ConfigError
+from oprd.models.decoder import find_decoder
 from oprd.models.lm_head import LMHead, multiply
-from tests.support.tiny import make_model
+from oprd.models.self_check import check_head
+from tests.support.tiny import COMMON, VOCAB, make_model
 
 FORMS = ("top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward")
 M, V, D = 13, 40, 8
@@ -171,8 +175,39 @@ def test_head_of_a_model():
     assert torch.allclose(head.logits(products), expected, atol=1e-6)
 
 
-def test_models_that_scale_their_logits_are_refused():
+SCALED = {
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0, "num_key_value_heads": 2},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.05, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_d_state": 8, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_heads_that_scale(kind):
+    config = CONFIG_MAPPING[kind](**(COMMON | SCALED[kind]))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert LMHead.of(model).scale in (0.25, 1 / 8, 0.05)
+    check_head(model, find_decoder(model), "student")
+    states = torch.randn(6, 32, requires_grad=True)
+    teacher, tokens = torch.randn(6, VOCAB), torch.zeros(6, dtype=torch.int64)
+    loss = VocabLoss("full")
+    logits = model.lm_head(states) * LMHead.of(model).scale
+    wanted = torch.autograd.grad(loss.row_losses(logits, teacher, tokens).mean(), states)[0]
+    ours = chunked(
+        loss, states, LMHead.of(model), lambda at: teacher[at], tokens, None, 6.0, chunk=4
+    )
+    assert torch.allclose(torch.autograd.grad(ours, states)[0], wanted, atol=1e-6)
+
+
+def test_a_head_that_does_something_else_is_refused():
     model = make_model("llama")
-    model.config.logit_scale = 0.5
-    with pytest.raises(ValueError, match=r"logit_scale=0\.5"):
-        LMHead.of(model)
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda h: 0.5 * head(h)
+    with pytest.raises(
+        ConfigError, match=r"the student \(LlamaForCausalLM\) does more .*materialised"
+    ):
+        check_head(model, find_decoder(model), "student")

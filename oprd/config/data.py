@@ -14,14 +14,19 @@ class PromptsConfig:
     """A set of prompts, with reference answers if responses are graded.
 
     Attributes:
-        path: a ``.jsonl``, ``.json`` or ``.parquet`` file, a hub data set, or ``demo:NAME.jsonl``.
+        path: a ``.jsonl``, ``.json`` or ``.parquet`` file (also ``.jsonl.gz`` or ``.zst``), a
+            directory or a pattern (``shards/*.parquet``) of such files, a hub data set, or
+            ``demo:NAME.jsonl``.
         split: split of a hub data set.
-        prompt_field: field with the prompt, as plain text or a list of chat messages. Dots select
-            nested fields.
-        answer_field: field with the reference answer; required in evaluation sets.
+        prompt_field: field with the prompt, as plain text or a list of chat messages, or the JSON
+            of one. Messages of the assistant at the end, the answer in data for fine-tuning, are
+            left out. Dots select nested fields.
+        answer_field: field with the reference answer; required in evaluation sets. Of a worked
+            solution that ends in ``#### 72``, as in GSM8K, the answer is 72.
         teacher_prompt: template of the prompt that the teacher reads, to give it privileged
             information. ``{prompt}`` stands for the prompt (of a chat, the last user message) and
-            ``{name}`` for any field of the row. Null: the teacher reads the student's prompt.
+            ``{name}`` for any field of the row, ``{{`` and ``}}`` for braces. Null: the teacher
+            reads the student's prompt.
         source_field: field with the name of each prompt's source, which selects one of
             ``teachers``. Null: the source is the name of the set.
         limit: number of rows to use, from the first; null: all.

@@ -69,6 +69,8 @@ class StudentConfig:
             ``flash_attention_2``, ..); null: the default of `transformers`.
         gradient_checkpointing: recompute activations in backward to save memory.
         compile: compile every decoder layer with `torch.compile` for training.
+        dropout: keep the model's own dropout (GPT-2's 0.1) in updates. Without it, the states that
+            are compared are those of the model that sampled, as the teacher's are.
         lora: train a LoRA adapter instead of all weights.
     """
 
@@ -77,6 +79,7 @@ class StudentConfig:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    dropout: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -15,8 +15,9 @@ class OptimConfig:
     Attributes:
         lr: peak learning rate.
         betas: AdamW's decay rates of the moment estimates.
-        weight_decay: AdamW's weight decay.
-        warmup_ratio: fraction of the steps in which the learning rate rises.
+        weight_decay: AdamW's weight decay, of all trained weights, norms and biases included.
+        warmup_ratio: fraction of the steps in which the learning rate rises; of n such steps the
+            first has 1 / n of it.
         schedule: learning rate after the warm-up: ``cosine`` (decays to 0) or ``constant``.
         max_grad_norm: clip gradients to this global norm; null: do not clip.
     """

@@ -110,6 +110,16 @@ def check_values(cfg: TrainConfig) -> None:
     check_weights(problems, cfg.objectives)
     cfg.distill.check(problems)
     cfg.opd.check(problems, cfg.objectives)
+    problems.need(
+        "opd_top1" not in cfg.objectives or cfg.rollout.top_p == 1,
+        f"rollout.top_p={cfg.rollout.top_p} with opd_top1, whose tokens must be drawn from the "
+        "student's whole distribution: set rollout.top_p to 1, or use opd_topk or opd_full",
+    )
+    problems.need(
+        cfg.student.dtype != "float16",
+        "student.dtype=float16 can't be trained: AdamW's epsilon of 1e-8 is 0 in float16, and the "
+        "weights are NaN after a step. Use bfloat16 or float32",
+    )
     cfg.checkpoint.check(problems, cfg.eval)
     cfg.student.lora.check(problems)
     cfg.optim.check(problems)

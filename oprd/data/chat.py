@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from oprd.config import DataConfig
@@ -62,32 +63,92 @@ def encode_prompt(
 
     Raises:
         ConfigError: if ``prompt`` is neither text nor a chat, or if the chat template is needed
-            and the tokenizer has none.
+            and the tokenizer has none, or refuses the chat.
     """
-    is_chat = isinstance(prompt, list)
-    if is_chat and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise ConfigError(f"{where}: a chat prompt is a list of {{role, content}}, got {prompt!r}")
-    if not is_chat and not isinstance(prompt, str):
+    if not isinstance(prompt, str | list):
         raise ConfigError(f"{where}: a prompt is text or a list of messages, got {prompt!r}")
+    is_chat = isinstance(prompt, list)
+    if isinstance(prompt, list):
+        prompt = as_question(prompt, where)
     prompt = with_suffix(prompt, cfg.prompt_suffix)
     if is_chat and cfg.chat_template == "never":
         prompt = "\n".join(m["content"] for m in prompt)
     elif not is_chat and cfg.chat_template == "always":
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return plain_ids(prompt, tokenizer)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{where}: the prompt is a chat, but the {who}'s tokenizer has no chat template: use "
             "a tokenizer that has one, or data.chat_template=never"
         )
-    return tokenizer.apply_chat_template(
-        prompt,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **cfg.chat_template_kwargs,
-    )["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **cfg.chat_template_kwargs,
+        )["input_ids"]
+    except jinja2.TemplateError as error:
+        roles = ", ".join(m["role"] for m in prompt)
+        raise ConfigError(
+            f"{where}: the {who}'s chat template refuses this chat of {roles}: {error}"
+        ) from error
+
+
+def as_question(chat: list[Any], where: str) -> list[dict[str, str]]:
+    """Return the messages of a chat up to the last one that is not the assistant's.
+
+    Chat data for fine-tuning ends with the answer. Contents that are lists of text parts are
+    joined.
+
+    Raises:
+        ConfigError: for anything else than a list of messages with roles and text, one of them not
+            the assistant's.
+    """
+    messages = []
+    for number, message in enumerate(chat):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ConfigError(
+                f"{where}: a chat prompt is a list of {{role, content}}, got {message!r} as "
+                f"message {number}"
+            )
+        messages.append(message | {"content": _text_of(message["content"], where, number)})
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise ConfigError(f"{where}: the chat has no message to answer: {chat!r}")
+    return messages
+
+
+def _text_of(content: Any, where: str, number: int) -> str:
+    if isinstance(content, str):
+        return content
+    found = repr(content)
+    if isinstance(content, list) and content and all(isinstance(p, dict) for p in content):
+        other = [p.get("type") for p in content if p.get("type") != "text"]
+        if not other:
+            return "".join(str(p.get("text") or "") for p in content)
+        found = f"a part of type {other[0]!r}"
+    raise ConfigError(f"{where}: message {number} of the chat must be text, got {found}")
+
+
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Encode plain text that a response is to follow.
+
+    A BOS token that the tokenizer adds is kept, unless the text begins with it already. What it
+    adds at the end, an EOS token, is left out.
+    """
+    ids = tokenizer(text)["input_ids"]
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not bare:
+        return ids
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            added = ids[:start]
+            return bare if added and bare[: len(added)] == added else added + bare
+    return ids
 
 
 def uses_template(prompt: Any, cfg: DataConfig) -> bool:

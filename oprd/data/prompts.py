@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import gzip
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
-from datasets import Dataset, load_dataset
+import fsspec
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from oprd.config import DataConfig, PromptsConfig
-from oprd.data.chat import encode_prompt, end_of_turn, uses_template
+from oprd.data.chat import as_question, encode_prompt, end_of_turn, uses_template
 from oprd.errors import ConfigError, Unreachable, is_unreachable
 from oprd.models.loading import demo_path
 
 Tokenizers = Mapping[str, PreTrainedTokenizerBase]
 NO_TOKENIZERS: Tokenizers = MappingProxyType({})
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class PromptSet:
 
 
 def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
-    """Load the rows of a file or a hub data set.
+    """Load the rows of a file, of several (a directory, or a pattern), or of a hub data set.
 
     Returns:
         The rows, and a function that maps the index of a row to its file and line.
@@ -73,22 +78,17 @@ def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
         ConfigError: if the file is missing or empty, or if a line isn't JSON (with its number).
     """
     path = demo_path(cfg.path)
-    suffix = Path(path).suffix
-    if suffix in FILE_FORMATS:
-        file = Path(path)
-        if not file.is_file():
-            raise ConfigError(f"prompt file {path} does not exist")
-        lines = _jsonl_lines(file) if suffix == ".jsonl" else None
-        try:
-            rows = load_dataset(FILE_FORMATS[suffix], data_files=str(file), split="train")
-        except Exception as error:
-            raise ConfigError(f"{path} can't be read as {suffix[1:]}: {_root(error)}") from error
+    suffix = _suffix(Path(path))
+    places: list[str] | None = None
+    if suffix in FILE_FORMATS or any(c in path for c in "*?["):
+        rows, places = _load_files(path)
+    elif Path(path).is_dir():
+        rows, places = _load_files(f"{path}/*")
     elif Path(path).exists():
         raise ConfigError(
             f"{path} is neither a hub data set nor a file ending in {', '.join(FILE_FORMATS)}"
         )
     else:
-        lines = None
         try:
             rows = load_dataset(path, split=cfg.split)
         except Exception as error:
@@ -101,7 +101,47 @@ def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
         rows = rows.select(range(min(cfg.limit, len(rows))))
     if len(rows) == 0:
         raise ConfigError(f"{path} holds no prompts")
-    return rows, lambda i: f"{path}:{lines[i]}" if lines else f"{path}, row {i}"
+    return rows, lambda i: places[i] if places else f"{path}, row {i}"
+
+
+def _suffix(file: Path) -> str:
+    """Return the suffix that says what a file holds, without that of its compression."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+
+
+def _load_files(pattern: str) -> tuple[Dataset, list[str] | None]:
+    """Load the rows of a file, or of all files that match a pattern, in the order of their names.
+
+    Returns:
+        The rows, and the file and line of each; None for one parquet or JSON file.
+    """
+    files = [Path(pattern)]
+    if any(c in pattern for c in "*?["):
+        files = [Path(f) for f in sorted(glob.glob(pattern)) if _suffix(Path(f)) in FILE_FORMATS]
+    if not files or not files[0].is_file():
+        raise ConfigError(
+            f"prompt file {pattern} does not exist"
+            if len(files) == 1
+            else f"{pattern} matches no file ending in {', '.join(FILE_FORMATS)}"
+        )
+    sets, places = [], []
+    for file in files:
+        suffix = _suffix(file)
+        if suffix == ".jsonl":
+            numbers = _jsonl_lines(file)
+        try:
+            rows = load_dataset(FILE_FORMATS[suffix], data_files=str(file), split="train")
+        except Exception as error:
+            raise ConfigError(f"{file} can't be read as {suffix[1:]}: {_root(error)}") from error
+        sets.append(rows)
+        if suffix == ".jsonl":
+            places += [f"{file}:{number}" for number in numbers]
+        else:
+            places += [f"{file}, row {i}" for i in range(len(rows))]
+    try:
+        return concatenate_datasets(sets) if len(sets) > 1 else sets[0], places
+    except ValueError as error:
+        raise ConfigError(f"{pattern}: the files have different fields: {error}") from error
 
 
 def _root(error: BaseException) -> BaseException:
@@ -114,8 +154,8 @@ def _root(error: BaseException) -> BaseException:
 def _jsonl_lines(file: Path) -> list[int]:
     """Return the line number of every row. Raise if a line isn't a JSON object."""
     numbers = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with _open(file) as lines:
+        for number, line in enumerate(_decoded(lines, file), start=1):
             if not line.strip():
                 continue
             try:
@@ -128,6 +168,22 @@ def _jsonl_lines(file: Path) -> list[int]:
     if not numbers:
         raise ConfigError(f"prompt file {file} is empty")
     return numbers
+
+
+def _open(file: Path) -> BinaryIO:
+    if file.suffix == ".gz":
+        return gzip.open(file)  # type: ignore[return-value]
+    if file.suffix == ".zst":
+        return fsspec.open(str(file), "rb", compression="zstd").open()
+    return file.open("rb")
+
+
+def _decoded(lines: Iterable[bytes], file: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file}:{number}: not UTF-8 ({error}): convert the file") from error
 
 
 def get_field(row: dict[str, Any], name: str, where: str) -> Any:
@@ -145,14 +201,16 @@ def get_field(row: dict[str, Any], name: str, where: str) -> Any:
     return value
 
 
-FIELD = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
+"""A field in a template, or an escaped brace."""
 
 
 def privileged(prompt: Any, template: str, row: dict[str, Any], where: str) -> Any:
     """Build the teacher's prompt from ``template``.
 
     ``{prompt}`` in the template is replaced by the text of the prompt, or of the last user message
-    of a chat. Any other ``{name}`` is replaced by that field of the row.
+    of a chat. Any other ``{name}`` is replaced by that field of the row. Doubled braces stand for
+    single ones: ``\\boxed{{x}}``.
 
     Raises:
         ConfigError: if the row lacks a field that the template names, or if a chat has no user
@@ -162,6 +220,8 @@ def privileged(prompt: Any, template: str, row: dict[str, Any], where: str) -> A
     def fill(text: str) -> str:
         def value(match: re.Match) -> str:
             name = match.group(1)
+            if name is None:
+                return match.group()[0]
             return text if name == "prompt" else str(get_field(row, name, where))
 
         return FIELD.sub(value, template)
@@ -215,6 +275,21 @@ def load_prompts(
     return PromptSet(prompts, dropped, read.count(_LeftOut.REPEATED))
 
 
+def final_answer(text: str) -> str:
+    """Return the reference answer: of GSM8K's worked solutions what stands behind ``####``."""
+    return text.rpartition("####")[2].strip() if "####" in text else text
+
+
+def _parsed(prompt: Any) -> Any:
+    """Return the chat of a prompt that is stored as its JSON; any other prompt unchanged."""
+    if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
+        with contextlib.suppress(json.JSONDecodeError):
+            chat = json.loads(prompt)
+            if all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in chat):
+                return chat
+    return prompt
+
+
 class _LeftOut(Enum):
     """Why a row gives no prompt."""
 
@@ -252,15 +327,17 @@ class _Reader:
         Raises:
             ConfigError: see `load_prompts`.
         """
-        prompt = get_field(row, self.source.prompt_field, where)
+        prompt = _parsed(get_field(row, self.source.prompt_field, where))
         if not self.for_evaluation and self._is_repeated(prompt):
             return _LeftOut.REPEATED
+        if isinstance(prompt, list):
+            prompt = as_question(prompt, where)
         token_ids = encode_prompt(prompt, self.tokenizer, self.cfg, where)
         if not token_ids:
             raise ConfigError(f"{where}: the prompt has no tokens")
         answer = None
         if self.for_evaluation:
-            answer = str(get_field(row, self.source.answer_field, where))
+            answer = final_answer(str(get_field(row, self.source.answer_field, where)))
         source_name = self.name
         if self.source.source_field is not None:
             source_name = str(get_field(row, self.source.source_field, where))

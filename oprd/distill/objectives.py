@@ -120,6 +120,7 @@ class Objectives:
         distillers: Mapping[str, Distiller],
         distill: DistillConfig,
         opd: OpdConfig,
+        temperature: float = 1.0,
     ) -> None:
         """
         Args:
@@ -128,11 +129,14 @@ class Objectives:
             distillers: the student's taps with each teacher, if ``oprd`` is an objective.
             distill: options that select the supervised tokens.
             opd: options of the output-space losses.
+            temperature: the temperature at which rollouts are sampled.
         """
         self.weights = dict(weights)
         self.distill, self.opd = distill, opd
         self.vocab = {
-            name: VocabLoss(opd.form(name), opd.k, opd.support) for name in weights if name != REP
+            name: VocabLoss(opd.form(name), opd.k, opd.support, temperature)
+            for name in weights
+            if name != REP
         }
         self.student, self.decoder = student, find_decoder(student)
         self.materialised = opd.implementation == "materialised"

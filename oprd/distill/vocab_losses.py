@@ -30,11 +30,15 @@ class VocabLoss:
             ``full``: KL(p||q) over the vocabulary (Eq. 4). ``full_forward``: KL(q||p).
         k: size of the top-k set; at least 2 for ``topk``, whose loss is 0 on one token.
         support: the model whose k most probable tokens form the set.
+        temperature: of ``top1``: the temperature at which the tokens were sampled. Both logits are
+            divided by it, or the tokens would not be drawn from p. The other forms do not depend
+            on what was sampled and compare the distributions at temperature 1.
     """
 
     form: Form
     k: int = 16
     support: Literal["student", "teacher"] = "student"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.form == "topk" and self.k < 2:
@@ -56,8 +60,8 @@ class VocabLoss:
             tokens_M: int64, the sampled tokens.
         """
         if self.form == "top1":
-            log_p = _log_prob(student_MV, tokens_M[:, None])
-            log_q = _log_prob(teacher_MV, tokens_M[:, None])
+            log_p = _log_prob(student_MV / self.temperature, tokens_M[:, None])
+            log_q = _log_prob(teacher_MV / self.temperature, tokens_M[:, None])
             return _policy_gradient(log_p, (log_p - log_q).detach()).squeeze(-1)
         if self.form == "full":
             log_p, log_q = student_MV.log_softmax(-1), teacher_MV.log_softmax(-1)

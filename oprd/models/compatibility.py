@@ -105,6 +105,24 @@ def check_student_ids(student: PreTrainedTokenizerBase, teacher: PretrainedConfi
         )
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Return the number of positions of a text model, or None if it has no limit.
+
+    Rope scaling (YaRN, ..) stretches those of ``original_max_position_embeddings``. Without it,
+    ``max_position_embeddings`` may be the number before or after; the larger is taken.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if (
+        limit is None
+        or not isinstance(rope, dict)
+        or not isinstance(rope.get("factor"), int | float)
+    ):
+        return limit
+    original = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(original * rope["factor"]))
+
+
 def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, who: str) -> None:
     """Check that the longest prompt and response fit into the model's positions.
 
@@ -116,7 +134,7 @@ def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, 
     Raises:
         ConfigError: if they don't fit.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(config.get_text_config())
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise ConfigError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the {limit} positions "

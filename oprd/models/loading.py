@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -89,6 +90,16 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable("model", cfg.path, error) from error
     return model.to(device).eval()
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set all dropout probabilities of a model to 0; its configuration stays as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def unwritten_model(

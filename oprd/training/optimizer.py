@@ -7,12 +7,9 @@ import warnings
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from oprd.config import OptimConfig
-
-SCHEDULES = {"cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def make_optimizer(
@@ -26,8 +23,21 @@ def make_optimizer(
     optimizer = torch.optim.AdamW(
         trained, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay
     )
+    return optimizer, LambdaLR(optimizer, lambda step: lr_factor(cfg, step, steps))
+
+
+def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
+    """Return the share of ``optim.lr`` in step ``step``, counted from 0, of ``steps`` steps.
+
+    In n steps of warm-up it rises from 1 / n to 1. A cosine then falls from 1 and would be 0 in the
+    step after the last.
+    """
     warmup = math.ceil(cfg.warmup_ratio * steps)
-    return optimizer, get_scheduler(SCHEDULES[cfg.schedule], optimizer, warmup, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if cfg.schedule == "constant" or step >= steps:
+        return 1.0 if cfg.schedule == "constant" else 0.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def fast_forward(scheduler: LRScheduler, steps: int) -> None:

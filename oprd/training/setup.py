@@ -17,7 +17,7 @@ from oprd.distributed.fsdp import is_sharded, make_mesh, shard
 from oprd.models.compile import compile_layers
 from oprd.models.decoder import find_decoder
 from oprd.models.lm_head import copy_lm_head
-from oprd.models.loading import empty_model, load_model, teacher_path
+from oprd.models.loading import empty_model, load_model, switch_off_dropout, teacher_path
 from oprd.models.lora import add_adapter
 from oprd.models.without_adapter import WithoutAdapter
 
@@ -88,7 +88,13 @@ class Builder:
             self._shard_teacher(distillers[name].teacher.root)
         cfg = self.cfg
         return Objectives(
-            cfg.objectives, self.student, self.teachers, distillers, cfg.distill, cfg.opd
+            cfg.objectives,
+            self.student,
+            self.teachers,
+            distillers,
+            cfg.distill,
+            cfg.opd,
+            cfg.rollout.temperature,
         )
 
     def _load(self, cfg: StudentConfig | TeacherConfig, *, sharded: bool) -> PreTrainedModel:
@@ -97,6 +103,8 @@ class Builder:
             model = load_model(cfg, self.device)
         else:
             model = load_model(cfg) if distributed.rank() == 0 else empty_model(cfg)
+        if isinstance(cfg, StudentConfig) and not cfg.dropout:
+            switch_off_dropout(model)
         if isinstance(cfg, StudentConfig) and cfg.lora.rank is not None:
             add_adapter(model, cfg.lora, self.cfg.seed)
         return model

@@ -188,11 +188,13 @@ class Trainer:
             norm = clip_gradients(self.student.parameters(), cfg.optim.max_grad_norm)
             losses, layer_losses = reduced_losses(outputs, device)
             self._check_finite(losses, layer_losses, norm, rollouts)
+            lr = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()
-        metrics = self._metrics(rollouts, outputs, losses, layer_losses, norm, [*peaks, peak])
+        peaks.append(peak)
+        metrics = self._metrics(rollouts, outputs, losses, layer_losses, norm, lr, peaks)
         return metrics | work.metrics
 
     @contextlib.contextmanager
@@ -368,11 +370,12 @@ class Trainer:
         losses: dict[str, float],
         layer_losses: list[float],
         norm: float,
+        lr: float,
         peaks: list[PeakMemory],
     ) -> dict[str, Any]:
         """Return the step's metrics, reduced over ranks."""
         metrics: dict[str, Any] = loss_metrics(losses)
-        metrics |= {"actor/grad_norm": norm, "actor/lr": self.scheduler.get_last_lr()[0]}
+        metrics |= {"actor/grad_norm": norm, "actor/lr": lr}
         metrics |= rollout_metrics(rollouts, self.device, bool(self.inputs.aligners))
         metrics |= time_metrics(self.timer.take_step(), metrics["rollout/tokens"])
         memory = memory_metrics(peaks, self.device)

@@ -165,6 +165,23 @@ def test_no_tensor_of_rows_by_vocabulary(peak_bytes):
     assert peak_bytes(run) < m * v * 4 / 4
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_top1_is_unbiased_at_the_temperature_of_the_rollouts(temperature):
+    """Its expectation over the tokens that may be drawn is the gradient of KL(p||q), where p and q
+    are the distributions at that temperature."""
+    torch.manual_seed(0)
+    student = (3 * torch.randn(1, 15, dtype=torch.float64)).requires_grad_()
+    teacher = 3 * torch.randn(1, 15, dtype=torch.float64)
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (student, teacher))
+    wanted = gradient((log_p.exp() * (log_p - log_q)).sum(), student)
+    loss = VocabLoss("top1", temperature=temperature)
+    expected = torch.zeros_like(student)
+    for token, probability in enumerate(log_p.exp()[0].tolist()):
+        value = loss.row_losses(student, teacher, torch.tensor([token]))
+        expected += probability * gradient(value, student)
+    assert torch.allclose(expected, wanted, atol=1e-12)
+
+
 def test_head_of_a_model():
     model = make_model("llama")
     head = LMHead.of(model)

@@ -75,3 +75,19 @@ def test_tokenizer_pads_with_eos_if_it_has_no_padding_and_needs_an_eos(tmp_path)
     tokenizer.save_pretrained(tmp_path / "b")
     with pytest.raises(ConfigError, match="no EOS token"):
         load_tokenizer(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 16}, 64),
+    ],
+)
+def test_scaled_contexts_are_longer(rope, positions):
+    scaled = config(rope_parameters=rope | {"rope_theta": 10000.0})
+    check_length(scaled, positions - 5, 5, "student")
+    with pytest.raises(ConfigError, match=f"exceed the {positions} positions"):
+        check_length(scaled, positions - 4, 5, "student")

@@ -1,0 +1,80 @@
+"""The learning rate, and what else of a step depends on the configuration alone."""
+
+import pytest
+import torch
+
+from oprd.config import OptimConfig, TrainConfig, check_values
+from oprd.demo.task import make_tokenizer
+from oprd.errors import ConfigError
+from oprd.models.loading import switch_off_dropout
+from oprd.training.optimizer import fast_forward, lr_factor, make_optimizer
+from oprd.training.trainer import train
+from tests.oprd.training.test_trainer import steps_of
+from tests.support.runs import small_run
+from tests.support.tiny import make_batch, make_model
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rate_begins_above_0(schedule):
+    cfg = OptimConfig(warmup_ratio=0.4, schedule=schedule)
+    rates = [lr_factor(cfg, step, 10) for step in range(11)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    if schedule == "constant":
+        assert rates[5:] == [1.0] * 6
+    else:
+        assert rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
+        assert 0 < rates[9] < 0.1
+        assert rates[10] == 0
+    assert lr_factor(OptimConfig(warmup_ratio=1.0), 0, 1) == 1
+
+
+def test_a_resumed_schedule_is_where_it_was():
+    model = torch.nn.Linear(2, 2)
+    cfg = OptimConfig(lr=1e-2, warmup_ratio=0.2)
+    _, scheduler = make_optimizer(model, cfg, 10)
+    fast_forward(scheduler, 4)
+    assert scheduler.get_last_lr() == [1e-2 * lr_factor(cfg, 4, 10)]
+
+
+def test_the_rate_that_was_used_is_logged(tmp_path):
+    train(small_run(tmp_path / "run", steps=1, optim__lr=1e-3, optim__warmup_ratio=1.0))
+    metrics = steps_of(tmp_path / "run")[0]
+    assert metrics["actor/lr"] == 1e-3
+
+
+def test_dropout_is_off():
+    model = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    ids = make_batch()[0]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    switch_off_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.config.resid_pdrop == 0.5  # as it is saved
+    other = make_model("llama", attention_dropout=0.5).train()
+    assert not torch.equal(other(ids).logits, other(ids).logits)
+    switch_off_dropout(other)
+    assert torch.equal(other(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_identical_models_have_nothing_to_learn(tmp_path, dropout):
+    """Of a model with dropout the update sees what the teacher sees."""
+    make_model("gpt2", vocab_size=15, resid_pdrop=0.5).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    path = str(tmp_path / "model")
+    cfg = small_run(
+        tmp_path / "run", steps=1, student__path=path, teacher__path=path, student__dropout=dropout
+    )
+    train(cfg)
+    metrics = steps_of(tmp_path / "run")[0]
+    assert (metrics["actor/rep_loss"] < 1e-10) == (not dropout)
+
+
+def test_what_can_not_be_trained_is_refused():
+    cfg = TrainConfig()
+    cfg.student.dtype = "float16"
+    with pytest.raises(ConfigError, match=r"float16 can't be trained: AdamW's epsilon"):
+        check_values(cfg)
+    cfg = TrainConfig(objectives={"opd_top1": 1.0})
+    cfg.rollout.top_p = 0.9
+    with pytest.raises(ConfigError, match=r"top_p=0\.9 with opd_top1, whose tokens must be drawn"):
+        check_values(cfg)

@@ -87,16 +87,12 @@ def cases(draw):
     return Case(student, teacher, **kwargs)
 
 
-def test_any_call_is_no_worse_than_torch(backend, pytestconfig):
+def test_any_call_is_no_worse_than_torch(backend):
     """Calls are the same whenever the same modules are loaded: Hypothesis also tries the constants
     that it sees in them."""
 
-    examples = 300
-    if backend == "triton":  # interpreted, a call takes 0.3 s
-        examples = 30 if pytestconfig.getoption("markexpr") == "not slow" else 60
-
     @settings(
-        max_examples=examples,
+        max_examples=30 if backend == "triton" else 300,  # interpreted, a call takes a second
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],

@@ -53,9 +53,13 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SHARDED = ["oprd", "lora", "replicated", "mixed"]
+"""Cases of two ranks: what sharding and its precisions change."""
+
+
 def cases(ranks: int) -> list[str]:
-    """Those that mean something on so many ranks: one has no FSDP."""
-    return [c for c in CASES if ranks > 1 or not any(o.startswith("fsdp__") for o in CASES[c])]
+    """Those of one rank, which has no FSDP, or of two."""
+    return SHARDED if ranks > 1 else [c for c in CASES if c not in ("replicated", "mixed")]
 
 
 def local_bytes(tensors) -> int:

@@ -27,7 +27,7 @@ from oprd.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MOMENTS = 2
-"""Number of AdamW's moments; each is as large as the weights."""
+"""Number of AdamW's moments; each is as large as the weights, or float32 (optim.rounding)."""
 
 
 class RunCheckpoints:
@@ -240,7 +240,8 @@ def check_space(cfg: TrainConfig, directory: Path, student: nn.Module) -> None:
         ConfigError: if they don't fit; the message gives the sizes.
     """
     c = cfg.checkpoint
-    size = (1 + MOMENTS) * state.num_bytes(state.model_tensors(student))
+    moments = MOMENTS * (2 if cfg.optim.rounding == "stochastic" else 1)
+    size = (1 + moments) * state.num_bytes(state.model_tensors(student))
     number = -(-cfg.steps // c.every) if c.every else 1
     if c.keep_best is not None:
         every = min(s.every for s in cfg.eval.sets.values() if s.every)

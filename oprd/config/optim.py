@@ -7,6 +7,9 @@ from typing import Literal
 
 from oprd.errors import Problems
 
+UPDATED_AT_ONCE = 1 << 26
+"""Weights that stochastic rounding updates at once, in float32."""
+
 
 @dataclass
 class OptimConfig:
@@ -19,6 +22,9 @@ class OptimConfig:
         warmup_ratio: fraction of the steps in which the learning rate rises; of n such steps the
             first has 1 / n of it.
         schedule: learning rate after the warm-up: ``cosine`` (decays to 0) or ``constant``.
+        rounding: how a bfloat16 student's new weights are rounded. ``nearest``: an update of less
+            than 1/512 of a weight may be lost. ``stochastic``: up or down at random, so that
+            updates of any size count on average; AdamW's moments are then float32.
         max_grad_norm: clip gradients to this global norm; null: do not clip.
     """
 
@@ -27,6 +33,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.03
     schedule: Literal["cosine", "constant"] = "cosine"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     max_grad_norm: float | None = 1.0
 
     def check(self, problems: Problems) -> None:

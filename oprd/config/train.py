@@ -120,6 +120,12 @@ def check_values(cfg: TrainConfig) -> None:
         "student.dtype=float16 can't be trained: AdamW's epsilon of 1e-8 is 0 in float16, and the "
         "weights are NaN after a step. Use bfloat16 or float32",
     )
+    is_narrow = cfg.student.dtype == "bfloat16" and cfg.student.lora.rank is None
+    problems.need(
+        cfg.optim.rounding == "nearest" or is_narrow,
+        "optim.rounding=stochastic is for bfloat16 weights, and this run trains float32 weights: "
+        "set student.dtype=bfloat16 (without an adapter), or leave optim.rounding out",
+    )
     cfg.checkpoint.check(problems, cfg.eval)
     cfg.student.lora.check(problems)
     cfg.optim.check(problems)

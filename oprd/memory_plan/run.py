@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
+from oprd.config.optim import UPDATED_AT_ONCE
 from oprd.distill.objectives import REP
 from oprd.memory_plan.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
 from oprd.memory_plan.update import Moment, moments
@@ -162,6 +163,8 @@ class _Planner:
             sequences[EVALUATION] = self.cfg.eval.batch_size
             moments[EVALUATION] = self._evaluation()
         trained = self._trained_bytes() if self.on_gpu and not self.cfg.fsdp.cpu_offload else 0
+        if self._widened() > 1:  # updated in pieces: weight, gradient, noise and square root
+            trained = min(trained // self.stored, UPDATED_AT_ONCE) * 4 * FLOAT32
         moments[STEP] = Moment("square roots of AdamW's second moments", {"temporaries": trained})
         return TrainingPlan(self._resident(), moments, self.tokens, sequences)
 
@@ -173,7 +176,7 @@ class _Planner:
         terms = {
             "student's weights": weights + (trained if self.adapter else 0),
             "gradients": trained,
-            "AdamW's moments": 2 * trained,
+            "AdamW's moments": 2 * trained * self._widened(),
         }
         if self.cfg.fsdp.cpu_offload:
             terms = dict.fromkeys(terms, 0)
@@ -187,6 +190,10 @@ class _Planner:
         if self._engine_share() and not self._engine_sleeps():
             terms["vLLM engine"] = self._engine_bytes()
         return terms
+
+    def _widened(self) -> int:
+        """Return how much wider the moments are than the weights."""
+        return FLOAT32 // self.stored if self.cfg.optim.rounding == "stochastic" else 1
 
     def _trained_bytes(self) -> int:
         """Return the bytes of the weights that get a gradient.

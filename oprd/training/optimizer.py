@@ -10,19 +10,26 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from oprd.config import OptimConfig
+from oprd.training.rounding import StochasticAdamW
 
 
 def make_optimizer(
-    student: nn.Module, cfg: OptimConfig, steps: int
+    student: nn.Module, cfg: OptimConfig, steps: int, seed: int = 0
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Return optimizer and scheduler for a run of ``steps`` steps.
 
     FSDP2 replaces parameters, so the student must be sharded before.
+
+    Args:
+        seed: seed of stochastic rounding.
     """
     trained = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay
-    )
+    options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    optimizer: torch.optim.Optimizer
+    if cfg.rounding == "stochastic":
+        optimizer = StochasticAdamW(trained, **options, seed=seed)  # type: ignore[arg-type]
+    else:
+        optimizer = torch.optim.AdamW(trained, **options)  # type: ignore[arg-type]
     return optimizer, LambdaLR(optimizer, lambda step: lr_factor(cfg, step, steps))
 
 

@@ -52,6 +52,7 @@ from oprd.training.metrics import (
 )
 from oprd.training.optimizer import fast_forward, make_optimizer
 from oprd.training.preflight import output_dir, preflight
+from oprd.training.rounding import UpdateWatch
 from oprd.training.setup import Builder
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,8 @@ class Trainer:
             losses, layer_losses = reduced_losses(outputs, device)
             self._check_finite(losses, layer_losses, norm, rollouts)
             lr = float(self.scheduler.get_last_lr()[0])
-            self.optimizer.step()
+            with self.updates.watching():
+                self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()
@@ -252,7 +254,10 @@ class Trainer:
                 if cfg.packing:
                     self.objectives.check_packing()
         self.sharded = builder.mesh is not None
-        self.optimizer, self.scheduler = make_optimizer(self.student, cfg.optim, cfg.steps)
+        self.optimizer, self.scheduler = make_optimizer(
+            self.student, cfg.optim, cfg.steps, cfg.seed
+        )
+        self.updates = UpdateWatch(self.student.parameters(), cfg.optim.rounding)
         self.checkpoints = RunCheckpoints(
             cfg, self.directory, self.student, self.tokenizer, self.device, self.resumed
         )
@@ -375,7 +380,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Return the step's metrics, reduced over ranks."""
         metrics: dict[str, Any] = loss_metrics(losses)
-        metrics |= {"actor/grad_norm": norm, "actor/lr": lr}
+        metrics |= {"actor/grad_norm": norm, "actor/lr": lr} | self.updates.metrics()
         metrics |= rollout_metrics(rollouts, self.device, bool(self.inputs.aligners))
         metrics |= time_metrics(self.timer.take_step(), metrics["rollout/tokens"])
         memory = memory_metrics(peaks, self.device)

@@ -17,7 +17,7 @@ from oprd.models.compatibility import (
     check_length,
     check_student_ids,
     check_vocabularies,
-    same_vocabulary,
+    shares_ids,
 )
 from oprd.models.info import ModelInfo, model_info
 from oprd.models.layer_pairs import corresponding_layer, select_layers
@@ -106,11 +106,15 @@ def check_fit(cfg: FitConfig, dry_run: bool = False) -> Checked:
     if student:
         checked.student = model_info(student, cfg.student.path, checked.tokenizer)
         limit = cfg.data.max_prompt_tokens
-        check_length(student, limit, cfg.rollout.max_new_tokens, "student")
+        check_length(
+            student, limit, cfg.rollout.max_new_tokens, "student", cfg.student.context_length
+        )
     if teacher:
         checked.teacher = model_info(teacher, cfg.teacher.path, theirs)
         limit = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
-        check_length(teacher, limit, cfg.rollout.max_new_tokens, "teacher")
+        check_length(
+            teacher, limit, cfg.rollout.max_new_tokens, "teacher", cfg.teacher.context_length
+        )
     _check_shapes(cfg, checked)
     if checked.tokenizer is None:
         checked.unchecked.append("the prompts: they need the student's tokenizer")
@@ -132,7 +136,7 @@ def _check_tokenizers(
     ours = checked.tokenizer
     if not ours or not theirs or not teacher:
         return
-    if same_vocabulary(ours, theirs):
+    if shares_ids(ours, theirs):
         check_vocabularies(ours, theirs, teacher)
     elif cfg.teacher.reads == "text":
         checked.aligner = Aligner(ours, theirs, cfg.teacher.pairs)

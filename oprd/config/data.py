@@ -17,7 +17,10 @@ class PromptsConfig:
         path: a ``.jsonl``, ``.json`` or ``.parquet`` file (also ``.jsonl.gz`` or ``.zst``), a
             directory or a pattern (``shards/*.parquet``) of such files, a hub data set, or
             ``demo:NAME.jsonl``.
+        subset: configuration of a hub data set that has several.
         split: split of a hub data set.
+        revision: branch, tag or commit of a hub data set; null: the newest.
+        streaming: read the first ``limit`` rows of a hub data set without downloading the rest.
         prompt_field: field with the prompt, as plain text or a list of chat messages, or the JSON
             of one. Messages of the assistant at the end, the answer in data for fine-tuning, are
             left out. Dots select nested fields.
@@ -33,12 +36,23 @@ class PromptsConfig:
     """
 
     path: str
+    subset: str | None = None
     split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     teacher_prompt: str | None = None
     source_field: str | None = None
     limit: int | None = None
+
+    def check(self, problems: Problems, where: str) -> None:
+        """Add a problem for every value that is out of range; ``where`` names the set."""
+        problems.need_at_least_one({f"{where}.limit": self.limit})
+        problems.need(
+            not self.streaming or self.limit is not None,
+            f"{where}.streaming needs a limit, the number of rows to read: set {where}.limit",
+        )
 
 
 @dataclass
@@ -88,10 +102,11 @@ class DataConfig:
             {
                 "data.max_prompt_tokens": self.max_prompt_tokens,
                 "data.max_teacher_prompt_tokens": self.max_teacher_prompt_tokens,
-                "data.train.limit": self.train.limit,
             }
-            | {f"data.sources.{name}.limit": s.limit for name, s in self.sources.items()}
         )
+        self.train.check(problems, "data.train")
+        for name, source in self.sources.items():
+            source.check(problems, f"data.sources.{name}")
         problems.need(
             not self.sources or self.train == DataConfig().train,
             "both data.train and data.sources are given: leave one of them out",
@@ -156,9 +171,9 @@ class EvalConfig:
                 "eval.max_new_tokens": self.max_new_tokens,
                 "eval.batch_size": self.batch_size,
             }
-            | {f"eval.sets.{name}.limit": s.limit for name, s in self.sets.items()}
         )
         for name, source in self.sets.items():
+            source.check(problems, f"eval.sets.{name}")
             need(
                 source.every >= 0,
                 f"eval.sets.{name}.every must not be negative, got {source.every}",

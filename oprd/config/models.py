@@ -67,6 +67,8 @@ class StudentConfig:
         dtype: dtype of the weights and the optimizer state. A LoRA adapter is always float32.
         attn_implementation: attention implementation of `transformers` (``sdpa``,
             ``flash_attention_2``, ..); null: the default of `transformers`.
+        context_length: number of tokens that the model can read and write together; null: what its
+            configuration says.
         gradient_checkpointing: recompute activations in backward to save memory.
         compile: compile every decoder layer with `torch.compile` for training.
         dropout: keep the model's own dropout (GPT-2's 0.1) in updates. Without it, the states that
@@ -77,6 +79,7 @@ class StudentConfig:
     path: str = "demo:student"
     dtype: DType = "float32"
     attn_implementation: str | None = None
+    context_length: int | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     dropout: bool = False
@@ -98,7 +101,7 @@ class TeacherConfig:
             memory.
         dtype: dtype of the weights; not used with ``self:current`` and ``self:base``, which have
             the student's dtype.
-        attn_implementation: attention implementation, as in ``student.attn_implementation``.
+        attn_implementation, context_length: as in ``student``.
         reads: what the teacher reads if it has another tokenizer. ``text``: the text of the
             response in its own tokens. Hidden states are compared where tokens of both tokenizers
             end at the same byte (`oprd.tokenizers.alignment`). ``student_ids``: the student's token
@@ -112,6 +115,7 @@ class TeacherConfig:
     path: str = "demo:teacher"
     dtype: DType = "float32"
     attn_implementation: str | None = None
+    context_length: int | None = None
     reads: Literal["text", "student_ids"] = "text"
     pairs: Literal["stable", "all"] = "stable"
 

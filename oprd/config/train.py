@@ -98,7 +98,9 @@ def check_values(cfg: TrainConfig) -> None:
             "steps": cfg.steps,
             "log_every": cfg.log_every,
             "micro_batch_tokens": cfg.micro_batch_tokens,
+            "student.context_length": cfg.student.context_length,
         }
+        | {f"teacher {n}.context_length": t.context_length for n, t in cfg.all_teachers.items()}
     )
     problems.need(
         cfg.resume != "auto" or cfg.output_dir is not None,

@@ -89,19 +89,31 @@ def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
             f"{path} is neither a hub data set nor a file ending in {', '.join(FILE_FORMATS)}"
         )
     else:
-        try:
-            rows = load_dataset(path, split=cfg.split)
-        except Exception as error:
-            kind = Unreachable if is_unreachable(error) else ConfigError
-            raise kind(
-                f"data set {path!r} (split {cfg.split!r}) can't be loaded: {_root(error)}. Local "
-                f"files must end in {', '.join(FILE_FORMATS)}"
-            ) from error
+        rows = _load_from_hub(path, cfg)
     if cfg.limit is not None:
         rows = rows.select(range(min(cfg.limit, len(rows))))
     if len(rows) == 0:
         raise ConfigError(f"{path} holds no prompts")
     return rows, lambda i: places[i] if places else f"{path}, row {i}"
+
+
+def _load_from_hub(path: str, cfg: PromptsConfig) -> Dataset:
+    options: dict[str, Any] = {"split": cfg.split, "revision": cfg.revision}
+    try:
+        if not cfg.streaming:
+            return load_dataset(path, cfg.subset, **options)
+        stream = load_dataset(path, cfg.subset, **options, streaming=True)
+        return Dataset.from_list(list(stream.take(cfg.limit)))
+    except Exception as error:
+        kind = Unreachable if is_unreachable(error) else ConfigError
+        given = {"subset": cfg.subset, **options}
+        where = ", ".join(f"{name} {value!r}" for name, value in given.items() if value is not None)
+        hint = f"Local files must end in {', '.join(FILE_FORMATS)}"
+        if "onfig name is missing" in str(error):
+            hint = "Set subset to one of them"
+        raise kind(
+            f"data set {path!r} ({where}) can't be loaded: {_root(error)}. {hint}"
+        ) from error
 
 
 def _suffix(file: Path) -> str:

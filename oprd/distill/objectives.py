@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -53,11 +54,14 @@ class Teacher:
     Attributes:
         distiller: the student's taps with this teacher; None if no hidden states are compared.
         model, decoder: the whole teacher; None if no distributions are compared.
+        shared_ids: the number of token ids that distributions are compared over; None: all that
+            both models have.
     """
 
     distiller: Distiller | None
     model: PreTrainedModel | None = None
     decoder: Decoder | None = None
+    shared_ids: int | None = None
 
     @property
     def run(self) -> Decoder:
@@ -121,6 +125,7 @@ class Objectives:
         distill: DistillConfig,
         opd: OpdConfig,
         temperature: float = 1.0,
+        shared_ids: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -130,6 +135,8 @@ class Objectives:
             distill: options that select the supervised tokens.
             opd: options of the output-space losses.
             temperature: the temperature at which rollouts are sampled.
+            shared_ids: by name of a teacher with more tokens than the student, the number of the
+                student's token ids.
         """
         self.weights = dict(weights)
         self.distill, self.opd = distill, opd
@@ -143,15 +150,18 @@ class Objectives:
         if self.vocab and not self.materialised:
             LMHead.of(student)  # raises for heads that it does not support
         self.teachers = {
-            name: self._teacher(model, distillers.get(name)) for name, model in teachers.items()
+            name: self._teacher(model, distillers.get(name), shared_ids.get(name))
+            for name, model in teachers.items()
         }
 
-    def _teacher(self, model: PreTrainedModel, distiller: Distiller | None) -> Teacher:
+    def _teacher(
+        self, model: PreTrainedModel, distiller: Distiller | None, shared_ids: int | None
+    ) -> Teacher:
         if not self.vocab:  # keep only the part that the distiller needs
             return Teacher(distiller)
         if not self.materialised:
             LMHead.of(model)
-        return Teacher(distiller, model, find_decoder(model))
+        return Teacher(distiller, model, find_decoder(model), shared_ids)
 
     @property
     def distiller(self) -> Distiller | None:
@@ -236,7 +246,7 @@ class Objectives:
         result = TeacherPass(teacher)
         with capture as captured:
             if self.materialised:
-                result.logits_BTV = _logits(teacher.model, read)
+                result.logits_BTV = _logits(teacher.model, read)[..., : teacher.shared_ids]
             else:
                 hidden = teacher.decoder.forward(
                     read.input_ids, read.attention_mask, read.position_ids
@@ -308,7 +318,8 @@ class Objectives:
         operand_Vd = head.operand(last_Md)
 
         def teacher_logits(at: slice) -> Tensor:
-            return head.logits(head.products(last_Md[at], operand_Vd))
+            products = head.products(last_Md[at], operand_Vd)
+            return head.logits(products)[:, : teacher.teacher.shared_ids]
 
         student_Md = output.flatten(0, 1)[opd.rows]
         return chunked(

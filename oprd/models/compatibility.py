@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from oprd.errors import ConfigError
 from oprd.models.info import model_info
@@ -41,9 +42,34 @@ def check_pair(
     return pairs
 
 
-def same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
-    """Return whether every token id means the same to both, so that no alignment is needed."""
-    return student.get_vocab() == teacher.get_vocab()
+def shares_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Return whether the student's token ids mean the same to the teacher.
+
+    The teacher may have more tokens behind the student's (Qwen3 has ``<think>``, Qwen2.5 has not).
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if any(theirs.get(token) != number for token, number in ours.items()):
+        return False
+    more = theirs.keys() - ours.keys()
+    return all(theirs[token] > max(ours.values()) for token in more)
+
+
+def shared_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int | None:
+    """Return the number of ids that both models have, if the teacher has more tokens; else None."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    return None if len(ours) == len(theirs) else 1 + max(ours.values())
+
+
+def left_out(config: PretrainedConfig) -> list[str]:
+    """Return the parts of a multimodal model that are not loaded with its language model.
+
+    Of some families, transformers loads the language model alone as a causal LM.
+    """
+    parts = {name.removesuffix("_config") for name in type(config).sub_configs} - {"text"}
+    loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not parts or loaded is None or isinstance(config, loaded.config_class or object):
+        return []
+    return sorted(parts)
 
 
 def check_vocabularies(
@@ -53,8 +79,8 @@ def check_vocabularies(
 ) -> None:
     """Check that every token id of the student means the same to the teacher.
 
-    Embedding tables may be padded to different sizes (for example 151,936 and 152,064 rows for the
-    same tokenizer).
+    The teacher may have more tokens. Embedding tables may be padded to different sizes (for example
+    151,936 and 152,064 rows for the same tokenizer).
 
     Raises:
         ConfigError: if ids name different tokens, or if the teacher's embedding table is too small
@@ -62,7 +88,7 @@ def check_vocabularies(
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     rows = teacher_config.get_text_config().vocab_size
-    if not same_vocabulary(student, teacher):
+    if not shares_ids(student, teacher):
         only_ours, only_theirs = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
         moved = [t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t]]
         parts = [f"{len(ours)} and {len(theirs)} tokens"]
@@ -123,20 +149,30 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return max(limit, int(original * rope["factor"]))
 
 
-def check_length(config: PretrainedConfig, prompt_tokens: int, new_tokens: int, who: str) -> None:
+def check_length(
+    config: PretrainedConfig,
+    prompt_tokens: int,
+    new_tokens: int,
+    who: str,
+    context_length: int | None = None,
+) -> None:
     """Check that the longest prompt and response fit into the model's positions.
 
     Args:
         config: the model's configuration.
+        context_length: the number of positions, if it is not the configuration's.
         prompt_tokens, new_tokens: maximum length of a prompt and of a response.
         who: "student" or "teacher", for the error message.
 
     Raises:
         ConfigError: if they don't fit.
     """
-    limit = positions_of(config.get_text_config())
+    limit = context_length or positions_of(config.get_text_config())
+    model, _, source = who.partition(" of ")
+    option = f"teachers.{source}" if source else model
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise ConfigError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the {limit} positions "
-            f"of the {who}: lower data.max_prompt_tokens or max_new_tokens"
+            f"of the {who}: lower data.max_prompt_tokens or max_new_tokens, or if the model can "
+            f"read more than its configuration says, set {option}.context_length"
         )

@@ -16,7 +16,9 @@ from oprd.models.compatibility import (
     check_pair,
     check_student_ids,
     check_vocabularies,
-    same_vocabulary,
+    left_out,
+    shared_ids,
+    shares_ids,
 )
 from oprd.models.info import model_info
 from oprd.models.loading import load_config, load_tokenizer, teacher_path
@@ -40,7 +42,13 @@ def check_models(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt, dry_run:
     student = attempt(lambda: load_config(cfg.student.path))
     if student and cfg.student.lora.rank is not None:
         check_targets(student, cfg.student.lora)
-    _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets))
+    if student and (parts := left_out(student)):
+        inputs.notes.append(
+            f"{cfg.student.path} is a multimodal model: its language model alone is trained and "
+            f"saved, without its {', '.join(parts)}"
+        )
+    own = cfg.student.context_length
+    _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets), own)
     if cfg.rollout.engine == "vllm":
         device = check_device(cfg.device)
         inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []
@@ -106,14 +114,17 @@ def _check_teacher(
         _check_heads(cfg, student, teacher)
     who = f"teacher of {name}" if name else "teacher"
     longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
-    _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher)
+    own = cfg.all_teachers[name].context_length
+    _check_length(cfg, teacher, who, longest, bool(cfg.eval.sets) and cfg.eval.teacher, own)
     ours, theirs = inputs.tokenizer, attempt(lambda: load_tokenizer(path))
     if not ours or not theirs or not teacher:
         return
-    if same_vocabulary(ours, theirs):
+    if shares_ids(ours, theirs):
         reads = "shared_ids"
         check_vocabularies(ours, theirs, teacher)
         inputs.notes += _vocabulary_notes(student, teacher, ours, theirs)
+        if number := shared_ids(ours, theirs):
+            inputs.shared_ids[name] = number
     else:
         reads = cfg.all_teachers[name].reads
         _check_other_tokenizer(cfg, inputs, name, theirs, teacher)
@@ -194,11 +205,16 @@ def _check_other_tokenizer(
 
 
 def _check_length(
-    cfg: TrainConfig, config: PretrainedConfig | None, who: str, prompt: int, evaluated: bool
+    cfg: TrainConfig,
+    config: PretrainedConfig | None,
+    who: str,
+    prompt: int,
+    evaluated: bool,
+    context_length: int | None,
 ) -> None:
     if config is not None:
         new = max(cfg.rollout.max_new_tokens, cfg.eval.max_new_tokens if evaluated else 0)
-        check_length(config, prompt, new, who)
+        check_length(config, prompt, new, who, context_length)
 
 
 def _vocabulary_notes(
@@ -208,7 +224,14 @@ def _vocabulary_notes(
     teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
     notes = []
-    if student is not None:
+    more = teacher_tokenizer.get_vocab().keys() - tokenizer.get_vocab().keys()
+    if more:
+        notes.append(
+            f"the teacher has {len(more)} tokens that the student has not, e.g. {min(more)!r}. The "
+            f"student's {len(tokenizer)} mean the same to both: states are compared position by "
+            "position, and distributions (opd_*) over the student's tokens"
+        )
+    elif student is not None:
         rows = [c.get_text_config().vocab_size for c in (student, teacher)]
         if rows[0] != rows[1]:
             notes.append(

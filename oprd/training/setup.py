@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -74,10 +75,13 @@ class Builder:
         self._shard_teacher(whole)
         return whole
 
-    def objectives(self) -> Objectives:
+    def objectives(self, shared_ids: Mapping[str, int]) -> Objectives:
         """Attach the teachers and return the objectives.
 
         The parts of the teachers that no objective needs are freed with this `Builder`.
+
+        Args:
+            shared_ids: see `oprd.training.inputs.RunInputs`.
 
         Raises:
             ValueError: if models do not fit together, see `oprd.distill.distiller.attach`.
@@ -95,6 +99,7 @@ class Builder:
             cfg.distill,
             cfg.opd,
             cfg.rollout.temperature,
+            shared_ids,
         )
 
     def _load(self, cfg: StudentConfig | TeacherConfig, *, sharded: bool) -> PreTrainedModel:

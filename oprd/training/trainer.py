@@ -248,7 +248,7 @@ class Trainer:
             self.evaluator(subject, self.step, model)
             del model
         with self.timer("loading"):
-            self.objectives = builder.objectives()
+            self.objectives = builder.objectives(self.inputs.shared_ids)
             with self._autocast():
                 self.objectives.check_models()
                 if cfg.packing:

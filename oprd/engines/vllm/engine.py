@@ -106,6 +106,8 @@ def worker_environment(
         "LOCAL_RANK": str(device.index or 0),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # Lengths are checked before the run, by student.context_length if it is given.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     # By default all ranks' engines are bound to the same cores. OMP_NUM_THREADS still applies.

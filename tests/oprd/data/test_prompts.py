@@ -6,10 +6,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from datasets import Dataset
 
-from oprd.config import DataConfig, PromptsConfig
+from oprd.config import DataConfig, PromptsConfig, TrainConfig, check_values
 from oprd.data.chat import encode_prompt, with_suffix
-from oprd.data.prompts import load_prompts
+from oprd.data.prompts import load_prompts, load_rows
 from oprd.data.sampler import PromptSampler
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError, Unreachable
@@ -183,3 +184,45 @@ def test_the_published_layout(tokenizer, name):
     rows = {"dapo-math-17k-sample": 256, "AIME24": 30, "AIME25": 30, "AIMO": 83}
     assert len(found) == rows[name]
     assert all(p.answer for p in found.prompts)
+
+
+class Hub:
+    """Stands for `datasets.load_dataset`."""
+
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def __call__(self, path, name=None, **options):
+        self.calls.append((path, name, options))
+        if self.error is not None:
+            raise self.error
+        rows = Dataset.from_list([{"prompt": f"{i}+1="} for i in range(10)])
+        return rows.to_iterable_dataset() if options.get("streaming") else rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_set_is_asked_for_by_subset_and_revision(monkeypatch, streaming):
+    hub = Hub()
+    monkeypatch.setattr("oprd.data.prompts.load_dataset", hub)
+    cfg = PromptsConfig(
+        "some/set", subset="main", split="test", revision="abc", streaming=streaming, limit=3
+    )
+    rows, place = load_rows(cfg)
+    assert [row["prompt"] for row in rows] == ["0+1=", "1+1=", "2+1="]
+    assert place(1) == "some/set, row 1"
+    options = {"split": "test", "revision": "abc"} | ({"streaming": True} if streaming else {})
+    assert hub.calls == [("some/set", "main", options)]
+
+
+def test_a_subset_is_asked_for(monkeypatch):
+    error = ValueError("Config name is missing.\nPlease pick one among ['main', 'socratic']")
+    monkeypatch.setattr("oprd.data.prompts.load_dataset", Hub(error))
+    with pytest.raises(ConfigError, match=r"(?s)split 'train'.*socratic'\]. Set subset to one of"):
+        load_rows(PromptsConfig("some/set"))
+
+
+def test_streaming_needs_a_limit():
+    cfg = TrainConfig()
+    cfg.data.train = PromptsConfig("some/set", streaming=True)
+    with pytest.raises(ConfigError, match=r"data\.train\.streaming needs a limit"):
+        check_values(cfg)

@@ -1,11 +1,19 @@
 """Pairs that do not fit are refused before a weight is loaded, saying how they differ."""
 
 import pytest
+from transformers import AutoConfig
 
 from oprd.config import StudentConfig
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError, Unreachable
-from oprd.models.compatibility import check_length, check_pair, check_vocabularies
+from oprd.models.compatibility import (
+    check_length,
+    check_pair,
+    check_vocabularies,
+    left_out,
+    shared_ids,
+    shares_ids,
+)
 from oprd.models.loading import load_config, load_model, load_tokenizer
 from tests.support.tiny import make_model
 
@@ -38,8 +46,8 @@ def test_padded_embedding_tables_are_no_obstacle():
 def test_different_vocabularies_are_described():
     more, moved = make_tokenizer(), make_tokenizer()
     more.add_tokens(["<think>"])
-    with pytest.raises(ConfigError, match=r"15 and 16 tokens; only the teacher has 1.*<think>"):
-        check_vocabularies(make_tokenizer(), more, config())
+    with pytest.raises(ConfigError, match=r"16 and 15 tokens; only the student has 1.*<think>"):
+        check_vocabularies(more, make_tokenizer(), config())
     vocabulary = moved.get_vocab()
     vocabulary["8"], vocabulary["9"] = vocabulary["9"], vocabulary["8"]
     moved.get_vocab = lambda: vocabulary
@@ -91,3 +99,25 @@ def test_scaled_contexts_are_longer(rope, positions):
     check_length(scaled, positions - 5, 5, "student")
     with pytest.raises(ConfigError, match=f"exceed the {positions} positions"):
         check_length(scaled, positions - 4, 5, "student")
+
+
+def test_a_teacher_may_have_more_tokens():
+    ours, theirs = make_tokenizer(), make_tokenizer()
+    theirs.add_tokens(["<think>"])
+    assert shares_ids(ours, theirs)
+    assert shared_ids(ours, theirs) == len(ours)
+    assert shared_ids(ours, ours) is None
+    assert not shares_ids(theirs, ours)
+    check_vocabularies(ours, theirs, config(vocab_size=15))
+
+
+def test_a_limit_can_be_given():
+    check_length(config(), 32, 33, "student", context_length=65)
+    with pytest.raises(ConfigError, match=r"exceed the 65 pos.*set teachers\.math\.context_length"):
+        check_length(config(), 33, 33, "teacher of math", context_length=65)
+
+
+def test_what_of_a_multimodal_model_is_left_out():
+    assert left_out(AutoConfig.for_model("qwen3_5")) == ["vision"]
+    assert left_out(AutoConfig.for_model("gemma3")) == []  # keeps its vision tower
+    assert left_out(config()) == []

@@ -19,7 +19,7 @@ from tests.support.tiny import make_batch, make_model
 OPD = [name for name in OBJECTIVES if name != REP]
 
 
-def gradients(weights, architecture="qwen2", parts=((0, 3),), **opd):
+def gradients(weights, architecture="qwen2", parts=((0, 3),), shared_ids=None, **opd):
     """Loss by objective and the gradient of their weighted sum, the batch in ``parts``."""
     student, teacher = (make_model(architecture, seed) for seed in (0, 1))
     d = DistillConfig(positions="last_k", k=3, shift="after")
@@ -28,7 +28,10 @@ def gradients(weights, architecture="qwen2", parts=((0, 3),), **opd):
         distillers[""] = attach(
             student, teacher, kind=d.kind, positions=d.positions, k=d.k, shift=d.shift
         )
-    objectives = Objectives(weights, student, {"": teacher}, distillers, d, OpdConfig(k=4, **opd))
+    shared = {} if shared_ids is None else {"": shared_ids}
+    objectives = Objectives(
+        weights, student, {"": teacher}, distillers, d, OpdConfig(k=4, **opd), shared_ids=shared
+    )
     whole = make_batch()
     batches = [Batch(*(x[begin:end] for x in whole)) for begin, end in parts]
     chosen = [objectives.supervise(batch) for batch in batches]
@@ -63,6 +66,21 @@ def test_a_sum_has_the_sum_of_the_gradients(implementation):
     rep = gradients({REP: 3.0}, "smollm")
     assert both[0] == pytest.approx(opd[0] | rep[0], rel=1e-5)
     assert torch.allclose(both[1], opd[1] + rep[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "materialised"])
+def test_distributions_are_compared_over_shared_ids(implementation):
+    """As if both heads had those rows alone."""
+    number = 30
+    loss, _ = gradients({"opd_full": 1.0}, shared_ids=number, implementation=implementation)
+    student, teacher = (make_model("qwen2", seed) for seed in (0, 1))
+    ids, attention_mask, response_mask = make_batch()
+    logits = [
+        m(ids, attention_mask=attention_mask).logits[..., :number] for m in (student, teacher)
+    ]
+    log_p, log_q = (x.log_softmax(-1)[:, :-1][response_mask[:, 1:].bool()] for x in logits)
+    wanted = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert loss["opd_full"] == pytest.approx(wanted.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("weights", [{"opd_full": 1.0}, {"opd_topk": 1.0, REP: 2.0}], ids=str)

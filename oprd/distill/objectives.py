@@ -21,6 +21,7 @@ from oprd import distributed
 from oprd.config import DistillConfig, OpdConfig
 from oprd.data.collate import Batch
 from oprd.data.supervision import Supervision, supervise
+from oprd.distill.diagnostics import Sample, evenly, measure, places
 from oprd.distill.distiller import Distiller
 from oprd.distill.taps import RepOutput
 from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
@@ -62,6 +63,14 @@ class Teacher:
     model: PreTrainedModel | None = None
     decoder: Decoder | None = None
     shared_ids: int | None = None
+
+    @property
+    def has_final_states(self) -> bool:
+        """Whether the last states that are compared are the final ones of both models."""
+        d = self.distiller
+        if d is None or d.projectors is not None:
+            return False
+        return d.pairs[-1] == (d.student.num_layers - 1, d.teacher_layers - 1)
 
     @property
     def run(self) -> Decoder:
@@ -106,11 +115,13 @@ class StudentPass:
         loss: the weighted sum of the losses; call ``backward`` on it.
         parts: each objective's loss before weighting, detached.
         rep: loss and statistics of the representation loss; None if it is not used.
+        sample: what `Objectives.diagnose` needs; None if it was not asked for.
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
     rep: RepOutput | None
+    sample: Sample | None = None
 
 
 class Objectives:
@@ -125,7 +136,8 @@ class Objectives:
         distill: DistillConfig,
         opd: OpdConfig,
         temperature: float = 1.0,
-        shared_ids: Mapping[str, int] = MappingProxyType({}),
+        shared_ids: Mapping[str, int | None] = MappingProxyType({}),
+        heads: Mapping[str, LMHead] = MappingProxyType({}),
     ) -> None:
         """
         Args:
@@ -135,11 +147,13 @@ class Objectives:
             distill: options that select the supervised tokens.
             opd: options of the output-space losses.
             temperature: the temperature at which rollouts are sampled.
-            shared_ids: by name of a teacher with more tokens than the student, the number of the
-                student's token ids.
+            shared_ids: by name of a teacher that shares the student's token ids, their number if
+                the teacher has more; else None.
+            heads: by teacher name, heads that are kept for diagnostics alone.
         """
         self.weights = dict(weights)
         self.distill, self.opd = distill, opd
+        self.temperature, self.shared_ids, self.heads = temperature, shared_ids, heads
         self.vocab = {
             name: VocabLoss(opd.form(name), opd.k, opd.support, temperature)
             for name in weights
@@ -258,12 +272,18 @@ class Objectives:
         return result
 
     def student_pass(
-        self, batch: Batch, chosen: Chosen, teacher: TeacherPass, totals: Mapping[str, float]
+        self,
+        batch: Batch,
+        chosen: Chosen,
+        teacher: TeacherPass,
+        totals: Mapping[str, float],
+        sampled: int = 0,
     ) -> StudentPass:
         """Run the student on a batch and compute the losses.
 
         Args:
             totals: for each objective, the denominator of its mean over the global batch.
+            sampled: number of positions to keep for `diagnose`.
         """
         session: contextlib.AbstractContextManager = contextlib.nullcontext()
         distiller = teacher.teacher.distiller
@@ -285,7 +305,43 @@ class Objectives:
             losses[name] = self._vocab_loss(name, batch, chosen, teacher, output, totals[name])
         terms = [self.weights[name] * loss for name, loss in losses.items()]
         parts = {name: loss.detach() for name, loss in losses.items()}
-        return StudentPass(torch.stack(terms).sum(), parts, rep)
+        sample = self._sample(batch, chosen, teacher, output, sampled) if sampled else None
+        return StudentPass(torch.stack(terms).sum(), parts, rep, sample)
+
+    def _sample(
+        self, batch: Batch, chosen: Chosen, teacher: TeacherPass, output: Tensor, number: int
+    ) -> Sample:
+        """Keep the models' final states, or logits, at some of the supervised positions."""
+        where = chosen.opd or chosen.rep
+        assert where is not None
+        some = evenly(len(where.rows), number, output.device)
+        rows = where.rows[some]
+        theirs = None
+        if teacher.logits_BTV is not None:
+            theirs = teacher.logits_BTV.flatten(0, 1)[where.teacher_rows[some]]
+        elif teacher.last_Md is not None:
+            theirs = teacher.last_Md[some]
+        elif teacher.teacher.has_final_states:
+            theirs = teacher.states[-1][some]
+        ours = output.detach().flatten(0, 1)[rows]
+        # The state before a token predicts it.
+        predicts = chosen.opd is not None or self.distill.shift == "before"
+        place = places(batch.response_mask, rows + 1 if predicts else rows)
+        return Sample(ours, theirs, self.materialised and bool(self.vocab), place)
+
+    def diagnose(self, sample: Sample, name: str) -> dict[str, list[float]]:
+        """Measure what no objective needs on a sample; see `oprd.distill.diagnostics.measure`.
+
+        Args:
+            name: the name of the teacher that the sample is of.
+        """
+        teacher, head = self.teachers[name], None
+        if name in self.shared_ids:
+            head = self.heads.get(name) or LMHead.tied(teacher.run.backbone)
+            if teacher.model is not None:
+                head = LMHead.of(teacher.model)
+        shared = self.shared_ids.get(name)
+        return measure(sample, LMHead.of(self.student), head, shared, self.temperature)
 
     def _vocab_loss(
         self,

@@ -143,13 +143,22 @@ def gather(values: Sequence[T]) -> list[T]:
     return [value for part in parts for value in part]
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum gradients over ranks. No average: losses are divided by global token counts."""
+def sum_gradients(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Sum gradients over ranks. No average: losses are divided by global token counts.
+
+    A parameter may have a gradient on some ranks only (an expert that no token of a rank chose):
+    the others add zeros.
+    """
     if not dist.is_initialized():
         return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
+    trained = [p for p in parameters if p.requires_grad]
+    ranks = sum_over_ranks([float(p.grad is not None) for p in trained], device)
+    for parameter, number in zip(trained, ranks, strict=True):
+        if not number:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
 
 def seed_everything(seed: int) -> None:

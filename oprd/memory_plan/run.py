@@ -221,7 +221,9 @@ class _Planner:
         if self.needs_logits:
             return shape.parameters
         blocks = max(block for _, block in self._pairs(shape)) + 1
-        return blocks * shape.block_parameters + shape.vocab * shape.d
+        keeps_head = self.cfg.logging.teacher_head and not (shape.tied or self.teacher_sharded)
+        tables = 2 if keeps_head else 1
+        return blocks * shape.block_parameters + tables * shape.vocab * shape.d
 
     def _pairs(self, teacher: Shape) -> list[tuple[int, int]]:
         return pair_layers(self.cfg.distill.layers, self.student.layers, teacher.layers)

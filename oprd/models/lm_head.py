@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from oprd.errors import ConfigError
 
@@ -50,12 +50,14 @@ class LMHead:
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no LM head: output-space losses need one")
-        config = model.config.get_text_config()
-        scale = 1.0
-        for name, power in SCALES.items():
-            scale *= (getattr(config, name, None) or 1.0) ** power
-        cap = getattr(config, "final_logit_softcapping", None)
-        return cls(head.weight, getattr(head, "bias", None), cap, scale)
+        return cls(head.weight, getattr(head, "bias", None), *_after_head(model.config))
+
+    @classmethod
+    def tied(cls, backbone: Any) -> LMHead | None:
+        """Return the head of a model whose backbone is there alone: its embeddings, if tied."""
+        if not backbone.config.get_text_config().tie_word_embeddings:
+            return None
+        return cls(backbone.get_input_embeddings().weight, None, *_after_head(backbone.config))
 
     def operand(self, states: Tensor) -> Tensor:
         """Return the weight in the dtype that `multiply` needs for these states.
@@ -84,6 +86,14 @@ class LMHead:
         logits = products_mV if self.bias is None else products_mV + self.bias.detach()
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def _after_head(config: PretrainedConfig) -> tuple[float | None, float]:
+    """Return `LMHead.softcap` and `LMHead.scale` of a configuration."""
+    text, scale = config.get_text_config(), 1.0
+    for name, power in SCALES.items():
+        scale *= (getattr(text, name, None) or 1.0) ** power
+    return getattr(text, "final_logit_softcapping", None), scale
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -25,8 +25,8 @@ class RunInputs:
             another tokenizer, as are ``teacher_tokenizers`` and ``teacher_sets``.
         teacher_tokenizers: by teacher name.
         teacher_sets: by teacher name, the evaluation sets in the teacher's tokens.
-        shared_ids: by name of a teacher with more tokens than the student, the number of the
-            student's token ids, which mean the same to it.
+        shared_ids: by name of a teacher that shares the student's token ids, their number if the
+            teacher has more; else None.
         layer_pairs: by teacher name, the compared (student block, teacher block) pairs.
         bridge_ranks: by teacher name, the rank of its bridge.
         resume: the checkpoints that the run could resume from.
@@ -41,7 +41,7 @@ class RunInputs:
     aligners: dict[str, Aligner] = field(default_factory=dict)
     teacher_tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     teacher_sets: dict[str, dict[str, PromptSet]] = field(default_factory=dict)
-    shared_ids: dict[str, int] = field(default_factory=dict)
+    shared_ids: dict[str, int | None] = field(default_factory=dict)
     layer_pairs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     bridge_ranks: dict[str, int] = field(default_factory=dict)
     resume: Candidates = field(default_factory=Candidates)

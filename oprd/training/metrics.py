@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from oprd import distributed
 from oprd.data.micro_batches import Assignment, batch_work
 from oprd.distill.objectives import StudentPass
 from oprd.distill.taps import RepOutput
+from oprd.models.decoder import Decoder
 from oprd.observability.memory import GIB, PeakMemory
 
 METRICS = {"oprd": "actor/rep_loss", "opd_top1": "actor/pg_loss"}
@@ -68,14 +72,52 @@ def rep_metrics(
     sums = [sum(column) for column in zip(*weighted, strict=True)]
     cosine, norm_s, norm_t, count = distributed.sum_over_ranks([*sums, sum(counts)], device)
     cosine, norm_s, norm_t = (x / count if count else 0.0 for x in (cosine, norm_s, norm_t))
+    layers = [count * out.layer_cosine.double() for count, out in zip(counts, outputs, strict=True)]
+    by_layer = distributed.sum_over_ranks(torch.stack(layers).sum(0).tolist(), device)
     return {
         "rep/cosine_similarity": cosine,
+        "rep/layer_cosine": [x / count if count else 0.0 for x in by_layer],
         "rep/norm_mse": 2 * (1 - cosine) / width if count else 0.0,
         "rep/student_norm": norm_s,
         "rep/teacher_norm": norm_t,
         "rep/layer_loss": layer_losses,
         "rep/supervised_tokens": int(count),
     }
+
+
+def sample_metrics(found: Mapping[str, Sequence[float]], device: torch.device) -> dict[str, float]:
+    """Return the means over all ranks' samples. Collective.
+
+    Args:
+        found: the sum and count of each metric, from `oprd.distill.diagnostics.measure`. Metrics
+            with the count 0 on all ranks are left out.
+    """
+    values = [value for pair in found.values() for value in pair]
+    reduced = distributed.sum_over_ranks(values, device)
+    pairs = zip(found, reduced[::2], reduced[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count}
+
+
+def gradient_norms(student: nn.Module, decoder: Decoder) -> dict[str, float]:
+    """Return the norms of the gradients of parts of a student, before clipping. Collective.
+
+    The parts are the embeddings, each third of the blocks, and the rest (final norm and head).
+    """
+    number = decoder.num_layers
+    thirds = sorted({0, number // 3, 2 * number // 3, number})
+    parts = {"embeddings": list(decoder.backbone.get_input_embeddings().parameters())}
+    for first, end in itertools.pairwise(thirds):
+        parts[f"blocks_{first}-{end - 1}"] = list(decoder.layers[first:end].parameters())
+    known = {id(p) for group in parts.values() for p in group}
+    parts["rest"] = [p for p in student.parameters() if id(p) not in known]
+    norms = {}
+    for name, parameters in parts.items():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            norm = nn.utils.get_total_norm(gradients)
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norms[f"actor/grad_norm/{name}"] = whole.item()
+    return norms
 
 
 def plan_metrics(plans: Sequence[Assignment], packed: bool, share: float) -> dict[str, float]:

@@ -123,8 +123,7 @@ def _check_teacher(
         reads = "shared_ids"
         check_vocabularies(ours, theirs, teacher)
         inputs.notes += _vocabulary_notes(student, teacher, ours, theirs)
-        if number := shared_ids(ours, theirs):
-            inputs.shared_ids[name] = number
+        inputs.shared_ids[name] = shared_ids(ours, theirs)
     else:
         reads = cfg.all_teachers[name].reads
         _check_other_tokenizer(cfg, inputs, name, theirs, teacher)

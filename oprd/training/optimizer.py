@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from oprd.config import OptimConfig
@@ -45,6 +47,14 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
     if cfg.schedule == "constant" or step >= steps:
         return 1.0 if cfg.schedule == "constant" else 0.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def all_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether this rank's part of the trained weights is finite."""
+    trained = [p.detach() for p in parameters if p.requires_grad]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+    norms = torch._foreach_norm([p for p in local if p.numel()])
+    return bool(torch.stack([n.float() for n in norms]).isfinite().all()) if norms else True
 
 
 def fast_forward(scheduler: LRScheduler, steps: int) -> None:

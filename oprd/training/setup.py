@@ -17,7 +17,7 @@ from oprd.distill.objectives import REP, Objectives
 from oprd.distributed.fsdp import is_sharded, make_mesh, shard
 from oprd.models.compile import compile_layers
 from oprd.models.decoder import find_decoder
-from oprd.models.lm_head import copy_lm_head
+from oprd.models.lm_head import LMHead, copy_lm_head
 from oprd.models.loading import empty_model, load_model, switch_off_dropout, teacher_path
 from oprd.models.lora import add_adapter
 from oprd.models.without_adapter import WithoutAdapter
@@ -75,7 +75,7 @@ class Builder:
         self._shard_teacher(whole)
         return whole
 
-    def objectives(self, shared_ids: Mapping[str, int]) -> Objectives:
+    def objectives(self, shared_ids: Mapping[str, int | None]) -> Objectives:
         """Attach the teachers and return the objectives.
 
         The parts of the teachers that no objective needs are freed with this `Builder`.
@@ -87,6 +87,9 @@ class Builder:
             ValueError: if models do not fit together, see `oprd.distill.distiller.attach`.
         """
         distillers: dict[str, Distiller] = {}
+        heads = {}
+        if self.cfg.logging.teacher_head and not self.shards_teacher:
+            heads = {n: LMHead.of(m) for n, m in self.teachers.items() if n in shared_ids}
         for name, model in self.teachers.items() if REP in self.cfg.objectives else ():
             distillers[name] = self._attach(name, model, distillers)
             self._shard_teacher(distillers[name].teacher.root)
@@ -100,6 +103,7 @@ class Builder:
             cfg.opd,
             cfg.rollout.temperature,
             shared_ids,
+            heads,
         )
 
     def _load(self, cfg: StudentConfig | TeacherConfig, *, sharded: bool) -> PreTrainedModel:

@@ -44,18 +44,23 @@ from oprd.training.evaluator import AFTER, BEFORE, DURING, Evaluator, Subject
 from oprd.training.inputs import RunInputs
 from oprd.training.loss_watchdog import Alarm, Watchdog, keep_batch, not_finite
 from oprd.training.metrics import (
+    gradient_norms,
     loss_metrics,
     memory_metrics,
     reduced_losses,
     rep_metrics,
+    sample_metrics,
     time_metrics,
 )
-from oprd.training.optimizer import fast_forward, make_optimizer
+from oprd.training.optimizer import all_finite, fast_forward, make_optimizer
 from oprd.training.preflight import output_dir, preflight
 from oprd.training.rounding import UpdateWatch
 from oprd.training.setup import Builder
 
 logger = logging.getLogger(__name__)
+
+SAMPLED = 256
+"""Positions of a rank's first micro-batch that diagnostics look at."""
 
 
 class TrainingStopped(RuntimeError):
@@ -169,35 +174,52 @@ class Trainer:
             device,
         )
         self.student.train()
-        outputs, peaks = [], []
+        outputs: list[StudentPass] = []
+        peaks = []
+        every = cfg.logging.diagnostics_every
+        is_due = bool(every) and self.step % every == 0
+        measured: dict[str, float] = {}
         for part in work.micro_batches:
             with self.timer("teacher"), self._autocast():
                 teacher = self.objectives.teacher_pass(part.batch, part.chosen, part.teacher)
             with self.timer("student update"), PeakMemory(device) as peak:
                 with self._autocast():
                     out = self.objectives.student_pass(
-                        part.batch, part.chosen, teacher, work.totals
+                        part.batch,
+                        part.chosen,
+                        teacher,
+                        work.totals,
+                        sampled=SAMPLED if is_due and not outputs else 0,
                     )
                 out.loss.backward()
+            if out.sample is not None:
+                with self.timer("diagnostics"):
+                    found = self.objectives.diagnose(out.sample, part.teacher)
+                    measured = sample_metrics(found, device)
             teacher.release()
             outputs.append(out)
             peaks.append(peak)
             del teacher
+        if not self.sharded:
+            with self.timer("student update"):
+                distributed.sum_gradients(self.student.parameters(), device)
+        if is_due:
+            with self.timer("diagnostics"):
+                measured |= gradient_norms(self.student, self.objectives.decoder)
         with self.timer("student update"), PeakMemory(device) as peak:
-            if not self.sharded:
-                distributed.sum_gradients(self.student.parameters())
             norm = clip_gradients(self.student.parameters(), cfg.optim.max_grad_norm)
             losses, layer_losses = reduced_losses(outputs, device)
             self._check_finite(losses, layer_losses, norm, rollouts)
             lr = float(self.scheduler.get_last_lr()[0])
             with self.updates.watching():
                 self.optimizer.step()
+            self._check_weights()
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()
         peaks.append(peak)
         metrics = self._metrics(rollouts, outputs, losses, layer_losses, norm, lr, peaks)
-        return metrics | work.metrics
+        return metrics | work.metrics | measured
 
     @contextlib.contextmanager
     def _synced(self, engine: Engine) -> Iterator[None]:
@@ -357,6 +379,18 @@ class Trainer:
                 f"step {step}: {what}. {batch}. Lower optim.lr, or use float32 for models in "
                 "float16"
             )
+
+    def _check_weights(self) -> None:
+        """Stop if the optimizer has left weights that are not finite. Collective."""
+        if not distributed.max_over_ranks(
+            float(not all_finite(self.student.parameters())), self.device
+        ):
+            return
+        last = self.checkpoints.finish()
+        raise TrainingStopped(
+            f"step {self.step + 1}: the gradients are finite, but the weights after the step of "
+            f"the optimizer are not. Lower optim.lr. The last complete checkpoint is {last}"
+        )
 
     def _heed(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from oprd import distributed
 from oprd.config.fsdp import FsdpConfig
+from oprd.errors import ConfigError
 
 
 def make_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
@@ -63,6 +64,7 @@ def shard(
     offload = OffloadPolicy()
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    check_no_shared_weights(layers)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     for layer in layers:
         fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)
@@ -76,6 +78,23 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     if dist.get_world_size() > 1:
         _fill(model, source, device)
+
+
+def check_no_shared_weights(layers: Iterable[nn.Module]) -> None:
+    """Check that no weight belongs to two blocks, which FSDP2 shards one by one.
+
+    Raises:
+        ConfigError: if one does, as in Zamba2. The message is the same on every rank.
+    """
+    owner: dict[int, int] = {}
+    for block, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            first = owner.setdefault(id(parameter), block)
+            if first != block:
+                raise ConfigError(
+                    f"blocks {first} and {block} share the weight {name}: FSDP2 can't shard a "
+                    "model whose blocks share weights. Run it with fsdp.mode=never"
+                )
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

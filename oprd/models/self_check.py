@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from oprd.distributed.fsdp import input_device, reshard
+from oprd.distributed.fsdp import check_no_shared_weights, input_device, reshard
 from oprd.errors import ConfigError
 from oprd.models.decoder import Decoder, cut, find_decoder, watch
 from oprd.models.lm_head import LMHead
@@ -118,16 +118,24 @@ def without_weights(config: PretrainedConfig) -> Decoder:
     return find_decoder(model.eval())
 
 
-def check_structure(config: PretrainedConfig, blocks: Sequence[int], who: str) -> None:
+def check_structure(
+    config: PretrainedConfig, blocks: Sequence[int], who: str, sharded: bool = False
+) -> None:
     """Check by its configuration alone that a model is built as OPRD assumes.
 
     Nothing is checked of models that do not run without weights.
+
+    Args:
+        blocks, who: as in `check_states`.
+        sharded: whether FSDP2 will shard the model.
 
     Raises:
         ConfigError: see `check_states`; also for a model without a known decoder.
     """
     try:
         decoder = without_weights(config)
+        if sharded:
+            check_no_shared_weights(decoder.layers)
         check_states(decoder, blocks, decoder.num_layers, who)
     except ConfigError:
         raise

@@ -28,12 +28,15 @@ from oprd.tokenizers.alignment import Aligner
 from oprd.training.inputs import RunInputs
 
 
-def check_models(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt, dry_run: bool) -> None:
+def check_models(
+    cfg: TrainConfig, inputs: RunInputs, attempt: Attempt, dry_run: bool, sharded: bool = False
+) -> None:
     """Check the student against each teacher: configurations, bridges and tokenizers.
 
     Args:
         inputs: tokenizers, aligners, layer pairs, bridge ranks and notes are stored in it.
         dry_run: skip bridges that do not exist yet.
+        sharded: whether FSDP2 will shard the student.
 
     Raises:
         ConfigError: for the first problem.
@@ -54,7 +57,7 @@ def check_models(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt, dry_run:
         inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []
     inputs.tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
     for name in cfg.all_teachers:
-        _check_teacher(cfg, inputs, name, student, bridges.get(name), attempt)
+        _check_teacher(cfg, inputs, name, student, bridges.get(name), attempt, sharded)
 
 
 def _read_bridges(cfg: TrainConfig, inputs: RunInputs, dry_run: bool) -> dict[str, BridgeInfo]:
@@ -104,13 +107,14 @@ def _check_teacher(
     student: PretrainedConfig | None,
     bridge: BridgeInfo | None,
     attempt: Attempt,
+    sharded: bool,
 ) -> None:
     path = teacher_path(cfg.all_teachers[name], cfg.student)
     teacher = attempt(lambda: load_config(path))
     is_unread = cfg.all_bridges[name].path is not None and bridge is None
     if student and teacher:
         if "oprd" in cfg.objectives and not is_unread:
-            inputs.layer_pairs[name] = _check_states(cfg, student, teacher, bridge)
+            inputs.layer_pairs[name] = _check_states(cfg, student, teacher, bridge, sharded)
         _check_heads(cfg, student, teacher)
     who = f"teacher of {name}" if name else "teacher"
     longest = max(cfg.data.max_prompt_tokens, cfg.data.teacher_prompt_limit)
@@ -141,13 +145,15 @@ def _check_states(
     student: PretrainedConfig,
     teacher: PretrainedConfig,
     bridge: BridgeInfo | None,
+    sharded: bool,
 ) -> list[tuple[int, int]]:
     """Return the compared (student block, teacher block) pairs."""
     pairs = check_pair(student, teacher, cfg.distill.layers, bridged=bridge is not None)
     if bridge is not None:
         bridge.check(model_info(student), model_info(teacher), pairs)
-    check_structure(student, [block for block, _ in pairs], "student")
-    check_structure(teacher, [block for _, block in pairs], "teacher")
+    check_structure(student, [block for block, _ in pairs], "student", sharded)
+    is_sharded = sharded and cfg.fsdp.teacher != "replicated"
+    check_structure(teacher, [block for _, block in pairs], "teacher", is_sharded)
     return pairs
 
 

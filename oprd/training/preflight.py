@@ -34,8 +34,9 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
     check_values(cfg)
     inputs = RunInputs()
     attempt = attempts(inputs.unchecked, dry_run)
-    check_run(cfg, inputs, distributed.world_size() if ranks is None else ranks)
-    check_models(cfg, inputs, attempt, dry_run)
+    ranks = distributed.world_size() if ranks is None else ranks
+    check_run(cfg, inputs, ranks)
+    check_models(cfg, inputs, attempt, dry_run, cfg.fsdp.active(ranks))
     load_inputs(cfg, inputs, attempt)
     return inputs
 

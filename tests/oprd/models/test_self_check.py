@@ -28,6 +28,11 @@ KINDS = {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0,
     },
     "mamba": {"state_size": 4},
+    "zamba2": {
+        "mamba_d_state": 8, "n_mamba_heads": 8,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+    },
     "opt": {},
     "xglm": {},
     "mpt": {},
@@ -154,3 +159,11 @@ def test_the_configuration_alone_tells(kind):
     ):
         check_structure(config, [0, 1], "student")
     check_structure(make_model("llama").config, [0, 1, 2], "student")
+
+
+def test_blocks_that_share_weights_can_not_be_sharded():
+    config = hybrid("zamba2").config
+    check_structure(config, [0, 3], "student")
+    with pytest.raises(ConfigError, match=r"blocks 1 and 3 share the weight .*fsdp\.mode=never"):
+        check_structure(config, [0, 3], "student", sharded=True)
+    check_structure(make_model("qwen2").config, [0, 2], "student", sharded=True)

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import gzip
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
-import fsspec
-from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from oprd.config import DataConfig, PromptsConfig
 from oprd.data.chat import as_question, encode_prompt, end_of_turn, uses_template
-from oprd.errors import ConfigError, Unreachable, is_unreachable
-from oprd.models.loading import demo_path
+from oprd.data.rows import load_rows
+from oprd.errors import ConfigError
 
 Tokenizers = Mapping[str, PreTrainedTokenizerBase]
 NO_TOKENIZERS: Tokenizers = MappingProxyType({})
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -66,136 +59,6 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-
-def load_rows(cfg: PromptsConfig) -> tuple[Dataset, Callable[[int], str]]:
-    """Load the rows of a file, of several (a directory, or a pattern), or of a hub data set.
-
-    Returns:
-        The rows, and a function that maps the index of a row to its file and line.
-
-    Raises:
-        ConfigError: if the file is missing or empty, or if a line isn't JSON (with its number).
-    """
-    path = demo_path(cfg.path)
-    suffix = _suffix(Path(path))
-    places: list[str] | None = None
-    if suffix in FILE_FORMATS or any(c in path for c in "*?["):
-        rows, places = _load_files(path)
-    elif Path(path).is_dir():
-        rows, places = _load_files(f"{path}/*")
-    elif Path(path).exists():
-        raise ConfigError(
-            f"{path} is neither a hub data set nor a file ending in {', '.join(FILE_FORMATS)}"
-        )
-    else:
-        rows = _load_from_hub(path, cfg)
-    if cfg.limit is not None:
-        rows = rows.select(range(min(cfg.limit, len(rows))))
-    if len(rows) == 0:
-        raise ConfigError(f"{path} holds no prompts")
-    return rows, lambda i: places[i] if places else f"{path}, row {i}"
-
-
-def _load_from_hub(path: str, cfg: PromptsConfig) -> Dataset:
-    options: dict[str, Any] = {"split": cfg.split, "revision": cfg.revision}
-    try:
-        if not cfg.streaming:
-            return load_dataset(path, cfg.subset, **options)
-        stream = load_dataset(path, cfg.subset, **options, streaming=True)
-        return Dataset.from_list(list(stream.take(cfg.limit)))
-    except Exception as error:
-        kind = Unreachable if is_unreachable(error) else ConfigError
-        given = {"subset": cfg.subset, **options}
-        where = ", ".join(f"{name} {value!r}" for name, value in given.items() if value is not None)
-        hint = f"Local files must end in {', '.join(FILE_FORMATS)}"
-        if "onfig name is missing" in str(error):
-            hint = "Set subset to one of them"
-        raise kind(
-            f"data set {path!r} ({where}) can't be loaded: {_root(error)}. {hint}"
-        ) from error
-
-
-def _suffix(file: Path) -> str:
-    """Return the suffix that says what a file holds, without that of its compression."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-
-
-def _load_files(pattern: str) -> tuple[Dataset, list[str] | None]:
-    """Load the rows of a file, or of all files that match a pattern, in the order of their names.
-
-    Returns:
-        The rows, and the file and line of each; None for one parquet or JSON file.
-    """
-    files = [Path(pattern)]
-    if any(c in pattern for c in "*?["):
-        files = [Path(f) for f in sorted(glob.glob(pattern)) if _suffix(Path(f)) in FILE_FORMATS]
-    if not files or not files[0].is_file():
-        raise ConfigError(
-            f"prompt file {pattern} does not exist"
-            if len(files) == 1
-            else f"{pattern} matches no file ending in {', '.join(FILE_FORMATS)}"
-        )
-    sets, places = [], []
-    for file in files:
-        suffix = _suffix(file)
-        if suffix == ".jsonl":
-            numbers = _jsonl_lines(file)
-        try:
-            rows = load_dataset(FILE_FORMATS[suffix], data_files=str(file), split="train")
-        except Exception as error:
-            raise ConfigError(f"{file} can't be read as {suffix[1:]}: {_root(error)}") from error
-        sets.append(rows)
-        if suffix == ".jsonl":
-            places += [f"{file}:{number}" for number in numbers]
-        else:
-            places += [f"{file}, row {i}" for i in range(len(rows))]
-    try:
-        return concatenate_datasets(sets) if len(sets) > 1 else sets[0], places
-    except ValueError as error:
-        raise ConfigError(f"{pattern}: the files have different fields: {error}") from error
-
-
-def _root(error: BaseException) -> BaseException:
-    """Return the innermost cause: `datasets` wraps it in errors that say little."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _jsonl_lines(file: Path) -> list[int]:
-    """Return the line number of every row. Raise if a line isn't a JSON object."""
-    numbers = []
-    with _open(file) as lines:
-        for number, line in enumerate(_decoded(lines, file), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{file}:{number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{file}:{number}: expected a JSON object, got {line.strip()}")
-            numbers.append(number)
-    if not numbers:
-        raise ConfigError(f"prompt file {file} is empty")
-    return numbers
-
-
-def _open(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
-        return gzip.open(file)  # type: ignore[return-value]
-    if file.suffix == ".zst":
-        return fsspec.open(str(file), "rb", compression="zstd").open()
-    return file.open("rb")
-
-
-def _decoded(lines: Iterable[bytes], file: Path) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{file}:{number}: not UTF-8 ({error}): convert the file") from error
 
 
 def get_field(row: dict[str, Any], name: str, where: str) -> Any:

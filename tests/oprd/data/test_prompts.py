@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from oprd.config import DataConfig, PromptsConfig, TrainConfig, check_values
 from oprd.data.chat import encode_prompt, with_suffix
-from oprd.data.prompts import load_prompts, load_rows
+from oprd.data.prompts import load_prompts
+from oprd.data.rows import load_rows
 from oprd.data.sampler import PromptSampler
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError, Unreachable
@@ -203,7 +204,7 @@ class Hub:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_set_is_asked_for_by_subset_and_revision(monkeypatch, streaming):
     hub = Hub()
-    monkeypatch.setattr("oprd.data.prompts.load_dataset", hub)
+    monkeypatch.setattr("oprd.data.rows.load_dataset", hub)
     cfg = PromptsConfig(
         "some/set", subset="main", split="test", revision="abc", streaming=streaming, limit=3
     )
@@ -216,7 +217,7 @@ def test_a_hub_set_is_asked_for_by_subset_and_revision(monkeypatch, streaming):
 
 def test_a_subset_is_asked_for(monkeypatch):
     error = ValueError("Config name is missing.\nPlease pick one among ['main', 'socratic']")
-    monkeypatch.setattr("oprd.data.prompts.load_dataset", Hub(error))
+    monkeypatch.setattr("oprd.data.rows.load_dataset", Hub(error))
     with pytest.raises(ConfigError, match=r"(?s)split 'train'.*socratic'\]. Set subset to one of"):
         load_rows(PromptsConfig("some/set"))
 

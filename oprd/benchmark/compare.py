@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from oprd.config import BridgeConfig, OpdConfig, TrainConfig
+from oprd.config.demo import demo_config
 from oprd.distill.objectives import REP
 from oprd.errors import ConfigError, Problems
 from oprd.observability.memory import GIB
@@ -75,7 +76,7 @@ class CompareConfig:
     selection_set: str = "val"
     report_set: str = "test"
     target: float = 0.95
-    run: TrainConfig = field(default_factory=TrainConfig)
+    run: TrainConfig = field(default_factory=demo_config)
 
 
 @dataclass(frozen=True)

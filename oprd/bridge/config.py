@@ -34,7 +34,8 @@ class FitConfig:
         seed: seed for the choice of prompts, sampling, the random projector of the comparison, and
             sgd.
         device: ``auto``: the GPU of this rank, or the CPU if there is none.
-        autocast: dtype of the models' matrix products; null: off.
+        autocast: dtype of the models' matrix products; null, and ``auto``, which is training's
+            default: off.
         micro_batch_tokens: maximum number of tokens, padding included, that go through the models
             at once.
         student, teacher, data, rollout: as in training. Options that only training uses are
@@ -54,7 +55,7 @@ class FitConfig:
     products: Literal["float64", "float32"] = "float64"
     seed: int = 0
     device: str = "auto"
-    autocast: Literal["bfloat16"] | None = None
+    autocast: Literal["auto", "bfloat16"] | None = "auto"
     micro_batch_tokens: int = 32768
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

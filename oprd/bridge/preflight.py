@@ -19,6 +19,7 @@ from oprd.models.compatibility import (
     check_vocabularies,
     shares_ids,
 )
+from oprd.models.defaults import choose_dtypes, choose_lengths
 from oprd.models.info import ModelInfo, model_info
 from oprd.models.layer_pairs import corresponding_layer, select_layers
 from oprd.models.loading import load_config, load_tokenizer
@@ -93,12 +94,16 @@ def check_fit(cfg: FitConfig, dry_run: bool = False) -> Checked:
     """
     check_values(cfg)
     check_new_file(cfg.output)
-    check_device(cfg.device)
+    on_gpu = check_device(cfg.device).type == "cuda"
+    choose_dtypes(cfg.student, [cfg.teacher], on_gpu, trains=False)
+    cfg.autocast = None if cfg.autocast == "auto" else cfg.autocast
     checked = Checked()
     attempt = attempts(checked.unchecked, dry_run)
     student, teacher = (
         attempt(partial(load_config, path)) for path in (cfg.student.path, cfg.teacher.path)
     )
+    pairs = [(student, cfg.student.context_length), (teacher, cfg.teacher.context_length)]
+    checked.notes += choose_lengths(cfg.data, cfg.rollout, None, pairs)
     checked.tokenizer, theirs = (
         attempt(partial(load_tokenizer, path)) for path in (cfg.student.path, cfg.teacher.path)
     )

@@ -8,8 +8,10 @@ oprd-bridge show bridge.safetensors
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -21,7 +23,8 @@ from oprd.bridge.preflight import check_fit
 from oprd.bridge.show import tables
 from oprd.bridge.sweep import sweep
 from oprd.cli.environment import leave_out_an_unreachable_hub, print_conclusion, quiet_libraries
-from oprd.cli.parser import Parser, run_command
+from oprd.cli.parser import Parser, parse_run, run_command
+from oprd.config.demo import demo_values
 from oprd.distributed import run_main
 from oprd.errors import ConfigError
 
@@ -34,18 +37,7 @@ def make_parser() -> Parser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
 
-    fit = Parser(
-        description="Fit a bridge to student rollouts. Without options, use the demo's models."
-    )
-    fit.add_argument("--config", action="config", help="a YAML file with any of the options")
-    fit.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="check configuration, prompts and models' configurations; load no weights, write "
-        "nothing",
-    )
-    fit.add_class_arguments(FitConfig, None)
-    commands.add_subcommand("fit", fit, help="fit a bridge to student rollouts")
+    commands.add_subcommand("fit", make_fit_parser(), help="fit a bridge to student rollouts")
 
     sweep = Parser(description="Cosine by rank, before and after fitting (the paper's Figure 12).")
     sweep.add_argument("bridge", help="a file that fit wrote")
@@ -83,6 +75,30 @@ def make_parser() -> Parser:
     show.add_argument("--rank", type=int | None, default=None, help="describe it at this rank")
     commands.add_subcommand("show", show, help="describe a bridge")
     return parser
+
+
+def make_fit_parser() -> Parser:
+    """Return the parser of ``oprd-bridge fit``."""
+    fit = Parser(
+        prog="oprd-bridge fit",
+        description="Fit a bridge to student rollouts. Without a student of your own, use the "
+        "demo's, and the options of the demo.",
+    )
+    fit.add_argument("--config", action="config", help="a YAML file with any of the options")
+    fit.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check configuration, prompts and models' configurations; load no weights, write "
+        "nothing",
+    )
+    fit.add_class_arguments(FitConfig, None)
+    return fit
+
+
+def demo_fit_values() -> dict[str, Any]:
+    """Return the demo's options of a fit."""
+    demo = demo_values()
+    return demo | {name: demo["distill"][name] for name in ("positions", "k", "shift")}
 
 
 def run_fit(options: Namespace) -> None:
@@ -155,11 +171,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Exit codes: 0, 2 wrong configuration or file, 130 interrupted.
     """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["fit"]:
+        parsed = parse_run(make_fit_parser, arguments[1:], demo_fit_values())
+        fit = make_fit_parser().instantiate(parsed)
+        quiet_libraries()
+        run_command("oprd-bridge", lambda: run_fit(fit))
+        return
     parser = make_parser()
-    parsed = parser.instantiate(parser.parse_args(argv))
+    parsed = parser.instantiate(parser.parse_args(arguments))
     options = parsed[parsed.command]
     quiet_libraries()
-    command = {"fit": run_fit, "sweep": run_sweep, "import": run_import, "show": run_show}
+    command = {"sweep": run_sweep, "import": run_import, "show": run_show}
     run_command("oprd-bridge", lambda: command[parsed.command](options))
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from oprd.benchmark.compare import CompareConfig, Comparison, demo_variants
 from oprd.cli.environment import quiet_libraries
 from oprd.cli.parser import Parser, run_command
-from oprd.config import EvalConfig
+from oprd.config.demo import demo_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", action="config", help="a YAML file with any of the options")
     parser.add_class_arguments(CompareConfig, None)
-    parser.set_defaults({"run.eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
+    sets = demo_config().eval.sets
+    parser.set_defaults({"run.eval.sets": {k: asdict(v) for k, v in sets.items()}})
     parser.set_defaults({"variants": {k: asdict(v) for k, v in demo_variants().items()}})
     parsed = parser.instantiate(parser.parse_args(argv))
     quiet_libraries()

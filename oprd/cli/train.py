@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from oprd.cli.environment import leave_out_an_unreachable_hub, print_conclusion, quiet_libraries
-from oprd.cli.parser import Parser, run_command
-from oprd.config import EvalConfig, TrainConfig
+from oprd.cli.parser import Parser, parse_run, run_command
+from oprd.config import TrainConfig
+from oprd.config.demo import demo_values
 from oprd.distributed import run_main
 from oprd.errors import ConfigError
 from oprd.memory_plan.config import PlanConfig
@@ -33,7 +33,8 @@ def make_parser() -> Parser:
     """Return the parser of ``oprd-train``."""
     parser = Parser(
         prog="oprd-train",
-        description="On-policy representation distillation. Without options, run the demo.",
+        description="On-policy representation distillation. Without models of your own, run the "
+        "demo, whose options are those of `--config demo`.",
     )
     parser.add_argument("--config", action="config", help="a YAML file with any of the options")
     parser.add_argument(
@@ -51,8 +52,6 @@ def make_parser() -> Parser:
     )
     parser.add_class_arguments(PlanConfig, "plan")
     parser.add_class_arguments(TrainConfig, None)
-    # As plain values: jsonargparse prints those, but not dataclass instances inside a dict.
-    parser.set_defaults({"eval.sets": {k: asdict(v) for k, v in EvalConfig().sets.items()}})
     return parser
 
 
@@ -69,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     by SIGTERM, with a checkpoint from which ``--resume auto`` continues. torchrun exits with 1 in
     all cases but 0.
     """
-    parser = make_parser()
-    parsed = parser.parse_args(argv)
+    parser, parsed = make_parser(), parse_run(make_parser, argv, demo_values())
     if parsed.dry_run:
         leave_out_an_unreachable_hub()
     quiet_libraries()

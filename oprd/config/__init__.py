@@ -1,7 +1,8 @@
 """The configuration of a run, as dataclasses.
 
 Options can be set in a YAML file (``--config``) and on the command line (``--optim.lr 1e-5``). The
-defaults are those of the demo; ``recipes/`` contains other configurations.
+defaults are the method's; the demo has its own (`oprd.config.demo`), and ``recipes/`` contains
+other configurations.
 """
 
 from oprd.config.checkpoint import CheckpointConfig

@@ -82,7 +82,7 @@ class DataConfig:
     chat_template: Literal["auto", "always", "never"] = "auto"
     chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     prompt_suffix: str = ""
-    max_prompt_tokens: int = 8
+    max_prompt_tokens: int = 2048
     max_teacher_prompt_tokens: int | None = None
     overlong: Literal["drop", "error"] = "drop"
 
@@ -125,36 +125,31 @@ class EvalSetConfig(PromptsConfig):
     every: int = 0
 
 
-def _demo_sets() -> dict[str, EvalSetConfig]:
-    return {
-        "val": EvalSetConfig("demo:val.jsonl", every=20),
-        "test": EvalSetConfig("demo:test.jsonl"),
-    }
-
-
 @dataclass
 class EvalConfig:
     """Accuracy of the teacher, and of the student before, during and after training.
 
     Attributes:
-        sets: the evaluation sets by name. The table at the end of a run shows the last one.
+        sets: the evaluation sets by name; none: nothing is evaluated. The table at the end of a run
+            shows the last one.
         grader: ``exact`` (equal text) or ``math`` (mathematical equality of the last boxed answer).
         samples: k, the number of responses to each prompt; accuracy is avg@k.
         temperature: sampling temperature. 0: greedy decoding, for which ``samples`` must be 1.
         top_p: nucleus sampling probability.
-        max_new_tokens: maximum length of a response in tokens.
+        max_new_tokens: maximum length of a response in tokens. The default is lowered to what the
+            models' contexts leave.
         batch_size: number of sequences generated at once. The vLLM engine, which can evaluate the
             student, chooses its own batches.
         teacher: evaluate the teacher too. This loads the whole teacher.
     """
 
-    sets: dict[str, EvalSetConfig] = field(default_factory=_demo_sets)
+    sets: dict[str, EvalSetConfig] = field(default_factory=dict)
     grader: Literal["exact", "math"] = "exact"
     samples: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
-    max_new_tokens: int = 5
-    batch_size: int = 500
+    max_new_tokens: int = 4096
+    batch_size: int = 64
     teacher: bool = True
 
     @property

@@ -9,7 +9,7 @@ from oprd.errors import Problems
 
 SHARED = ("self:current", "self:base")
 SELF = ("self:start", *SHARED)
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass
@@ -64,7 +64,9 @@ class StudentConfig:
 
     Attributes:
         path: a local directory, a hub name, or ``demo:student``.
-        dtype: dtype of the weights and the optimizer state. A LoRA adapter is always float32.
+        dtype: dtype of the weights and the optimizer state. ``auto``: float32 (see ``autocast``);
+            on a GPU bfloat16 for the frozen weights under an adapter. A LoRA adapter is always
+            float32.
         attn_implementation: attention implementation of `transformers` (``sdpa``,
             ``flash_attention_2``, ..); null: the default of `transformers`.
         context_length: number of tokens that the model can read and write together; null: what its
@@ -77,7 +79,7 @@ class StudentConfig:
     """
 
     path: str = "demo:student"
-    dtype: DType = "float32"
+    dtype: DType = "auto"
     attn_implementation: str | None = None
     context_length: int | None = None
     gradient_checkpointing: bool = False
@@ -99,8 +101,8 @@ class TeacherConfig:
             student's initial weights. ``self:current``: the student's current weights.
             ``self:base``: a LoRA student without its adapter; it equals ``self:start`` but needs no
             memory.
-        dtype: dtype of the weights; not used with ``self:current`` and ``self:base``, which have
-            the student's dtype.
+        dtype: dtype of the weights; ``auto``: bfloat16 on a GPU, float32 on a CPU. Not used with
+            ``self:current`` and ``self:base``, which have the student's dtype.
         attn_implementation, context_length: as in ``student``.
         reads: what the teacher reads if it has another tokenizer. ``text``: the text of the
             response in its own tokens. Hidden states are compared where tokens of both tokenizers
@@ -113,7 +115,7 @@ class TeacherConfig:
     """
 
     path: str = "demo:teacher"
-    dtype: DType = "float32"
+    dtype: DType = "auto"
     attn_implementation: str | None = None
     context_length: int | None = None
     reads: Literal["text", "student_ids"] = "text"

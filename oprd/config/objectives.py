@@ -43,16 +43,11 @@ class DistillOptions:
 class DistillConfig(DistillOptions):
     """The representation loss in a training run.
 
-    ``positions`` and ``shift`` default to the demo's values: its responses have five tokens, and
-    all of them are supervised by the states that predict them.
-
     Attributes:
         init_head_from_teacher: copy the teacher's LM head into the student before training. OPRD
             gives an untied LM head no gradient. (This option is not in the paper.)
     """
 
-    positions: Positions = "all"
-    shift: Shift = "before"
     init_head_from_teacher: bool = False
 
     def check(self, problems: Problems) -> None:

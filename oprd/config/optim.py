@@ -28,7 +28,7 @@ class OptimConfig:
         max_grad_norm: clip gradients to this global norm; null: do not clip.
     """
 
-    lr: float = 1e-3
+    lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     warmup_ratio: float = 0.03

@@ -17,7 +17,8 @@ class RolloutConfig:
     Attributes:
         prompts_per_step: number of prompts in a step, over all ranks.
         responses_per_prompt: number of responses to each prompt.
-        max_new_tokens: maximum length of a response in tokens; longer responses are cut off.
+        max_new_tokens: maximum length of a response in tokens; longer responses are cut off. The
+            default is lowered to what the models' contexts leave.
         temperature: sampling temperature, above 0.
         top_p: nucleus sampling probability. Top-k sampling is off.
         batch_size: number of sequences generated at once; null: all of a step. The vLLM engine
@@ -27,9 +28,9 @@ class RolloutConfig:
             in evaluations of the student.
     """
 
-    prompts_per_step: int = 64
-    responses_per_prompt: int = 1
-    max_new_tokens: int = 5
+    prompts_per_step: int = 8
+    responses_per_prompt: int = 2
+    max_new_tokens: int = 4096
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int | None = None

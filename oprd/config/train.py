@@ -32,7 +32,9 @@ class TrainConfig:
         steps: number of optimizer steps.
         seed: seed of the order of prompts and of sampling.
         device: ``auto``: this rank's GPU, or the CPU if there is none.
-        autocast: dtype of the models' matrix products (mixed precision); null: off.
+        autocast: dtype of the models' matrix products (mixed precision); null: off. ``auto``:
+            bfloat16 on a GPU if the student's weights are float32; under FSDP2 by
+            ``fsdp.param_dtype``.
         micro_batch_tokens: maximum number of tokens, padding included, in a forward pass. Gradients
             are accumulated over the micro-batches of a step.
         packing: concatenate the rollouts of a micro-batch in a single row, without padding. Every
@@ -50,11 +52,11 @@ class TrainConfig:
 
     output_dir: str | None = None
     resume: str | None = None
-    name: str = "demo"
+    name: str = "oprd"
     steps: int = 100
     seed: int = 0
     device: str = "auto"
-    autocast: Literal["bfloat16"] | None = None
+    autocast: Literal["auto", "bfloat16"] | None = "auto"
     micro_batch_tokens: int = 32768
     packing: bool = False
     log_every: int = 10

@@ -73,6 +73,11 @@ def _not_loadable(what: str, path: str, error: Exception) -> ConfigError:
     )
 
 
+def torch_dtype(cfg: StudentConfig | TeacherConfig) -> torch.dtype:
+    """Return the dtype of a model's weights; ``auto``, before a run chooses, is float32."""
+    return torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+
+
 def load_model(
     cfg: StudentConfig | TeacherConfig, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
@@ -84,7 +89,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(
             demo_path(cfg.path),
-            dtype=getattr(torch, cfg.dtype),
+            dtype=torch_dtype(cfg),
             attn_implementation=cfg.attn_implementation,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -124,7 +129,7 @@ def empty_model(cfg: StudentConfig | TeacherConfig) -> PreTrainedModel:
     Raises:
         ConfigError: see `load_config`.
     """
-    dtype = getattr(torch, cfg.dtype)
+    dtype = torch_dtype(cfg)
     model = unwritten_model(load_config(cfg.path), dtype, cfg.attn_implementation)
     with contextlib.suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(demo_path(cfg.path))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from oprd import distributed
 from oprd.checkpoint.resume import find_candidates, is_run
 from oprd.config import TrainConfig, check_values
 from oprd.distributed.device import check_device
-from oprd.errors import ConfigError, Problems, attempts
+from oprd.errors import Attempt, ConfigError, Problems, attempts
+from oprd.models.defaults import choose_dtypes, choose_lengths
+from oprd.models.loading import load_config, teacher_path
 from oprd.observability.trackers import check_trackers
 from oprd.training.inputs import RunInputs, load_inputs
 from oprd.training.model_checks import check_models
@@ -20,10 +23,12 @@ from oprd_kernels.backends import registry
 def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None) -> RunInputs:
     """Check configuration, output directory, models' configurations, tokenizers and prompts.
 
+    Defaults that depend on the device and the models are filled in, in place.
+
     Args:
         dry_run: continue if the hub can't be reached, and list in ``RunInputs.unchecked`` what
             could not be checked.
-        ranks: number of ranks to check for; None: the current number.
+        ranks: number of GPUs to check for; None: the current ranks and device.
 
     Returns:
         The loaded inputs.
@@ -34,11 +39,29 @@ def preflight(cfg: TrainConfig, dry_run: bool = False, ranks: int | None = None)
     check_values(cfg)
     inputs = RunInputs()
     attempt = attempts(inputs.unchecked, dry_run)
+    on_gpu = ranks is not None or check_device(cfg.device).type == "cuda"
     ranks = distributed.world_size() if ranks is None else ranks
+    inputs.notes += choose_defaults(cfg, attempt, on_gpu, ranks)
     check_run(cfg, inputs, ranks)
     check_models(cfg, inputs, attempt, dry_run, cfg.fsdp.active(ranks))
     load_inputs(cfg, inputs, attempt)
     return inputs
+
+
+def choose_defaults(cfg: TrainConfig, attempt: Attempt, on_gpu: bool, ranks: int) -> list[str]:
+    """Fill in, in place, the defaults that depend on the device and the models; return notes."""
+    choose_dtypes(cfg.student, cfg.all_teachers.values(), on_gpu)
+    if cfg.autocast == "auto":
+        cfg.autocast = None
+        if on_gpu and cfg.student.dtype == "float32":
+            if not cfg.fsdp.active(ranks):
+                cfg.autocast = "bfloat16"
+            elif cfg.fsdp.param_dtype is None:
+                cfg.fsdp.param_dtype = "bfloat16"
+    pairs = [(cfg.student.path, cfg.student.context_length)]
+    pairs += [(teacher_path(t, cfg.student), t.context_length) for t in cfg.all_teachers.values()]
+    models = [(attempt(partial(load_config, path)), given) for path, given in pairs]
+    return choose_lengths(cfg.data, cfg.rollout, cfg.eval if cfg.eval.sets else None, models)
 
 
 def check_run(cfg: TrainConfig, inputs: RunInputs, ranks: int) -> None:

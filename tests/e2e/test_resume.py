@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from oprd.checkpoint.run import shutil as run_shutil
 from oprd.cli import export as export_cli
 from oprd.cli import train as cli
 from oprd.config import TrainConfig
+from oprd.config.demo import demo_config
 from oprd.errors import ConfigError
 from oprd.observability.run_log import RunLog
 from oprd.observability.summary import EvalResult
@@ -245,8 +247,8 @@ def test_another_configuration_is_refused(tmp_path, whole, changes, message):
 
 def test_an_objective_that_is_added_is_another_setting():
     """Also the one that a run has by default."""
-    before = resume.settings(TrainConfig(objectives={"opd_full": 1.0}))
-    now = TrainConfig(objectives={"opd_full": 1.0, "oprd": 1.0})
+    before = resume.settings(replace(demo_config(), objectives={"opd_full": 1.0}))
+    now = replace(demo_config(), objectives={"opd_full": 1.0, "oprd": 1.0})
     assert resume.differences(before, now) == ["objectives.oprd: None there, 1.0 here"]
 
 
@@ -264,7 +266,7 @@ def test_a_change_that_is_allowed(tmp_path, whole):
 
 
 def test_free_settings_are_settings():
-    known = resume._flat(resume.settings(TrainConfig()))
+    known = resume._flat(resume.settings(demo_config()))
     for name in resume.FREE:
         assert any(n == name or n.startswith(f"{name}.") for n in known), name
 

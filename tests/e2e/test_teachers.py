@@ -1,6 +1,7 @@
 """Several teachers, a teacher that reads something else, and a student that teaches itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from oprd.config import (
     OpdConfig,
     PromptsConfig,
     TeacherConfig,
-    TrainConfig,
 )
+from oprd.config.demo import demo_config
 from oprd.data.collate import collate
 from oprd.data.prompts import load_prompts, load_training_prompts
 from oprd.data.rollout import Rollout
@@ -179,7 +180,7 @@ def test_sources_are_put_together(tmp_path):
 
 def test_teachers_with_one_configuration_are_one_model():
     demo = TeacherConfig("demo:teacher")
-    cfg = TrainConfig(
+    cfg = replace(demo_config(),
         teachers={
             "a": demo, "b": TeacherConfig("demo:teacher"), "c": TeacherConfig("self:current"),
             "d": TeacherConfig("self:start"),

@@ -18,6 +18,7 @@ import torch
 from oprd import distributed
 from oprd.bridge.bank import save_bridge
 from oprd.config import LoraConfig, TrainConfig
+from oprd.config.demo import demo_config
 from oprd.data.rollout import Rollout, for_teacher
 from oprd.models.loading import load_model
 from oprd.models.weights import full_weights
@@ -124,7 +125,7 @@ def run_case(case: str, directory: Path) -> None:
 
 def write_bridge(file: Path) -> None:
     """A bridge between the demo's models."""
-    cfg = TrainConfig()
+    cfg = demo_config()
     save_bridge(make_bridge(load_model(cfg.student), load_model(cfg.teacher), rank=8), file)
 
 

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from oprd.checkpoint.state import stored_tensors
 from oprd.config import DistillOptions, EvalSetConfig, TrainConfig
+from oprd.config.demo import demo_config
 from oprd.observability.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def set_options(cfg: C, changes: Mapping[str, Any]) -> C:
 
 def small_run(directory, **changes) -> TrainConfig:
     """Three steps of eight prompts."""
-    cfg = TrainConfig(output_dir=str(directory), steps=3, log_every=1)
+    cfg = replace(demo_config(), output_dir=str(directory), steps=3, log_every=1)
     cfg.rollout.prompts_per_step = 8
     cfg.eval.sets = {"val": EvalSetConfig("demo:val.jsonl", limit=40, every=2)}
     return set_options(cfg, changes)

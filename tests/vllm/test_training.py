@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from oprd.checkpoint.resume import locate
 from oprd.config import EvalSetConfig, SamplingParams, TrainConfig
+from oprd.config.demo import demo_config
 from oprd.engines import factory
 from oprd.engines.logprob_gap import logprob_gap
 from oprd.engines.vllm import engine as vllm_engine
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def small_run(directory) -> TrainConfig:
-    cfg = TrainConfig(output_dir=str(directory), steps=4, log_every=1)
+    cfg = replace(demo_config(), output_dir=str(directory), steps=4, log_every=1)
     cfg.rollout.prompts_per_step = 8
     cfg.rollout.engine = "vllm"
     cfg.eval.sets = {"val": EvalSetConfig("demo:val.jsonl", limit=40)}

@@ -1,5 +1,6 @@
 """A configuration as YAML and back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import yaml
 
 from oprd.cli.train import make_parser, to_config
 from oprd.config import DistillConfig, PromptsConfig, TeacherConfig, TrainConfig
+from oprd.config.demo import demo_config
 from oprd.config.io import from_values, to_yaml
 from oprd.errors import ConfigError
 
 
 def full() -> TrainConfig:
-    cfg = TrainConfig(output_dir="run", objectives={"oprd": 0.5, "opd_top1": 1.0})
+    cfg = replace(demo_config(), output_dir="run", objectives={"oprd": 0.5, "opd_top1": 1.0})
     cfg.distill = DistillConfig(layers=[0, 2], kind="nmse")
     cfg.teachers = {"a": TeacherConfig("x"), "b": TeacherConfig("self:start", dtype="bfloat16")}
     cfg.data.sources = {"a": PromptsConfig("a.jsonl", limit=3), "b": PromptsConfig("b.jsonl")}
@@ -30,7 +32,7 @@ def test_a_configuration_comes_back(tmp_path):
 
 
 def test_values_that_only_python_has():
-    cfg = TrainConfig(output_dir=Path("some/run"), seed=np.int64(3))
+    cfg = replace(demo_config(), output_dir=Path("some/run"), seed=np.int64(3))
     cfg.optim.lr = np.float32(0.5)
     back = from_values(yaml.safe_load(to_yaml(cfg)))
     assert (back.output_dir, back.seed, back.optim.lr) == ("some/run", 3, 0.5)

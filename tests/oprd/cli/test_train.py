@@ -12,7 +12,8 @@ from oprd.bridge import Bridge, BridgeInfo, save_bridge
 from oprd.checkpoint.resume import settings
 from oprd.cli import environment
 from oprd.cli import train as cli
-from oprd.config import TrainConfig
+from oprd.cli.parser import parse_run
+from oprd.config.demo import demo_config, demo_values
 from oprd.config.io import from_values
 from oprd.models.info import ModelInfo
 from oprd.training.stages import stage_values
@@ -26,8 +27,8 @@ def offline(monkeypatch):
 
 
 def parse(*argv):
-    parser = cli.make_parser()
-    return cli.to_config(parser.instantiate(parser.parse_args(list(argv))))
+    parsed = parse_run(cli.make_parser, list(argv), demo_values())
+    return cli.to_config(cli.make_parser().instantiate(parsed))
 
 
 def fails(capsys, *argv):
@@ -38,10 +39,10 @@ def fails(capsys, *argv):
 
 
 def test_defaults_are_the_demo_recipe():
-    assert parse() == TrainConfig()
+    assert parse() == demo_config()
     file = RECIPES / "demo.yaml"
-    assert parse("--config", str(file)) == TrainConfig()
-    assert yaml.safe_load(file.read_text()) == settings(TrainConfig())  # every option is there
+    assert parse("--config", str(file)) == demo_config()
+    assert yaml.safe_load(file.read_text()) == settings(demo_config())  # every option is there
 
 
 def test_printed_config_reads_back(capsys, tmp_path):
@@ -50,7 +51,7 @@ def test_printed_config_reads_back(capsys, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(capsys.readouterr().out)
     assert yaml.safe_load(file.read_text())["optim"]["lr"] == 0.5
-    expected = TrainConfig()
+    expected = demo_config()
     expected.optim.lr = 0.5
     assert parse("--config", str(file)) == expected
 

@@ -8,7 +8,8 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from oprd.config import DataConfig, PromptsConfig, TrainConfig, check_values
+from oprd.config import DataConfig, PromptsConfig, check_values
+from oprd.config.demo import demo_config
 from oprd.data.chat import encode_prompt, with_suffix
 from oprd.data.prompts import load_prompts
 from oprd.data.rows import load_rows
@@ -223,7 +224,7 @@ def test_a_subset_is_asked_for(monkeypatch):
 
 
 def test_streaming_needs_a_limit():
-    cfg = TrainConfig()
+    cfg = demo_config()
     cfg.data.train = PromptsConfig("some/set", streaming=True)
     with pytest.raises(ConfigError, match=r"data\.train\.streaming needs a limit"):
         check_values(cfg)

@@ -1,11 +1,13 @@
 """Sums of objectives on real architectures: the gradients of the parts, in one forward pass."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, TrainConfig, check_values
+from oprd.config import OBJECTIVES, DistillConfig, OpdConfig, check_values
+from oprd.config.demo import demo_config
 from oprd.data.collate import Batch
 from oprd.distill.distiller import attach
 from oprd.distill.objectives import REP, Objectives
@@ -123,7 +125,7 @@ def test_a_composite_logs_each_objective(tmp_path):
 )
 def test_mistakes_are_explained(change, message):
     with pytest.raises(ConfigError, match=message):
-        check_values(TrainConfig(**change))
+        check_values(replace(demo_config(), **change))
 
 
 @pytest.mark.parametrize("name", ["opd_topk", "opd_topk_advantage", "opd_topk_raw"])

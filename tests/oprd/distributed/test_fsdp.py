@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oprd.config import SamplingParams, TrainConfig
+from oprd.config import SamplingParams
+from oprd.config.demo import demo_config
 from oprd.config.fsdp import FsdpConfig
 from oprd.engines.generate import generate
 from oprd.errors import Problems
@@ -80,7 +81,7 @@ def assert_agree(one: dict, many: dict, case: str) -> None:
         for name in (n for n in ours if n.endswith(LOSSES)):
             a, b = torch.tensor(ours[name]), torch.tensor(theirs[name])
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=f"{name} {a} {b}")
-    before = load_model(TrainConfig().student).state_dict()
+    before = load_model(demo_config().student).state_dict()
     moved, apart = distance(one["weights"], before), distance(one["weights"], many["weights"])
     assert apart <= moved * (0.05 if rough else 1e-3)
 
@@ -101,7 +102,7 @@ def test_cases_with_one_meaning_agree(results):
 
 
 def test_a_model_to_be_filled_is_the_model_but_for_its_weights():
-    cfg = TrainConfig().student
+    cfg = demo_config().student
     whole, empty = load_model(cfg), empty_model(cfg)
     shapes = [{n: (t.shape, t.dtype) for n, t in m.state_dict().items()} for m in (whole, empty)]
     assert shapes[0] == shapes[1]
@@ -113,7 +114,7 @@ def test_a_model_to_be_filled_is_the_model_but_for_its_weights():
 def test_layers_are_compiled_in_training_and_left_alone_in_generate():
     from torch._dynamo.utils import counters
 
-    model = load_model(TrainConfig().student)
+    model = load_model(demo_config().student)
     compile_layers(model)
     counters.clear()
     ids = torch.tensor([[5, 6, 7]])
@@ -123,7 +124,7 @@ def test_layers_are_compiled_in_training_and_left_alone_in_generate():
     with torch.no_grad():
         compiled = model(ids, use_cache=False).logits
     assert counters["stats"]["unique_graphs"] == 1  # one serves every layer
-    torch.testing.assert_close(compiled, load_model(TrainConfig().student)(ids).logits)
+    torch.testing.assert_close(compiled, load_model(demo_config().student)(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import torch
 from transformers import Qwen2Config, Qwen3MoeConfig
 
 from oprd import distributed
-from oprd.config import SamplingParams, TrainConfig, VllmConfig, check_values
+from oprd.config import SamplingParams, VllmConfig, check_values
+from oprd.config.demo import demo_config
 from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
 from oprd.engines.base import EngineFailure
@@ -355,7 +356,7 @@ def test_the_gap_is_of_as_many_responses_as_fit_and_were_asked_for():
     ],
 )
 def test_the_threshold_follows_the_coarser_dtype(options, engine, limit):
-    cfg = TrainConfig()
+    cfg = demo_config()
     for name, value in options.items():
         *path, last = name.split(".")
         setattr(reduce(getattr, path, cfg), last, value)
@@ -370,7 +371,7 @@ def test_the_threshold_follows_the_coarser_dtype(options, engine, limit):
 
 
 def vllm_run(**changes):
-    cfg = TrainConfig()
+    cfg = demo_config()
     cfg.rollout.engine, cfg.rollout.vllm = "vllm", VllmConfig(**changes)
     return cfg
 

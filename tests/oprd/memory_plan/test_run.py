@@ -12,6 +12,7 @@ from oprd.benchmark.report import PAPER_SHAPE
 from oprd.cli import environment
 from oprd.cli import train as cli
 from oprd.config import EvalSetConfig, LoraConfig, StudentConfig, TrainConfig
+from oprd.config.demo import demo_config
 from oprd.config.fsdp import FsdpConfig
 from oprd.memory_plan.advice import advice
 from oprd.memory_plan.run import EVALUATION, ROLLOUT, UPDATE, adapter_parameters, make_training_plan
@@ -66,7 +67,7 @@ def test_adapters_are_counted(targets):
 
 
 def recipe(**student) -> TrainConfig:
-    cfg = TrainConfig(student=StudentConfig(gradient_checkpointing=True, **student))
+    cfg = replace(demo_config(), student=StudentConfig(gradient_checkpointing=True, **student))
     cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens = 1024, 7168
     cfg.eval.sets, cfg.micro_batch_tokens = {}, 32768
     return cfg

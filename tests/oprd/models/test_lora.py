@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from oprd.config import (
     OpdConfig,
     SamplingParams,
     TeacherConfig,
-    TrainConfig,
 )
+from oprd.config.demo import demo_config
 from oprd.data.collate import Batch
 from oprd.distill.objectives import REP, Objectives
 from oprd.engines.generate import generate
@@ -54,7 +55,7 @@ def with_adapter(architecture="qwen2", moved=True, **changes):
 
 
 def load_student(lora=None):
-    cfg = TrainConfig()
+    cfg = demo_config()
     cfg.student.lora = lora or LoraConfig()
     return Builder(cfg, torch.device("cpu")).student
 
@@ -129,7 +130,7 @@ def test_the_base_teaches_at_no_memory(layers):
 
 def test_only_the_student_is_loaded():
     """Whatever reads the base as a teacher reads the student's own tensors."""
-    cfg = TrainConfig(teacher=TeacherConfig("self:base"))
+    cfg = replace(demo_config(), teacher=TeacherConfig("self:base"))
     cfg.student.lora = LORA
     builder = Builder(cfg, torch.device("cpu"))
     teacher = builder.whole_teacher("")

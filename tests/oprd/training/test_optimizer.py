@@ -1,9 +1,12 @@
 """The learning rate, and what else of a step depends on the configuration alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from oprd.config import OptimConfig, TrainConfig, check_values
+from oprd.config import OptimConfig, check_values
+from oprd.config.demo import demo_config
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models.loading import switch_off_dropout
@@ -70,11 +73,11 @@ def test_identical_models_have_nothing_to_learn(tmp_path, dropout):
 
 
 def test_what_can_not_be_trained_is_refused():
-    cfg = TrainConfig()
+    cfg = demo_config()
     cfg.student.dtype = "float16"
     with pytest.raises(ConfigError, match=r"float16 can't be trained: AdamW's epsilon"):
         check_values(cfg)
-    cfg = TrainConfig(objectives={"opd_top1": 1.0})
+    cfg = replace(demo_config(), objectives={"opd_top1": 1.0})
     cfg.rollout.top_p = 0.9
     with pytest.raises(ConfigError, match=r"top_p=0\.9 with opd_top1, whose tokens must be drawn"):
         check_values(cfg)

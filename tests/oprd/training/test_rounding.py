@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from oprd.config import TrainConfig, check_values
+from oprd.config import check_values
+from oprd.config.demo import demo_config
 from oprd.errors import ConfigError
 from oprd.training.rounding import StochasticAdamW, UpdateWatch, stochastic_round_
 from oprd.training.trainer import train
@@ -108,7 +109,7 @@ def test_a_run_says_that_updates_round_away(tmp_path, capsys, rounding):
 
 
 def test_float32_weights_need_no_rounding():
-    cfg = TrainConfig()
+    cfg = demo_config()
     cfg.optim.rounding = "stochastic"
     with pytest.raises(ConfigError, match="is for bfloat16 weights"):
         check_values(cfg)

@@ -12,7 +12,8 @@ import pytest
 
 from oprd import distributed
 from oprd.checkpoint.resume import locate
-from oprd.config import LengthWatch, LossWatch, TrainConfig, WatchdogConfig, check_values
+from oprd.config import LengthWatch, LossWatch, WatchdogConfig, check_values
+from oprd.config.demo import demo_config
 from oprd.errors import ConfigError
 from oprd.observability import hang_watchdog
 from oprd.observability.hang_watchdog import Beat, describe
@@ -155,7 +156,7 @@ def test_a_healthy_run_raises_no_alarm(tmp_path, capsys, objective):
 )
 def test_wrong_numbers(watchdog, message):
     with pytest.raises(ConfigError, match=message):
-        check_values(TrainConfig(watchdog=watchdog))
+        check_values(replace(demo_config(), watchdog=watchdog))
 
 
 def test_the_rank_that_has_not_moved_is_named():

@@ -18,7 +18,7 @@ from oprd.cli.environment import leave_out_an_unreachable_hub, print_conclusion,
 from oprd.cli.parser import Parser, parse_run, run_command
 from oprd.config import TrainConfig
 from oprd.config.demo import demo_values
-from oprd.distributed import run_main
+from oprd.distributed import run_main, world_size
 from oprd.errors import ConfigError
 from oprd.memory_plan.config import PlanConfig
 
@@ -132,25 +132,15 @@ def dry_run(cfg: TrainConfig, plan: PlanConfig) -> bool:
     Returns:
         False if the planned run does not fit, True otherwise.
     """
+    from oprd.distributed.device import check_device
     from oprd.memory_plan.report import show_training_plan
-    from oprd.training.preflight import preflight
+    from oprd.training.overview import overview
+    from oprd.training.preflight import output_dir, preflight
 
     inputs = preflight(cfg, dry_run=True, ranks=plan.gpus)
-    r = cfg.rollout
-    print(
-        f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
-        f"{r.responses_per_prompt} responses, at most {r.max_new_tokens} new tokens"
-    )
-    for name, teacher in cfg.all_teachers.items():
-        where = f" for the prompts of {name}" if name else ""
-        print(f"student {cfg.student.path} <- teacher {teacher.path}{where}")
-        if name in inputs.layer_pairs:
-            pairs = ", ".join(f"{s}<-{t}" for s, t in inputs.layer_pairs[name])
-            print(f"layers (student<-teacher): {pairs}")
-    for name, prompts in {"train": inputs.train, **inputs.eval_sets}.items():
-        if prompts:
-            longest = max(len(p.token_ids) for p in prompts.prompts)
-            print(f"prompts {name}: {len(prompts)}, the longest {longest} tokens")
+    device, ranks = check_device(cfg.device), plan.gpus or world_size()
+    for line in overview(cfg, inputs, device, ranks, output_dir(cfg)):
+        print(line)
     if inputs.resume.checkpoints:
         print(f"resume: from {inputs.resume.checkpoints[0].path}")
     print_conclusion("the run", inputs.notes, inputs.unchecked)

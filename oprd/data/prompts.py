@@ -51,11 +51,13 @@ class PromptSet:
         prompts: the prompts that were kept.
         dropped: number of prompts dropped because they are too long.
         repeated: number of prompts dropped because they are duplicates.
+        plain: number of prompts that the student reads as plain text, without a chat template.
     """
 
     prompts: list[Prompt]
     dropped: int
     repeated: int
+    plain: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -147,7 +149,7 @@ def load_prompts(
             f"{cfg.teacher_prompt_limit} tokens. Raise data.max_prompt_tokens or "
             "data.max_teacher_prompt_tokens"
         )
-    return PromptSet(prompts, dropped, read.count(_LeftOut.REPEATED))
+    return PromptSet(prompts, dropped, read.count(_LeftOut.REPEATED), reader.plain)
 
 
 def final_answer(text: str) -> str:
@@ -192,6 +194,7 @@ class _Reader:
             for key, tokenizer in teacher_tokenizers.items()
         }
         self.seen: set[str] = set()
+        self.plain = 0
 
     def read(self, row: dict[str, Any], where: str) -> Prompt | _LeftOut:
         """Turn a row into a prompt, or say why it is left out.
@@ -219,6 +222,7 @@ class _Reader:
         teacher_ids, teacher_end_id = self._for_teacher(prompt, source_name, row, where)
         if self._are_too_long(token_ids, teacher_ids, where):
             return _LeftOut.TOO_LONG
+        self.plain += not uses_template(prompt, self.cfg)
         return Prompt(token_ids, answer, source_name, teacher_ids, teacher_end_id)
 
     def _is_repeated(self, prompt: Any) -> bool:
@@ -286,4 +290,9 @@ def load_training_prompts(
         for name, source in cfg.training_sets.items()
     ]
     prompts = [prompt for prompt_set in sets for prompt in prompt_set.prompts]
-    return PromptSet(prompts, sum(s.dropped for s in sets), sum(s.repeated for s in sets))
+    return PromptSet(
+        prompts,
+        sum(s.dropped for s in sets),
+        sum(s.repeated for s in sets),
+        sum(s.plain for s in sets),
+    )

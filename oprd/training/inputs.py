@@ -73,6 +73,13 @@ def load_inputs(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt) -> None:
     inputs.train = attempt(lambda: load_training_prompts(cfg.data, tokenizer, tokenizers))
     if inputs.train:
         _check_sources(cfg, inputs.train)
+    has_template = bool(tokenizer.chat_template) and cfg.data.chat_template == "auto"
+    if inputs.train and inputs.train.plain and has_template:
+        inputs.notes.append(
+            f"{inputs.train.plain} prompts are plain text, which the student continues as it "
+            "stands, although its tokenizer has a chat template. If it is an instruct model, set "
+            "data.chat_template=always: it then reads them as a user's messages"
+        )
     for name, source in cfg.eval.sets.items():
         load = partial(load_prompts, source, cfg.data, tokenizer, for_evaluation=True)
         prompts = attempt(load)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig
@@ -21,7 +21,7 @@ from oprd.models.compatibility import (
     shares_ids,
 )
 from oprd.models.info import model_info
-from oprd.models.loading import load_config, load_tokenizer, teacher_path
+from oprd.models.loading import demo_path, load_config, load_tokenizer, teacher_path
 from oprd.models.lora import check_targets
 from oprd.models.self_check import check_structure
 from oprd.tokenizers.alignment import Aligner
@@ -50,6 +50,7 @@ def check_models(
             f"{cfg.student.path} is a multimodal model: its language model alone is trained and "
             f"saved, without its {', '.join(parts)}"
         )
+    inputs.notes += _generation_notes(cfg)
     own = cfg.student.context_length
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets), own)
     if cfg.rollout.engine == "vllm":
@@ -207,6 +208,31 @@ def _check_other_tokenizer(
         "the teacher has another tokenizer: it reads the text of the responses, and states are "
         "compared where tokens of both end at the same byte (align/ratio)"
     )
+
+
+def _generation_notes(cfg: TrainConfig) -> list[str]:
+    """Return a note if the student's generation_config.json asks for what sampling ignores."""
+    try:
+        own = GenerationConfig.from_pretrained(demo_path(cfg.student.path))
+    except (OSError, ValueError):
+        return []
+    ours = {
+        "temperature": cfg.rollout.temperature,
+        "top_p": cfg.rollout.top_p,
+        "top_k": 0,
+        "min_p": 0,
+        "typical_p": 1,
+        "repetition_penalty": 1,
+        "max_new_tokens": cfg.rollout.max_new_tokens,
+    }
+    asked = {name: getattr(own, name, None) for name in ours}
+    differing = [f"{n}={v}" for n, v in asked.items() if v is not None and v != ours[n]]
+    if not differing:
+        return []
+    return [
+        f"generation_config.json of {cfg.student.path} asks for {', '.join(differing)}: sampling "
+        "follows rollout.* alone, without top-k and penalties"
+    ]
 
 
 def _check_length(

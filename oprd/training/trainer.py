@@ -53,6 +53,7 @@ from oprd.training.metrics import (
     time_metrics,
 )
 from oprd.training.optimizer import all_finite, fast_forward, make_optimizer
+from oprd.training.overview import overview
 from oprd.training.preflight import output_dir, preflight
 from oprd.training.rounding import UpdateWatch
 from oprd.training.setup import Builder
@@ -107,6 +108,9 @@ class Trainer:
     def run(self) -> Summary:
         """Evaluate the student, train it, save it and evaluate it again."""
         cfg, log = self.cfg, self.log
+        ranks = distributed.world_size()
+        for line in overview(cfg, self.inputs, self.device, ranks, self.directory):
+            logger.info(line)
         for note in self.notes:
             logger.info(f"note: {note}")
         log.report_to(cfg.logging, asdict(cfg), self.step)

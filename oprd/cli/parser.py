@@ -47,7 +47,7 @@ def parse_run(
     """
     arguments = [_recipe(before, a) for before, a in _pairs(sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
-    parser.set_defaults(dict.fromkeys(PATHS, ""))
+    parser.set_defaults(_flat(demo, option_names(parser)) | dict.fromkeys(PATHS, ""))
     quiet = [a for a in arguments if a not in ("-h", "--help") and not a.startswith("--print_conf")]
     found = parser.parse_args(quiet)
     if all(not found[name] or is_demo(found[name]) for name in ("student.path", "data.train.path")):

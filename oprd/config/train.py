@@ -144,7 +144,7 @@ def _check_teachers(problems: Problems, cfg: TrainConfig) -> None:
     """Add a problem for teachers that do not fit the student or other options."""
     need, teachers = problems.need, cfg.all_teachers.values()
     need(
-        not cfg.teachers or cfg.teacher == TeacherConfig(),
+        not cfg.teachers or cfg.teacher.path == TeacherConfig.path,
         "both teacher and teachers are given: leave one of them out",
     )
     if cfg.distill.init_head_from_teacher:

@@ -60,8 +60,11 @@ class VocabLoss:
             tokens_M: int64, the sampled tokens.
         """
         if self.form == "top1":
-            log_p = _log_prob(student_MV / self.temperature, tokens_M[:, None])
-            log_q = _log_prob(teacher_MV / self.temperature, tokens_M[:, None])
+            if self.temperature != 1:
+                student_MV = student_MV / self.temperature
+                teacher_MV = teacher_MV / self.temperature
+            log_p = _log_prob(student_MV, tokens_M[:, None])
+            log_q = _log_prob(teacher_MV, tokens_M[:, None])
             return _policy_gradient(log_p, (log_p - log_q).detach()).squeeze(-1)
         if self.form == "full":
             log_p, log_q = student_MV.log_softmax(-1), teacher_MV.log_softmax(-1)

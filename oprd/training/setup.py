@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Builder:
         self._shard_teacher(whole)
         return whole
 
-    def objectives(self, shared_ids: Mapping[str, int | None]) -> Objectives:
+    def objectives(self, shared_ids: Mapping[str, int | None] = MappingProxyType({})) -> Objectives:
         """Attach the teachers and return the objectives.
 
         The parts of the teachers that no objective needs are freed with this `Builder`.

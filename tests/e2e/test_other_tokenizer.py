@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from oprd.bridge.bank import BridgeInfo, load_bridge, read_info, save_bridge
-from oprd.bridge.config import FitConfig
 from oprd.bridge.fit import fit
 from oprd.cli import bridge as bridge_cli
 from oprd.cli import train as cli
@@ -26,7 +25,7 @@ from oprd.training.preflight import preflight
 from oprd.training.setup import Builder
 from oprd.training.trainer import train
 from tests.oprd.training.test_trainer import lines, small_run
-from tests.support.bridges import add_teachers, write_teachers
+from tests.support.bridges import add_teachers, demo_fit, write_teachers
 
 PAIRS = make_pair_tokenizer()
 
@@ -42,7 +41,7 @@ def teacher(tmp_path_factory):
 
 
 def fit_config(path, teacher, **changes):
-    cfg = FitConfig(output=str(path), rank=4, prompts=60, teacher=TeacherConfig(teacher), **changes)
+    cfg = demo_fit(path, teacher, rank=4, prompts=60, **changes)
     cfg.data.train.limit = 60
     return cfg
 

@@ -9,6 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from oprd.bridge.config import FitConfig
 from oprd.bridge.fit import fit
 from oprd.config import BridgeConfig, PromptsConfig, TeacherConfig, TrainConfig
+from oprd.config.demo import demo_config
 from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer
 from oprd.demo.task import make_splits, make_tokenizer
 from tests.support.runs import set_options, small_run
@@ -36,10 +37,19 @@ def write_teacher(directory) -> str:
     return str(directory)
 
 
-def small_fit(file, teacher, **changes) -> FitConfig:
-    cfg = FitConfig(output=str(file), prompts=60, rank=8, ridge=1e-4)
+def demo_fit(file, teacher, **options) -> FitConfig:
+    """Of the demo's student, with the demo's options."""
+    demo = demo_config()
+    cfg = FitConfig(
+        output=str(file), student=demo.student, data=demo.data, rollout=demo.rollout,
+        positions=demo.distill.positions, shift=demo.distill.shift, **options,
+    )  # fmt: skip
     cfg.teacher.path = teacher
-    return set_options(cfg, changes)
+    return cfg
+
+
+def small_fit(file, teacher, **changes) -> FitConfig:
+    return set_options(demo_fit(file, teacher, prompts=60, rank=8, ridge=1e-4), changes)
 
 
 def bridged_run(directory, teacher, bridge_file, **changes) -> TrainConfig:
@@ -56,8 +66,8 @@ def write_teachers(directory: Path) -> None:
     tokenizer.save_pretrained(other)
     rows = [json.dumps({"prompt": s.prompt, "answer": s.answer}) for s in make_splits().train[:40]]
     for i, (name, path) in enumerate({"same": "demo:teacher", "other": other}.items()):
-        cfg = FitConfig(output=str(directory / name) + ".safetensors", rank=4, prompts=60)
-        cfg.teacher.path, cfg.data.train.limit = path, 60
+        cfg = demo_fit(directory / f"{name}.safetensors", path, rank=4, prompts=60)
+        cfg.data.train.limit = 60
         fit(cfg)
         (directory / f"{name}.jsonl").write_text("\n".join(rows[i::2]))
 

@@ -9,8 +9,7 @@ from oprd.cli import bridge as bridge_cli
 from oprd.cli import environment
 from oprd.cli import train as cli
 from oprd.config import PromptsConfig
-from oprd.demo.bridge_teacher import make_olmo
-from oprd.demo.task import make_tokenizer
+from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer
 from oprd.errors import ConfigError
 from tests.support.bridges import small_fit, write_teacher
 from tests.support.runs import ROOT
@@ -71,8 +70,7 @@ def test_several_ranks(teacher, tmp_path, monkeypatch):
 
 def test_tokenizers_whose_bytes_are_unknown_are_refused(tmp_path):
     other = tmp_path / "other"
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["hello"])
+    tokenizer = make_pair_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
     make_olmo(tokenizer, width=64, layers=6).save_pretrained(other)
     tokenizer.save_pretrained(other)

@@ -47,7 +47,7 @@ def test_defaults_are_the_demo_recipe():
 
 def test_printed_config_reads_back(capsys, tmp_path):
     with pytest.raises(SystemExit):
-        cli.make_parser().parse_args(["--print_config", "--optim.lr=0.5"])
+        parse("--print_config", "--optim.lr=0.5")
     file = tmp_path / "config.yaml"
     file.write_text(capsys.readouterr().out)
     assert yaml.safe_load(file.read_text())["optim"]["lr"] == 0.5
@@ -117,8 +117,8 @@ def test_all_wrong_values_are_listed_at_once(capsys):
         (["--distill.layers=[4]"], "block 4, but the student has 4 layers"),
         (["--data.max_prompt_tokens=62"], "exceed the 64 positions of the student"),
         (["--data.max_prompt_tokens=7"], "all 6400 prompts of demo:train.jsonl are longer"),
-        (["--data.train.path=nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        (["--student.path=/nowhere"], "no model at '/nowhere'"),
+        (["--config=demo", "--data.train.path=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--config=demo", "--student.path=/nowhere"], "no model at '/nowhere'"),
         (["--device=cuda:0"], "torch sees no GPU"),
         (["--device=gpu"], "unknown"),
     ],

@@ -67,7 +67,8 @@ def test_adapters_are_counted(targets):
 
 
 def recipe(**student) -> TrainConfig:
-    cfg = replace(demo_config(), student=StudentConfig(gradient_checkpointing=True, **student))
+    options = {"dtype": "float32", "gradient_checkpointing": True} | student
+    cfg = replace(demo_config(), student=StudentConfig(**options))
     cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens = 1024, 7168
     cfg.eval.sets, cfg.micro_batch_tokens = {}, 32768
     return cfg

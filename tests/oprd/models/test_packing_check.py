@@ -68,6 +68,8 @@ def found(student, teacher, packed, weights, rollouts, bridge=None, d=None, **op
         values |= {f"layer {i}": loss for i, loss in enumerate(layers)}
         values |= rep_metrics([out.rep], layers, 32, torch.device("cpu"))
         del values["rep/layer_loss"]
+        cosines = values.pop("rep/layer_cosine")
+        values |= {f"cosine {i}": cosine for i, cosine in enumerate(cosines)}
     for distiller in distillers.values():
         distiller.detach()
     gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}

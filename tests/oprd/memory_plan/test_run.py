@@ -71,6 +71,7 @@ def recipe(**student) -> TrainConfig:
     cfg = replace(demo_config(), student=StudentConfig(**options))
     cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens = 1024, 7168
     cfg.eval.sets, cfg.micro_batch_tokens = {}, 32768
+    cfg.logging.teacher_head = False
     return cfg
 
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    "demo", "cli", "benchmark", "training", "memory_plan", "distill", "bridge", "engines",
+    "demo", "cli", "report", "benchmark", "training", "memory_plan", "distill", "bridge", "engines",
     "checkpoint", "data", "tokenizers", "models", "observability", "distributed", "config",
     "atomic_files", "errors",
 )  # fmt: skip

@@ -53,7 +53,9 @@ def check(cfg: ReportConfig) -> None:
         raise ConfigError(f"--output_dir {out} is a file: choose a directory")
     file = out / PAGE
     if file.exists() and b'content="oprd-report"' not in file.read_bytes()[:2000]:
-        raise ConfigError(f"{file} is no report of oprd and would be lost: choose another directory")
+        raise ConfigError(
+            f"{file} is no report of oprd and would be lost: choose another directory"
+        )
 
 
 def check_apart(out: Path, collection: Collection) -> None:
@@ -93,6 +95,8 @@ def write_report(cfg: ReportConfig, pictures: bool = True) -> Collection:
     text = page(collection, charts, missing, results, samples, pictures, watch)
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(cfg.output_dir / PAGE, text)
+    if pictures:
+        logger.info(f"{cfg.output_dir / PAGE}: {len(collection.runs)} run(s)")
     for chart in charts if pictures else ():
         write_png(chart, cfg.output_dir / f"{chart.key}.png")
     return collection
@@ -105,7 +109,6 @@ def report(cfg: ReportConfig) -> None:
         ConfigError: before anything is written.
     """
     check(cfg)
-    started = time.perf_counter()
     if cfg.watch is not None:
         _follow(cfg, cfg.watch)
     collection = write_report(cfg)
@@ -114,8 +117,6 @@ def report(cfg: ReportConfig) -> None:
     for run in collection.runs:
         for note in run.notes:
             logger.warning(f"{run.directory}: {note}")
-    took = "" if cfg.watch is not None else f" in {time.perf_counter() - started:.1f} s"
-    logger.info(f"{len(collection.runs)} run(s){took}: {cfg.output_dir / PAGE}")
 
 
 def _follow(cfg: ReportConfig, seconds: float) -> None:

@@ -298,5 +298,3 @@ def shown_as(lines: Sequence[Line]) -> str:
         f" {most:,} recorded steps are shown as {POINTS} means; the band is their smallest and "
         "largest value."
     )
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -188,9 +189,7 @@ def _add_comparison(
 
 def compared_settings(run: Run) -> dict[str, Any]:
     """Return the settings that make two runs different: not their names, seeds and log files."""
-    return {
-        k: v for k, v in run.config.items() if k not in _OWN and not k.startswith(_SECTIONS)
-    }
+    return {k: v for k, v in run.config.items() if k not in _OWN and not k.startswith(_SECTIONS)}
 
 
 def _by_settings(runs: Sequence[Run]) -> list[Group]:
@@ -213,7 +212,8 @@ def _by_settings(runs: Sequence[Run]) -> list[Group]:
 def _common_name(names: list[str]) -> str:
     if len(set(names)) == 1:
         return names[0]
-    stem = os.path.commonprefix(names).rstrip(" ,-_.0123456789")
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    stem = "".join(letters[0] for letters in same).rstrip(" ,-_.0123456789")
     return stem.removesuffix("seed").rstrip(" ,-_.") or names[0]
 
 

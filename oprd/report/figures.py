@@ -95,7 +95,9 @@ def figures(
     if bubble := _bubbles(collection, finals):
         charts.append(bubble)
     else:
-        missing.append("Figure 1, accuracy, time and memory: needs a final accuracy and timed steps")
+        missing.append(
+            "Figure 1, accuracy, time and memory: needs a final accuracy and timed steps"
+        )
     if sweep := _mu_sweep(collection):
         charts.append(sweep)
     else:
@@ -202,7 +204,8 @@ def _mean_seconds(runs: Sequence[Run], step: float) -> float:
 
 
 def _samples(collection: Collection, name: str) -> int | str:
-    ks = {run.result(AFTER, name).get("samples") for run in collection.runs} - {None}
+    found = (run.result(AFTER, name).get("samples") for run in collection.runs)
+    ks = {k for k in found if isinstance(k, int)}
     return ks.pop() if len(ks) == 1 else "k"
 
 
@@ -248,7 +251,7 @@ def _bubbles(collection: Collection, finals: dict[str, list[Final]]) -> BubbleCh
         return None
     unsized = any(math.isnan(b.size) for b in bubbles)
     return BubbleChart(
-        "accuracy-time-memory", COST, "Accuracy, time and memory", "time in training (s)",
+        "accuracy-time-memory", ACCURACY, "Accuracy, time and memory", "time in training (s)",
         f"accuracy on {collection.headline} (%)",
         "The area is the memory of the student's update (delta-peak). Best is small and at the top "
         "left." + (" A hollow bubble has no recorded memory." if unsized else ""),
@@ -259,8 +262,8 @@ def _bubbles(collection: Collection, finals: dict[str, list[Final]]) -> BubbleCh
 def _mu_sweep(collection: Collection) -> LineChart | None:
     """Return accuracy by mu, the weight of oprd relative to that of an output-space objective."""
     name = collection.headline
-    points: dict[tuple[str, ...], dict[float, list[float]]] = {}
-    homes: dict[tuple[str, ...], int] = {}
+    points: dict[tuple[str, str], dict[float, list[float]]] = {}
+    homes: dict[tuple[str, str], int] = {}
     for i, group in enumerate(collection.groups):
         weights = {
             key.removeprefix("objectives."): number(value)
@@ -276,12 +279,12 @@ def _mu_sweep(collection: Collection) -> LineChart | None:
         points.setdefault(family, {}).setdefault(mu, []).extend(v for v in values if v == v)
         homes.setdefault(family, i)
     lines = []
-    for family, by_mu in points.items():
+    for (objective, k), by_mu in points.items():
         mus = sorted(m for m, v in by_mu.items() if v)
         if len(mus) > 1:
-            label = " ".join(["mu x OPRD +", family[0], f"k={family[1]}" if family[1] else ""])
+            label = f"mu x OPRD + {objective}{k and f', k = {k}'}"
             ys = [by_mu[m] for m in mus]
-            line = Line(label.strip(), homes[family], mus, [statistics.fmean(y) for y in ys])
+            line = Line(label, homes[objective, k], mus, [statistics.fmean(y) for y in ys])
             if any(len(y) > 1 for y in ys):
                 line.low, line.high = [min(y) for y in ys], [max(y) for y in ys]
             lines.append(line)

@@ -25,11 +25,11 @@ SCALE = "Viridis"
 
 def figure_json(chart: Chart) -> str:
     """Return a chart's plotly figure as JSON, with numbers of six digits."""
-    draw = {
+    draws: dict[type[Chart], Any] = {
         LineChart: _lines, BubbleChart: _bubbles, HeatMap: _heat_map, StackedBars: _bars,
         Intervals: _intervals,
-    }[type(chart)]  # fmt: skip
-    traces, layout = draw(chart)
+    }  # fmt: skip
+    traces, layout = draws[type(chart)](chart)
     figure = go.Figure(traces, _layout(chart, layout))
     return json.dumps(_rounded(figure.to_plotly_json()), allow_nan=False, separators=(",", ":"))
 
@@ -109,13 +109,19 @@ def _bubbles(chart: BubbleChart) -> tuple[list[Any], dict[str, Any]]:
             go.Scatter(
                 x=[b.x], y=[b.y], name=_label(b.label), mode="markers", meta=b.group,
                 marker={
-                    "size": size, "color": fill, "opacity": 1, "symbol": palette.symbol(b.group),
+                    "size": size, "color": fill, "opacity": 1,
                     "line": {"color": palette.colour(b.group), "width": 2},
                 },
                 hovertemplate=f"%{{fullData.name}}: %{{y:.4g}} %, %{{x:.4g}} s, {short(b.size)} MiB"
                 "<extra></extra>",
             )
         )  # fmt: skip
+        centre = {"size": 9, "color": palette.colour(b.group), "symbol": palette.symbol(b.group)}
+        traces.append(
+            go.Scatter(
+                x=[b.x], y=[b.y], mode="markers", meta=b.group, marker=centre, hoverinfo="skip"
+            )
+        )
     xs, ys = [b.x for b in chart.bubbles], [b.y for b in chart.bubbles]
     return traces, {
         "xaxis": _axis(chart.x_label, range=_around(xs)),
@@ -145,7 +151,10 @@ def _bars(chart: StackedBars) -> tuple[list[Any], dict[str, Any]]:
             y=[_label(n) for n in chart.labels], x=values, name=_label(part), orientation="h",
             marker={
                 "color": palette.colour(i),
-                "pattern": {"shape": PATTERNS[i % len(PATTERNS)], "size": 7, "solidity": 0.25},
+                "pattern": {
+                    "shape": palette.PATTERNS[i % len(palette.PATTERNS)][0], "size": 8,
+                    "fillmode": "overlay", "fgcolor": palette.PATTERN_INK, "solidity": 0.3,
+                },
                 "line": {"color": palette.GRID[0], "width": 1},
             },
             hovertemplate="%{y}: %{fullData.name} %{x:.4g} s<extra></extra>",
@@ -153,14 +162,10 @@ def _bars(chart: StackedBars) -> tuple[list[Any], dict[str, Any]]:
         for i, (part, values) in enumerate(chart.parts.items())
     ]  # fmt: skip
     layout = {
-        "barmode": "stack", "height": 130 + 44 * len(chart.labels), "showlegend": True,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "itemclick": False},
+        "barmode": "stack", "height": 80 + 44 * len(chart.labels),
         "yaxis": _wrapped(chart.y_label, chart.labels),
     }  # fmt: skip
     return traces, layout
-
-
-PATTERNS = ("", "/", "x", "-", ".", "+", "|", "\\")
 
 
 def _wrapped(title: str, labels: list[str]) -> dict[str, Any]:
@@ -174,23 +179,15 @@ def _wrapped(title: str, labels: list[str]) -> dict[str, Any]:
             lines[-1] = f"{lines[-1]} {word}".strip()
         texts.append("<br>".join(_label(line) for line in lines))
     return _axis(
-        "", autorange="reversed", tickvals=[_label(n) for n in labels], ticktext=texts,
-        type="category",
+        "", range=[len(labels) - 0.5, -0.5], categoryorder="array",
+        categoryarray=[_label(n) for n in labels], tickvals=[_label(n) for n in labels],
+        ticktext=texts, type="category",
     )  # fmt: skip
 
 
 def _intervals(chart: Intervals) -> tuple[list[Any], dict[str, Any]]:
     labels = [i.label for i in chart.items]
     traces: list[Any] = []
-    for label, value in chart.references:
-        if labels:
-            traces.append(
-                go.Scatter(
-                    x=[value, value], y=[_label(labels[0]), _label(labels[-1])], mode="lines",
-                    line={"color": palette.colour(-1), "width": 2, "dash": "dot"}, meta=-1,
-                    name=_label(label), hovertemplate=f"{_label(label)}: %{{x:.4g}}<extra></extra>",
-                )
-            )  # fmt: skip
     for item in chart.items:
         known = math.isfinite(item.low)
         error = {
@@ -209,6 +206,13 @@ def _intervals(chart: Intervals) -> tuple[list[Any], dict[str, Any]]:
                 hovertemplate=f"%{{y}}: %{{x:.4g}}{span}<extra></extra>",
             )
         )  # fmt: skip
+    shapes = [
+        {
+            "type": "line", "x0": value, "x1": value, "y0": 0, "y1": 1, "yref": "paper",
+            "line": {"color": palette.REFERENCE[0], "width": 1.5}, "layer": "below",
+        }
+        for _, value in chart.references
+    ]  # fmt: skip
     notes = [
         {
             "x": value, "y": 1, "yref": "paper", "yanchor": "bottom", "text": _label(label),
@@ -218,5 +222,5 @@ def _intervals(chart: Intervals) -> tuple[list[Any], dict[str, Any]]:
     ]  # fmt: skip
     return traces, {
         "yaxis": _wrapped(chart.y_label, labels), "height": 120 + 44 * len(labels),
-        "annotations": notes, "margin": {"l": 8, "r": 14, "t": 26, "b": 8},
+        "annotations": notes, "shapes": shapes, "margin": {"l": 8, "r": 14, "t": 26, "b": 8},
     }  # fmt: skip

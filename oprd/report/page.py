@@ -13,16 +13,15 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from oprd_kernels._version import __version__
-
 from oprd.report import palette
-from oprd.report.chart import Chart, LineChart, short
+from oprd.report.chart import BubbleChart, Chart, LineChart, StackedBars, short
 from oprd.report.collect import Collection, Group
 from oprd.report.figures import SECTIONS
 from oprd.report.on_page import figure_json
 from oprd.report.results import Final, differing_settings, training_seconds
 from oprd.report.run import AFTER, BEFORE
 from oprd.report.samples import Problem, choose
+from oprd_kernels._version import __version__
 
 GENERATOR = "oprd-report"
 HERE = Path(__file__).parent
@@ -69,17 +68,17 @@ def page(
         if any(c.section == name for c in charts)
     ]
     settings = differing_settings(groups) if len(groups) > 1 else []
-    optional = [("results", "Final results", finals)]
+    optional: list[tuple[str, str, Any]] = [("results", "Final results", finals)]
     contents = [("notes", "What could not be read")] if notes else []
     contents += [("runs", "Runs"), *((i, n) for i, n, there in optional if there)]
     contents += [(slug, name) for slug, name, _ in sections]
-    after = [("settings", "Settings that differ", settings)]
+    after: list[tuple[str, str, Any]] = [("settings", "Settings that differ", settings)]
     after += [("rollouts", "Responses before and after", rollouts)]
     after += [("missing", "Not recorded", missing)]
     contents += [(i, n) for i, n, there in after if there]
     values: dict[str, Any] = {
         "generator": GENERATOR,
-        "title": _title(labels),
+        "title": _title(labels, len(collection.runs)),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
         "version": __version__,
         "css": Markup((HERE / "page.css").read_text()),
@@ -101,10 +100,8 @@ def page(
     return env.get_template("page.html.j2").render(values)
 
 
-def _title(labels: Sequence[str]) -> str:
-    if len(labels) == 1:
-        return f"Report: {labels[0]}"
-    return f"Report of {len(labels)} runs" if labels else "Report"
+def _title(labels: Sequence[str], count: int) -> str:
+    return f"Report: {', '.join(labels)}" if 0 < len(labels) < 4 else f"Report of {count} runs"
 
 
 def _slug(name: str) -> str:
@@ -128,6 +125,18 @@ def swatch(group: int) -> Markup:
     )
 
 
+def tile(index: int) -> Markup:
+    """Return the colour and stripes of a part of a bar as an element of HTML."""
+    light = palette.colour(index)
+    stripes = ",".join(
+        f"repeating-linear-gradient({angle}deg,{palette.PATTERN_INK} 0 2px,transparent 2px 6px)"
+        for angle in palette.PATTERNS[index % len(palette.PATTERNS)][1]
+    )
+    style = f"background-color:light-dark({light},{palette.dark_of()[light]})"
+    style += f";background-image:{stripes}" if stripes else ""
+    return Markup(f'<span class="tile" aria-hidden="true" style="{style}"></span>')
+
+
 def _figures(charts: Sequence[Chart]) -> Markup:
     """Return the figures as JSON that may stand inside a script element."""
     figures = ",".join(f"{json.dumps(c.key)}:{figure_json(c)}" for c in charts)
@@ -147,11 +156,16 @@ def _shown(chart: Chart, pngs: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _legend(chart: Chart) -> list[tuple[int, str]]:
+def _legend(chart: Chart) -> list[tuple[Markup, str]]:
+    """Return the legend's entries, as (mark, name)."""
     if isinstance(chart, LineChart):
-        return list(dict.fromkeys((line.group, line.label) for line in chart.lines))
-    labels = getattr(chart, "bubbles", [])
-    return [(b.group, b.label) for b in labels]
+        entries = dict.fromkeys((line.group, line.label) for line in chart.lines)
+        return [(swatch(group), label) for group, label in entries]
+    if isinstance(chart, BubbleChart):
+        return [(swatch(b.group), b.label) for b in chart.bubbles]
+    if isinstance(chart, StackedBars):
+        return [(tile(i), part) for i, part in enumerate(chart.parts)]
+    return []
 
 
 def _rows(index: int, group: Group) -> list[dict[str, Any]]:

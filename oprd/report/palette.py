@@ -20,6 +20,14 @@ STROKES = {
 }  # fmt: skip
 """Lengths of dashes and gaps, for SVG and matplotlib."""
 
+PATTERNS: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("", ()), ("/", (135,)), ("\\", (45,)), ("-", (0,)), ("|", (90,)), ("x", (45, 135)),
+)  # fmt: skip
+"""Patterns of bars, as plotly names them and as angles of stripes in degrees."""
+HATCHES = ("", "//", "\\\\", "--", "||", "xx")
+"""The same for matplotlib."""
+PATTERN_INK = "rgba(0,0,0,0.45)"
+
 INK, GRID, REFERENCE = ("#1c2128", "#e8eaed"), ("#d4d9e0", "#3c434d"), ("#5a6470", "#a6b0bc")
 """(light, dark) colours of text, grid and reference lines."""
 
@@ -31,7 +39,7 @@ def colour(group: int) -> str:
 
 def dash(group: int) -> str:
     """Return a group's dashes, as plotly names them."""
-    return "dot" if group < 0 else DASHES[group % len(DASHES)]
+    return "solid" if group < 0 else DASHES[group % len(DASHES)]
 
 
 def symbol(group: int) -> str:
@@ -52,5 +60,5 @@ def clear(colour: str, alpha: float) -> str:
 def dark_of() -> dict[str, str]:
     """Return, for each colour of a figure on a light page, the one on a dark page."""
     pairs = [*zip(LIGHT, DARK, strict=True), INK, GRID, REFERENCE]
-    both = {light: dark for light, dark in pairs}
+    both = dict(pairs)
     return both | {f"rgba({rgb(light)},": f"rgba({rgb(dark)}," for light, dark in pairs}

@@ -21,7 +21,6 @@ from oprd.report.chart import (
 )
 
 SIZE, DPI = (7.0, 4.2), 130
-HATCHES = ("", "//", "xx", "--", "..", "++", "||", "\\\\")
 
 
 def write_png(chart: Chart, file: Path) -> None:
@@ -31,17 +30,17 @@ def write_png(chart: Chart, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    draw = {
+    draws: dict[type[Chart], Any] = {
         LineChart: _lines, BubbleChart: _bubbles, HeatMap: _heat_map, StackedBars: _bars,
         Intervals: _intervals,
-    }[type(chart)]  # fmt: skip
+    }  # fmt: skip
     with plt.rc_context({"text.parse_math": False, "font.size": 10}):
         figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
         title = f"{chart.title} ({chart.paper} of the paper)" if chart.paper else chart.title
         axis.set(title=title, xlabel=chart.x_label, ylabel=chart.y_label)
         axis.grid(color=palette.GRID[0], linewidth=0.7)
         axis.set_axisbelow(True)
-        draw(chart, axis)
+        draws[type(chart)](chart, axis)
         figure.savefig(file, dpi=DPI)
         plt.close(figure)
 
@@ -54,9 +53,7 @@ def _dashes(group: int) -> Any:
 def _lines(chart: LineChart, axis: Any) -> None:
     for line in chart.lines:
         colour = palette.colour(line.group)
-        marked = line.group >= 0 and (
-            len(line.x) == 1 or (chart.markers and len(line.x) <= 40)
-        )
+        marked = line.group >= 0 and (len(line.x) == 1 or (chart.markers and len(line.x) <= 40))
         axis.plot(
             line.x, line.y, color=colour, linestyle=_dashes(line.group), label=line.label,
             marker=palette.MARKERS[palette.symbol(line.group)] if marked else None, linewidth=1.6,
@@ -78,17 +75,19 @@ def _bubbles(chart: BubbleChart, axis: Any) -> None:
         colour = palette.colour(b.group)
         axis.scatter(
             [b.x], [b.y], s=1600 * b.size / largest if known else 120, edgecolors=colour,
-            facecolors=palette_rgba(colour, 0.55 if known else 0.0), linewidths=1.5,
-            marker=palette.MARKERS[palette.symbol(b.group)],
+            facecolors=_rgba(colour, 0.55 if known else 0.0), linewidths=1.5,
         )  # fmt: skip
+        axis.plot(
+            [b.x], [b.y], palette.MARKERS[palette.symbol(b.group)], color=colour, markersize=5
+        )
         axis.annotate(
             f"{b.label}\n{short(b.size)} MiB" if known else b.label, (b.x, b.y), ha="center",
-            va="center", fontsize=7.5, xytext=(0, -26), textcoords="offset points",
+            va="center", fontsize=7.5, xytext=(0, -34), textcoords="offset points",
         )  # fmt: skip
     axis.margins(0.3)
 
 
-def palette_rgba(colour: str, alpha: float) -> tuple[float, ...]:
+def _rgba(colour: str, alpha: float) -> tuple[float, ...]:
     """Return a colour as matplotlib's (r, g, b, alpha), each 0..1."""
     return (*(int(x) / 255 for x in palette.rgb(colour).split(",")), alpha)
 
@@ -117,7 +116,7 @@ def _bars(chart: StackedBars, axis: Any) -> None:
     for i, (part, values) in enumerate(chart.parts.items()):
         axis.barh(
             at, values, left=left, label=part, color=palette.colour(i), edgecolor="white",
-            hatch=HATCHES[i % len(HATCHES)], height=0.6,
+            hatch=palette.HATCHES[i % len(palette.HATCHES)], height=0.6,
         )  # fmt: skip
         left = left + np.array(values)
     _names(chart.labels, axis)
@@ -133,7 +132,7 @@ def _intervals(chart: Intervals, axis: Any) -> None:
             markersize=8, linestyle="none",
         )  # fmt: skip
     for label, value in chart.references:
-        axis.axvline(value, color=palette.colour(-1), linestyle=":")
+        axis.axvline(value, color=palette.colour(-1), linewidth=1.2)
         axis.annotate(
             label, (value, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="center",
             va="bottom",

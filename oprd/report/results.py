@@ -23,9 +23,6 @@ _T = (
 )  # fmt: skip
 """97.5 % quantiles of Student's t for 1, 2, .. 30 degrees of freedom."""
 
-_ERRORS = ("stderr", "se", "avg_se", "avg_stderr", "standard_error")
-_COUNTS = ("problems", "prompts", "n", "num_prompts", "n_problems")
-
 
 @dataclass(frozen=True)
 class Final:
@@ -78,12 +75,13 @@ def interval(
         result: the first seed's result.
         grades: mean grade of each problem, if its samples were kept.
     """
+    if len(values) > 1 and len(set(values)) == 1:
+        return math.nan, math.nan, f"unknown: {len(values)} seeds with the same result"
     if len(values) > 1:
         return *over_seeds(values), f"{len(values)} seeds (Student's t)"
     share = values[0] if values else math.nan
-    count = next((number(result[c]) for c in _COUNTS if c in result), math.nan)
-    error = next((number(result[e]) for e in _ERRORS if e in result), math.nan)
-    if len(grades) > 1 and not error == error:
+    count, error = number(result.get("problems")), number(result.get("stderr"))
+    if len(grades) > 1 and math.isnan(error):
         error = statistics.stdev(grades) / math.sqrt(len(grades))
         count = float(len(grades))
     one_sample = result.get("samples") == 1 and 0 <= share <= 1
@@ -154,9 +152,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def finals(
-    collection: Collection, samples: Mapping[str, list[Problem]]
-) -> dict[str, list[Final]]:
+def finals(collection: Collection, samples: Mapping[str, list[Problem]]) -> dict[str, list[Final]]:
     """Return the final results by set, the headline first."""
     names = sorted(collection.sets(), key=lambda n: n != collection.headline)
     found = {n: [f for g in collection.groups if (f := final(g, n, samples))] for n in names}

@@ -18,6 +18,7 @@ BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 
 _VALUE = re.compile(r"val/(.+)/([^/]+)")
 _SECONDS = re.compile(r"time/(.+)_s")
+_AVG = re.compile(r"avg@\d+")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """Avg@k, 0..1; NaN if it was not recorded."""
-        return next((v for k, v in self.values.items() if k.startswith("avg@")), math.nan)
+        return next((v for k, v in self.values.items() if _AVG.fullmatch(k)), math.nan)
 
 
 @dataclass
@@ -87,14 +88,13 @@ class Run:
         index = int(np.searchsorted(self.steps, step, side="right")) - 1
         return 0.0 if index < 0 else float(self.seconds[index])
 
-    def curve(self, name: str, value: str = "avg@") -> list[tuple[int, float]]:
-        """Return (step, value) of the student's evaluations on a set, one a step, in order."""
-        points = {}
-        for e in self.evaluations:
-            if e.name == name and not e.model.startswith(TEACHER):
-                found = next((v for k, v in e.values.items() if k.startswith(value)), math.nan)
-                if math.isfinite(found):
-                    points[e.step] = found
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Return (step, accuracy) of the student's evaluations on a set, one a step, in order."""
+        points = {
+            e.step: e.accuracy
+            for e in self.evaluations
+            if e.name == name and not e.model.startswith(TEACHER) and math.isfinite(e.accuracy)
+        }
         return sorted(points.items())
 
     def result(self, model: str, name: str) -> dict[str, Any]:
@@ -120,9 +120,13 @@ def _as_result(e: Evaluation) -> dict[str, Any]:
     result: dict[str, Any] = {"step": e.step}
     for key, value in e.values.items():
         name, _, k = key.partition("@")
-        result[{"len": "length"}.get(name, name)] = value
-        if name == "avg" and k.isdigit():
+        if name == "avg" and k.endswith("_stderr"):
+            name = "stderr"
+        elif name in ("avg", "best") and k.isdigit():
             result["samples"] = int(k)
+        elif k:
+            continue  # pass@j and what other versions add
+        result[{"len": "length"}.get(name, name)] = value
     return result
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from oprd.report.read import json_lines, mapping
@@ -70,14 +72,15 @@ class Problem:
 
 
 def read_samples(run: Run) -> list[Problem]:
-    """Read all ``samples*.jsonl`` of a run; what can't be read is noted in ``run.notes``."""
+    """Read a run's ``samples*.jsonl``, of each model its last evaluation.
+
+    What can't be read is noted in ``run.notes``.
+    """
     problems: dict[tuple[str, str, str], Problem] = {}
     without = 0
     steps: dict[tuple[str, str, str], dict[str, int]] = {}
-    for file in sorted(run.directory.rglob("samples*.jsonl")):
+    for file in _files(run.directory):
         inside = file.relative_to(run.directory).parts
-        if inside[0] in _ASIDE:
-            continue
         for record in json_lines(file, run.notes, LIMIT):
             text = _first(record, "response", "text", "completion")
             prompt = _first(record, "prompt", "question", "messages")
@@ -99,6 +102,16 @@ def read_samples(run: Run) -> list[Problem]:
     if without:
         run.notes.append(f"samples: {without:,} records without prompt or response are left out")
     return list(problems.values())
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return the files of samples; of the evaluations of one model on one set, the last only."""
+    last: dict[str, Path] = {}
+    for file in sorted(directory.rglob("samples*.jsonl")):
+        inside = file.relative_to(directory)
+        if inside.parts[0] not in _ASIDE:
+            last[re.sub(r"samples_\d+_", "samples_", str(inside))] = file
+    return list(last.values())
 
 
 def _first(record: dict[str, Any], *names: str) -> Any:
@@ -160,5 +173,3 @@ def problem_grades(problems: Iterable[Problem], model: str, name: str) -> list[f
     """Return the mean grade of each problem of a set that the model's responses are graded on."""
     grades = (p.grade(model) for p in problems if p.name in (name, ""))
     return [g for g in grades if g == g]
-
-

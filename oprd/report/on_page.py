@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -23,15 +22,14 @@ from oprd.report.chart import (
 SCALE = "Viridis"
 
 
-def figure_json(chart: Chart) -> str:
-    """Return a chart's plotly figure as JSON, with numbers of six digits."""
+def figure(chart: Chart) -> dict[str, Any]:
+    """Return a chart's plotly figure as plain values, with numbers of six digits."""
     draws: dict[type[Chart], Any] = {
         LineChart: _lines, BubbleChart: _bubbles, HeatMap: _heat_map, StackedBars: _bars,
         Intervals: _intervals,
     }  # fmt: skip
     traces, layout = draws[type(chart)](chart)
-    figure = go.Figure(traces, _layout(chart, layout))
-    return json.dumps(_rounded(figure.to_plotly_json()), allow_nan=False, separators=(",", ":"))
+    return _rounded(go.Figure(traces, _layout(chart, layout)).to_plotly_json())
 
 
 def _rounded(value: Any) -> Any:

@@ -17,7 +17,7 @@ from oprd.report import palette
 from oprd.report.chart import BubbleChart, Chart, LineChart, StackedBars, short
 from oprd.report.collect import Collection, Group
 from oprd.report.figures import SECTIONS
-from oprd.report.on_page import figure_json
+from oprd.report.on_page import figure
 from oprd.report.results import Final, differing_settings, training_seconds
 from oprd.report.run import AFTER, BEFORE
 from oprd.report.samples import Problem, choose
@@ -62,8 +62,17 @@ def page(
     rollouts = [shown for i, g in enumerate(groups) if (shown := _rollouts(i, g, samples))]
     notes = [("", n) for n in collection.notes]
     notes += [(str(run.directory), n) for run in collection.runs for n in run.notes]
+    drawn = {c.key: figure(c) for c in charts}
     sections = [
-        (_slug(name), name, [_shown(c, pngs) for c in charts if c.section == name])
+        (
+            _slug(name),
+            name,
+            [
+                _shown(c, drawn[c.key]["layout"]["height"], pngs)
+                for c in charts
+                if c.section == name
+            ],
+        )
         for name in SECTIONS
         if any(c.section == name for c in charts)
     ]
@@ -84,7 +93,7 @@ def page(
         "css": Markup((HERE / "page.css").read_text()),
         "js": Markup((HERE / "page.js").read_text()),
         "plotly": Markup(get_plotlyjs()),
-        "figures": _figures(charts),
+        "figures": _data(drawn),
         "swatch": swatch,
         "notes": notes,
         "contents": contents,
@@ -137,22 +146,21 @@ def tile(index: int) -> Markup:
     return Markup(f'<span class="tile" aria-hidden="true" style="{style}"></span>')
 
 
-def _figures(charts: Sequence[Chart]) -> Markup:
+def _data(figures: dict[str, Any]) -> Markup:
     """Return the figures as JSON that may stand inside a script element."""
-    figures = ",".join(f"{json.dumps(c.key)}:{figure_json(c)}" for c in charts)
-    text = f'{{"dark":{json.dumps(palette.dark_of())},"figures":{{{figures}}}}}'
+    values = {"dark": palette.dark_of(), "figures": figures}
+    text = json.dumps(values, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _shown(chart: Chart, pngs: bool) -> dict[str, Any]:
+def _shown(chart: Chart, height: int, pngs: bool) -> dict[str, Any]:
     """Return what the template needs of a chart."""
     header, rows = chart.table()
-    figure = json.loads(figure_json(chart))
     legend = _legend(chart)
     return {
         "key": chart.key, "title": chart.title, "paper": chart.paper, "caption": chart.caption,
         "png": f"{chart.key}.png" if pngs else "", "spoken": chart.spoken(), "header": header,
-        "rows": rows, "legend": legend, "height": figure["layout"]["height"],
+        "rows": rows, "legend": legend, "height": height,
     }  # fmt: skip
 
 

@@ -81,9 +81,10 @@ def interval(
         return *over_seeds(values), f"{len(values)} seeds (Student's t)"
     share = values[0] if values else math.nan
     count, error = number(result.get("problems")), number(result.get("stderr"))
+    if len(grades) > 1 and math.isnan(count):
+        count = float(len(grades))
     if len(grades) > 1 and math.isnan(error):
         error = statistics.stdev(grades) / math.sqrt(len(grades))
-        count = float(len(grades))
     one_sample = result.get("samples") == 1 and 0 <= share <= 1
     if one_sample and count > 0:
         return *wilson(share, count), f"{short(count)} problems (Wilson)"

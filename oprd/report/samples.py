@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -80,7 +81,7 @@ def read_samples(run: Run) -> list[Problem]:
     without = 0
     steps: dict[tuple[str, str, str], dict[str, int]] = {}
     for file in _files(run.directory):
-        inside = file.relative_to(run.directory).parts
+        inside = str(file.relative_to(run.directory))
         for record in json_lines(file, run.notes, LIMIT):
             text = _first(record, "response", "text", "completion")
             prompt = _first(record, "prompt", "question", "messages")
@@ -91,7 +92,8 @@ def read_samples(run: Run) -> list[Problem]:
             answer = _first(record, "answer", "ground_truth", "reference")
             key = (name, as_text(prompt), "" if answer is None else as_text(answer))
             problem = problems.setdefault(key, Problem(*key))
-            model, step = _model(record, "/".join(inside)), _step(record)
+            step = _step(record)
+            model = _model(str(_first(record, "model", "subject") or ""), step, inside)
             last = steps.setdefault(key, {})
             if step > last.get(model, step):  # a later evaluation of the same model: this one
                 problem.samples[model] = []
@@ -115,7 +117,10 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _first(record: dict[str, Any], *names: str) -> Any:
-    return next((record[n] for n in names if record.get(n) is not None), None)
+    for name in names:
+        if (value := record.get(name)) is not None:
+            return value
+    return None
 
 
 def _step(record: dict[str, Any]) -> int:
@@ -123,13 +128,14 @@ def _step(record: dict[str, Any]) -> int:
     return step if isinstance(step, int) else 0
 
 
-def _model(record: dict[str, Any], file: str) -> str:
-    said = str(_first(record, "model", "subject", "who") or "")
+@functools.lru_cache(maxsize=256)
+def _model(said: str, step: int, file: str) -> str:
+    """Return whose samples a record holds, from its ``model`` or else from its file's name."""
     for label in (BEFORE, AFTER, TEACHER):
         if label in said or label in file.replace("_", " ").replace("-", " "):
             return label
     if said in ("", "student"):
-        return AFTER if _step(record) else BEFORE
+        return AFTER if step else BEFORE
     return said
 
 

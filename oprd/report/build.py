@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,12 +95,20 @@ def write_report(cfg: ReportConfig, pictures: bool = True) -> Collection:
     watch = None if pictures else cfg.watch
     text = page(collection, charts, missing, results, samples, pictures, watch)
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    former = _pictures(cfg.output_dir / PAGE)
     write_whole(cfg.output_dir / PAGE, text)
+    for name in former - {f"{chart.key}.png" for chart in charts}:
+        (cfg.output_dir / name).unlink(missing_ok=True)
     if pictures:
         logger.info(f"{cfg.output_dir / PAGE}: {len(collection.runs)} run(s)")
     for chart in charts if pictures else ():
         write_png(chart, cfg.output_dir / f"{chart.key}.png")
     return collection
+
+
+def _pictures(page: Path) -> set[str]:
+    """Return the names of the PNGs beside a page that it links to."""
+    return set(re.findall(r'href="([\w-]+\.png)"', page.read_text())) if page.exists() else set()
 
 
 def report(cfg: ReportConfig) -> None:

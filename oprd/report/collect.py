@@ -181,7 +181,7 @@ def _add_comparison(
                 out.groups.append(Group(f"{name}, lr {lr}", group.runs, teacher))
         elif shown:
             out.groups.append(Group(name, shown, teacher))
-        if len({r.config.get("optim.lr") for r in tuning}) > 1:
+        if len({str(r.config.get("optim.lr")) for r in tuning}) > 1:
             out.tuning[name] = tuning
     for runs in by_slug.values():
         out.groups += _by_settings(runs)

@@ -125,6 +125,10 @@ def figures(
         )
     if bars := _phases(groups):
         charts.append(bars)
+    seen: dict[str, int] = {}
+    for chart in charts:  # sets such as a.b and a-b have one slug
+        number_of_key = seen[chart.key] = seen.get(chart.key, 0) + 1
+        chart.key += f"-{number_of_key}" if number_of_key > 1 else ""
     return sorted(charts, key=lambda c: SECTIONS.index(c.section)), missing
 
 

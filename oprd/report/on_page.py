@@ -114,12 +114,16 @@ def _bubbles(chart: BubbleChart) -> tuple[list[Any], dict[str, Any]]:
                 "<extra></extra>",
             )
         )  # fmt: skip
-        centre = {"size": 9, "color": palette.colour(b.group), "symbol": palette.symbol(b.group)}
+    for b in chart.bubbles:  # above all circles
         traces.append(
             go.Scatter(
-                x=[b.x], y=[b.y], mode="markers", meta=b.group, marker=centre, hoverinfo="skip"
+                x=[b.x], y=[b.y], mode="markers", meta=b.group, hoverinfo="skip",
+                marker={
+                    "size": 10, "symbol": palette.symbol(b.group),
+                    "color": palette.colour(b.group), "line": {"color": palette.INK[0], "width": 1},
+                },
             )
-        )
+        )  # fmt: skip
     xs, ys = [b.x for b in chart.bubbles], [b.y for b in chart.bubbles]
     return traces, {
         "xaxis": _axis(chart.x_label, range=_around(xs)),

@@ -74,17 +74,16 @@ def _bubbles(chart: BubbleChart, axis: Any) -> None:
         known = math.isfinite(b.size) and largest > 0
         colour = palette.colour(b.group)
         axis.scatter(
-            [b.x], [b.y], s=1600 * b.size / largest if known else 120, edgecolors=colour,
+            [b.x], [b.y], s=1100 * b.size / largest if known else 120, edgecolors=colour,
             facecolors=_rgba(colour, 0.55 if known else 0.0), linewidths=1.5,
         )  # fmt: skip
         axis.plot(
-            [b.x], [b.y], palette.MARKERS[palette.symbol(b.group)], color=colour, markersize=5
-        )
-        axis.annotate(
-            f"{b.label}\n{short(b.size)} MiB" if known else b.label, (b.x, b.y), ha="center",
-            va="center", fontsize=7.5, xytext=(0, -34), textcoords="offset points",
+            [b.x], [b.y], palette.MARKERS[palette.symbol(b.group)], color=palette.INK[0],
+            markerfacecolor=colour, markersize=7, zorder=3,
+            label=f"{b.label}: {short(b.size)} MiB" if known else b.label,
         )  # fmt: skip
     axis.margins(0.3)
+    axis.legend(fontsize=8, title="memory as area", title_fontsize=8)
 
 
 def _rgba(colour: str, alpha: float) -> tuple[float, ...]:

@@ -75,13 +75,10 @@ def document(file: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def number(value: Any) -> float:
-    """Return a finite number as a float, and NaN for anything else."""
+    """Return a number as a float; NaN for anything else, and beyond 1e100, where sums overflow."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
-    try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:
-        return math.nan
+    return float(value) if abs(value) < 1e100 else math.nan
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import re
 
 import pytest
@@ -324,6 +325,7 @@ def test_watch_follows_a_run_until_it_ends(make_run, tmp_path, monkeypatch):
             (run / "summary.json").write_bytes((done / "summary.json").read_bytes())
 
     monkeypatch.setattr(build.time, "sleep", sleep)
+    monkeypatch.setattr(build, "write_png", lambda chart, file: file.write_bytes(b""))
     report(ReportConfig([run], out, watch=2))
     assert 'data-seconds="2"' in pages[0]
     assert [max(figures_of(p)["actor-lr"]["data"][0]["x"]) for p in pages] == [20, 21]
@@ -342,3 +344,58 @@ def test_watch_waits_for_a_run_that_has_not_begun(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         report(ReportConfig([run], out, watch=2))
     assert "holds no run yet" in page_of(out)
+
+
+def test_pictures_of_a_former_report_do_not_stay(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "write_png", lambda chart, file: file.write_bytes(b""))
+    runs = [make_run(f"r{i}", config={"objectives": {"opd_top1": 1, "oprd": i}}) for i in (0, 1)]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.png").write_bytes(b"not of a report")
+    report(ReportConfig(runs, out))
+    assert (out / "mu-sweep.png").exists()
+    report(ReportConfig(runs[:1], out))
+    assert {f.stem for f in out.glob("*.png")} == {*figures_of(page_of(out)), "mine"}
+
+
+def test_sets_whose_names_are_alike_have_charts_of_their_own(written, make_run):
+    run = make_run("demo")
+    with (run / "metrics.jsonl").open("a") as file:
+        for name in ("a.b", "a-b", "值", "集"):
+            for step in (5, 10, 15):
+                file.write(json.dumps(evaluation(step + 20, "student", 0.5, name)) + "\n")
+    keys = [k for k in figures_of(written(run)) if k.startswith(("accuracy-", "final-"))]
+    assert len([k for k in keys if k.endswith("-step") or "-step-" in k]) == 5
+
+
+NASTY = (
+    None, True, -1, 0, 1.5, 1e308, 10**400, float("nan"), float("inf"), "", "text", "\x00", [],
+    [None, "x", [1]], {}, {"a": {"b": []}}, {"val": {"avg": "x"}}, [[[]]],
+)  # fmt: skip
+
+
+def mutated(value, rng):
+    """The value with something nasty somewhere in it."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return value | {key: mutated(value[key], rng)}
+    return rng.choice(NASTY)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_files_with_nasty_values_never_end_in_a_traceback(seed, written, make_run):
+    rng = random.Random(seed)
+    run = make_run("demo", steps=6, config={"objectives": {"opd_top1": 1, "oprd": 1}})
+    sample = {"step": 0, "model": "student", "set": "val", "prompt": "p", "response": "r",
+              "answer": "a", "score": 1.0}  # fmt: skip
+    (run / "samples.jsonl").write_text((json.dumps(sample) + "\n") * 4)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        lines = [mutated(line, rng) if rng.random() < 0.5 else line for line in lines]
+        (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("summary.json", "config.yaml"):
+        (run / name).write_text(json.dumps(mutated(json.loads((run / name).read_text()), rng)))
+    other = make_run("other", steps=6)
+    page = written(run, other)
+    assert "other" in page
+    assert figures_of(page)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oprd.report.read import json_lines, mapping
+from oprd.report.read import json_lines, mapping, number
 from oprd.report.run import AFTER, BEFORE, TEACHER, Run
 
 LIMIT = 64 * 2**20
@@ -155,9 +155,7 @@ def grade_of(value: Any) -> float:
     if isinstance(value, str):
         word = value.strip().lower()
         return 1.0 if word in _RIGHT else 0.0 if word in _WRONG else math.nan
-    if isinstance(value, (bool, int, float)) and math.isfinite(value):
-        return float(value)
-    return math.nan
+    return float(value) if isinstance(value, bool) else number(value)
 
 
 def choose(problems: Iterable[Problem], most: int = PROMPTS) -> list[Problem]:

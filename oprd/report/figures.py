@@ -125,11 +125,16 @@ def figures(
         )
     if bars := _phases(groups):
         charts.append(bars)
-    seen: dict[str, int] = {}
-    for chart in charts:  # sets such as a.b and a-b have one slug
-        number_of_key = seen[chart.key] = seen.get(chart.key, 0) + 1
-        chart.key += f"-{number_of_key}" if number_of_key > 1 else ""
+    _keys_apart(charts)
     return sorted(charts, key=lambda c: SECTIONS.index(c.section)), missing
+
+
+def _keys_apart(charts: Sequence[Chart]) -> None:
+    """Number the keys that are not unique: sets such as a.b and a-b have one slug."""
+    seen: dict[str, int] = {}
+    for chart in charts:
+        count = seen[chart.key] = seen.get(chart.key, 0) + 1
+        chart.key += f"-{count}" if count > 1 else ""
 
 
 def _over_steps(groups: Sequence[Group], metric: Metric) -> LineChart | None:

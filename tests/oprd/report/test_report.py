@@ -382,7 +382,7 @@ def mutated(value, rng):
     return rng.choice(NASTY)
 
 
-@pytest.mark.parametrize("seed", (*range(8), 28))
+@pytest.mark.parametrize("seed", [*range(8), 28])
 def test_files_with_nasty_values_never_end_in_a_traceback(seed, written, make_run):
     rng = random.Random(seed)
     run = make_run("demo", steps=6, config={"objectives": {"opd_top1": 1, "oprd": 1}})

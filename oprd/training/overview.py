@@ -44,8 +44,10 @@ def overview(
         lines.append(f"teacher{f' {name}' if name else ''}: {_model(teacher, path)}")
     lines.append("objective: " + " + ".join(map(partial(_objective, cfg), cfg.objectives)))
     for pairs in inputs.layer_pairs.values() if REP in cfg.objectives else ():
-        shown = ", ".join(f"{s}<-{t}" for s, t in pairs)
-        lines.append(f"layers (student<-teacher): {shown}")
+        shown = [f"{s}<-{t}" for s, t in pairs]
+        if len(shown) > 12:
+            shown[4:-2] = [".."]
+        lines.append(f"layers (student<-teacher): {', '.join(shown)} ({len(pairs)})")
     if REP in cfg.objectives:
         k = f", k {d.k}" if d.positions.endswith("_k") else ""
         lines.append(f"positions: {d.positions}{k}, shift {d.shift}, {d.reduction}")

@@ -27,6 +27,7 @@ def nodes(tmp_path):
         yield made
 
 
+@pytest.mark.exhaustive
 def test_four_ranks_of_two_nodes_agree_with_one(nodes, tmp_path):
     module = ["-m", "tests.support.on_ranks"]
     subprocess.run(

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,21 +38,20 @@ def compile_table(arch):
     return [json.loads(line) for line in run("benchmarks.gpu_static", *options).splitlines()]
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """The targets' tables, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {arch: pool.submit(compile_table, arch) for arch in TARGETS}
-
-
-@pytest.fixture(params=TARGETS)
-def kernels(request, compiled):
+@pytest.fixture(
+    scope="module",
+    params=[
+        arch if arch == "sm90" else pytest.param(arch, marks=pytest.mark.exhaustive)
+        for arch in TARGETS
+    ],
+)
+def kernels(request):
     try:
         find_cuobjdump()
     except Missing as reason:
         if request.param != "gfx942":
             pytest.skip(str(reason))
-    return compiled[request.param].result()
+    return compile_table(request.param)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ seconds are of the machine that this runs on. Arguments are passed to ``oprd-tra
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.text import Text
 from oprd.cli.train import main as train
 from oprd.observability.console import console
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def main() -> None:
@@ -24,12 +25,12 @@ def main() -> None:
     console.width = 88
     options = sys.argv[1:]
     console.print(Text.assemble(("$ ", "bold green"), (" ".join(["oprd-train", *options]), "bold")))
+    file = ASSETS.resolve() / "demo.svg"
     with tempfile.TemporaryDirectory() as directory:
-        train([*options, "--output_dir", f"{directory}/run"])
-        svg = console.export_svg(title="oprd-train", unique_id="oprd-demo")
-    # The run was in a directory that is gone; a user's is below runs/.
-    file = ASSETS / "demo.svg"
-    file.write_text(svg.replace(f"{directory}/run", "runs/demo"))
+        os.chdir(directory)
+        train([*options, "--output_dir", "runs/demo"])
+        os.chdir(ASSETS)
+    file.write_text(console.export_svg(title="oprd-train", unique_id="oprd-demo"))
     print(file)
 
 

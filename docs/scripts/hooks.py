@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse
@@ -23,9 +24,13 @@ from latex2mathml.converter import convert
 
 OPTIONS = re.compile(r"<!-- options: (?P<path>[\w.]+)(?P<rest>( \w+=[\w,.]+)*) -->")
 MATH = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>',
+    r'<(?P<tag>span|div) class="arithmatex">'
+    r"(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</(?P=tag)>",
     re.DOTALL,
 )
+
+WORDS = {str: "text", int: "integer", float: "number", bool: "true, false"}
+"""Plain types, as they are called in the tables."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -96,11 +101,23 @@ def _cell(text: str) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """Return a type as one writes it in YAML."""
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", text).replace("NoneType", "None")
-    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text).replace("'", "").replace("None", "null")
-    return f"`{text.replace('|', 'or')}`" if len(text) < 40 else _cell(text.replace("|", "or"))
+    """Return a type as one writes its values in YAML: "integer or null", "auto, cpu"."""
+    if annotation is NoneType:
+        return "null"
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_type, arguments))
+    if get_origin(annotation) is dict:
+        return f"{_type(arguments[1])}, by name"
+    if get_origin(annotation) is tuple:
+        return f"{len(arguments)} of {_type(arguments[0])}"
+    if get_origin(annotation) is list:
+        return f"list of {_type(arguments[0])}"
+    if is_dataclass(annotation):
+        return "options"
+    return WORDS[annotation]
 
 
 def _default(value: Any) -> str:

@@ -106,7 +106,7 @@ def test_every_option_compiles():
 
 
 def test_the_published_table_is_of_these_kernels():
-    """benchmarks/results/gpu_static.md, which the README points to."""
+    """benchmarks/results/gpu_static.md, which the documentation points to."""
     table = (Path(__file__).parents[2] / "benchmarks/results/gpu_static.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| triton")]
     assert {row[1] for row in rows} == KERNELS

@@ -15,8 +15,9 @@ class PromptsConfig:
 
     Attributes:
         path: a ``.jsonl``, ``.json`` or ``.parquet`` file (also ``.jsonl.gz`` or ``.zst``), a
-            directory or a pattern (``shards/*.parquet``) of such files, a hub data set, or
-            ``demo:NAME.jsonl``.
+            directory or a pattern (``shards/*.parquet``) of such files, a hub data set,
+            ``demo:NAME.jsonl``, or a task of reasoning-gym with its own grader
+            (``reasoning_gym:chain_sum?min_terms=3``, see `oprd.data.reasoning_gym`).
         subset: configuration of a hub data set that has several.
         split: split of a hub data set.
         revision: branch, tag or commit of a hub data set; null: the newest.
@@ -32,7 +33,7 @@ class PromptsConfig:
             reads the student's prompt.
         source_field: field with the name of each prompt's source, which selects one of
             ``teachers``. Null: the source is the name of the set.
-        limit: number of rows to use, from the first; null: all.
+        limit: number of rows to use, from the first; null: all, or 500 questions of reasoning-gym.
     """
 
     path: str

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.config import EvalConfig
 from oprd.engines.base import Engine
 from oprd.engines.generate import Autocast, GenerateEngine
+from oprd.evaluation.evaluate import evaluate
 from oprd.observability.run_log import RunLog
 from oprd.observability.summary import EvalResult
 from oprd.observability.timer import PhaseTimer
-from oprd.training.evaluation import evaluate
 from oprd.training.inputs import RunInputs
 
 

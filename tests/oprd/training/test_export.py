@@ -15,7 +15,7 @@ from oprd.config import LoraConfig, StudentConfig
 from oprd.demo.task import make_tokenizer
 from oprd.models.loading import load_model
 from oprd.models.lora import add_adapter
-from oprd.training import export
+from oprd.checkpoint import export
 from oprd.training.trainer import train
 from tests.oprd.training.test_trainer import small_run
 from tests.support.tiny import VOCAB, make_batch, make_model

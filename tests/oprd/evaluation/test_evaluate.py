@@ -8,8 +8,9 @@ from oprd.data.prompts import Prompt
 from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
 from oprd.engines.generate import GenerateEngine
-from oprd.training.evaluation import distinct_4grams, evaluate
-from oprd.training.grading import exact, last_boxed, math
+from oprd.evaluation.evaluate import evaluate
+from oprd.evaluation.grading import exact, last_boxed, math
+from oprd.evaluation.metrics import distinct_4grams
 from tests.support.tiny import make_model
 
 
@@ -74,6 +75,8 @@ def test_evaluate_averages_and_takes_the_best():
         "val/s/best@2": 0.5,
         "val/s/len": 2.0,
         "val/s/truncated": 0.75,
+        "val/s/avg@2_stderr": 0.25,
+        "val/s/pass^2": 0.0,
     }
 
 

@@ -142,6 +142,7 @@ class EvalConfig:
         batch_size: number of sequences generated at once. The vLLM engine, which can evaluate the
             student, chooses its own batches.
         teacher: evaluate the teacher too. This loads the whole teacher.
+        keep_samples: write every prompt, response and grade to ``samples/`` of the run's directory.
     """
 
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
@@ -152,6 +153,7 @@ class EvalConfig:
     max_new_tokens: int = 4096
     batch_size: int = 64
     teacher: bool = True
+    keep_samples: bool = True
 
     @property
     def sampling(self) -> SamplingParams:

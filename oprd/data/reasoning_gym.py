@@ -89,8 +89,7 @@ def _made(path: str) -> tuple[str, ...]:
     done = subprocess.run(
         [sys.executable, "-m", "oprd.data.reasoning_gym", path],
         env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": python_path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     if done.returncode:

@@ -34,6 +34,7 @@ class Sample:
         truncated: whether it ended without EOS.
         score: see `oprd.evaluation.grader_pool.Grade`, as ``boxed`` and ``failed``; None before
             grading.
+        ids: the tokens of the response; None: not kept.
     """
 
     problem: int
@@ -46,6 +47,11 @@ class Sample:
     score: float | None = None
     boxed: bool | None = None
     failed: str | None = None
+    ids: list[int] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sample as plain values, without tokens that were not kept."""
+        return {k: v for k, v in vars(self).items() if k != "ids" or v is not None}
 
     @property
     def grade(self) -> Grade | None:
@@ -119,18 +125,31 @@ def sample_all(
     ]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where samples are written, one a line as JSON.
+
+    Attributes:
+        file: the file.
+        entries: what every line begins with.
+    """
+
+    file: Path
+    entries: dict[str, Any]
+
+
 def evaluate(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     cfg: EvalConfig,
     seed: int = 0,
-    keep: Path | None = None,
+    keep: Kept | None = None,
 ) -> EvalResult:
     """Sample responses with `sample_all`. Collective.
 
     Args:
-        keep: a file to which rank 0 writes all samples, one a line as JSON; None: they are lost.
+        keep: where rank 0 writes all samples; None: they are lost.
 
     Returns:
         The results over the prompts of all ranks.
@@ -141,16 +160,16 @@ def evaluate(
     if keep is not None:
         every = sorted(distributed.gather(samples), key=lambda s: (s.problem, s.sample))
         if distributed.rank() == 0:
-            write_samples(keep, every)
+            write_samples(keep.file, every, keep.entries)
     problems = sorted(distributed.gather(own), key=lambda entry: entry[0])
     return result([problem for _, problem in problems])
 
 
-def write_samples(file: Path, samples: Sequence[Sample], **more: Any) -> None:
+def write_samples(file: Path, samples: Sequence[Sample], entries: dict[str, Any]) -> None:
     """Write samples as JSON lines, atomically.
 
     Args:
-        more: entries that every line begins with.
+        entries: what every line begins with.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "".join(json.dumps(more | vars(s)) + "\n" for s in samples))
+    write_whole(file, "".join(json.dumps(entries | s.as_dict()) + "\n" for s in samples))

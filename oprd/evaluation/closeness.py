@@ -104,7 +104,11 @@ class Comparer:
         means = [x / tokens for x in total[1:]] if tokens else [0.0] * (len(total) - 1)
         cosines = means[5:] if self.pairs else None
         return Closeness(
-            *means[:5],
+            kl=means[0],
+            kl_teacher=means[1],
+            overlap=means[2],
+            entropy=means[3],
+            teacher_entropy=means[4],
             layer_cosine=cosines,
             cosine=sum(cosines) / len(cosines) if cosines else None,
             tokens=int(tokens),

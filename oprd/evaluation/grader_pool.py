@@ -21,6 +21,7 @@ from queue import Empty, SimpleQueue
 
 from oprd.data import reasoning_gym
 from oprd.evaluation.grading import exact, last_boxed, quick_verdict
+from oprd.observability import hang_watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def _ask_all(requests: Sequence[str], seconds: float) -> list[tuple[float, str |
                 except Empty:
                     return
                 results[i] = worker.ask(requests[i])
+                hang_watchdog.beat()
 
     count = _workers(len(requests))
     with ThreadPoolExecutor(max(count, 1)) as pool:

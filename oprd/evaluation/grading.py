@@ -11,7 +11,7 @@ from collections.abc import Callable
 Grader = Callable[[str, str], bool]
 
 BOX = re.compile(r"\\f?boxed\s*\{")
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 WHOLE = re.compile(r"([-+]?\d+)(?:\.0*)?")
 SCIENTIFIC = re.compile(rf"({NUMBER})[eE]([-+]?\d+)")
 WITH_UNIT = re.compile(rf"({NUMBER})\s+[A-Za-z]{{2,}}(?:\s[A-Za-z]+)*")
@@ -47,8 +47,10 @@ def tidy(expression: str) -> str:
     """Rewrite spellings of an answer that math-verify does not read.
 
     These are a full stop at the end, ``°``, spaces between thousands, ``1e3``, and a unit in words
-    behind a number. Doubled braces are removed.
+    behind a number. Doubled braces are removed, and of a worked solution its box is kept.
     """
+    if BOX.search(expression):
+        expression = last_boxed(expression) or expression
     text = expression.strip().strip("$").strip().rstrip(".").strip()
     while text.startswith("{") and text.endswith("}") and _is_one_group(text):
         text = text[1:-1].strip()

@@ -77,8 +77,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     names = list(dict.fromkeys(name for model in models.values() for name in model["sets"]))
     made = []
     for name in names:
-        rows = {label: m["sets"][name] for label, m in models.items() if name in m["sets"]}
-        made.append(_set_table(name, rows))
+        of_set = {label: m["sets"][name] for label, m in models.items() if name in m["sets"]}
+        made.append(_set_table(name, of_set))
     if rows := [
         (label, name, close)
         for label, model in models.items()
@@ -95,6 +95,7 @@ def show(results: Mapping[str, Any]) -> None:
     console = Console(highlight=False, width=WIDTH)
     for table in tables(results):
         console.print(table)
+        console.print()
 
 
 def _table(title: str, columns: Sequence[str], texts: int = 1) -> Table:

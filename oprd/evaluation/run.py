@@ -237,7 +237,7 @@ class _Run:
         done = set(self.store.read(subject.label))
         units = [unit for task in self.tasks[subject.label] for unit in self._units(task)]
         missing = [u for u in units if not u.keys <= done]
-        compares = self.teacher is not None and not self._closeness_file(subject).exists()
+        compares = self.teacher is not None and not self._is_compared(subject)
         distributed.wait_for_all()  # nobody writes before everybody has read
         if not missing and not compares:
             return
@@ -345,6 +345,12 @@ class _Run:
         assert self.teacher is not None
         return self.store.model(subject.label) / f"closeness_{folder(self.teacher.label)}.json"
 
+    def _is_compared(self, subject: Subject) -> bool:
+        """Return whether the model has been compared with the teacher on all sets."""
+        file = self._closeness_file(subject)
+        names = {task.eval_set.name for task in self.tasks[subject.label]}
+        return file.exists() and names <= json.loads(file.read_text()).keys()
+
     def _compare(self, subject: Subject, model: PreTrainedModel, device: torch.device) -> None:
         """Compare a model with the teacher on its responses; rank 0 writes the file. Collective."""
         assert self.teacher is not None
@@ -371,8 +377,10 @@ class _Run:
             own = rollouts[distributed.rank() :: distributed.world_size()]
             found[name] = comparer(own, batch_size=4)
         if distributed.rank() == 0:
-            values = {name: closeness.as_dict() for name, closeness in found.items()}
-            write_json(self._closeness_file(subject), values)
+            file = self._closeness_file(subject)
+            values = json.loads(file.read_text()) if file.exists() else {}
+            values |= {name: closeness.as_dict() for name, closeness in found.items()}
+            write_json(file, values)
         distributed.wait_for_all()
 
 
@@ -427,8 +435,17 @@ def _conclude(store: Store, settings: dict[str, Any], again: bool = False) -> di
             if grader is not None:
                 _grade(samples, name, grader, again)
         store.finish(label, samples, model["sets"])
-        found = {name: by_problem(samples, name) for name in model["sets"]}
-        problems[label] = {name: p for name, p in found.items() if p}
+        problems[label] = {}
+        for name, of_set in model["sets"].items():
+            wanted = of_set["problems"] * settings["sampling"]["samples"]
+            there = sum(key[0] == name for key in samples)
+            if there == wanted:
+                problems[label][name] = by_problem(samples, name)
+            else:
+                logger.warning(
+                    f"{label}: {there} of {wanted} samples of {name} are there: it is left out of "
+                    "the results. The command that was interrupted goes on with it"
+                )
         models[label] = {
             **{k: v for k, v in model.items() if k != "sets"},
             "sets": {

@@ -124,7 +124,7 @@ class Evaluator:
         return {k: v for name, r in results.items() for k, v in r.metrics(name).items()}
 
     def _kept(self, subject: Subject, step: int, name: str) -> Kept | None:
-        """Return where the samples go: a file for each evaluation, which a repeated one replaces."""
+        """Return the file of an evaluation's samples, which a repeated one replaces."""
         if not self.cfg.keep_samples:
             return None
         words = "".join(c if c.isalnum() else "_" for c in f"{subject.label}_{name}")

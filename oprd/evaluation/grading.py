@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 Grader = Callable[[str, str], bool]
 
-BOX = re.compile(r"\\f?boxed\s*\{")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 WHOLE = re.compile(r"([-+]?\d+)(?:\.0*)?")
 SCIENTIFIC = re.compile(rf"({NUMBER})[eE]([-+]?\d+)")

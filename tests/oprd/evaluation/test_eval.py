@@ -59,7 +59,9 @@ def test_two_models_on_the_demo(tmp_path, capsys):
     arguments = ["demo:student", "best=demo:teacher", "--sets", "demo", "--limit=12", "--samples=4"]
     cli.main([*arguments, f"--output_dir={out}"])
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 80
+    tables = [line for line in printed.splitlines() if str(tmp_path) not in line]
+    assert "demo: 12 problems x 4 samples" in printed
+    assert max(map(len, tables)) <= 80
     results = json.loads((out / "results.json").read_text())
     student, teacher = (results["models"][n]["sets"]["demo"] for n in ("demo:student", "best"))
     assert (teacher["avg"], teacher["best"], teacher["pass_all"]["4"]) == (1.0, 1.0, 1.0)

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    "demo", "cli", "report", "benchmark", "training", "memory_plan", "distill", "bridge", "engines",
+    "demo", "cli", "report", "benchmark", "training", "evaluation", "memory_plan", "distill",
+    "bridge", "engines",
     "checkpoint", "data", "tokenizers", "models", "observability", "distributed", "config",
     "atomic_files", "errors",
 )  # fmt: skip

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from oprd.checkpoint.export import DTYPES, choose, export
 from oprd.cli.environment import quiet_libraries
 from oprd.cli.parser import run_command
-from oprd.training.export import DTYPES, choose, export
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,8 +15,9 @@ class PromptsConfig:
 
     Attributes:
         path: a ``.jsonl``, ``.json`` or ``.parquet`` file (also ``.jsonl.gz`` or ``.zst``), a
-            directory or a pattern (``shards/*.parquet``) of such files, a hub data set, or
-            ``demo:NAME.jsonl``.
+            directory or a pattern (``shards/*.parquet``) of such files, a hub data set,
+            ``demo:NAME.jsonl``, or a task of reasoning-gym with its own grader
+            (``reasoning_gym:chain_sum?min_terms=3``, see `oprd.data.reasoning_gym`).
         subset: configuration of a hub data set that has several.
         split: split of a hub data set.
         revision: branch, tag or commit of a hub data set; null: the newest.
@@ -32,7 +33,7 @@ class PromptsConfig:
             reads the student's prompt.
         source_field: field with the name of each prompt's source, which selects one of
             ``teachers``. Null: the source is the name of the set.
-        limit: number of rows to use, from the first; null: all.
+        limit: number of rows to use, from the first; null: all, or 500 questions of reasoning-gym.
     """
 
     path: str
@@ -141,6 +142,7 @@ class EvalConfig:
         batch_size: number of sequences generated at once. The vLLM engine, which can evaluate the
             student, chooses its own batches.
         teacher: evaluate the teacher too. This loads the whole teacher.
+        keep_samples: write every prompt, response and grade to ``samples/`` of the run's directory.
     """
 
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
@@ -151,6 +153,7 @@ class EvalConfig:
     max_new_tokens: int = 4096
     batch_size: int = 64
     teacher: bool = True
+    keep_samples: bool = True
 
     @property
     def sampling(self) -> SamplingParams:

@@ -137,7 +137,7 @@ def load_prompts(
     Raises:
         ConfigError: if the prompts can't be loaded or encoded. The message names file and line.
     """
-    rows, place = load_rows(source)
+    rows, place = load_rows(source, for_evaluation)
     reader = _Reader(source, cfg, tokenizer, for_evaluation, name, teacher_tokenizers)
     read = [reader.read(row, place(index)) for index, row in enumerate(rows)]
     prompts = [prompt for prompt in read if isinstance(prompt, Prompt)]

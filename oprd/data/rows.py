@@ -13,7 +13,8 @@ import fsspec
 from datasets import Dataset, load_dataset
 
 from oprd.config import PromptsConfig
-from oprd.errors import ConfigError, Unreachable, is_unreachable
+from oprd.data import reasoning_gym
+from oprd.errors import ConfigError, Unreachable, is_unreachable, need_package
 from oprd.models.loading import demo_path
 
 Rows: TypeAlias = "Dataset | list[dict[str, Any]]"
@@ -21,8 +22,13 @@ FILE_FORMATS = (".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
 
-def load_rows(cfg: PromptsConfig) -> tuple[Rows, Callable[[int], str]]:
+def load_rows(
+    cfg: PromptsConfig, for_evaluation: bool = False
+) -> tuple[Rows, Callable[[int], str]]:
     """Load the rows of a file, of several (a directory, or a pattern), or of a hub data set.
+
+    Args:
+        for_evaluation: of a task of reasoning-gym, which questions.
 
     Returns:
         The rows, and a function that maps the index of a row to its file and line.
@@ -30,6 +36,8 @@ def load_rows(cfg: PromptsConfig) -> tuple[Rows, Callable[[int], str]]:
     Raises:
         ConfigError: if the file is missing or empty, or if a line isn't JSON (with its number).
     """
+    if reasoning_gym.is_task(cfg.path):
+        return _questions(cfg, for_evaluation), lambda i: f"{cfg.path}, question {i}"
     path = demo_path(cfg.path)
     suffix = _suffix(Path(path))
     places: list[str] | None = None
@@ -69,6 +77,15 @@ def _load_from_hub(path: str, cfg: PromptsConfig) -> Dataset:
         raise kind(
             f"data set {path!r} ({where}) can't be loaded: {_root(error)}. {hint}"
         ) from error
+
+
+def _questions(cfg: PromptsConfig, for_evaluation: bool) -> Rows:
+    """Return the questions of a task of reasoning-gym."""
+    need_package("reasoning_gym", "reasoning-gym", cfg.path)
+    try:
+        return list(reasoning_gym.questions(cfg.path, for_evaluation, cfg.limit))
+    except ValueError as error:
+        raise ConfigError(f"{cfg.path}: {error}") from error
 
 
 def _suffix(file: Path) -> str:

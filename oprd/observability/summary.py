@@ -96,6 +96,13 @@ class EvalResult:
         length: mean number of tokens of a response, including EOS.
         truncated: share of responses without a final EOS.
         samples: k, the number of responses per prompt.
+        problems: number of prompts; None in results of older versions.
+        stderr: standard error of ``avg`` over prompts; None for a single one.
+        pass_at: by j, pass@j: the unbiased chance that one of j responses is right, for powers of
+            two below k, and k.
+        pass_all: by j, pass^j: the chance that all of j responses are right.
+        unboxed: share of responses without a complete box; None if the grader needs none.
+        ungraded: number of responses on which the grader gave no verdict; they count as wrong.
     """
 
     avg: float
@@ -104,17 +111,28 @@ class EvalResult:
     length: float
     truncated: float
     samples: int
+    problems: int | None = None
+    stderr: float | None = None
+    pass_at: dict[str, float] = field(default_factory=dict)
+    pass_all: dict[str, float] = field(default_factory=dict)
+    unboxed: float | None = None
+    ungraded: int = 0
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return the results as metrics named ``val/<set>/avg@k`` and so on."""
         k = self.samples
-        values = {
+        values: dict[str, float | None] = {
             f"avg@{k}": self.avg,
             f"best@{k}": self.best,
             "dist_4g": self.dist_4g,
             "len": self.length,
             "truncated": self.truncated,
+            f"avg@{k}_stderr": self.stderr,
+            "unboxed": self.unboxed,
+            "ungraded": self.ungraded or None,
         }
+        values |= {f"pass@{j}": value for j, value in self.pass_at.items() if j != str(k)}
+        values |= {f"pass^{j}": value for j, value in self.pass_all.items()}
         return {f"val/{name}/{key}": v for key, v in values.items() if v is not None}
 
     def as_dict(self) -> dict:

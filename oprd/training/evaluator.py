@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.config import EvalConfig
 from oprd.engines.base import Engine
 from oprd.engines.generate import Autocast, GenerateEngine
+from oprd.evaluation.evaluate import Kept, evaluate
 from oprd.observability.run_log import RunLog
 from oprd.observability.summary import EvalResult
 from oprd.observability.timer import PhaseTimer
-from oprd.training.evaluation import evaluate
 from oprd.training.inputs import RunInputs
 
 
@@ -108,7 +108,12 @@ class Evaluator:
         with self.synced(engine), self.timer("evaluation"):
             results = {
                 name: evaluate(
-                    engine, tokenizer, self.inputs.prompts_for(subject.teacher, name), self.cfg
+                    engine,
+                    tokenizer,
+                    self.inputs.prompts_for(subject.teacher, name),
+                    self.cfg,
+                    0,
+                    self._kept(subject, step, name),
                 )
                 for name in names
             }
@@ -117,6 +122,14 @@ class Evaluator:
         if subject.is_kept:
             self.results[subject.label] = results
         return {k: v for name, r in results.items() for k, v in r.metrics(name).items()}
+
+    def _kept(self, subject: Subject, step: int, name: str) -> Kept | None:
+        """Return the file of an evaluation's samples, which a repeated one replaces."""
+        if not self.cfg.keep_samples:
+            return None
+        words = "".join(c if c.isalnum() else "_" for c in f"{subject.label}_{name}")
+        file = self.log.directory / "samples" / f"samples_{step:08d}_{words}.jsonl"
+        return Kept(file, {"step": step, "model": subject.label, "set": name})
 
     def _tokenizer(self, subject: Subject) -> PreTrainedTokenizerBase:
         assert self.inputs.tokenizer is not None

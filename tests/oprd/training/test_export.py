@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
-from oprd.checkpoint import files, save_student, state
+from oprd.checkpoint import export, files, save_student, state
 from oprd.checkpoint.run import model_files
 from oprd.checkpoint.writer import Writer
 from oprd.cli import export as export_cli
@@ -15,7 +15,6 @@ from oprd.config import LoraConfig, StudentConfig
 from oprd.demo.task import make_tokenizer
 from oprd.models.loading import load_model
 from oprd.models.lora import add_adapter
-from oprd.training import export
 from oprd.training.trainer import train
 from tests.oprd.training.test_trainer import small_run
 from tests.support.tiny import VOCAB, make_batch, make_model

@@ -68,7 +68,7 @@ def test_what_a_run_leaves_behind(tmp_path, capsys):
     run = tmp_path / "run"
     assert summary.student == run / "student"
     assert {p.name for p in run.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "summary.json", "student", "checkpoints"),
+        *("config.yaml", "metrics.jsonl", "summary.json", "student", "checkpoints", "samples"),
     }
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000003"]

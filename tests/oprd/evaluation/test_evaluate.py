@@ -1,6 +1,7 @@
-"""Grading and the numbers an evaluation reports."""
+"""An evaluation within a run."""
 
-import pytest
+import json
+
 import torch
 
 from oprd.config import EvalConfig
@@ -8,43 +9,8 @@ from oprd.data.prompts import Prompt
 from oprd.data.rollout import Rollout
 from oprd.demo.task import make_tokenizer
 from oprd.engines.generate import GenerateEngine
-from oprd.training.evaluation import distinct_4grams, evaluate
-from oprd.training.grading import exact, last_boxed, math
+from oprd.evaluation.evaluate import Kept, evaluate
 from tests.support.tiny import make_model
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        (r"so \boxed{142}", "142.0", True),
-        (r"\boxed{\frac{1}{2}}", "0.5", True),
-        (r"first \boxed{3}, no: \boxed{x+1}", "1+x", True),
-        (r"\boxed{1,000}", "1000", True),
-        (r"\boxed{\text{A}}", "A", True),
-        (r"\boxed{7}", "8", False),
-        (r"\boxed{12", "12", False),
-        ("12", "12", False),
-        (r"\boxed{}", "3", False),
-        ("", "3", False),
-    ],
-)
-def test_math_grader(response, answer, right):
-    assert math(response, answer) is right
-
-
-def test_exact_grader_and_last_boxed():
-    assert exact(" 207\n", "207")
-    assert not exact("2070", "207")
-    assert last_boxed(r"\boxed{a{b}c} and \boxed{d}") == "d"
-    assert last_boxed(r"\boxed{a{b}c}") == "a{b}c"
-    assert last_boxed(r"\boxed{a{b}") is None
-
-
-def test_distinct_4grams_are_pooled_over_a_prompts_responses():
-    assert distinct_4grams(["a b c d"]) == 100
-    assert distinct_4grams(["a b c d", "a b c d"]) == 50
-    assert distinct_4grams(["a b c d e", "x"]) == 100
-    assert distinct_4grams(["a b c"]) is None
 
 
 class Scripted:
@@ -74,6 +40,8 @@ def test_evaluate_averages_and_takes_the_best():
         "val/s/best@2": 0.5,
         "val/s/len": 2.0,
         "val/s/truncated": 0.75,
+        "val/s/avg@2_stderr": 0.25,
+        "val/s/pass^2": 0.0,
     }
 
 
@@ -86,3 +54,19 @@ def test_evaluation_does_not_touch_the_random_state():
     first = evaluate(engine, tokenizer, [Prompt([5], "3")] * 20, cfg)
     assert torch.equal(torch.get_rng_state(), before)
     assert first == evaluate(engine, tokenizer, [Prompt([5], "3")] * 20, cfg)
+
+
+def test_samples_are_kept_with_their_grades(tmp_path):
+    tokenizer = make_tokenizer()
+    right, wrong = tokenizer("3")["input_ids"] + [1], tokenizer("44")["input_ids"]
+    file = tmp_path / "samples" / "samples_00000004_student_s.jsonl"
+    prompts = [Prompt(tokenizer("1+2=")["input_ids"], "3"), Prompt([6], "3")]
+    kept = Kept(file, {"step": 4, "model": "student", "set": "s"})
+    evaluate(Scripted([right, wrong]), tokenizer, prompts, EvalConfig(), 0, kept)
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert first == {
+        **{"step": 4, "model": "student", "set": "s", "problem": 0, "sample": 0},
+        **{"prompt": "1+2=", "response": "3", "answer": "3", "length": 2, "truncated": False},
+        **{"score": 1.0, "boxed": None, "failed": None},
+    }
+    assert (second["response"], second["truncated"], second["score"]) == ("44", True, 0.0)

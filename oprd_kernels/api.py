@@ -81,12 +81,18 @@ def fused_rep_loss(
         rows: (M,) int64. The supervised rows of ``student`` flattened to (N, dS), each at most
             once. The kernel picks these rows itself. Default: all rows.
         teacher_rows: (M,) int64. The same for ``teacher``. Default: all rows, in order.
-        weights: (M,), or any shape with M elements. A weight of 0 masks the row: nothing in it,
-            NaN included, reaches a result.
+        weights: (M,) real numbers, or any shape with M elements; they may be negative. A weight
+            of 0 masks the row: nothing in it, NaN included, reaches a result. Weights get no
+            gradient, and those that require one are refused. To train them, multiply the losses
+            of ``"none"`` by them.
         kind: ``"nmse"``, ``"cosine"`` or ``"mse"``.
         reduction: ``"mean"`` (sum of weight * loss over ``denominator``), ``"sum"`` or ``"none"``.
         denominator: Divisor of the mean: a number or 0-D tensor, such as the token count of the
             global batch. Default: the sum of the weights. If it is 0, loss and gradient are 0.
+            A negative number, NaN, an infinity, or a number too small for float32 is refused. A
+            tensor on a GPU is not read, because that would wait for the device: NaN there makes
+            the loss NaN, and a negative number changes its sign. ``OPRD_CHECK=1`` in the
+            environment has it read and checked. It gets no gradient either.
         backend: ``"cuda"`` (native CUDA C++), ``"triton"`` (any GPU that Triton supports),
             ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch, any device, also float64).
             ``"auto"`` takes the first in this order that supports the call.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -38,6 +39,9 @@ def build_report() -> dict[str, str | None]:
     return json.loads(_BUILD_REPORT.read_text()) if _BUILD_REPORT.exists() else {}
 
 
+OWN_FRAMES = ("oprd", "oprd_kernels", "importlib", "runpy")
+COMPILER = "a C++17 compiler (Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install)"
+
 _module, _reason = _import_native()
 
 
@@ -57,9 +61,8 @@ def problem() -> str | None:
     if _module is not None:
         return None
     return (
-        f"the native CPU kernels are not installed ({_reason}). Install a C++17 compiler "
-        "(Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install) and reinstall oprd "
-        "with pip."
+        f"the native CPU kernels are not installed ({_reason}). Install {COMPILER} and reinstall "
+        "oprd with pip."
     )
 
 
@@ -79,8 +82,12 @@ def need_no_check(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> int
 
 def cuda_problem() -> str | None:
     """Return why the native module has no CUDA kernels and how to fix that, or None if it does."""
-    if reason := problem():
-        return reason
+    if _module is None:
+        return (
+            f"the CUDA kernels are not installed: the native module, which would hold them, is "
+            f"missing ({_reason}). Install {COMPILER} and the CUDA toolkit, so that nvcc is on "
+            "PATH, and reinstall oprd with pip"
+        )
     if hasattr(module(), "cuda_forward"):
         return None
     reason = build_report().get("cuda") or "this build has none"
@@ -90,8 +97,18 @@ def cuda_problem() -> str | None:
     )
 
 
+def _warn_user(message: str) -> None:
+    """Warn at the line of the user's code that has led here, be it by way of oprd."""
+    frame: FrameType | None = sys._getframe()
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in OWN_FRAMES:
+        frame = frame.f_back
+    if frame is None:
+        return warnings.warn(message, stacklevel=2)
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    name = frame.f_globals.get("__name__")
+    file = frame.f_code.co_filename
+    warnings.warn_explicit(message, UserWarning, file, frame.f_lineno, name, registry)
+
+
 if _module is None:
-    warnings.warn(
-        f"oprd_kernels: {problem()} Until then oprd uses the slower PyTorch reference.",
-        stacklevel=2,
-    )
+    _warn_user(f"oprd_kernels: {problem()} Until then oprd uses the slower PyTorch reference.")

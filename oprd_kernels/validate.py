@@ -374,22 +374,55 @@ def check_row_values(name: str, index: Tensor, num_rows: int, unique: bool) -> N
 
 
 def _weights(weights: Tensor, m: int, device: torch.device) -> Tensor:
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights must be a tensor of real numbers, got {got}")
     if weights.numel() != m:
         raise ValueError(
             f"weights must have one value per supervised row, {m}, got {tuple(weights.shape)}"
         )
     if weights.device != device:
         raise ValueError(f"weights is on {weights.device}, student on {device}")
+    _refuse_grad("weights", weights)
     return weights.detach().reshape(-1).to(torch.float32).contiguous()
+
+
+def _refuse_grad(name: str, x: Tensor) -> None:
+    """Raise if ``x`` waits for a gradient that it will not get."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, and the loss gives it none: pass {name}.detach(). To "
+            "train weights, multiply the losses of reduction='none' by them"
+        )
+
+
+MAX_FLOAT, MIN_FLOAT = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 def _denominator(denominator: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
+        if denominator.numel() != 1 or denominator.is_complex():
             raise ValueError(
-                f"denominator must be a number or a 0-D tensor, got {tuple(denominator.shape)}"
+                "denominator must be a number or a 0-D tensor of a real number, got "
+                f"{denominator.dtype} {tuple(denominator.shape)}"
             )
+        _refuse_grad("denominator", denominator)
+        # Reading it from a GPU would wait for the device.
+        may_read = denominator.is_cpu and not torch.compiler.is_compiling()
+        if may_read or os.environ.get("OPRD_CHECK") == "1":
+            _check_denominator(denominator.item())
         return denominator.detach().reshape(()).to(device, torch.float32)
     if not isinstance(denominator, Real):
         raise TypeError(f"denominator must be a number or a 0-D tensor, got {type(denominator)}")
-    return torch.full((), float(denominator), dtype=torch.float32, device=device)
+    value = float(denominator)
+    _check_denominator(value)
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def _check_denominator(value: float) -> None:
+    if value != 0 and not MIN_FLOAT <= value <= MAX_FLOAT:  # NaN is refused too
+        raise ValueError(
+            f"denominator must be 0 (loss and gradient are then 0) or a positive float32, got "
+            f"{value}. It is a count of tokens, or a sum of weights; to change the loss's sign or "
+            "size, multiply the loss"
+        )

@@ -32,6 +32,13 @@ bool no_gradient(const Problem& p, const BackwardIn& in, i64 i) {
   return weight(p, i) == 0.f || *in.scale == 0.f;
 }
 
+// The factor by which the chain rule multiplies row i. Its own range is a double's: a small upstream
+// gradient over a large batch may meet large values yet.
+double coefficient_of(const Problem& p, const BackwardIn& in, i64 i) {
+  const double upstream = in.grad_loss[i * in.grad_loss_stride];
+  return upstream * *in.scale * weight(p, i);
+}
+
 void put_zeros(const Rows& grad, i64 n, i64 width) {
   store_row(
       grad, n, width, false, [](i64) { return F8{}; }, [](i64) { return 0.f; });
@@ -78,8 +85,9 @@ void put_gradient_alike(typename S::type* row, i64 width, bool accumulate, const
                         const PairGradient& gradient) {
   const PairGradient g = gradient;  // a copy that stores to row can't alias
   const F8 to_s = broadcast(g.to_s), rest = broadcast(g.to_s_rest), to_t = broadcast(g.to_t);
+  const F8 outer = broadcast(g.outer);
   auto combine = [&](F8 s, F8 t) __attribute__((always_inline)) {
-    return PairGradient::combine<Mse>(s, t, to_s, rest, to_t);
+    return PairGradient::combine<Mse>(s, t, to_s, rest, to_t, outer);
   };
   i64 k = 0;
   for (; k + kStep <= width; k += kStep) {
@@ -125,7 +133,8 @@ void identity_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 en
       const PairStats stats = pair_stats(pair, width, p.kind);
       put_stats(p, out, i, stats);
       if (out.grad.data) {
-        const PairGradient gradient(width, stats, p.kind, out.grad_scale * weight(p, i));
+        const double coefficient = static_cast<double>(out.grad_scale) * weight(p, i);
+        const PairGradient gradient(width, stats, p.kind, coefficient);
         put_gradient(out.grad, i, width, false, pair, gradient);
       }
     }
@@ -142,8 +151,7 @@ void identity_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 en
         if (!in.accumulate) put_zeros(in.grad, n, width);
         continue;
       }
-      const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
-      const PairGradient gradient(width, get_stats(p, in, i), p.kind, coefficient);
+      const PairGradient gradient(width, get_stats(p, in, i), p.kind, coefficient_of(p, in, i));
       put_gradient(in.grad, n, width, in.accumulate, get(i, i), gradient);
     }
   });
@@ -276,7 +284,7 @@ void projected_forward(const Problem& p, const ForwardOut& out, i64 begin, i64 e
       const PairStats stats = pair_stats(pair, p.rank, p.kind);
       put_stats(p, out, tile.rows[i], stats);
       const Rows dz{out.dz + tile.rows[i] * p.rank, DType::kFloat32, 1, 0, 0, 1};
-      put_gradient(dz, 0, p.rank, false, pair, PairGradient(p.rank, stats, p.kind, 1.f));
+      put_gradient(dz, 0, p.rank, false, pair, PairGradient(p.rank, stats, p.kind, 1.0));
     }
   });
 }
@@ -358,9 +366,10 @@ void projected_backward(const Problem& p, const BackwardIn& in, i64 begin, i64 e
   for_tiles(begin, end, skip, [&](const Tile& tile) {
     for (int n = 0; n < tile.count; ++n) {
       const i64 i = tile.rows[n];
-      const float coefficient = in.grad_loss[i * in.grad_loss_stride] * *in.scale * weight(p, i);
+      const double coefficient = coefficient_of(p, in, i);
       for (i64 j = 0; j < p.rank; ++j) {
-        scratch[n * p.rank + j] = plain_nan(coefficient * in.dz[i * p.rank + j]);
+        scratch[n * p.rank + j] =
+            plain_nan(static_cast<float>(coefficient * in.dz[i * p.rank + j]));
       }
     }
     unproject_tile(p, in, proj, tile, scratch);

@@ -154,46 +154,39 @@ OPRD_INLINE PairStats pair_stats(const Source<S>& in, i64 width, Kind kind) {
 // coefficient * d loss / d s, element by element:
 //   mse:     2 (s - t) / D
 //   cosine:  ((s^ - t^) - (1 - cos) s^) / |s|;  nmse: 2 / D times that
-// The second form is computed as s * to_s - t * to_t. Rounding these factors to float leaves a
-// multiple of s, which for nearly parallel rows is as large as the gradient itself. The multiple,
-// to_s_rest, is computed in double and added separately.
+// The second form is computed as (s * to_s - t * to_t) * outer, with to_s = cos / |s| and
+// to_t = 1 / |t|. Of factors that hold `outer` already, 1 / |s|^2 would leave float's range long
+// before the gradient does. Rounding to_s to float leaves a multiple of s, which for nearly
+// parallel rows is as large as the gradient itself. The multiple, to_s_rest, is computed in double
+// and added separately.
 struct PairGradient {
   bool mse;
-  float to_s, to_s_rest, to_t;
+  float to_s, to_s_rest, to_t, outer;
 
-  PairGradient(i64 width, const PairStats& stats, Kind kind, float coefficient)
-      : mse(kind == Kind::kMse) {
+  PairGradient(i64 width, const PairStats& stats, Kind kind, double coefficient)
+      : mse(kind == Kind::kMse), to_t(stats.inv_t) {
     const double per_width = 2.0 / static_cast<double>(width);
-    if (mse) {
-      to_s = static_cast<float>(coefficient * per_width);
-      to_s_rest = to_t = 0.f;
-      return;
-    }
-    const double outer =
-        static_cast<double>(coefficient) * (kind == Kind::kNmse ? per_width : 1.0) * stats.inv_s;
-    const double exact_t = outer * stats.inv_t;
-    const double exact_s = outer * stats.inv_s * (1.0 - static_cast<double>(stats.one_minus_cos));
-    to_t = static_cast<float>(exact_t);
+    const double exact_s = stats.inv_s * (1.0 - static_cast<double>(stats.one_minus_cos));
     to_s = static_cast<float>(exact_s);
-    // The rounding error of to_t leaves a multiple of s too: along s^, t is cos |t| / |s| times s.
-    const double t_per_s = stats.inv_t > 0.f ? stats.inv_s / static_cast<double>(stats.inv_t) : 0.0;
-    const double cos = 1.0 - static_cast<double>(stats.one_minus_cos);
-    to_s_rest = static_cast<float>((exact_s - to_s) - (exact_t - to_t) * t_per_s * cos);
-    if (!(to_s_rest == to_s_rest)) to_s_rest = 0.f;
+    to_s_rest = static_cast<float>(exact_s - to_s);
+    outer = static_cast<float>(coefficient * (kind == Kind::kCosine ? 1.0 : per_width) *
+                               (mse ? 1.0 : stats.inv_s));
   }
 
   template <bool Mse, class V>
-  OPRD_INLINE V combine(V s, V t, V to_s, V to_s_rest, V to_t) {
-    if (Mse) return (s - t) * to_s;
-    return fma(s, to_s_rest, s * to_s - t * to_t);  // equal rows: equal products, exactly 0
+  OPRD_INLINE V combine(V s, V t, V to_s, V to_s_rest, V to_t, V outer) {
+    if (Mse) return (s - t) * outer;
+    // Equal rows: equal products, exactly 0.
+    return fma(s, to_s_rest, s * to_s - t * to_t) * outer;
   }
   __attribute__((always_inline)) F8 of(F8 s, F8 t) const {
     const F8 a = broadcast(to_s), rest = broadcast(to_s_rest), b = broadcast(to_t);
-    return mse ? combine<true>(s, t, a, rest, b) : combine<false>(s, t, a, rest, b);
+    const F8 by = broadcast(outer);
+    return mse ? combine<true>(s, t, a, rest, b, by) : combine<false>(s, t, a, rest, b, by);
   }
   __attribute__((always_inline)) float of(float s, float t) const {
-    return mse ? combine<true>(s, t, to_s, to_s_rest, to_t)
-               : combine<false>(s, t, to_s, to_s_rest, to_t);
+    return mse ? combine<true>(s, t, to_s, to_s_rest, to_t, outer)
+               : combine<false>(s, t, to_s, to_s_rest, to_t, outer);
   }
 };
 

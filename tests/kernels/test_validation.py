@@ -1,12 +1,20 @@
 """Errors name the argument, what was given and what is expected."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from oprd_kernels import BackendUnavailable, doctor, fused_rep_loss, native, rep_tap
+from oprd_kernels import (
+    BackendUnavailable,
+    doctor,
+    fused_rep_loss,
+    fused_rep_losses,
+    native,
+    rep_tap,
+)
 
 S, T = torch.randn(6, 8), torch.randn(6, 8)
 P = torch.randn(2, 8)
@@ -51,6 +59,25 @@ P = torch.randn(2, 8)
         ({"rows": torch.tensor([0.0])}, TypeError, "1-D int64"),
         ({"teacher_rows": torch.full((6,), 9)}, IndexError, "teacher_rows must lie in"),
         ({"weights": torch.ones(5)}, ValueError, "one value per supervised row, 6"),
+        ({"weights": [1.0] * 6}, TypeError, "weights must be a tensor of real numbers, got list"),
+        ({"weights": torch.ones(6) * 1j}, TypeError, "real numbers, got torch.complex64"),
+        (
+            {"weights": torch.ones(6, requires_grad=True)},
+            ValueError,
+            r"weights requires a gradient.*weights\.detach\(\).*reduction='none'",
+        ),
+        (
+            {"denominator": torch.ones((), requires_grad=True)},
+            ValueError,
+            r"denominator requires a gradient.*denominator\.detach\(\)",
+        ),
+        ({"denominator": -1}, ValueError, r"positive float32, got -1\.0"),
+        ({"denominator": math.nan}, ValueError, "positive float32, got nan"),
+        ({"denominator": math.inf}, ValueError, "positive float32, got inf"),
+        ({"denominator": 1e-60}, ValueError, "positive float32, got 1e-60"),
+        ({"denominator": torch.tensor(-2)}, ValueError, "positive float32, got -2"),
+        ({"denominator": torch.tensor([math.nan])}, ValueError, "positive float32, got nan"),
+        ({"denominator": torch.tensor(1j)}, ValueError, "real number, got torch.complex64"),
         ({"teacher": S.requires_grad_(), "student": S}, ValueError, "the same tensor"),
     ],
 )
@@ -91,6 +118,57 @@ def test_missing_native_code_is_explained(monkeypatch):
         fused_rep_loss(S, T, backend="cpu")
     assert fused_rep_loss(S, T).isfinite()  # "auto" falls back to the reference
     assert "cpu        missing: the native CPU kernels are not installed" in doctor.report()
+
+
+def test_layers_share_the_checks_of_weights_and_denominator():
+    for wrong in ({"weights": torch.ones(6, requires_grad=True)}, {"denominator": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            fused_rep_losses([S, S], [T, T], **wrong)
+
+
+@pytest.mark.parametrize(
+    "denominator", [0, 0.0, torch.zeros(()), torch.zeros(1, dtype=torch.int64)]
+)
+def test_denominator_zero_learns_nothing(backend, denominator):
+    student = S.detach().clone().requires_grad_()
+    teacher = torch.full_like(T, torch.nan)  # whatever the rows hold
+    loss = fused_rep_loss(student, teacher, denominator=denominator, backend=backend)
+    loss.backward()
+    assert loss == 0
+    assert (student.grad == 0).all()
+
+
+def test_weights_of_a_graph_are_taken_where_no_gradient_is_asked_for():
+    weights = torch.rand(6, requires_grad=True)
+    expected = fused_rep_loss(S.detach(), T, weights=weights.detach())
+    with torch.no_grad():
+        assert torch.equal(fused_rep_loss(S, T, weights=weights), expected)
+    negative = fused_rep_loss(S.detach(), T, weights=-weights.detach(), reduction="sum")
+    assert torch.allclose(negative, -expected * weights.sum())
+
+
+def test_missing_compiler(tmp_path):
+    """The warning points at the user's import, and each backend's line at its own kernels."""
+    module = tmp_path / "users_module.py"
+    module.write_text("# one line\nfrom oprd_kernels import fused_rep_loss\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.modules['oprd_kernels._native'] = None; sys.path.append(sys.argv[1])\n"
+        "import users_module\n"
+        "from oprd_kernels import doctor; print(doctor.report())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, check=True
+    )
+    warnings = [line for line in result.stderr.splitlines() if "UserWarning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{module}:2: UserWarning: oprd_kernels: the native CPU kernels")
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if "missing: " in line}
+    assert "missing: the native CPU kernels are not installed (" in lines["cpu"]
+    assert "C++17 compiler" in lines["cuda"]
+    assert "missing: the CUDA kernels are not installed: the native module" in lines["cuda"]
+    assert "nvcc" in lines["cuda"]
+    assert "CPU kernels" not in lines["cuda"]
 
 
 def test_doctor_lists_versions_and_backends(backend):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.config import EvalConfig
 from oprd.engines.base import Engine
 from oprd.engines.generate import Autocast, GenerateEngine
+from oprd.observability import progress
 from oprd.observability.run_log import RunLog
 from oprd.observability.summary import EvalResult
 from oprd.observability.timer import PhaseTimer
@@ -106,12 +107,11 @@ class Evaluator:
         if engine is None or isinstance(engine, GenerateEngine):
             engine = GenerateEngine(model, tokenizer, self.cfg.batch_size, self.autocast)
         with self.synced(engine), self.timer("evaluation"):
-            results = {
-                name: evaluate(
-                    engine, tokenizer, self.inputs.prompts_for(subject.teacher, name), self.cfg
-                )
-                for name in names
-            }
+            results = {}
+            for name in names:
+                prompts = self.inputs.prompts_for(subject.teacher, name)
+                with progress.work(f"{subject.label} on {name}"):
+                    results[name] = evaluate(engine, tokenizer, prompts, self.cfg)
         self.timer.take_step()
         self.log.evaluation(step, subject.label, results)
         if subject.is_kept:

@@ -83,6 +83,12 @@ def advance(units: int = 1) -> None:
         _works[-1].detail = ""
 
 
+def reach(done: int) -> None:
+    """Set how many units the innermost work has done."""
+    if _works:
+        _works[-1].done = done
+
+
 def detail(text: str) -> None:
     """Say how far the innermost work's present unit has come."""
     if _works:

@@ -24,7 +24,7 @@ from oprd.data.rollout import Rollout
 SIGMA = 1.4826
 """Ratio of the standard deviation of normal noise to its median absolute deviation."""
 FIRST_STEPS, NEARLY_ALL = 3, 0.9
-"""Responses are useless from the start if in each of the first steps this share is cut, or empty."""
+"""Responses are useless from the start if in each of the first steps this share is cut or empty."""
 CUT = (
     "nearly all responses are cut at rollout.max_new_tokens, so that the student never learns to "
     "end one: raise it, or shorten what is asked (data.prompt_suffix). If a language model goes on "

@@ -66,11 +66,19 @@ def describe() -> dict[str, str | int]:
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return gpu | {
         "cpu": cpu,
-        "cores": torch.get_num_threads(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
         "simd": simd,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def describe_gpu() -> dict[str, str | int]:
@@ -89,7 +97,7 @@ def describe_gpu() -> dict[str, str | int]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    cores = os.cpu_count() or 1
+    cores = _cores()
     versions = {"torch": torch.__version__, "triton": triton}
     return found | versions | {"python": platform.python_version(), "cores": cores}
 

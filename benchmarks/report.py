@@ -1,7 +1,7 @@
 """Turns ``--benchmark-json`` output into a Markdown table and a plot.
 
-pytest benchmarks/ --benchmark-only --benchmark-json out.json
-python -m benchmarks.report out.json [--output_dir benchmarks/results]
+pytest benchmarks/ --benchmark-only --benchmark-json runs/out.json
+python -m benchmarks.report runs/out.json  # writes runs/benchmarks/out.md and .png
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 PEERS = ("eager", "compile", "upstream", "three sgemms", "liger")
 
@@ -95,7 +96,9 @@ def markdown(points: list[Point], machine: dict) -> str:
     lines = [
         "Machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()),
         "",
-        "Times are medians of variants run in turns"
+        "A row is one variant of a case: regime, rows M, width d, dtype, memory (warm: freed memory "
+        "is used again; fresh: large tensors get new pages) and threads. Times are medians of "
+        "variants run in turns"
         f"{GPU_TIMES if on_gpu else ''}. 'of floor': time over the least that this "
         "run's copy bandwidth and GEMM peak allow. 'GB/s': the bytes it cannot do without over the "
         "time. '... takes': that peer's time over ours.",
@@ -140,26 +143,30 @@ def plot(points: list[Point], path: Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    drawn: dict[str, Any] = {}  # by name, so that all panels share one legend
     for axis, ((title, dtype), lines) in zip(axes.flat, panels.items(), strict=False):
         for name, values in lines.items():
             xs, ys = zip(*sorted(values), strict=True)
-            style = {"linestyle": "--", "color": "black"} if name == "floor" else {"marker": "o"}
-            axis.plot(xs, ys, label=name, **style)
+            style: dict[str, Any] = {"linestyle": "--", "color": "black"}
+            if name != "floor":
+                like = drawn.get(name)
+                style = {"marker": "o", "color": like.get_color() if like else f"C{len(drawn)}"}
+            (drawn[name],) = axis.plot(xs, ys, label=name, **style)
         axis.set(
             title=f"{title}, {dtype}", xlabel="rows M", ylabel="ms", xscale="log", yscale="log"
         )
-        axis.legend(fontsize=7)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn))
     figure.suptitle(f"loss and gradient, {threads} threads, warm memory")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def report(json_file: Path, output_dir: Path = Path("benchmarks/results")) -> None:
+def report(json_file: Path, output_dir: Path = Path("runs/benchmarks")) -> None:
     """Write ``<name>.md`` and ``<name>.png`` for a benchmark run.
 
     Args:
         json_file: what ``--benchmark-json`` wrote.
-        output_dir: where the two go.
+        output_dir: where the two go; the default is not under version control.
     """
     content = json.loads(json_file.read_text())
     points = points_of(content["benchmarks"])

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from oprd.config import BridgeConfig, OpdConfig, TrainConfig
 from oprd.config.demo import demo_config
 from oprd.distill.objectives import REP
 from oprd.errors import ConfigError, Problems
+from oprd.observability.console import console
 from oprd.observability.memory import GIB
+from oprd.observability.tables import TextTable, show
 from oprd.training.trainer import train
 
 PHASES = ("rollout", "teacher", "student update")
@@ -138,7 +138,7 @@ class Comparison:
     def __init__(self, cfg: CompareConfig) -> None:
         check(cfg)
         self.cfg, self.directory = cfg, Path(cfg.output_dir)
-        self.console = Console()
+        self.console = console
 
     def run(self) -> dict[str, Any]:
         """Do the missing runs, and write ``compare.json``, ``compare.md`` and ``compare.png``."""
@@ -152,10 +152,10 @@ class Comparison:
         }
         report = summarise(cfg, teacher, rates, results)
         (self.directory / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
-        text = markdown(cfg, report)
-        (self.directory / "compare.md").write_text(text + "\n")
+        (self.directory / "compare.md").write_text(markdown(cfg, report) + "\n")
         plot(cfg, teacher[cfg.selection_set], results, self.directory / "compare.png")
-        print(text)  # not by self.console, which would break long lines
+        show(self.console, screen(cfg, report))
+        console.print(f"report: {self.directory}/compare.md, compare.json and compare.png")
         return report
 
     def _keep_config(self) -> None:
@@ -212,7 +212,7 @@ class Comparison:
                 run.bridge = BridgeConfig()  # a run with an unused bridge is refused
             run.eval.teacher = False
             run.output_dir = str(_free(directory))
-            self.console.rule(run.name)
+            self.console.print(f"\n== {run.name}", markup=False)
             if train(run).interrupted:
                 (directory / "summary.json").unlink()
                 raise KeyboardInterrupt
@@ -285,34 +285,78 @@ def summarise(
     return {"teacher": teacher, "target_accuracy": target, "variants": variants}
 
 
-def markdown(cfg: CompareConfig, report: dict[str, Any]) -> str:
-    """Format the report as a Markdown table."""
-    lines = [
+def about(cfg: CompareConfig, report: dict[str, Any]) -> str:
+    """Say how the numbers of a report were made."""
+    return (
         f"{cfg.run.steps} steps, seeds {cfg.seeds}; learning rate of each chosen from "
         f"{cfg.learning_rates} by accuracy on {cfg.selection_set} with seed {cfg.tuning_seed}. "
         f"Teacher: {report['teacher'][cfg.report_set]:.4f} on {cfg.report_set}. Target: "
         f"{cfg.target:.0%} of the teacher's accuracy on {cfg.selection_set}, evaluated every "
-        f"{cfg.run.eval.sets[cfg.selection_set].every} steps; seconds count training only.",
+        f"{cfg.run.eval.sets[cfg.selection_set].every} steps; seconds count training only."
+    )
+
+
+def cells(cfg: CompareConfig, report: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Format the report's numbers, by variant and then by the column's name."""
+
+    def row(v: dict[str, Any]) -> dict[str, str]:
+        peak, steps, seconds = v["delta_peak_GB"], v["steps_to_target"], v["seconds_to_target"]
+        return {
+            "lr": f"{v['lr']:g}",
+            "accuracy": f"{v['accuracy_mean']:.4f} ± {v['accuracy_std']:.4f}",
+            **{phase: f"{v['seconds'][phase]:.1f}" for phase in PHASES},
+            "delta-peak": "-" if peak is None else f"{peak * GIB / 2**20:.1f}",
+            "tokens/s": f"{v['tokens_per_second']:.0f}",
+            "at target": f"{v['reached']}/{len(cfg.seeds)}",
+            "steps": "-" if steps is None else f"{steps:.0f}",
+            "seconds": "-" if seconds is None else f"{seconds:.1f}",
+        }
+
+    return {name: row(v) for name, v in report["variants"].items()}
+
+
+def markdown(cfg: CompareConfig, report: dict[str, Any]) -> str:
+    """Format the report as a Markdown table."""
+    lines = [
+        about(cfg, report),
         "",
         f"| objective | lr | {cfg.report_set} accuracy, mean ± std | rollout s | teacher s | "
         "student update s | delta-peak MiB | tokens/s | seeds at target | steps | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, v in report["variants"].items():
-        peak, steps, seconds = v["delta_peak_GB"], v["steps_to_target"], v["seconds_to_target"]
-        cells = [
-            name,
-            f"{v['lr']:g}",
-            f"{v['accuracy_mean']:.4f} ± {v['accuracy_std']:.4f}",
-            *(f"{v['seconds'][phase]:.1f}" for phase in PHASES),
-            "-" if peak is None else f"{peak * GIB / 2**20:.1f}",
-            f"{v['tokens_per_second']:.0f}",
-            f"{v['reached']}/{len(cfg.seeds)}",
-            "-" if steps is None else f"{steps:.0f}",
-            "-" if seconds is None else f"{seconds:.1f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    for name, row in cells(cfg, report).items():
+        lines.append("| " + " | ".join([name, *row.values()]) + " |")
     return "\n".join(lines)
+
+
+def screen(cfg: CompareConfig, report: dict[str, Any]) -> list[TextTable]:
+    """Make the tables for the terminal: accuracy, and what it cost."""
+    rows = cells(cfg, report)
+
+    def pick(*names: str) -> list[list[str]]:
+        return [[variant, *(row[name] for name in names)] for variant, row in rows.items()]
+
+    return [
+        TextTable(
+            "accuracy",
+            (
+                "objective",
+                "learning\nrate",
+                f"{cfg.report_set}\nmean ± std",
+                "seeds at\ntarget",
+                "steps to\ntarget",
+                "seconds\nto target",
+            ),
+            pick("lr", "accuracy", "at target", "steps", "seconds"),
+            [about(cfg, report)],
+        ),
+        TextTable(
+            "cost of a run, mean over seeds",
+            ("objective", "rollout\ns", "teacher\ns", "update\ns", "delta-peak\nMiB", "tokens/s"),
+            pick(*PHASES, "delta-peak", "tokens/s"),
+            ["delta-peak: memory that the student's update adds, the largest over seeds."],
+        ),
+    ]
 
 
 def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], path: Path) -> None:
@@ -322,7 +366,7 @@ def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], p
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
     for name, runs in results.items():
         columns = list(zip(*(r.curve for r in runs), strict=False))  # one per evaluation
         accuracy = [[point[2] for point in column] for column in columns]
@@ -337,6 +381,6 @@ def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], p
         axis.axhline(teacher, color="black", linestyle=":", label="teacher")
         axis.set(xlabel=label)
     axes[0].set(ylabel=f"accuracy on {cfg.selection_set}")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)

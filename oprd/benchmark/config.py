@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from oprd.config import DType
@@ -32,9 +32,10 @@ class GainsConfig:
             their values).
         d: hidden width. The defaults of d to tied are Qwen2.5-0.5B's.
         layers: number of blocks.
-        heads: number of attention heads.
-        kv_heads: number of heads of keys and values.
-        intermediate: width of the MLP.
+        heads: number of attention heads; null: as many as make heads about 64 wide, or 128 from d
+            1,024 on.
+        kv_heads: number of heads of keys and values; null: a divisor of heads, at most a sixth.
+        intermediate: width of the MLP; null: 5.43 times d, in multiples of 128.
         vocab: |V|, the size of the vocabulary.
         tied: the LM head is the embedding table.
         batch: B, the number of sequences.
@@ -59,9 +60,9 @@ class GainsConfig:
     teacher: ModelPath = field(default_factory=ModelPath)
     d: int = 896
     layers: int = 24
-    heads: int = 14
-    kv_heads: int = 2
-    intermediate: int = 4864
+    heads: int | None = None
+    kv_heads: int | None = None
+    intermediate: int | None = None
     vocab: int = 151936
     tied: bool = True
     batch: int = 2
@@ -79,6 +80,21 @@ class GainsConfig:
     seed: int = 0
     output_dir: str | None = None
 
+    def with_shape(self) -> GainsConfig:
+        """Return the configuration with the parts of the shape that are null derived from ``d``.
+
+        The rules are those that Qwen2.5's models of 0.5 B to 7 B follow, MLPs but roughly.
+        """
+        d = max(self.d, 1)
+        heads = d // _head_width(d) if self.heads is None else self.heads
+        kv_heads, intermediate = self.kv_heads, self.intermediate
+        if kv_heads is None:
+            most = max(1, heads // 6)
+            kv_heads = next(n for n in range(most, 0, -1) if heads % n == 0)
+        if intermediate is None:
+            intermediate = max(128, round(d * 4864 / 896 / 128) * 128)
+        return replace(self, heads=heads, kv_heads=kv_heads, intermediate=intermediate)
+
     @property
     def modes(self) -> list[bool]:
         """The modes of gradient checkpointing to measure: True is on, False is off."""
@@ -87,3 +103,10 @@ class GainsConfig:
     def chosen(self) -> list[str]:
         """Return the objectives to measure, in the order of `PLANNER_OBJECTIVES`."""
         return [name for name in PLANNER_OBJECTIVES if name in {"oprd", *self.objectives}]
+
+
+def _head_width(d: int) -> int:
+    """Return the even divisor of ``d`` that is nearest to a usual head's width; ``d`` if odd."""
+    usual = 64 if d < 1024 else 128
+    widths = [width for width in range(2, d + 1, 2) if d % width == 0]
+    return min(widths, key=lambda width: abs(width - usual), default=d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,24 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
     return measured
 
 
-def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
+def run(cfg: GainsConfig, command: str, dry_run: bool, as_json: bool = False) -> None:
     """Predict, and unless ``dry_run`` also measure; print the results and write the report.
+
+    Args:
+        command: the command line, for the report.
+        as_json: print the report as JSON, and nothing else to stdout, instead of tables.
 
     Raises:
         ConfigError: if a setting is wrong, the models don't fit together or memory is too small.
     """
     from rich.console import Console
 
+    from oprd.benchmark import gains_tables
     from oprd.benchmark import report as gains_report
+    from oprd.observability import tables
     from oprd.observability.memory import available_bytes
 
+    cfg = cfg.with_shape()
     check(cfg, dry_run)
     console = Console(highlight=False)
     config = model_config(cfg)
@@ -96,14 +104,22 @@ def run(cfg: GainsConfig, command: str, dry_run: bool) -> None:
     device = check_device(cfg.device)
     plan = make_plan(cfg, shape, theirs, device.type == "cuda")
     if dry_run:
-        gains_report.show_prediction(cfg, shape, plan, console)
+        if as_json:
+            print(json.dumps(gains_report.predictions(cfg, command, shape, plan), indent=1))
+            return
+        shown = [*gains_tables.prediction_tables(cfg, shape, plan), gains_tables.paper_table()]
+        tables.show(console, shown)
         return
     refuse_to_overwrite(cfg)
     check_memory(plan, available_bytes(device))
     student, teacher = build_student(cfg, config, device), load_teacher(cfg, device)
     measured = measure(cfg, student, teacher, Console(stderr=True, highlight=False))
     report = gains_report.make_report(cfg, command, device, shape, plan, measured)
-    gains_report.show_report(report, console)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        for mode in report["modes"]:
+            tables.show(console, gains_tables.measured_tables(report, mode))
     gains_report.write_report(report, cfg.output_dir)
 
 

@@ -15,6 +15,9 @@ from oprd.memory_plan.update import Moment, predict, ready_bytes, resident
 def check(cfg: GainsConfig, dry_run: bool) -> None:
     """Check the flags.
 
+    Args:
+        cfg: the settings, their shape complete (`GainsConfig.with_shape`).
+
     Raises:
         ConfigError: if any is wrong; the message lists all problems.
     """
@@ -41,14 +44,15 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
     )
     need(cfg.vocab >= 2, f"vocab must be at least 2, got {cfg.vocab}")
     need(1 <= cfg.k <= cfg.vocab, f"k must lie between 1 and vocab ({cfg.vocab}), got {cfg.k}")
+    heads, kv_heads = cfg.heads or 0, cfg.kv_heads or 0
     need(
-        cfg.heads <= 0 or cfg.d % (2 * cfg.heads) == 0,
+        heads <= 0 or cfg.d % (2 * heads) == 0,
         f"d must be a multiple of 2 * heads (rotary embeddings need an even head width), got "
-        f"d {cfg.d} and heads {cfg.heads}",
+        f"d {cfg.d} and heads {heads}; without --heads they are derived from d",
     )
     need(
-        cfg.kv_heads <= 0 or cfg.heads % cfg.kv_heads == 0,
-        f"heads ({cfg.heads}) must be a multiple of kv_heads ({cfg.kv_heads})",
+        kv_heads <= 0 or heads % kv_heads == 0,
+        f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})",
     )
     unknown = [name for name in cfg.objectives if name not in PLANNER_OBJECTIVES]
     need(
@@ -60,7 +64,8 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         f"shards is {cfg.shards}, but only one process is measured: leave shards at 1, or add "
         "--dry_run to predict only",
     )
-    changed = [name for name in SHAPE_FLAGS if getattr(cfg, name) != getattr(GainsConfig, name)]
+    usual = GainsConfig().with_shape()
+    changed = [name for name in SHAPE_FLAGS if getattr(cfg, name) != getattr(usual, name)]
     need(
         cfg.student.path is None or not changed,
         f"both student.path ({cfg.student.path}) and a shape by flags ({', '.join(changed)}) "

@@ -1,4 +1,4 @@
-"""Tables and Markdown report of ``oprd-gains``, and the paper's numbers for comparison."""
+"""Report of ``oprd-gains`` as JSON and Markdown, and the paper's numbers for comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 
 from oprd.benchmark.update import PARTS, Measured
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
@@ -159,12 +158,14 @@ def _ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """Format a number; None as ``-``."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _mib(size: float | None) -> str:
-    return _number(None if size is None else size / MIB, 0)
+def mib(size: float | None) -> str:
+    """Format bytes as MiB; None as ``-``."""
+    return number(None if size is None else size / MIB, 0)
 
 
 HEADINGS = (
@@ -191,16 +192,16 @@ def main_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
     return [
         [
             label(row["objective"], k),
-            _number(row["seconds"], 2),
-            _number(row["time_to_oprd"], 3),
-            _number(row["time_to_backbone"], 3),
-            _mib(row["delta_peak_bytes"]),
-            _number(row["memory_to_oprd"], 2),
-            _number(row["memory_to_backbone"], 2),
-            _mib(row["predicted_bytes"]),
-            _number(row["teacher_forward_seconds"], 2),
-            _number(row["step_seconds"], 2),
-            _number(row["step_to_oprd"], 2),
+            number(row["seconds"], 2),
+            number(row["time_to_oprd"], 3),
+            number(row["time_to_backbone"], 3),
+            mib(row["delta_peak_bytes"]),
+            number(row["memory_to_oprd"], 2),
+            number(row["memory_to_backbone"], 2),
+            mib(row["predicted_bytes"]),
+            number(row["teacher_forward_seconds"], 2),
+            number(row["step_seconds"], 2),
+            number(row["step_to_oprd"], 2),
         ]
         for row in rows
     ]
@@ -231,34 +232,9 @@ def conclusions(rows: list[dict[str, Any]], k: int) -> list[str]:
     return lines
 
 
-def _table(title: str, headings: tuple[str, ...], rows: list[list[str]], caption: str) -> Table:
-    table = Table(title=title, caption=caption)
-    table.add_column(headings[0])
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _mode_title(mode: str) -> str:
+def mode_title(mode: str) -> str:
+    """Return a mode's name in titles."""
     return f"gradient checkpointing {mode}"
-
-
-def tables(report: dict[str, Any], mode: str, rows: list[dict[str, Any]]) -> list[Any]:
-    """Make the tables and lines that the terminal shows for one mode."""
-    k = report["config"]["k"]
-    title = _mode_title(mode)
-    return [
-        _table(f"actor update, {title}", HEADINGS, main_rows(rows, k), MEANING),
-        _table(
-            f"where the seconds go, {title}",
-            ("objective", *PARTS),
-            part_rows(rows, k),
-            "from the median round; the loss in chunks includes its backward",
-        ),
-        *conclusions(rows, k),
-    ]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -266,7 +242,7 @@ def markdown(report: dict[str, Any]) -> str:
     cfg, shape = report["config"], report["shape"]
     shown = ", ".join(f"{name} {value}" for name, value in shape.items())
     about = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    resident = ", ".join(f"{n} {_mib(s)} MiB" for n, s in report["resident_bytes"].items() if s)
+    resident = ", ".join(f"{n} {mib(s)} MiB" for n, s in report["resident_bytes"].items() if s)
     lines = [
         "# The actor update, measured",
         "",
@@ -287,9 +263,9 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for mode, rows in report["modes"].items():
         for title, headings, cells in (
-            (_mode_title(mode), HEADINGS, main_rows(rows, cfg["k"])),
+            (mode_title(mode), HEADINGS, main_rows(rows, cfg["k"])),
             (
-                f"where the seconds go, {_mode_title(mode)}",
+                f"where the seconds go, {mode_title(mode)}",
                 ("objective", *PARTS),
                 part_rows(rows, cfg["k"]),
             ),
@@ -304,61 +280,8 @@ def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (list(headings), rule, *rows)]
 
 
-def prediction_tables(cfg: GainsConfig, shape: Shape, plan: GainsPlan) -> list[Table]:
-    """Make tables of the predicted delta-peaks and their terms, one per mode."""
-    result = []
-    resident = ", ".join(f"{name} {_mib(size)}" for name, size in plan.resident.items() if size)
-    for mode, peaks in plan.peaks.items():
-        rows = [
-            [
-                label(o, cfg.k),
-                _mib(m.total),
-                f"{m.total / peaks['oprd'].total:.2f}",
-                m.name,
-                _terms(m),
-            ]
-            for o, m in peaks.items()
-        ]
-        table = Table(
-            title=f"predicted, {shape.parameters / 1e6:,.0f} M parameters, {cfg.batch} x "
-            f"{cfg.tokens} tokens, {cfg.dtype}, {_mode_title('on' if mode else 'off')}",
-            caption=f"resident beforehand, MiB: {resident}",
-        )
-        table.add_column("objective")
-        table.add_column("delta-peak MiB", justify="right")
-        table.add_column("x OPRD", justify="right")
-        table.add_column("peaks at")
-        table.add_column("terms, MiB")
-        for row in rows:
-            table.add_row(*row)
-        result.append(table)
-    return result
-
-
-def _terms(moment: Moment) -> str:
-    ordered = sorted(moment.terms.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {size / MIB:,.0f}" for name, size in ordered if size >= MIB)
-
-
-def paper_table() -> Table:
-    """Make a table of the predictions for the paper's run, beside the paper's numbers."""
-    table = Table(
-        title="the paper's run: R1-Distill-Qwen-1.5B, 32,768 tokens a rank, bf16, FSDP over 8"
-    )
-    table.add_column("objective")
-    table.add_column("predicted GiB", justify="right")
-    table.add_column("paper GiB", justify="right")
-    table.add_column("peaks at")
-    table.add_column("terms, GiB")
-    for name, moment, reported in paper_rows():
-        ordered = sorted(moment.terms.items(), key=lambda item: -item[1])
-        terms = ", ".join(f"{n} {s / GIB:.1f}" for n, s in ordered if s >= GIB / 20)
-        table.add_row(name, f"{moment.total / GIB:.1f}", _number(reported, 1), moment.name, terms)
-    return table
-
-
 def paper_rows() -> list[tuple[str, Moment, float | None]]:
-    """Return (label, prediction, the paper's GiB or None) for each row of `paper_table`."""
+    """Return (label, prediction, the paper's GiB or None) for each row of the paper's table."""
     rows: list[tuple[str, Moment, float | None]] = []
     for objective in ("oprd", "opd_top1", "opd_topk", "opd_top1_chunked", "opd_topk_chunked"):
         update = paper_update(2000 if objective == "oprd" else 16384)
@@ -377,13 +300,31 @@ def paper_rows() -> list[tuple[str, Moment, float | None]]:
     return rows
 
 
-def show_prediction(cfg: GainsConfig, shape: Shape, plan: GainsPlan, console: Any) -> None:
-    """Print the predicted memory, and the paper's run beside its numbers."""
-    for table in prediction_tables(cfg, shape, plan):
-        console.print(table)
-    console.print(paper_table())
-    for line in PAPER_DIFFERENCES:
-        console.print(f"- {line}", soft_wrap=True)
+def predictions(cfg: GainsConfig, command: str, shape: Shape, plan: GainsPlan) -> dict[str, Any]:
+    """Return the predictions as plain values, and those for the paper's run; sizes in bytes."""
+    return {
+        "command": command,
+        "config": asdict(cfg),
+        "shape": asdict(shape),
+        "parameters": shape.parameters,
+        "resident_bytes": plan.resident,
+        "modes": {
+            "on" if mode else "off": {name: _peak(moment) for name, moment in peaks.items()}
+            for mode, peaks in plan.peaks.items()
+        },
+        "paper": {
+            name: _peak(moment) | {"paper_bytes": None if gib is None else int(gib * GIB)}
+            for name, moment, gib in paper_rows()
+        },
+    }
+
+
+def _peak(moment: Moment) -> dict[str, Any]:
+    return {
+        "predicted_bytes": moment.total,
+        "predicted_at": moment.name,
+        "predicted_terms": moment.terms,
+    }
 
 
 def make_report(
@@ -409,13 +350,6 @@ def make_report(
             if mode in measured
         },
     }
-
-
-def show_report(report: dict[str, Any], console: Any) -> None:
-    """Print the tables of every mode."""
-    for mode, rows in report["modes"].items():
-        for table in tables(report, mode, rows):
-            console.print(table)
 
 
 def write_report(report: dict[str, Any], output_dir: str | None) -> None:

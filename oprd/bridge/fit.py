@@ -37,6 +37,7 @@ from oprd.engines.generate import eos_ids, generate
 from oprd.models.decoder import Decoder, cut, find_decoder, watch
 from oprd.models.loading import load_model
 from oprd.observability.console import console, shown
+from oprd.observability.tables import show
 
 logger = logging.getLogger(__name__)
 
@@ -418,8 +419,7 @@ def fit(cfg: FitConfig) -> Bridge:
         if distributed.rank() == 0:
             output = free_file(cfg.output)
             save_bridge(bridge, output)
-            for table in tables(bridge.info):
-                fitter.console.print(table)
+            show(fitter.console, tables(bridge.info))
             logger.info(f"bridge: {output}")
         return bridge
     finally:

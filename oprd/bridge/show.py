@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from oprd.bridge.bank import BridgeInfo
 from oprd.models.info import ModelInfo
+from oprd.observability.tables import TextTable
+
+LAYER_HEADS = (
+    "student\nlayer",
+    "teacher\nlayer",
+    "cosine\nbefore",
+    "cosine\nafter",
+    "variance\nkept",
+    "student\nR2",
+)
+MEANING = (
+    "Cosine: of the student's projected states with the teacher's, mean over held-out rows, before "
+    "(with a random projector) and after the fit. Variance kept: the share of the teacher's "
+    "variance that its directions hold. R2: the share of that which the student's map explains, on "
+    "the rows fitted."
+)
 
 
-def tables(info: BridgeInfo) -> list[Table]:
+def tables(info: BridgeInfo) -> list[TextTable]:
     """Return two tables: the bridge's origin, and the quality of each layer at its full rank."""
-    about = Table(title="bridge", show_header=False)
-    for name, value in {
+    values = {
         "student": _model(info.student),
         "teacher": _model(info.teacher),
         "rank": str(info.rank),
@@ -21,13 +34,10 @@ def tables(info: BridgeInfo) -> list[Table]:
         "states": "-" if info.shift is None else f"{info.positions} positions, {info.shift}",
         "teacher reads": info.teacher_input
         + (f", pairs {info.teacher_pairs}" if info.teacher_pairs else ""),
-    }.items():
-        about.add_row(name, value)
+    }
     report = info.ranks[-1] if info.ranks else None
     title = "layers" if report is None else f"layers, at rank {report.rank}"
-    layers = Table(title=title, caption="cosine: mean over held-out rows" if report else None)
-    for name in ("student", "teacher", "cosine before", "after", "variance kept", "student R2"):
-        layers.add_column(name, justify="right")
+    rows = []
     for i, (student, teacher) in enumerate(info.pairs):
         cells = ["-"] * 4
         if report is not None:
@@ -38,8 +48,11 @@ def tables(info: BridgeInfo) -> list[Table]:
                 report.student_r2,
             )
             cells = [f"{column[i]:.4f}" for column in columns]
-        layers.add_row(str(student), str(teacher), *cells)
-    return [about, layers]
+        rows.append([str(student), str(teacher), *cells])
+    return [
+        TextTable("bridge", ("", ""), list(values.items()), left=(0, 1)),
+        TextTable(title, LAYER_HEADS, rows, [MEANING] if report else [], left=()),
+    ]
 
 
 def _model(model: ModelInfo) -> str:

@@ -15,10 +15,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.errors import ConfigError
+from oprd.observability.tables import TextTable
 
 COLUMNS = ("rank", "cosine_before", "cosine_after", "nmse_after", "explained_variance")
 """The columns that every rank has. The values are means over layers."""
@@ -50,14 +49,11 @@ def sweep_rows(info: BridgeInfo) -> list[dict[str, Any]]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[dict[str, Any]]) -> TextTable:
     """Return the table to print."""
-    shown = Table(title="held-out cosine by rank, mean over layers")
-    for name in COLUMNS:
-        shown.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        shown.add_row(str(row["rank"]), *(f"{row[name]:.4f}" for name in COLUMNS[1:]))
-    return shown
+    heads = [name.replace("_", "\n") for name in COLUMNS]
+    cells = [[str(row["rank"]), *(f"{row[name]:.4f}" for name in COLUMNS[1:])] for row in rows]
+    return TextTable("held-out cosine by rank, mean over layers", heads, cells, left=())
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
@@ -89,12 +85,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(ranks, [str(r) for r in ranks])
     axis.set(xlabel="rank r", ylabel="cosine on held-out rows")
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def sweep(bridge: str, output_dir: str) -> Table:
+def sweep(bridge: str, output_dir: str) -> TextTable:
     """Write ``sweep.csv``, ``sweep.json`` and ``sweep.png``, and return the table to print.
 
     Args:

@@ -8,9 +8,10 @@ oprd-bridge show bridge.safetensors
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from jsonargparse import Namespace
@@ -27,6 +28,7 @@ from oprd.cli.parser import Parser, parse_run, run_command
 from oprd.config.demo import demo_values
 from oprd.distributed import run_main
 from oprd.errors import ConfigError
+from oprd.observability.tables import show
 
 
 def make_parser() -> Parser:
@@ -70,10 +72,11 @@ def make_parser() -> Parser:
     )
     commands.add_subcommand("import", imported, help="convert a ps_bank.pt of the public OPRD code")
 
-    show = Parser(description="Describe a bridge and the quality of its layers.")
-    show.add_argument("bridge", help="a file that fit or import wrote")
-    show.add_argument("--rank", type=int | None, default=None, help="describe it at this rank")
-    commands.add_subcommand("show", show, help="describe a bridge")
+    describe = Parser(description="Describe a bridge and the quality of its layers.")
+    describe.add_argument("bridge", help="a file that fit or import wrote")
+    describe.add_argument("--rank", type=int | None, default=None, help="describe it at this rank")
+    describe.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    commands.add_subcommand("show", describe, help="describe a bridge")
     return parser
 
 
@@ -121,7 +124,7 @@ def run_fit(options: Namespace) -> None:
 
 def run_sweep(options: Namespace) -> None:
     """Run ``oprd-bridge sweep``."""
-    Console().print(sweep(options.bridge, options.output_dir))
+    show(Console(highlight=False), [sweep(options.bridge, options.output_dir)])
 
 
 def run_import(options: Namespace) -> None:
@@ -162,8 +165,11 @@ def _with_models(info: BridgeInfo, options: Namespace) -> BridgeInfo:
 
 def run_show(options: Namespace) -> None:
     """Run ``oprd-bridge show``."""
-    for table in tables(read_info(options.bridge).at_rank(options.rank)):
-        Console().print(table)
+    info = read_info(options.bridge).at_rank(options.rank)
+    if options.json:
+        print(json.dumps(asdict(info), indent=1))
+        return
+    show(Console(highlight=False), tables(info))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

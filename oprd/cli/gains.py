@@ -2,6 +2,8 @@
 
 oprd-gains                                          # Qwen2.5-0.5B's shape, 384 tokens
 oprd-gains --dry_run                                # only the prediction from shapes
+oprd-gains --d 1536 --layers 28                     # heads and MLP follow from d
+oprd-gains --dry_run --json | jq .modes             # for machines
 oprd-gains --student.path ./student --objectives '[backbone,oprd,opd_topk]'
 """
 
@@ -27,6 +29,9 @@ def make_parser() -> Parser:
         action="store_true",
         help="only print the predictions, also for the paper's run; measure nothing",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of tables; sizes in bytes"
+    )
     parser.add_class_arguments(GainsConfig, None)
     return parser
 
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = GainsConfig(**{f.name: made[f.name] for f in fields(GainsConfig)})
     quiet_libraries()
     command = shlex.join(["oprd-gains", *given])
-    run_command("oprd-gains", lambda: run(cfg, command, parsed.dry_run))
+    run_command("oprd-gains", lambda: run(cfg, command, parsed.dry_run, parsed.json))
 
 
 if __name__ == "__main__":

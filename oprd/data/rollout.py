@@ -79,7 +79,8 @@ def rollout_metrics(
         aligned: True if a teacher has another tokenizer.
 
     Returns:
-        ``response_length/*``; ``rollout/tokens``, the number of tokens including prompts; and, if
+        ``response_length/*``, of which ``empty_ratio`` is the share of responses that end at their
+        first token; ``rollout/tokens``, the number of tokens including prompts; and, if
         ``aligned``, ``align/ratio``: the share of response tokens that are paired with a teacher
         token, over the rollouts whose teacher has another tokenizer (1 if there are none).
     """
@@ -88,11 +89,15 @@ def rollout_metrics(
     paired = [(len(g.pairs), n) for g, n in readings if g is not None and g.pairs is not None]
     sums = [sum(lengths), len(lengths), sum(r.truncated for r in rollouts)]
     sums += [sum(len(r) for r in rollouts), sum(p for p, _ in paired), sum(n for _, n in paired)]
-    length, responses, truncated, tokens, pairs, pairable = distributed.sum_over_ranks(sums, device)
+    sums.append(sum(n <= 1 and not r.truncated for r, n in zip(rollouts, lengths, strict=True)))
+    length, responses, truncated, tokens, pairs, pairable, empty = distributed.sum_over_ranks(
+        sums, device
+    )
     metrics = {
         "response_length/mean": length / responses,
         "response_length/max": distributed.max_over_ranks(float(max(lengths, default=0)), device),
         "response_length/clip_ratio": truncated / responses,
+        "response_length/empty_ratio": empty / responses,
         "rollout/tokens": int(tokens),
     }
     if aligned:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.config import StudentConfig
 from oprd.demo.task import Sum, make_splits, sample_batches
 from oprd.models.loading import load_model, load_tokenizer
+from oprd.observability.progress import duration
+
+PROGRESS_SECONDS = 10.0
 
 Text = Callable[[Sum], str]
 """A function that writes the prompt of a sum."""
@@ -81,11 +85,17 @@ def train(
     lr: float,
     seed: int,
     warmup: int = 1,
+    name: str = "model",
 ) -> None:
-    """Train with supervision, on the tasks in turn.
+    """Train with supervision, on the tasks in turn. Every 10 seconds a line says how far it is.
 
     The learning rate rises linearly for ``warmup`` steps and falls linearly to 0.
+
+    Args:
+        name: the model's name in these lines.
     """
+    print(f"{name}: {steps} steps", flush=True)
+    begun = said = time.monotonic()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     batches = [sample_batches(sums, 128, seed + i) for i, (sums, _) in enumerate(tasks)]
     for step in range(steps):
@@ -98,6 +108,11 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        now = time.monotonic()
+        if now - said >= PROGRESS_SECONDS or step + 1 == steps:
+            said, left = now, (now - begun) / (step + 1) * (steps - step - 1)
+            shown = f"step {step + 1}/{steps}  loss {loss.item():.4f}  eta {duration(left)}"
+            print(f"{name}: {shown}", flush=True)
 
 
 @torch.no_grad()
@@ -153,7 +168,7 @@ def make_more(
     for name, what in tasks.items():
         model = copy.deepcopy(origin).train()
         steps = hint_steps if name == "hinted" else specialist_steps
-        train(model, tokenizer, what, steps, 1e-3, seed)
+        train(model, tokenizer, what, steps, 1e-3, seed, name=name)
         model.eval()
         for kind, (_, test) in sums.items():
             texts = (without_hint, with_hint) if kind == name == "hinted" else (without_hint,)

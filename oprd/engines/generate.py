@@ -21,7 +21,7 @@ from oprd.config import SamplingParams
 from oprd.data.rollout import Rollout
 from oprd.distributed.fsdp import input_device, is_sharded, reshard
 from oprd.models.compile import eager_layers
-from oprd.observability import hang_watchdog
+from oprd.observability import hang_watchdog, progress
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
@@ -129,10 +129,12 @@ def generate(
     calls = len(batches)
     if together:
         calls = int(distributed.max_over_ranks(calls, input_device(model)))
+    progress.expect(len(prompts), "responses")
     try:
         with eager_layers(model):
             for batch in batches + [[[ends[0]]]] * (calls - len(batches)):
                 rollouts += _generate_batch(model, batch, config, set(ends), together)
+                progress.advance(len(batch))
     finally:
         reshard(model)
         model.generation_config = own_config
@@ -142,10 +144,14 @@ def generate(
 
 
 class _Beat(StoppingCriteria):
-    """A stopping criterion that never stops but beats the hang watchdog at every token."""
+    """A stopping criterion that never stops but shows at every token that the run goes on."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         hang_watchdog.beat()
+        progress.detail(f"token {input_ids.shape[1] - self.prompt_tokens}")
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -168,7 +174,7 @@ def _generate_batch(
         attention_mask=attention.to(device),
         generation_config=config,
         synced_gpus=together,
-        stopping_criteria=StoppingCriteriaList([_Beat()]),
+        stopping_criteria=StoppingCriteriaList([_Beat(length)]),
     )
     rollouts = []
     for prompt, new in zip(prompts, output[:, length:].tolist(), strict=True):

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from oprd.config import TrainConfig
 from oprd.errors import ConfigError, Unreachable
 from oprd.memory_plan.advice import advice
 from oprd.memory_plan.config import PlanConfig
-from oprd.memory_plan.run import gib, make_training_plan
+from oprd.memory_plan.run import TrainingPlan, gib, make_training_plan
 from oprd.memory_plan.shapes import Shape
 from oprd.models.loading import load_config
 from oprd.observability.memory import GIB
+from oprd.observability.tables import TextTable, show
 
 
 def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]:
@@ -47,6 +47,15 @@ def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]
     return student, teachers
 
 
+def plan_table(made: TrainingPlan, gpus: int) -> TextTable:
+    """Make the table of a plan: what is resident, and each phase at its peak."""
+    rows: list[tuple[str, ...]] = [(name, gib(size)) for name, size in made.resident.items()]
+    for phase, moment in made.moments.items():
+        rows += [(), (f"{phase}, at its peak: {moment.name}", gib(moment.total))]
+        rows += [(f"  {name}", gib(size)) for name, size in moment.terms.items() if size > GIB / 20]
+    return TextTable(f"GiB on each of {gpus} GPUs", ("what", "GiB"), rows)
+
+
 def show_training_plan(
     cfg: TrainConfig, plan: PlanConfig, ranks: Mapping[str, int] | None = None
 ) -> bool:
@@ -69,26 +78,15 @@ def show_training_plan(
         )
     student, teachers = shapes(cfg, plan)
     made = make_training_plan(cfg, student, teachers, plan.gpus, memory, ranks=ranks)
-    table = Table(title=f"GiB on each of {plan.gpus} GPUs")
-    table.add_column("what")
-    table.add_column("GiB", justify="right")
-    for name, size in made.resident.items():
-        table.add_row(name, gib(size))
-    for phase, moment in made.moments.items():
-        table.add_section()
-        table.add_row(f"{phase}, at its peak: {moment.name}", gib(moment.total))
-        for name, size in moment.terms.items():
-            if size > GIB / 20:
-                table.add_row(f"  {name}", gib(size))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
     fits = made.total <= memory
     difference = gib(abs(memory - made.total))
     verdict = f"fits, {difference} GiB to spare" if fits else f"does not fit by {difference} GiB"
+    console = Console(highlight=False, soft_wrap=True)
+    show(console, [plan_table(made, plan.gpus)])
     console.print(
-        f"{gib(made.total)} GiB at most, in the phase {made.worst!r}, of {gib(memory)} GiB: "
-        f"{verdict} (CUDA's context and NCCL's buffers, 1 to 2 GiB, not counted)"
+        f"{gib(made.total)} GiB at most, in the phase {made.worst!r}, of {gib(memory)} GiB:"
     )
+    console.print(f"{verdict} (CUDA's context and NCCL's buffers, 1 to 2 GiB, not counted)")
     if not fits:
         console.print(advice(cfg, student, teachers, plan.gpus, memory, ranks))
     return fits

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from oprd.observability import hang_watchdog
+from oprd.observability import hang_watchdog, progress
 
 
 class PhaseTimer:
@@ -22,12 +22,16 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside the block to ``phase``, including pending work of the GPU."""
+        """Add the time spent inside the block to ``phase``, including pending work of the GPU.
+
+        The phase is also what `oprd.observability.progress` shows meanwhile.
+        """
         hang_watchdog.beat(phase)
         self._synchronize()
         start = time.perf_counter()
         try:
-            yield
+            with progress.work(phase):
+                yield
         finally:
             self._synchronize()
             seconds = time.perf_counter() - start

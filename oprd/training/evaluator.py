@@ -12,6 +12,7 @@ from oprd.config import EvalConfig
 from oprd.engines.base import Engine
 from oprd.engines.generate import Autocast, GenerateEngine
 from oprd.evaluation.evaluate import Kept, evaluate
+from oprd.observability import progress
 from oprd.observability.run_log import RunLog
 from oprd.observability.summary import EvalResult
 from oprd.observability.timer import PhaseTimer
@@ -106,17 +107,12 @@ class Evaluator:
         if engine is None or isinstance(engine, GenerateEngine):
             engine = GenerateEngine(model, tokenizer, self.cfg.batch_size, self.autocast)
         with self.synced(engine), self.timer("evaluation"):
-            results = {
-                name: evaluate(
-                    engine,
-                    tokenizer,
-                    self.inputs.prompts_for(subject.teacher, name),
-                    self.cfg,
-                    0,
-                    self._kept(subject, step, name),
-                )
-                for name in names
-            }
+            results = {}
+            for name in names:
+                prompts = self.inputs.prompts_for(subject.teacher, name)
+                kept = self._kept(subject, step, name)
+                with progress.work(f"{subject.label} on {name}"):
+                    results[name] = evaluate(engine, tokenizer, prompts, self.cfg, 0, kept)
         self.timer.take_step()
         self.log.evaluation(step, subject.label, results)
         if subject.is_kept:

@@ -1,4 +1,6 @@
-"""Detection of losses that are not finite or explode, and of responses that grow too long.
+"""Detection of losses that are not finite or explode, and of responses that are of no use.
+
+Responses are of no use if they grow too long, or if from the start nearly all are cut or empty.
 
 All checks use metrics that are reduced over ranks, so that every rank reaches the same decision.
 `oprd.observability.hang_watchdog` detects ranks that hang.
@@ -21,6 +23,21 @@ from oprd.data.rollout import Rollout
 
 SIGMA = 1.4826
 """Ratio of the standard deviation of normal noise to its median absolute deviation."""
+FIRST_STEPS, NEARLY_ALL = 3, 0.9
+"""Responses are useless from the start if in each of the first steps this share is cut or empty."""
+CUT = (
+    "nearly all responses are cut at rollout.max_new_tokens, so that the student never learns to "
+    "end one: raise it, or shorten what is asked (data.prompt_suffix). If a language model goes on "
+    "and on, its prompts may lack the chat template (data.chat_template=always) or the token that "
+    "ends its turn is not among its EOS tokens. If responses are meant to be cut, set "
+    "watchdog.length.action to ignore"
+)
+EMPTY = (
+    "nearly all responses end at their first token, so that there is nothing to learn from. A chat "
+    "model that is given a prompt without its chat template often does so: set "
+    "data.chat_template=always (and look at data.chat_template_kwargs), or try "
+    "rollout.temperature=1 and read some responses"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,9 @@ class Watchdog:
         if self.cfg.length.action != "ignore":
             alarms.append(self._length(step, metrics["response_length/mean"]))
             alarms.append(self._truncated(step, metrics["response_length/clip_ratio"]))
+            for name, why in (("clip_ratio", CUT), ("empty_ratio", EMPTY)):
+                named = f"response_length/{name}"
+                alarms.append(self._useless(step, named, metrics.get(named), why))
         return [alarm for alarm in alarms if alarm is not None]
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,6 +144,20 @@ class Watchdog:
             row,
             f"above watchdog.length.truncated={watch.truncated:g}, and it began with {start:.4g}",
         )
+
+    def _useless(self, step: int, name: str, value: float | None, why: str) -> Alarm | None:
+        """Look whether nearly all responses of each of the first steps are cut, or empty.
+
+        This warns once and never ends the run: a recipe may mean it.
+        """
+        first = self.quiet.setdefault(f"first {name}", [])
+        if value is None or len(first) == FIRST_STEPS:
+            return None
+        first.append(value)
+        if len(first) < FIRST_STEPS or min(first) < NEARLY_ALL:
+            return None
+        shares = ", ".join(f"{x:.0%}" for x in first)
+        return Alarm(False, f"step {step}: {why} ({name} was {shares} in the first steps)")
 
     def _too_long(self, step: int, name: str, row: list[float], why: str) -> Alarm | None:
         watch = self.cfg.length

@@ -114,6 +114,7 @@ class Trainer:
         for note in self.notes:
             logger.info(f"note: {note}")
         log.report_to(cfg.logging, asdict(cfg), self.step)
+        log.show()
         distributed.seed_everything(cfg.seed)
         self._load()
         self._between_steps()
@@ -139,7 +140,6 @@ class Trainer:
                 if self.interrupt.aborted:
                     raise
                 self.stopped_by = self.interrupt.signum
-            log.close_progress()
             if self.stopped_by is not None:
                 return self._finish(self._last_checkpoint("interrupted"))
             try:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_time, measure, regimes, report, test_overhead
+from benchmarks import gpu_time, measure, regimes, report, test_overhead, test_rep_loss
 from benchmarks.test_rep_loss import BUILDERS, LIGER, settings
 
 TINY = dict.fromkeys(BUILDERS, (16, 32)) | {"layers_28": (28, 16)}
@@ -94,6 +94,15 @@ def test_gpu_settings_build(monkeypatch):
         assert set(wanted) <= {*BUILDERS[regime][1], "liger"}
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_two_rows_are_of_the_same_case(monkeypatch, threads, full):
+    """Also where PyTorch has one thread, so that "one" and "all" are the same."""
+    monkeypatch.setattr(test_rep_loss, "ALL_THREADS", threads)
+    cases = [setting[:6] for setting in dict.fromkeys(test_rep_loss.settings(full))]
+    assert len(cases) == len(set(cases)) > 20
+
+
 def test_overhead_is_measured_for_all():
     seconds = test_overhead.measure(rounds=2, per_round=2)
     assert set(seconds) == {*test_overhead.EMPTY, *test_overhead.EMPTY.values()}
@@ -118,7 +127,7 @@ def entry(variant, m, median):
     return {"stats": {"median": median}, "extra_info": info}
 
 
-def test_report_writes_table_and_plot(tmp_path):
+def test_report_writes_table_and_plot(tmp_path, monkeypatch):
     entries = [entry(v, m, t * m) for m in (10, 100) for v, t in (("oprd", 2e-4), ("eager", 1e-3))]
     source = tmp_path / "run.json"
     source.write_text(json.dumps({"benchmarks": entries, "machine_info": {"oprd": {"cpu": "x"}}}))
@@ -129,6 +138,9 @@ def test_report_writes_table_and_plot(tmp_path):
     assert "| 0.00205 | 2.00x | 5.00x |" in line  # GB/s; of the floor; eager over ours
     assert "| 0.500 |" in line  # extra memory over M d e
     assert (tmp_path / "run.png").stat().st_size > 1000
+    monkeypatch.chdir(tmp_path)
+    report.report(source)
+    assert (tmp_path / "runs" / "benchmarks" / "run.md").read_text() == table
 
 
 class MockedGraph:

@@ -22,6 +22,7 @@ from oprd.config import MAX_LOGPROB_GAP, DType, SamplingParams, TrainConfig, Vll
 from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
 from oprd.engines.vllm.process import EngineProcess, free_port
+from oprd.observability import progress
 from oprd.observability.console import ANY_RANK
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ class VllmEngine:
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         all_prompts, seed, own, checked = self._gather(prompts, seed)
+        progress.expect(len(all_prompts), "responses")
         wanted = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,

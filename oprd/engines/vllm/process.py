@@ -25,10 +25,10 @@ import torch.multiprocessing
 from torch import Tensor
 
 from oprd.engines.base import EngineFailure
-from oprd.observability import hang_watchdog
+from oprd.engines.vllm.log import cause
+from oprd.observability import hang_watchdog, progress
 
 CLOSE_SECONDS = 20.0
-LOG_LINES = 15
 
 
 def send_tensor(connection: Connection, name: str, tensor: Tensor) -> None:
@@ -66,6 +66,7 @@ class EngineProcess:
             what: description of the process in messages.
         """
         self.what, self.log = what, log
+        self._log_start = log.stat().st_size if log.exists() else 0
         ours, theirs = Pipe()
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -111,6 +112,8 @@ class EngineProcess:
                 hang_watchdog.beat()
                 if kind == "answer":
                     return content
+                if kind == "beat" and content is not None:
+                    progress.reach(content)
                 if kind == "error":
                     raise EngineFailure(self._describe(f"stopped with an error: {content}"))
         except (EOFError, OSError) as error:
@@ -176,9 +179,14 @@ class EngineProcess:
         return f"ended with exit code {code}"
 
     def _describe(self, what_happened: str) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        last = "".join(f"\n    {line}" for line in lines)
-        return f"{self.what} {what_happened}. Its log is {self.log}, which ends:{last}"
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)  # what an engine before it has written is not the cause
+            lines = cause(file.read().decode(errors="replace"))
+        if not lines:
+            return f"{self.what} {what_happened}. Its log names no cause: {self.log}"
+        return f"{self.what} {what_happened}. Its log ({self.log}) says:" + "".join(
+            f"\n    {line}" for line in lines
+        )
 
 
 def with_this_package(environment: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from oprd.engines.vllm.log import Repeated
 from oprd.engines.vllm.process import receive_tensors
 
 if TYPE_CHECKING:
@@ -61,6 +63,10 @@ class Worker:
         from vllm import LLM
 
         self.llm = LLM(**arguments)
+        config = self.llm.llm_engine.model_config.hf_text_config
+        keep = Repeated(tied_head=bool(getattr(config, "tie_word_embeddings", False)))
+        for handler in logging.getLogger("vllm").handlers:
+            handler.addFilter(keep)
 
     def load(self, asleep: bool) -> None:
         """Receive the weights that follow the message, and reset the prefix cache.
@@ -130,7 +136,7 @@ class Worker:
                 responses[int(request.request_id)] = (ids, log_probs)
             if time.monotonic() - beat > BEAT_SECONDS:
                 beat = time.monotonic()
-                self.connection.send(("beat", None))
+                self.connection.send(("beat", len(responses)))
         return [responses[i] for i in range(len(prompts))]
 
     def sleep(self) -> None:

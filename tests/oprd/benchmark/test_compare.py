@@ -37,7 +37,11 @@ def test_table_figure_and_restart(tmp_path, capsys):
         assert v["tokens_per_second"] > 0
     table = (tmp_path / "compare.md").read_text()
     assert "| OPRD |" in table
-    assert table.strip() in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    (row,) = [line for line in table.splitlines() if line.startswith("| OPRD |")]
+    printed = [line for line in shown.splitlines() if line.startswith("OPRD ")]
+    for cell in row.strip("| ").split(" | "):
+        assert any(cell in line for line in printed), cell
     assert (tmp_path / "compare.png").stat().st_size > 1000
     # A teacher, 2 x 2 runs to tune, 2 x 2 to report.
     runs = list(tmp_path.glob("*/*/summary.json"))

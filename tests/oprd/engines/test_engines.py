@@ -140,7 +140,11 @@ def test_an_engine_that_fails_is_restarted_with_the_weights_then_given_up(
     (line,) = said
     assert message in line
     assert "It is restarted (1/1)" in line
-    assert "the fake engine starts" in line  # the end of its log
+    if failure == "error_in_sample":
+        assert "Traceback" in line
+        assert line.count("RuntimeError: out of cake") == 2  # its answer, and the log's last line
+    else:
+        assert "Its log names no cause" in line
     assert str(directory / "engine.log") in line
     (directory / failure).touch()
 

@@ -89,10 +89,30 @@ def test_lengths():
     (step, alarm), *more = alarms([0.2] * 20 + [0.9] * 30, share)
     assert (step, more) == (25, [])
     assert "began with 0.2" in alarm.message
-    assert alarms([0.9] * 100, share) == []  # a recipe whose responses are cut from the start
+    assert alarms([0.85] * 100, share) == []  # a recipe whose responses are cut from the start
     assert alarms([100.0 * 1.1 ** min(i, 12) for i in range(60)], mean) == []
     strict = WatchdogConfig(length=LengthWatch("stop", patience=2, window=3))
     assert alarms([0.2] * 4 + [0.9] * 2, share, strict)[0][1].stop
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("clip_ratio", "rollout.max_new_tokens"), ("empty_ratio", "data.chat_template=always")],
+)
+def test_responses_that_are_useless_from_the_start_are_warned_of_once(name, advice):
+    named = f"response_length/{name}"
+    strict = WatchdogConfig(length=LengthWatch("stop"))
+    for cfg in (None, strict):
+        (step, alarm), *more = alarms([0.9, 0.98, 1.0] + [1.0] * 50, named, cfg)
+        assert (step, alarm.stop, more) == (3, False, [])
+        assert advice in alarm.message
+        assert f"{named} was 90%, 98%, 100% in the first steps" in alarm.message
+    assert alarms([1.0, 0.5] + [1.0] * 5, named) == []  # one step in which they are not
+    assert alarms([1.0] * 50, named, WatchdogConfig(length=LengthWatch("ignore"))) == []
+    before = Watchdog(WatchdogConfig())
+    for step in (1, 2):
+        assert before.look(step, {"actor/rep_loss": 1.0} | CALM | {named: 1.0}) == []
+    assert len(alarms([1.0] * 9, named, state=before.state_dict())) == 1  # a resumed run
 
 
 def test_a_resumed_watchdog_goes_on():

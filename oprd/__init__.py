@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from oprd.config import TrainConfig
     from oprd.data.collate import Batch, collate
     from oprd.data.rollout import Rollout
-    from oprd.data.supervision import Supervision, supervise
+    from oprd.data.supervision import Supervision, generated_masks, supervise
     from oprd.distill.distiller import Distiller, attach
     from oprd.distill.taps import RepOutput
     from oprd.errors import ConfigError
@@ -30,6 +30,7 @@ _HOMES = {
     "TrainConfig": "oprd.config",
     "attach": "oprd.distill.distiller",
     "collate": "oprd.data.collate",
+    "generated_masks": "oprd.data.supervision",
     "load_bridge": "oprd.bridge.bank",
     "supervise": "oprd.data.supervision",
     "train": "oprd.training.trainer",
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "attach",
     "collate",
+    "generated_masks",
     "load_bridge",
     "supervise",
     "train",

@@ -62,7 +62,7 @@ def main(
         print(f"step {step:3}  loss {losses[-1]:.4f}")
     distiller.detach()
     if output_dir is not None:
-        model.save_pretrained(output_dir)
+        model.save_pretrained(str(output_dir))
     return losses
 
 

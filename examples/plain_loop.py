@@ -8,6 +8,8 @@ Change `backbone` to your models and `batch` to your data; the rest can stay.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ def main(steps: int = 60, lr: float = 3e-3, kind: str = "mse") -> list[float]:
                 wanted = teacher(part_ids)
             # Instead of ((student(part_ids).float() - wanted.float()).square().mean(-1)
             #             * part_mask).sum() / total
-            loss = fused_rep_loss(
+            loss: Any = fused_rep_loss(
                 student(part_ids),
                 wanted,
                 weights=part_mask,  # 0 leaves a token out, whatever its states are

@@ -12,26 +12,44 @@ from oprd_kernels._version import __version__
 if TYPE_CHECKING:
     from oprd.bridge.bank import load_bridge
     from oprd.config import TrainConfig
+    from oprd.data.collate import Batch, collate
+    from oprd.data.rollout import Rollout
+    from oprd.data.supervision import Supervision, generated_masks, supervise
     from oprd.distill.distiller import Distiller, attach
     from oprd.distill.taps import RepOutput
+    from oprd.errors import ConfigError
     from oprd.training.trainer import train
 
 _HOMES = {
+    "Batch": "oprd.data.collate",
+    "ConfigError": "oprd.errors",
     "Distiller": "oprd.distill.distiller",
     "RepOutput": "oprd.distill.taps",
+    "Rollout": "oprd.data.rollout",
+    "Supervision": "oprd.data.supervision",
     "TrainConfig": "oprd.config",
     "attach": "oprd.distill.distiller",
+    "collate": "oprd.data.collate",
+    "generated_masks": "oprd.data.supervision",
     "load_bridge": "oprd.bridge.bank",
+    "supervise": "oprd.data.supervision",
     "train": "oprd.training.trainer",
 }
 
 __all__ = [
+    "Batch",
+    "ConfigError",
     "Distiller",
     "RepOutput",
+    "Rollout",
+    "Supervision",
     "TrainConfig",
     "__version__",
     "attach",
+    "collate",
+    "generated_masks",
     "load_bridge",
+    "supervise",
     "train",
 ]
 

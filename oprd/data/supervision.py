@@ -5,6 +5,7 @@ Shapes: B sequences of T tokens, M supervised tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,49 @@ class Supervision:
     teacher_rows: Tensor
     weights: Tensor | None
     total: int
+
+
+def generated_masks(
+    sequences: Tensor, prompt_mask: Tensor, eos_token_id: int | Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Return the masks of the sequences that Hugging Face's `generate` returned.
+
+    A response is what follows the prompt, up to and including its first EOS. What follows that is
+    padding, whatever the tokens: the padding token may be the EOS token.
+
+    Args:
+        sequences: (B, P + R) int64, the result of ``generate``.
+        prompt_mask: (B, P), the attention mask that ``generate`` was given, 0 for padding on the
+            left of the prompts.
+        eos_token_id: the token that ends a response, or all of them
+            (``model.generation_config.eos_token_id``); None: responses do not end.
+
+    Returns:
+        attention_mask: (B, P + R) int64, 0 for padding.
+        response_mask: (B, P + R) bool, True for the tokens of the responses.
+
+    Raises:
+        ValueError: if ``prompt_mask`` is not (B, P) with P at most the length of the sequences, or
+            has padding on the right of a prompt, between it and its response.
+    """
+    rows, width = sequences.shape
+    if prompt_mask.dim() != 2 or len(prompt_mask) != rows or prompt_mask.shape[1] > width:
+        raise ValueError(
+            f"prompt_mask has shape {tuple(prompt_mask.shape)} for sequences "
+            f"{tuple(sequences.shape)}: expected the (B, P) attention mask that generate was given"
+        )
+    if not prompt_mask[:, -1:].all():
+        raise ValueError(
+            "prompt_mask has padding on the right of a prompt: generate needs it on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+    response = sequences[:, prompt_mask.shape[1] :]
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    is_end = torch.isin(response, torch.tensor(ends, dtype=torch.long, device=sequences.device))
+    written = is_end.long().cumsum(-1) - is_end.long() == 0  # no EOS before this token
+    attention_mask = torch.cat([prompt_mask.long(), written.long()], dim=-1)
+    response_mask = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.bool), written], dim=-1)
+    return attention_mask, response_mask
 
 
 def sequence_numbers(response_mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:

@@ -6,7 +6,8 @@
 
 The teacher runs without its LM head and only up to the deepest compared layer; only the supervised
 rows of its hidden states are kept. The student's hidden states pass through `rep_tap`, which adds
-the loss's gradient during backward. Neither LM head is called.
+the loss's gradient during backward. The student is run by its own call, so that what a trainer has
+wrapped around it (autocast, DistributedDataParallel) holds. Neither LM head is computed.
 
 Shapes: B sequences of T tokens, M supervised rows, L compared layers, d hidden width.
 """
@@ -27,9 +28,9 @@ from oprd.bridge.project import Projectors
 from oprd.config import DistillOptions
 from oprd.config.types import BackendName, Kind, Positions, Reduction, Shift
 from oprd.data.collate import Batch
-from oprd.data.supervision import supervise
-from oprd.distill.taps import Board, RepOutput, TapSession, tapped_class
-from oprd.models.decoder import find_decoder, watch
+from oprd.data.supervision import Supervision, supervise
+from oprd.distill.taps import Board, RepOutput, TapSession, tapped_class, unwrapped, without_head
+from oprd.models.decoder import find_decoder, model_inputs, watch
 from oprd.models.info import ModelInfo
 from oprd.models.layer_pairs import LayerSpec, pair_layers
 from oprd.models.self_check import check_states, cut_if_it_runs
@@ -48,7 +49,8 @@ class Distiller:
     ) -> None:
         if options.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {options.kind!r}")
-        self.student, self.options = find_decoder(student), options
+        self.student, self.options = find_decoder(unwrapped(student)), options
+        self._call = student
         self._take_teacher(teacher, bridge)
         self._board = Board()
         self._points = [self._add_tap(i, block) for i, (block, _) in enumerate(self.pairs)]
@@ -111,6 +113,56 @@ class Distiller:
         ours, theirs = zip(*self.pairs, strict=True)
         check_states(self.student, ours, self.student.num_layers, "student")
         check_states(self.teacher, theirs, self.teacher_layers, "teacher")
+
+    def freeze_unreached(self) -> list[str]:
+        """Freeze the student's parameters that this loss gives no gradient.
+
+        These are an LM head that is not tied to the embeddings, and the blocks above the deepest
+        compared layer. DistributedDataParallel without ``find_unused_parameters`` waits for a
+        gradient of every parameter that requires one, so call this before wrapping the student, if
+        the representation loss is the only loss.
+
+        Returns:
+            The names of the parameters that were frozen, as in ``named_parameters``.
+        """
+        decoder, deepest = self.student, max(block for block, _ in self.pairs)
+        above = list(decoder.layers[deepest + 1 :])
+        if deepest < decoder.num_layers - 1:
+            above.append(decoder.norm)
+        unreached = {p for module in above for p in module.parameters()}
+        reached = set(decoder.backbone.parameters()) - unreached
+        frozen = []
+        for name, parameter in decoder.root.named_parameters():
+            if parameter not in reached and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                frozen.append(name)
+        return frozen
+
+    def supervise(
+        self,
+        response_mask: Tensor,
+        partner: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Supervision:
+        """Select the states of a batch that are compared, by the options of `attach`.
+
+        ``.rows`` and ``.weights`` are what `teacher_states` and `taps` take. ``.total`` is the
+        batch's part of the denominator: the ``denominator`` of a batch that is split into parts is
+        the sum of the totals of its parts.
+
+        Args:
+            response_mask, partner, position_ids: as in a call of the distiller.
+        """
+        o = self.options
+        return supervise(
+            response_mask.bool(),
+            o.positions,
+            o.k,
+            o.shift,
+            o.reduction,
+            partner,
+            position_ids_BT=position_ids,
+        )
 
     def detach(self) -> None:
         """Remove the taps from the student."""
@@ -190,6 +242,7 @@ class Distiller:
         rows: Tensor,
         weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> Iterator[TapSession]:
         """Compare the student's next forward pass with the teacher's states.
 
@@ -199,6 +252,7 @@ class Distiller:
 
         Args:
             teacher_states, rows, weights, denominator: as in `student_loss`.
+            num_tokens: B * T, if it should be checked that the student's states have as many rows.
 
         Raises:
             ValueError: if ``teacher_states`` has not one tensor for each compared layer.
@@ -218,7 +272,7 @@ class Distiller:
             "backend": self.options.backend,
         }
         project = None if self.projectors is None else self._student_proj
-        session = TapSession(teacher_states, options, project)
+        session = TapSession(teacher_states, options, project, num_tokens)
         self._board.session = session
         try:
             yield session
@@ -234,8 +288,9 @@ class Distiller:
         weights: Tensor | None = None,
         denominator: float | Tensor | None = None,
         position_ids: Tensor | None = None,
+        model: Callable[..., Any] | None = None,
     ) -> RepOutput:
-        """Run the student's backbone on its rollouts and compute the representation loss.
+        """Run the student on its rollouts, without its LM head, and compute the loss.
 
         Args:
             input_ids, attention_mask, rows, position_ids: as in `teacher_states`, for the student.
@@ -243,9 +298,20 @@ class Distiller:
             weights: (M,) row weights, see `oprd_kernels.fused_rep_loss`.
             denominator: denominator of the mean, if this batch is a part of a larger one: the
                 number of supervised tokens in the whole batch.
+            model: as in a call of the distiller.
+
+        Raises:
+            ValueError: if the student's states do not have a row for each of ``input_ids``, as with
+                prompt tuning, or with `torch.nn.DataParallel`, which splits the batch.
         """
-        with self.taps(teacher_states, rows, weights, denominator) as session:
-            self.student.forward(input_ids, attention_mask, position_ids)
+        inputs = model_inputs(input_ids, attention_mask, position_ids)
+        tokens = input_ids.numel()
+        with (
+            self.taps(teacher_states, rows, weights, denominator, tokens) as session,
+            without_head(self.student.root, session),
+            self.student.running(),
+        ):
+            (model or self._call)(**inputs, use_cache=False)
         return session.output()
 
     def __call__(
@@ -257,8 +323,13 @@ class Distiller:
         *,
         reading: Batch | None = None,
         partner: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+        model: Callable[..., Any] | None = None,
     ) -> RepOutput:
         """Run teacher and student on a batch of the student's rollouts and compute the loss.
+
+        The teacher runs in evaluation mode and in the dtype it was loaded in (or that of an
+        autocast context around this call).
 
         Args:
             input_ids: (B, T) int64, prompts and responses.
@@ -275,11 +346,20 @@ class Distiller:
                 `oprd.tokenizers.alignment.Aligner`.
             partner: (B, T) int64, the teacher's row that each of the student's states is compared
                 with, or -1.
+            denominator: what the sum over this batch is divided by, if the batch is a part of a
+                larger one, as with gradient accumulation: the sum of ``supervise(mask).total`` over
+                all parts. Where DistributedDataParallel averages gradients over n ranks, the sum
+                over all ranks, divided by n. None: this batch's own total.
+            model: what is called to run the student, if a trainer has wrapped it since `attach`
+                (the ``model`` that Hugging Face's `Trainer.compute_loss` gets). None: the student
+                as `attach` got it.
 
         Raises:
-            ValueError: if only one of ``reading`` and ``partner`` is given, or ``partner`` does not
-                have the shape of ``input_ids``.
+            ValueError: if ``response_mask`` or ``attention_mask`` does not have the shape of
+                ``input_ids``, a response token is masked as padding, only one of ``reading`` and
+                ``partner`` is given, or ``partner`` does not have the shape of ``input_ids``.
         """
+        _check_masks(input_ids, attention_mask, response_mask)
         if (reading is None) != (partner is None):
             raise ValueError(
                 "reading and partner belong together: pass both from a Batch that "
@@ -290,16 +370,7 @@ class Distiller:
                 f"partner has shape {tuple(partner.shape)} and input_ids {tuple(input_ids.shape)}: "
                 "they must be equal, as in a Batch that oprd.data.collate.collate made"
             )
-        o = self.options
-        chosen = supervise(
-            response_mask.bool(),
-            o.positions,
-            o.k,
-            o.shift,
-            o.reduction,
-            partner,
-            position_ids_BT=position_ids,
-        )
+        chosen = self.supervise(response_mask, partner, position_ids)
         read = reading or Batch(input_ids, attention_mask, response_mask, position_ids=position_ids)
         states = self.teacher_states(
             read.input_ids, read.attention_mask, chosen.teacher_rows, read.position_ids
@@ -310,8 +381,30 @@ class Distiller:
             chosen.rows,
             states,
             chosen.weights,
-            chosen.total,
+            max(chosen.total, 1) if denominator is None else denominator,
             position_ids,
+            model,
+        )
+
+
+def _check_masks(input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor) -> None:
+    """Check that the masks say something about each of the tokens.
+
+    Raises:
+        ValueError: as in a call of `Distiller`.
+    """
+    masks = {"attention_mask": attention_mask, "response_mask": response_mask}
+    for name, mask in masks.items():
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}: "
+                "they must be equal, prompts and padding included. A mask of the responses alone "
+                "must be padded with False on the prompts' side"
+            )
+    if attention_mask is not None and (response_mask.bool() & (attention_mask == 0)).any():
+        raise ValueError(
+            "response_mask is True for tokens that attention_mask marks as padding (0): the first "
+            "EOS of a response is its last token, set response_mask to False after it"
         )
 
 
@@ -334,7 +427,8 @@ def attach(
 
     Args:
         student: a Hugging Face decoder, with or without LM head (Llama, Qwen2/3, Phi, Gemma,
-            GPT-2, GPT-NeoX, ..).
+            GPT-2, GPT-NeoX, ..), or one that DistributedDataParallel, accelerate or torch.compile
+            has wrapped.
         teacher: a Hugging Face decoder, of the student's width unless there is a bridge. It is not
             changed, and its parameters get no gradient. The `Distiller` keeps only the part that
             it needs; delete your own reference to free the rest.

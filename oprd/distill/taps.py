@@ -5,12 +5,13 @@ Shapes: L compared layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oprd.models.decoder import first_tensor, replace_first
 from oprd_kernels import RepLossStats, rep_tap
@@ -44,6 +45,8 @@ class TapSession:
     options: dict
     student_proj: Callable[[int, torch.device], Tensor] | None = None
     """With a bridge: returns P_S (r, dS) of the index-th compared layer."""
+    num_tokens: int | None = None
+    """B * T, the number of rows that the student's states must have; None: not checked."""
     found: dict[int, tuple[Tensor, RepLossStats]] = field(default_factory=dict)
 
     def tap(self, index: int, h: Tensor) -> Tensor:
@@ -51,10 +54,18 @@ class TapSession:
 
         Raises:
             RuntimeError: if the layer has been passed already.
+            ValueError: if the states have not ``num_tokens`` rows.
         """
         if index in self.found:
             raise RuntimeError(
                 "the student ran twice inside one `taps` context: open one per forward pass"
+            )
+        if self.num_tokens is not None and h.shape[:-1].numel() != self.num_tokens:
+            raise ValueError(
+                f"the student's states have shape {tuple(h.shape)} for a batch of "
+                f"{self.num_tokens} tokens: something between the call and the blocks changes the "
+                "batch. Prompt tuning adds tokens (use LoRA), DataParallel splits the batch (use "
+                "one process per GPU)"
             )
         proj = None if self.student_proj is None else self.student_proj(index, h.device)
         h, loss, stats = rep_tap(
@@ -112,3 +123,40 @@ def tapped_class(cls: Any) -> Any:
     tapped.__qualname__ = cls.__qualname__
     tapped._oprd_original = cls
     return tapped
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, torch.compile and their like."""
+    while not hasattr(model, "get_decoder"):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+@contextmanager
+def without_head(model: Any, session: TapSession) -> Iterator[None]:
+    """Within this context, the model's own call leaves its LM head out.
+
+    The logits it returns are (B, T, 1) and hold the loss of ``session``, the only thing that is
+    then used of the call. Their graph is the loss's, by which DistributedDataParallel with
+    ``find_unused_parameters`` finds the parameters that will get no gradient.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+
+    def stand_in(states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return session.output().loss.expand(*states.shape[:-1], 1)
+
+    own = head.__dict__.get("forward")  # accelerate and others set it on the instance
+    head.forward = stand_in
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own

@@ -6,7 +6,7 @@ import torch
 from oprd.config import SamplingParams
 from oprd.data.collate import collate
 from oprd.data.rollout import Rollout
-from oprd.data.supervision import supervise
+from oprd.data.supervision import generated_masks, supervise
 from oprd.demo.task import make_tokenizer
 from oprd.engines.generate import generate
 from tests.support.tiny import make_model
@@ -104,3 +104,31 @@ def test_generation_uses_every_end_token_and_restores_the_mode(model):
     rollouts = generate(model, tokenizer, [[5, 3]] * 8, SamplingParams(max_new_tokens=9))
     assert model.training
     assert all(len(r.response_ids) == 1 or r.response_ids[0] == 0 for r in rollouts)
+
+
+def test_masks_of_generated_sequences():
+    """Prompts of 3 tokens padded on the left; 1 and 9 end a response, and 1 is also the padding."""
+    sequences = torch.tensor(
+        [[1, 5, 6, 7, 9, 1, 1], [1, 1, 5, 1, 1, 1, 1], [5, 1, 6, 7, 8, 7, 8], [5, 6, 7, 8, 1, 9, 4]]
+    )
+    prompts = torch.tensor([[0, 1, 1], [0, 0, 1], [1, 1, 1], [1, 1, 1]])
+    attention, response = generated_masks(sequences, prompts, [1, 9])
+    assert response.tolist() == [
+        [bool(x) for x in row]
+        for row in (
+            [0, 0, 0, 1, 1, 0, 0],
+            [0, 0, 0, 1, 0, 0, 0],
+            [0, 0, 0, 1, 1, 1, 1],
+            [0, 0, 0, 1, 1, 0, 0],
+        )
+    ]
+    assert torch.equal(attention[:, :3], prompts)
+    assert torch.equal(attention[:, 3:], response[:, 3:].long())
+    _, one_end = generated_masks(sequences, prompts, 9)
+    assert one_end.sum(-1).tolist() == [2, 4, 4, 3]
+    _, endless = generated_masks(sequences, prompts, None)
+    assert endless[:, 3:].all()
+    with pytest.raises(ValueError, match="padding_side = 'left'"):
+        generated_masks(sequences, prompts.flip(-1), 9)
+    with pytest.raises(ValueError, match=r"prompt_mask has shape \(4, 9\) for sequences \(4, 7\)"):
+        generated_masks(sequences, torch.ones(4, 9), 9)

@@ -96,9 +96,9 @@ def markdown(points: list[Point], machine: dict) -> str:
     lines = [
         "Machine: " + ", ".join(f"{k} {v}" for k, v in machine.items()),
         "",
-        "A row is one variant of a case: regime, rows M, width d, dtype, memory (warm: freed "
-        "memory is used again; fresh: large tensors get new pages) and threads. Times are medians of "
-        "variants run in turns"
+        "A row is one variant of a case: regime, rows M, width d, dtype, memory (warm: "
+        "freed memory is used again; fresh: large tensors get new pages) and threads. Times are "
+        "medians of variants run in turns"
         f"{GPU_TIMES if on_gpu else ''}. 'of floor': time over the least that this "
         "run's copy bandwidth and GEMM peak allow. 'GB/s': the bytes it cannot do without over the "
         "time. '... takes': that peer's time over ours.",

@@ -256,12 +256,14 @@ class Distiller:
 
         Raises:
             ValueError: if ``teacher_states`` has not one tensor for each compared layer.
-            RuntimeError: if another context of this student is open.
+            RuntimeError: if another context of this student is open, or after `detach`.
         """
         if len(teacher_states) != len(self.pairs):
             raise ValueError(
                 f"teacher_states has {len(teacher_states)} tensors for {len(self.pairs)} layers"
             )
+        if not self._points:
+            raise RuntimeError("detach() has removed the student's taps: call oprd.attach again")
         if self._board.session is not None:
             raise RuntimeError("a `taps` context of this student is already open")
         options = {

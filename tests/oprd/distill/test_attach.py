@@ -254,7 +254,7 @@ def test_detach_restores_the_student_and_deepcopy_and_state_dict_work_while_atta
     assert torch.equal(copied(ids, attention).logits, student(ids, attention).logits)
     distiller.detach()
     assert [type(m) for m in student.modules()] == classes
-    with pytest.raises(RuntimeError, match="call oprd.attach again"):
+    with pytest.raises(RuntimeError, match="removed the student's taps"):
         distiller(*make_batch())
     attach(student, teacher)
 

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 TIME_HEADS = (
     "objective",
     "update\ns",
-    "x OPRD",
-    "x backbone",
+    "update\nx OPRD",
+    "update x\nbackbone",
     "teacher's\nforward s",
     "step\ns",
-    "x OPRD",
+    "step\nx OPRD",
 )
 MEMORY_HEADS = ("objective", "delta-peak\nMiB", "x OPRD", "x backbone", "predicted\nMiB")
 PARTS_HEADS = {
@@ -69,11 +69,11 @@ def measured_tables(report: dict[str, Any], mode: str) -> list[TextTable]:
     times = [
         [
             name,
-            number(row["seconds"], 2),
+            _rounded(row["seconds"]),
             number(row["time_to_oprd"], 3),
             number(row["time_to_backbone"], 3),
-            number(row["teacher_forward_seconds"], 2),
-            number(row["step_seconds"], 2),
+            _rounded(row["teacher_forward_seconds"]),
+            _rounded(row["step_seconds"]),
             number(row["step_to_oprd"], 2),
         ]
         for name, row in zip(names, rows, strict=True)
@@ -109,6 +109,10 @@ def measured_tables(report: dict[str, Any], mode: str) -> list[TextTable]:
         )
         tables.append(shown)
     return tables
+
+
+def _rounded(seconds: float | None) -> str:
+    return number(seconds, 2 if (seconds or 0) < 100 else 1)
 
 
 def _seconds(value: float) -> str:

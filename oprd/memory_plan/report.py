@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -11,15 +12,20 @@ from oprd.config import TrainConfig
 from oprd.errors import ConfigError, Unreachable
 from oprd.memory_plan.advice import advice
 from oprd.memory_plan.config import PlanConfig
+from oprd.memory_plan.known_shapes import EXAMPLE, KNOWN_SHAPES
 from oprd.memory_plan.run import TrainingPlan, gib, make_training_plan
 from oprd.memory_plan.shapes import Shape
 from oprd.models.loading import load_config
 from oprd.observability.memory import GIB
 from oprd.observability.tables import TextTable, show
 
+logger = logging.getLogger(__name__)
+
 
 def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]:
     """Return the shapes of student and teachers, from ``plan`` or else from their configurations.
+
+    Models of the shipped recipes need neither (`oprd.memory_plan.known_shapes`).
 
     Raises:
         ConfigError: if a shape is not given and its configuration can't be loaded, or if the
@@ -30,10 +36,12 @@ def shapes(cfg: TrainConfig, plan: PlanConfig) -> tuple[Shape, dict[str, Shape]]
         try:
             return Shape.of(load_config(path))
         except Unreachable as error:
+            if path in KNOWN_SHAPES:
+                logger.info(f"note: {path} can't be loaded here; its shape is known")
+                return KNOWN_SHAPES[path]
             raise ConfigError(
-                f"{error}. To plan without the model, give its shape: --{option} "
-                "'{d: 1536, layers: 28, heads: 12, kv_heads: 2, head_dim: 128, intermediate: 8960, "
-                "vocab: 151936, tied: false}'"
+                f"{str(error).rstrip('.')}. To plan without the model, add its shape to the "
+                f"command, as in --{option} {EXAMPLE}"
             ) from error
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
@@ -86,7 +94,7 @@ def show_training_plan(
     console.print(
         f"{gib(made.total)} GiB at most, in the phase {made.worst!r}, of {gib(memory)} GiB:"
     )
-    console.print(f"{verdict} (CUDA's context and NCCL's buffers, 1 to 2 GiB, not counted)")
+    console.print(f"{verdict}. Not counted: CUDA's context, NCCL's buffers (1-2 GiB)")
     if not fits:
         console.print(advice(cfg, student, teachers, plan.gpus, memory, ranks))
     return fits

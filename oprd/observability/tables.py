@@ -30,7 +30,7 @@ class TextTable:
     room for them.
 
     Attributes:
-        title: a line above the table.
+        title: a line above the table; empty: there is none.
         heads: the columns' heads, with units; ``\\n`` starts another line of a head. All empty:
             there is no line of heads.
         rows: the cells, one sequence a row; an empty sequence is a blank line.
@@ -50,7 +50,8 @@ class TextTable:
         plain = not console.is_terminal
         table = self._table("-" if plain else "\u2500")
         width = max(options.max_width, self._least_width())
-        yield Text(self.title, style="bold", no_wrap=False, overflow="fold")
+        if self.title:
+            yield Text(self.title, style="bold", no_wrap=False, overflow="fold")
         for line in console.render_lines(table, options.update(width=width), pad=False):
             if plain:
                 yield Text("".join(segment.text for segment in line).rstrip())
@@ -64,11 +65,12 @@ class TextTable:
 
     def _least_width(self) -> int:
         """Return the width below which more than names would have to be folded."""
-        lines = [
-            [part for cell in column for part in cell.split("\n")] for column in self._columns()
+        widths = [
+            max(cell_len(line) for cell in column for line in cell.split("\n"))
+            for column in self._columns()
         ]
-        name, *others = (max(map(cell_len, parts)) for parts in lines)
-        return min(name, NAME_WIDTH) + sum(others) + GAP * len(others)
+        kept = (min(w, NAME_WIDTH) if i in self.left else w for i, w in enumerate(widths))
+        return sum(kept) + GAP * (len(widths) - 1)
 
     def _columns(self) -> Iterator[list[str]]:
         for i, head in enumerate(self.heads):
@@ -76,7 +78,11 @@ class TextTable:
 
     def _table(self, rule: str) -> Table:
         table = Table(
-            box=Box(_LINE.format(rule)), show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1)
+            box=Box(_LINE.format(rule)),
+            show_header=any(self.heads),
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 0, 0, GAP - 1),
         )
         for i, head in enumerate(self.heads):
             justify: JustifyMethod = "left" if i in self.left else "right"

@@ -218,6 +218,31 @@ def test_recipes_fit_eight_gpus(capsys, monkeypatch, recipe, student, teacher):
     assert code == 1
 
 
+@pytest.mark.parametrize(
+    ("recipe", "student", "teacher"),
+    [
+        ("r1_distill_1.5b_justrl", SHAPE, SHAPE),
+        ("qwen3_1.7b_qwen3_4b_bridge", QWEN3, QWEN3_4B),
+        ("qwen3_1.7b_phi4_mini_bridge", QWEN3, PHI4_MINI),
+    ],
+)
+def test_recipes_are_planned_without_the_hub(capsys, monkeypatch, recipe, student, teacher):
+    """In lines of 80 characters."""
+    monkeypatch.setenv("COLUMNS", "80")
+    config = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")]
+    text, code = shown(capsys, monkeypatch, *config)
+    given, _ = shown(
+        capsys, monkeypatch, *config, f"--plan.student={student}", f"--plan.teacher={teacher}"
+    )
+    plan, of_given = (out[out.index("GiB on each of 8 GPUs") :] for out in (text, given))
+    assert (plan, code) == (of_given, 0)
+    assert "its shape is known" in text
+    table = plan[: plan.index("GiB at most")]
+    assert max(map(len, table.splitlines())) <= 80
+    assert table.isascii()
+    assert "\nstudent's weights " in table
+
+
 def test_a_bridges_rank_and_a_larger_teacher_count(capsys, monkeypatch):
     bridged = ["--config", str(ROOT / "recipes" / "qwen3_1.7b_qwen3_4b_bridge.yaml")]
     bridged += [f"--plan.student={QWEN3}", f"--plan.teacher={QWEN3_4B}"]
@@ -238,7 +263,10 @@ def test_a_bridges_rank_and_a_larger_teacher_count(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80"], "give its shape: --plan.student"),
+        (
+            ["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80", "--student.path=org/unheard_of"],
+            "add its shape to the command, as in --plan.student '{d: 1536, layers: 28,",
+        ),
         (["--dry_run", "--plan.gpus=3", "--plan.memory_gib=80"], "can't be shared equally by 3"),
         (["--plan.gpus=8", "--plan.memory_gib=80"], "add --dry_run"),
         (["--dry_run", "--plan.gpus=0"], "plan.gpus must be at least 1, got 0"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -201,7 +201,7 @@ class Trainer:
                     found = self.objectives.diagnose(out.sample, part.teacher)
                     measured = sample_metrics(found, device)
             teacher.release()
-            outputs.append(out)
+            outputs.append(replace(out, sample=None))
             peaks.append(peak)
             del teacher
         if not self.sharded:

@@ -190,16 +190,17 @@ def test_same_bits_every_time(gpu_backend):
 def test_never_waits_for_the_device(gpu_backend):
     student = torch.randn(64, 1536, device="cuda").requires_grad_()
     teacher, rows = torch.randn(8, 1536, device="cuda"), torch.arange(8, device="cuda")
-    step(student, teacher, rows, gpu_backend)  # compiles
+    count = torch.full((), 8, device="cuda")
+    step(student, teacher, rows, gpu_backend, count)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(student, teacher, rows, gpu_backend)
+        step(student, teacher, rows, gpu_backend, count)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def step(student, teacher, rows, backend):
-    h, loss = rep_tap(student * 1, teacher, rows=rows, backend=backend)
+def step(student, teacher, rows, backend, count=None):
+    h, loss = rep_tap(student * 1, teacher, rows=rows, denominator=count, backend=backend)
     return torch.autograd.grad([h.sum(), loss], student)[0]
 
 

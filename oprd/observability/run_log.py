@@ -151,8 +151,11 @@ class RunLog:
         for name, result in results.items():
             metrics |= result.metrics(name)
         self.record({"step": step, "model": who, **metrics})
-        shown = "  ".join(f"{name} {r.avg:.3f} (len {r.length:.1f})" for name, r in results.items())
-        logger.info(f"eval at step {step}, {who}: {shown}")
+        shown = [f"{name} {r.avg:.3f} (len {r.length:.1f})" for name, r in results.items()]
+        line = f"eval at step {step}, {who}: {'  '.join(shown)}"
+        if len(line) > LOG_WIDTH:  # a line for each set
+            line = "\n  ".join([f"eval at step {step}, {who}:", *shown])
+        logger.info(line)
 
     def closing(self, summary: Summary, teachers: list[str]) -> None:
         """Show the closing tables and where the results are.
@@ -163,6 +166,7 @@ class RunLog:
         self.close_progress()
         origin = DEMO_ORIGIN if teachers == ["demo:teacher"] else None
         tables = closing_tables(summary.evaluations, summary.phases, summary.delta_peak_gb, origin)
+        self.console.print()
         show(self.console, tables)
         state = f"finished; student: {summary.student}"
         if summary.interrupted:

@@ -75,6 +75,21 @@ def test_a_steps_line_has_what_fits():
     assert "cut" not in step_line(STEP | {"response_length/clip_ratio": 0.04}, 100)
 
 
+def test_an_evaluation_of_many_sets_is_a_line_for_each(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "oprd")
+    result = EvalResult(0.53, 0.75, 91.0, 5704.3, 0.1, samples=16)
+    log = RunLog(tmp_path, 3, 1, True)
+    log.evaluation(0, "teacher", {"val": result})
+    log.evaluation(0, "teacher", dict.fromkeys(("AIME24", "AIME25", "AIMO"), result))
+    log.close()
+    short, long = caplog.messages
+    assert short == "eval at step 0, teacher: val 0.530 (len 5704.3)"
+    assert long.splitlines() == [
+        "eval at step 0, teacher:",
+        *(f"  {name} 0.530 (len 5704.3)" for name in ("AIME24", "AIME25", "AIMO")),
+    ]
+
+
 @pytest.fixture
 def console(monkeypatch):
     """A terminal of 80 columns that a run's log writes to."""

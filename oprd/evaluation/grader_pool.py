@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 WORKER = "oprd.evaluation.grade_worker"
 SECONDS = 10.0
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 MAX_WORKERS = 8
 QUICK = 1000
 """Characters of the longest answer that this process looks at itself."""
@@ -63,7 +63,7 @@ def grade_all(
 
     Args:
         grader: ``exact`` or ``math``, see `oprd.evaluation.grading`.
-        seconds: time limit of one response.
+        seconds: time limit of one response, of the processor's time.
 
     Raises:
         RuntimeError: if the graders' processes do not start.
@@ -158,14 +158,13 @@ class _Worker:
             self.process.stdin.write(request.encode() + b"\n")
             self.process.stdin.flush()
         # The process ends itself at the limit. The rest is for one that can't, stopped or swapped.
-        answer = self._line(2 * self.seconds + START_SECONDS)
-        if answer is not None:
+        answer = self._line(10 * self.seconds + START_SECONDS)
+        if answer:
             return float(answer), None
-        code = self._end()
-        return 0.0, "the time limit" if code in (
-            None,
-            -signal.SIGALRM,
-        ) else f"a crash (exit code {code})"
+        code = self._end(patience=0.0 if answer is None else 60.0)
+        if code in (None, -signal.SIGALRM, -signal.SIGPROF):
+            return 0.0, "the time limit"
+        return 0.0, f"a crash (exit code {code})"
 
     def _start(self) -> None:
         root = str(Path(__file__).parents[2])
@@ -180,30 +179,33 @@ class _Worker:
             stderr=subprocess.DEVNULL,
         )
         if self._line(START_SECONDS) != "ready":
-            code = self._end()
+            code = self._end(patience=10.0)
             raise RuntimeError(
                 f"the grader's process did not start (exit code {code}): run python -m {WORKER} "
                 f"{self.seconds:g} to see why"
             )
 
     def _line(self, seconds: float) -> str | None:
-        """Return the next line that the process writes, or None if it ends or takes too long."""
+        """Return the next line that the process writes, "" if it ends, None if it takes too long."""
         assert self.process is not None
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             return None
-        line = self.process.stdout.readline().decode().strip()
-        return line or None
+        return self.process.stdout.readline().decode().strip()
 
-    def _end(self) -> int | None:
-        """End the process; return its exit code, None if it had to be killed."""
+    def _end(self, patience: float = 0.0) -> int | None:
+        """End the process; return its exit code, None if it had to be killed.
+
+        Args:
+            patience: seconds to wait for a process that is about to end by itself.
+        """
         if self.process is None:
             return None
         process, self.process = self.process, None
         code = process.poll()
         if code is None:
-            try:  # one that has closed its output is about to end by itself
-                code = process.wait(0.2)
+            try:
+                code = process.wait(patience)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -18,7 +18,7 @@ from oprd.models.without_adapter import WithoutAdapter
 LAYER_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = (
     "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "layer_norm",
-    "embedding_norm",
+    "embedding_norm", "ln_out", "out_norm", "layernorm",
 )  # fmt: skip
 
 
@@ -147,16 +147,18 @@ def find_decoder(model: Any) -> Decoder:
     root = model
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
-    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = [n for n in LAYER_NAMES if isinstance(getattr(backbone, n, None), nn.ModuleList)]
-    norms = [n for n in NORM_NAMES if isinstance(getattr(backbone, n, None), nn.Module)]
-    if not layers or not norms:
-        raise ConfigError(
-            f"{type(backbone).__name__} is not a decoder that oprd knows: expected a ModuleList "
-            f"called {' or '.join(LAYER_NAMES)} and a final norm called {' or '.join(NORM_NAMES)}, "
-            f"found {[name for name, _ in backbone.named_children()]}"
-        )
-    return Decoder(backbone, layers[0], norms[0], root)
+    found: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # Where a model has its backbone and the module that it calls its decoder differ (Llama 4).
+    for backbone in (found, getattr(model, "model", None)):
+        layers = [n for n in LAYER_NAMES if isinstance(getattr(backbone, n, None), nn.ModuleList)]
+        norms = [n for n in NORM_NAMES if isinstance(getattr(backbone, n, None), nn.Module)]
+        if layers and norms:
+            return Decoder(backbone, layers[0], norms[0], root)
+    raise ConfigError(
+        f"{type(found).__name__} is not a decoder that oprd knows: expected a ModuleList called "
+        f"{' or '.join(LAYER_NAMES)} and a final norm called {' or '.join(NORM_NAMES)}, found "
+        f"{[name for name, _ in found.named_children()]}"
+    )
 
 
 @contextmanager

@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from oprd.config import LoraConfig
 from oprd.errors import ConfigError, need_package
 
 ADAPTER = "default"
 """The name that PEFT gives to a model's only adapter."""
+
+PLAIN = (nn.Linear.forward, Conv1D.forward)
 
 
 def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
@@ -43,6 +46,8 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
 
     assert cfg.rank is not None
     targets = cfg.target_modules
+    if targets == "all-linear":
+        targets = linear_layers(model)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -60,7 +65,9 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
                 ADAPTER,
             )
         except ValueError as error:
-            raise ConfigError(f"student.lora.target_modules={targets}: {error}") from error
+            raise ConfigError(
+                f"student.lora.target_modules={cfg.target_modules}: {error}"
+            ) from error
     blocks = set(find_decoder(model).layers.modules())
     outside = [name for name, m in model.named_modules() if _has_adapter(m) and m not in blocks]
     if outside:
@@ -73,6 +80,37 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:  # bfloat16 would round a small learning rate's steps away
             parameter.data = parameter.data.float()
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers inside a model's blocks that an adapter fits.
+
+    Left out are subclasses with a forward pass of their own (a router that returns a tuple, in
+    Llama 4) and the output projections of Mamba's mixers, whose kernels read the weight itself.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    from oprd.models.decoder import find_decoder
+
+    modules = dict(model.named_modules())
+    blocks = set(find_decoder(model).layers.modules())
+
+    def fits(name: str, module: nn.Module) -> bool:
+        parent, _, own = name.rpartition(".")
+        mixer = modules[parent]
+        is_mamba = isinstance(getattr(mixer, "conv1d", None), nn.Conv1d) and hasattr(mixer, "D")
+        return module in blocks and type(module).forward in PLAIN and not (
+            is_mamba and own == "out_proj"
+        )
+
+    names = [name for name, module in modules.items() if fits(name, module)]
+    if not names:
+        raise ConfigError(
+            f"student.lora.target_modules=all-linear: the blocks of {type(model).__name__} have no "
+            "linear layer that an adapter fits. Train all weights (student.lora.rank=null)"
+        )
+    return names
 
 
 def check_targets(config: PretrainedConfig, cfg: LoraConfig) -> None:

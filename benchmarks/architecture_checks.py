@@ -34,7 +34,7 @@ from oprd.models.info import model_info
 from oprd.models.loading import switch_off_dropout
 from oprd.models.lora import add_adapter
 from oprd.models.packing_check import check_packing
-from oprd.models.self_check import cut_if_it_runs, check_structure, same_states
+from oprd.models.self_check import check_structure, cut_if_it_runs, same_states
 
 B, T, PROMPT, RANK = 2, 12, 5, 4
 Compared = Callable[[int, Tensor, Tensor], Tensor]
@@ -126,6 +126,11 @@ def attach_all(config: PretrainedConfig) -> None:
 def attach_even(config: PretrainedConfig) -> None:
     """`attach` with every other layer, for which the teacher is cut: loss and gradients."""
     compare_with_attach(config, "even")
+
+
+def attach_last(config: PretrainedConfig) -> None:
+    """`attach` with the last layer alone: loss and gradients."""
+    compare_with_attach(config, "last")
 
 
 def checkpointing(config: PretrainedConfig) -> str | None:
@@ -296,6 +301,7 @@ def saved_and_loaded(student: PreTrainedModel) -> None:
 CHECKS: dict[str, Callable[[PretrainedConfig], str | None]] = {
     "attach, all": attach_all,
     "attach, even": attach_even,
+    "attach, last": attach_last,
     "checkpointing": checkpointing,
     "cut": cut_teacher,
     "dry run": dry_run,
@@ -306,5 +312,3 @@ CHECKS: dict[str, Callable[[PretrainedConfig], str | None]] = {
     "save": save,
 }
 """Columns of the table that one process fills; `benchmarks.architecture_ranks` fills FSDP2."""
-
-

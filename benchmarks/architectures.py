@@ -1,10 +1,10 @@
-"""Which decoders oprd works with: every family that transformers builds as a causal LM, tried small.
+"""Which decoders oprd works with: every family that transformers builds as a causal LM, small.
 
-    python -m benchmarks.architectures --json new.json             # all; some 15 minutes on a core
-    python -m benchmarks.architectures --json a.json --only llama mamba
+    python -m benchmarks.architectures --json new.json
     python -m benchmarks.architectures --page new.json old.json > docs/architectures.md
 
-Weights are random. What is tried is in `benchmarks.architecture_checks` and, for FSDP2, in
+The first takes about 15 minutes on a core; ``--only llama mamba`` tries these two. Weights are
+random. What is tried is in `benchmarks.architecture_checks` and, for FSDP2, in
 `benchmarks.architecture_ranks`. Every family runs in processes of its own, with a time limit. A
 file that is there is continued. The second file of ``--page`` is that of another transformers.
 """
@@ -44,6 +44,7 @@ WORKS, REFUSED, FAILS = "works", "refused", "FAILS"
 FSDP = f"FSDP2, {RANKS} ranks"
 LIMIT = 120.0
 """Seconds for a family's checks in one process, and again for FSDP2."""
+COMMANDS = [line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    ")]
 fork = multiprocessing.get_context("fork")
 for name in ("peft", "torch._dynamo"):  # imported once, for all families
     importlib.import_module(name)
@@ -200,7 +201,9 @@ def sweep(kind: str, limit: float = LIMIT) -> Row:
         ranks = [(_rank, (config, rank, store)) for rank in range(RANKS)]
         found, ended = _run(ranks, limit)
     said = sorted({text for _, text in found}, key=lambda text: not text.startswith(FAILS))
-    row.found[FSDP] = said[0] if said and (said[0] != WORKS or ended is None) else f"{FAILS}: {ended}"
+    row.found[FSDP] = (
+        said[0] if said and (said[0] != WORKS or ended is None) else f"{FAILS}: {ended}"
+    )
     if row.found[FSDP].startswith(REFUSED) and len(found) < RANKS:
         row.found[FSDP] = f"{FAILS}: one rank refuses ({said[0]}), and another does not"
     return row
@@ -213,14 +216,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="model types, e.g. llama")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results there")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for a family")
     parser.add_argument("--page", nargs="+", type=Path, metavar="FILE", help="print the page")
     options = parser.parse_args(arguments)
     if options.page:
-        print(page([read(path) for path in options.page]))
+        print(page([read(path) for path in options.page], COMMANDS), end="")
         return 0
     versions = {
         "oprd": oprd_kernels.__version__,

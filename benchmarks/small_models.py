@@ -1,4 +1,4 @@
-"""Small configurations, with random weights, of all families that transformers builds as causal LMs.
+"""Small models, with random weights, of all families that transformers builds as causal LMs.
 
 A family's values are those of `SMALL` that its configuration has, parts of a multimodal one
 included, and its own in `FAMILIES`.
@@ -23,7 +23,8 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "use_cache": True, "ffn_dim": 48, "ffn_hidden_size": 48, "decoder_layers": LAYERS,
     "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_layers": 1,
-    "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "embedding_size": 32, "word_embed_proj_dim": 32,
+    "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "embedding_size": 32,
+    "word_embed_proj_dim": 32,
     # Dropout, off: the models are compared in training.
     "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "dropout": 0.0,
     "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0, "resid_pdrop": 0.0,
@@ -75,10 +76,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere": {"logit_scale": 0.5},
     "cohere_compass_text": {
-        "layer_types": SLIDING, "rope_parameters": {kind: ROPE for kind in SLIDING},
+        "layer_types": SLIDING, "rope_parameters": dict.fromkeys(SLIDING, ROPE),
     },
-    "cpmant": {"prompt_types": 2, "prompt_length": 4, "segment_types": 2, "position_bias_num_buckets": 16,
-               "position_bias_max_distance": 64, "dim_head": 8, "dim_ff": 48, "vocab_size": 40},
+    "cpmant": {
+        "prompt_types": 2, "prompt_length": 4, "segment_types": 2, "dim_head": 8, "dim_ff": 48,
+    },
     "ctrl": {"n_positions": 64, "dff": 48},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
@@ -100,7 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}, "swa_head_dim": 16},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}, "head_dim": 16},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
     "mpt": {"attn_config": {"attn_pdrop": 0}},

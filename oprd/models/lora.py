@@ -100,8 +100,10 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         parent, _, own = name.rpartition(".")
         mixer = modules[parent]
         is_mamba = isinstance(getattr(mixer, "conv1d", None), nn.Conv1d) and hasattr(mixer, "D")
-        return module in blocks and type(module).forward in PLAIN and not (
-            is_mamba and own == "out_proj"
+        return (
+            module in blocks
+            and type(module).forward in PLAIN
+            and not (is_mamba and own == "out_proj")
         )
 
     names = [name for name, module in modules.items() if fits(name, module)]

@@ -186,7 +186,7 @@ class _Worker:
             )
 
     def _line(self, seconds: float) -> str | None:
-        """Return the next line that the process writes, "" if it ends, None if it takes too long."""
+        """Return the next line of the process, "" if it ends, None if it takes too long."""
         assert self.process is not None
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], seconds)[0]:

@@ -88,7 +88,10 @@ def test_what_hangs_or_dies_costs_its_own_result():
     found, ended = architectures._run([(hangs, ())], limit=1.0)
     assert found == [("first", "works")]
     assert ended == "it ran longer than 1 s"
-    assert architectures._run([(dies, ())], limit=30.0) == ([], "its process ended with exit code 3")
+    assert architectures._run([(dies, ())], limit=30.0) == (
+        [],
+        "its process ended with exit code 3",
+    )
 
 
 def test_the_page_says_what_differs_between_versions():

@@ -341,7 +341,7 @@ def test_two_ranks_give_the_results_of_one(tmp_path):
             ],
             env=os.environ | {"PYTHONPATH": str(DEMO.parents[1])},
             check=True,
-            timeout=300,
+            timeout=900,
         )
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in "12")
     close = [r["models"]["demo:student"].pop("closeness")["demo"] for r in (one, two)]

@@ -136,7 +136,10 @@ def page(results: Sequence[Mapping[str, Any]], commands: Sequence[str]) -> str:
         ", ".join(f"{name} {value}" for name, value in r["versions"].items()) for r in results
     )
     notes: dict[str, int] = {}
-    table = [[f"`{row.kind}`", *(cell(row.found[c], notes) for c in columns)] for row in rows]
+    table = [
+        [f"`{row.kind}`", *(cell(row.found[c], notes) if c in row.found else "-" for c in columns)]
+        for row in rows
+    ]
     counts = Counter(
         "works" if all(not t.startswith(("refused", "FAILS")) for t in row.found.values()) else
         "refused" for row in rows

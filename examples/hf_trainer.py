@@ -1,9 +1,11 @@
 """OPRD's loss in Hugging Face's `Trainer`, on texts that are already there (off-policy).
 
     python examples/hf_trainer.py                       # the demo's models, on a CPU
-    accelerate launch --cpu --num_processes 2 examples/hf_trainer.py
+    accelerate launch --multi_gpu --num_processes 2 examples/hf_trainer.py   # on CPUs too (gloo)
     accelerate launch examples/hf_trainer.py --student DIR --teacher DIR --texts texts.jsonl \\
         --lr 1e-5 --bf16 true
+
+(``accelerate launch --cpu`` starts a single process, whatever ``--num_processes`` is.)
 
 `OPRDTrainer` can be copied as it is. With it, the loss and the gradient do not depend on how a step
 is split into micro-batches and over processes, and ``bf16=True`` holds.

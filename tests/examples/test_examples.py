@@ -134,22 +134,23 @@ def test_hf_trainer_in_bfloat16(load, tmp_path):
 
 @pytest.mark.slow
 def test_hf_trainer_on_two_processes(load, tmp_path):
-    """`accelerate launch` (gloo): the same first step as of one process, and the loss falls."""
+    """`accelerate launch` (gloo): the same losses and gradients as of one process."""
     load("hf_trainer")
     logs = []
-    for processes, size in [(1, 16), (2, 8)]:
-        directory = tmp_path / str(processes)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-        command += ["--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    for launcher, size in [([], 16), (["--multi_gpu", "--num_processes", "2"], 8)]:
+        directory = tmp_path / str(size)
+        command = [sys.executable]
+        if launcher:
+            command += ["-m", "accelerate.commands.launch", *launcher, "--num_machines", "1"]
+            command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         command += [str(EXAMPLES / "hf_trainer.py"), "--output_dir", str(directory)]
-        command += ["--steps", "4", "--batch_size", str(size)]
+        command += ["--steps", "3", "--batch_size", str(size)]
         result = subprocess.run(
             command,
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            timeout=300,
+            timeout=900,
         )
         assert result.returncode == 0, result.stderr[-4000:]
         printed = [
@@ -157,9 +158,10 @@ def test_hf_trainer_on_two_processes(load, tmp_path):
         ]
         logs.append([json.loads(line[: line.index("}") + 1].replace("'", '"')) for line in printed])
         moved(directory, kept=["lm_head.weight"])
-    for name in ("loss", "grad_norm"):
-        assert float(logs[1][0][name]) == pytest.approx(float(logs[0][0][name]), rel=2e-3)
-    assert float(logs[1][-1]["loss"]) < float(logs[1][0]["loss"])
+    for one, two in zip(*logs, strict=True):
+        assert one["epoch"] == two["epoch"]  # as many samples a step
+        for name in ("loss", "grad_norm"):
+            assert float(two[name]) == pytest.approx(float(one[name]), rel=2e-3)
 
 
 def test_lightning_module(load, tmp_path):
@@ -180,7 +182,7 @@ def test_lightning_module_on_two_processes(load, tmp_path):
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     moved(tmp_path, kept=["lm_head.weight"])

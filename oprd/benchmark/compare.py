@@ -160,13 +160,20 @@ class Comparison:
 
     def _keep_config(self) -> None:
         """Write the configuration; raise if the directory holds another comparison."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir {self.directory} can't be made: {error}") from error
         file = self.directory / "config.json"
         values = json.loads(json.dumps(asdict(self.cfg)))
         # Variants, seeds and rates may be added later; other changes would mix unlike runs.
         ours = {k: v for k, v in values.items() if k not in ("learning_rates", "seeds")}
         if file.exists():
             theirs = json.loads(file.read_text())
+            if "variants" not in theirs:
+                raise ConfigError(
+                    f"output_dir {self.directory} holds other files: choose a new directory"
+                )
             variants = theirs["variants"] | ours["variants"]
             if theirs | {"variants": {}} != ours | {"variants": {}}:
                 raise ConfigError(

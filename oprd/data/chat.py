@@ -75,6 +75,12 @@ def encode_prompt(
         prompt = "\n".join(m["content"] for m in prompt)
     elif not is_chat and cfg.chat_template == "always":
         prompt = [{"role": "user", "content": prompt}]
+    for text in [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(
+                f"{where}: the prompt holds half of a surrogate pair, which is no character: "
+                "repair the file, it was cut or converted wrongly"
+            )
     if isinstance(prompt, str):
         return plain_ids(prompt, tokenizer)
     if not tokenizer.chat_template:

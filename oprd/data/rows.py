@@ -42,10 +42,10 @@ def load_rows(
     suffix = _suffix(Path(path))
     places: list[str] | None = None
     rows: Rows
-    if suffix in FILE_FORMATS or any(c in path for c in "*?["):
+    if Path(path).is_dir():
+        rows, places = _load_files(f"{glob.escape(path)}/*")
+    elif suffix in FILE_FORMATS or any(c in path for c in "*?["):
         rows, places = _load_files(path)
-    elif Path(path).is_dir():
-        rows, places = _load_files(f"{path}/*")
     elif Path(path).exists():
         raise ConfigError(
             f"{path} is neither a hub data set nor a file ending in {', '.join(FILE_FORMATS)}"
@@ -100,7 +100,7 @@ def _load_files(pattern: str) -> tuple[Rows, list[str]]:
         The rows, and the file and line of each.
     """
     files = [Path(pattern)]
-    if any(c in pattern for c in "*?["):
+    if not files[0].is_file() and any(c in pattern for c in "*?["):
         files = [Path(f) for f in sorted(glob.glob(pattern)) if _suffix(Path(f)) in FILE_FORMATS]
     if not files or not files[0].is_file():
         raise ConfigError(

@@ -97,7 +97,7 @@ def _find(text: str) -> EvalSet:
         known = [*BUILT_IN, "demo"]
         near = difflib.get_close_matches(key, known, n=1)
         raise ConfigError(
-            f"no set is called {text!r}{f': did you mean {near[0]}?' if near else ''} Known are "
+            f"no set is called {text!r}{f': did you mean {near[0]}?' if near else '.'} Known are "
             f"{', '.join(known)}; others are given as a file, a hub data set (OWNER/NAME) or "
             "reasoning_gym:TASK"
         )

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -92,7 +93,7 @@ def load_model(
             dtype=torch_dtype(cfg),
             attn_implementation=cfg.attn_implementation,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _not_loadable("model", cfg.path, error) from error
     return model.to(device).eval()
 

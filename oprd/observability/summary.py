@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from oprd.atomic_files import write_json
+from oprd.errors import ConfigError
 
 SUMMARY = "summary.json"
 
@@ -62,7 +63,12 @@ def read_summary(directory: Path) -> Summary | None:
     file = directory / SUMMARY
     if not file.exists():
         return None
-    values = json.loads(file.read_text())
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{file} can't be read ({error}): it was cut off while it was copied. Copy it again"
+        ) from error
     evaluations = {
         who: {name: EvalResult(**r) for name, r in results.items()}
         for who, results in values["evaluations"].items()

@@ -132,7 +132,7 @@ def collect(paths: Sequence[Path], headline: str | None = None, wait: bool = Fal
             plain += [read_run(p) for p in fresh]
     out.groups += _by_settings(plain)
     if not out.groups and not out.sweeps and not wait:
-        raise ConfigError("; ".join(out.notes))
+        raise ConfigError("; ".join(out.notes) or "no run has written anything yet")
     _name_apart(out.groups)
     out.headline = _headline(out, headline, reported)
     return out

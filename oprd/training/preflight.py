@@ -146,5 +146,7 @@ def check_output_dir(cfg: TrainConfig) -> None:
     parent = path
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError(f"output_dir {path}: {parent} is a file, not a directory")
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"output_dir {path} can't be written: no permission in {parent}")

@@ -127,6 +127,12 @@ def test_a_run_that_cannot_finish_does_not_start(capsys, arguments, message):
     assert message in fails(capsys, "--dry_run", *arguments)
 
 
+def test_a_directory_below_a_file_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    error = fails(capsys, "--dry_run", f"--output_dir={tmp_path / 'file' / 'run'}")
+    assert "file is a file, not a directory" in error
+
+
 def test_a_directory_with_something_in_it_is_refused(capsys, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}")
     assert "already holds another run" in fails(capsys, f"--output_dir={tmp_path}")

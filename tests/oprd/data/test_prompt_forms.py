@@ -6,8 +6,9 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from oprd.config import DataConfig, PromptsConfig
 from oprd.data.chat import as_question, plain_ids
-from oprd.data.prompts import final_answer, privileged
+from oprd.data.prompts import final_answer, load_prompts, privileged
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from tests.oprd.data.test_prompts import load, offline, texts, tokenizer, write  # noqa: F401
@@ -125,3 +126,18 @@ def test_braces_in_a_teachers_prompt():
     template = r"{prompt} The answer is \boxed{{{answer}}}, not \frac{{1}}{{2}} or {}."
     found = privileged("1+2", template, {"answer": 3}, "a")
     assert found == r"1+2 The answer is \boxed{3}, not \frac{1}{2} or {}."
+
+
+def test_brackets_in_a_name_that_exists(tmp_path):
+    directory = tmp_path / "dir [old]"
+    directory.mkdir()
+    (directory / "p.jsonl").write_text('{"prompt": "1+1="}')
+    for path in (directory / "p.jsonl", directory, f"{tmp_path}/dir */p.jsonl"):
+        assert len(load_prompts(PromptsConfig(str(path)), DataConfig(), make_tokenizer())) == 1
+
+
+def test_half_a_character_is_an_error_with_its_line(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "1+1="}\n{"prompt": "1+\\ud800="}')
+    with pytest.raises(ConfigError, match=r"p\.jsonl:2: the prompt holds half of a surrogate"):
+        load_prompts(PromptsConfig(str(file)), DataConfig(), make_tokenizer())

@@ -121,3 +121,11 @@ def test_what_of_a_multimodal_model_is_left_out():
     assert left_out(AutoConfig.for_model("qwen3_5")) == ["vision"]
     assert left_out(AutoConfig.for_model("gemma3")) == []  # keeps its vision tower
     assert left_out(config()) == []
+
+
+def test_weights_that_were_cut_off(tmp_path):
+    make_model("qwen2").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        load_model(StudentConfig(path=str(tmp_path)))

@@ -34,8 +34,6 @@ class OPRDTrainer(Trainer):
     Batches hold ``input_ids``, ``attention_mask`` and ``response_mask``, each (B, T).
     """
 
-    loss_is_scaled_for_ga = True  # the denominator below is that of all micro-batches of a step
-
     def __init__(
         self,
         model: nn.Module,
@@ -53,7 +51,7 @@ class OPRDTrainer(Trainer):
         args.remove_unused_columns = False  # the model's signature knows no response_mask
         args.label_names = ["response_mask"]  # so that evaluation asks for the loss
         super().__init__(model, args, **kwargs)
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # divides by `get_batch_samples`' count, nothing else
         self.distiller = oprd.attach(self.model, teacher.to(args.device), **(distill or {}))
         self.distiller.freeze_unreached()  # DDP would wait for the LM head's gradient
 

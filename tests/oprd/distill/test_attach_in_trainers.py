@@ -25,8 +25,12 @@ class OPRDTrainer(Trainer):
     distiller = None
     denominator = None
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.denominator
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = self.distiller(**inputs, model=model, denominator=self.denominator)
+        out = self.distiller(**inputs, model=model, denominator=num_items_in_batch)
         return (out.loss, None) if return_outputs else out.loss
 
 
@@ -50,7 +54,8 @@ def trained_by_hugging_face(tmp_path, student, teacher, rows, denominator=None, 
     trainer = OPRDTrainer(student, args, train_dataset=rows)
     trainer.distiller = attach(student, teacher, positions="all")
     trainer.denominator = denominator
-    trainer.loss_is_scaled_for_ga = True
+    # With a count, the Trainer does not divide by the accumulation steps (from transformers 5.16).
+    trainer.model_accepts_loss_kwargs = denominator is not None
     trainer.train()
     trainer.distiller.detach()
     weights = {n: p.detach().clone() for n, p in student.named_parameters()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,44 +24,28 @@ from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
 from oprd.checkpoint.resume import done_already
 from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
-from oprd.data.rollout import Rollout, for_teacher, rollout_metrics
+from oprd.data.rollout import Rollout, for_teacher
 from oprd.data.sampler import PromptSampler
-from oprd.distill.objectives import StudentPass
-from oprd.distributed.fsdp import clip_gradients
 from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.factory import make_engine, rollout_gap, too_wide
 from oprd.engines.generate import GenerateEngine, eos_ids
 from oprd.engines.vllm.engine import VllmEngine
 from oprd.observability import hang_watchdog
 from oprd.observability.console import shown
-from oprd.observability.memory import PeakMemory
 from oprd.observability.run_log import RunLog
 from oprd.observability.signals import Interrupt
 from oprd.observability.summary import EvalResult, Summary, plain, write_summary
 from oprd.observability.timer import PhaseTimer
-from oprd.training.batches import global_batch
 from oprd.training.evaluator import AFTER, BEFORE, DURING, Evaluator, Subject
 from oprd.training.inputs import RunInputs
-from oprd.training.loss_watchdog import Alarm, Watchdog, keep_batch, not_finite
-from oprd.training.metrics import (
-    gradient_norms,
-    loss_metrics,
-    memory_metrics,
-    reduced_losses,
-    rep_metrics,
-    sample_metrics,
-    time_metrics,
-)
-from oprd.training.optimizer import all_finite, fast_forward, make_optimizer
+from oprd.training.loss_watchdog import Alarm, Watchdog
+from oprd.training.optimizer import fast_forward
 from oprd.training.overview import overview
 from oprd.training.preflight import output_dir, preflight
-from oprd.training.rounding import UpdateWatch
 from oprd.training.setup import Builder
+from oprd.training.update import NotFinite, StudentUpdate
 
 logger = logging.getLogger(__name__)
-
-SAMPLED = 256
-"""Positions of a rank's first micro-batch that diagnostics look at."""
 
 
 class TrainingStopped(RuntimeError):
@@ -168,62 +152,17 @@ class Trainer:
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Make one optimizer step on the rollouts and return its metrics."""
-        cfg, device = self.cfg, self.device
-        work = global_batch(
-            rollouts,
-            self.objectives,
-            cfg,
-            self.tokenizer.pad_token_id,
-            self.inputs.teacher_tokenizers,
-            device,
-        )
-        self.student.train()
-        outputs: list[StudentPass] = []
-        peaks = []
-        every = cfg.logging.diagnostics_every
-        is_due = bool(every) and self.step % every == 0
-        measured: dict[str, float] = {}
-        for part in work.micro_batches:
-            with self.timer("teacher"), self._autocast():
-                teacher = self.objectives.teacher_pass(part.batch, part.chosen, part.teacher)
-            with self.timer("student update"), PeakMemory(device) as peak:
-                with self._autocast():
-                    out = self.objectives.student_pass(
-                        part.batch,
-                        part.chosen,
-                        teacher,
-                        work.totals,
-                        sampled=SAMPLED if is_due and not outputs else 0,
-                    )
-                out.loss.backward()
-            if out.sample is not None:
-                with self.timer("diagnostics"):
-                    found = self.objectives.diagnose(out.sample, part.teacher)
-                    measured = sample_metrics(found, device)
-            teacher.release()
-            outputs.append(replace(out, sample=None))
-            peaks.append(peak)
-            del teacher
-        if not self.sharded:
-            with self.timer("student update"):
-                distributed.sum_gradients(self.student.parameters(), device)
-        if is_due:
-            with self.timer("diagnostics"):
-                measured |= gradient_norms(self.student, self.objectives.decoder)
-        with self.timer("student update"), PeakMemory(device) as peak:
-            norm = clip_gradients(self.student.parameters(), cfg.optim.max_grad_norm)
-            losses, layer_losses = reduced_losses(outputs, device)
-            self._check_finite(losses, layer_losses, norm, rollouts)
-            lr = float(self.scheduler.get_last_lr()[0])
-            with self.updates.watching():
-                self.optimizer.step()
-            self._check_weights()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-        self.student.eval()
-        peaks.append(peak)
-        metrics = self._metrics(rollouts, outputs, losses, layer_losses, norm, lr, peaks)
-        return metrics | work.metrics | measured
+        try:
+            metrics = self.update(rollouts, self.step)
+        except NotFinite as error:
+            if not error.weights:
+                self._stop(str(error), error)
+            last = self.checkpoints.finish()
+            raise TrainingStopped(f"{error} The last complete checkpoint is {last}") from error
+        delta = metrics.get("mem/actor_update_delta_peak_GB")
+        if delta is not None:
+            self.delta_peak_gb = max(self.delta_peak_gb or 0.0, delta)
+        return metrics
 
     @contextlib.contextmanager
     def _synced(self, engine: Engine) -> Iterator[None]:
@@ -255,7 +194,6 @@ class Trainer:
     def _stop(self, why: str, cause: Exception | None = None) -> NoReturn:
         """Write a checkpoint of the state after the last step and raise `TrainingStopped`."""
         self.engine.close()
-        self.optimizer.zero_grad()
         path = self._last_checkpoint(why)
         raise TrainingStopped(f"{why}. The state after step {self.step} is in {path}") from cause
 
@@ -274,24 +212,30 @@ class Trainer:
             self.evaluator(subject, self.step, model)
             del model
         with self.timer("loading"):
-            self.objectives = builder.objectives(self.inputs.shared_ids)
+            objectives = builder.objectives(self.inputs.shared_ids)
             with self._autocast():
-                self.objectives.check_models()
+                objectives.check_models()
                 if cfg.packing:
-                    self.objectives.check_packing()
-        self.sharded = builder.mesh is not None
-        self.optimizer, self.scheduler = make_optimizer(
-            self.student, cfg.optim, cfg.steps, cfg.seed
+                    objectives.check_packing()
+        self.update = StudentUpdate(
+            cfg,
+            self.inputs,
+            self.student,
+            objectives,
+            sharded=builder.mesh is not None,
+            timer=self.timer,
+            autocast=self._autocast,
+            directory=self.directory,
+            device=self.device,
         )
-        self.updates = UpdateWatch(self.student.parameters(), cfg.optim.rounding)
         self.checkpoints = RunCheckpoints(
             cfg, self.directory, self.student, self.tokenizer, self.device, self.resumed
         )
         self.closing.callback(self.checkpoints.close)
         if self.resumed is not None:
             with self.timer("loading"):
-                self.checkpoints.load(self.optimizer)
-            fast_forward(self.scheduler, self.step)
+                self.checkpoints.load(self.update.optimizer)
+            fast_forward(self.update.scheduler, self.step)
         with self.timer("loading"):
             try:
                 self.engine = make_engine(
@@ -346,7 +290,7 @@ class Trainer:
             "evaluated": self.evaluated,
         }
         with self.timer("saving"):
-            self.checkpoints.save(self.step, self.optimizer, self.random_state, progress)
+            self.checkpoints.save(self.step, self.update.optimizer, self.random_state, progress)
         self.timer.take_step()
 
     def _last_checkpoint(self, why: str) -> Path:
@@ -368,69 +312,11 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, getattr(torch, dtype))
 
-    def _check_finite(
-        self,
-        losses: dict[str, float],
-        layer_losses: list[float],
-        norm: float,
-        rollouts: list[Rollout],
-    ) -> None:
-        by_layer = dict(zip(self._student_blocks(), layer_losses, strict=True))
-        if what := not_finite(losses, by_layer, norm):
-            step = self.step + 1
-            batch = keep_batch(self.directory, step, losses, by_layer, norm, rollouts)
-            self._stop(
-                f"step {step}: {what}. {batch}. Lower optim.lr, or use float32 for models in "
-                "float16"
-            )
-
-    def _check_weights(self) -> None:
-        """Stop if the optimizer has left weights that are not finite. Collective."""
-        if not distributed.max_over_ranks(
-            float(not all_finite(self.student.parameters())), self.device
-        ):
-            return
-        last = self.checkpoints.finish()
-        raise TrainingStopped(
-            f"step {self.step + 1}: the gradients are finite, but the weights after the step of "
-            f"the optimizer are not. Lower optim.lr. The last complete checkpoint is {last}"
-        )
-
     def _heed(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
             if alarm.stop:
                 self._stop(alarm.message)
             logger.warning(alarm.message)
-
-    def _student_blocks(self) -> list[int]:
-        distiller = self.objectives.distiller
-        return [] if distiller is None else [block for block, _ in distiller.pairs]
-
-    def _metrics(
-        self,
-        rollouts: list[Rollout],
-        outputs: list[StudentPass],
-        losses: dict[str, float],
-        layer_losses: list[float],
-        norm: float,
-        lr: float,
-        peaks: list[PeakMemory],
-    ) -> dict[str, Any]:
-        """Return the step's metrics, reduced over ranks."""
-        metrics: dict[str, Any] = loss_metrics(losses)
-        metrics |= {"actor/grad_norm": norm, "actor/lr": lr} | self.updates.metrics()
-        metrics |= rollout_metrics(rollouts, self.device, bool(self.inputs.aligners))
-        metrics |= time_metrics(self.timer.take_step(), metrics["rollout/tokens"])
-        memory = memory_metrics(peaks, self.device)
-        delta = memory.get("mem/actor_update_delta_peak_GB")
-        if delta is not None:
-            self.delta_peak_gb = max(self.delta_peak_gb or 0.0, delta)
-        metrics |= memory
-        reps = [out.rep for out in outputs if out.rep is not None]
-        if self.objectives.distiller is not None:
-            width = self.objectives.distiller.compared_width
-            metrics |= rep_metrics(reps, layer_losses, width, self.device)
-        return metrics
 
     def _after_step(self) -> None:
         """Evaluate and write a checkpoint if they are due after this step."""

@@ -110,8 +110,8 @@ def run_case(case: str, directory: Path) -> None:
     trainer._load()
     trainer.log.start()
     # Not AdamW, whose first step is the gradient's sign: rounding flips it.
-    trainer.optimizer = torch.optim.SGD(trainer.student.parameters(), lr=0.02)
-    trainer.scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, 1.0)
+    trainer.update.optimizer = torch.optim.SGD(trainer.student.parameters(), lr=0.02)
+    trainer.update.scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.update.optimizer, 1.0)
     metrics = []
     for step in range(3):
         mine = rollouts(case, step, trainer.inputs)[distributed.rank() :: world]

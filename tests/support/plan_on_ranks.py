@@ -127,9 +127,9 @@ def measure(case: str, directory: Path) -> dict[str, Any]:
     mine = [Rollout(ids[:PROMPT], ids[i:], True) for i in numbers]  # no two of one length
     trainer._update(mine)
     kept = list(trainer.student.parameters())
-    kept += [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim()]
-    distiller = trainer.objectives.distiller
-    teacher = next(iter(trainer.objectives.teachers.values())).model
+    kept += [t for s in trainer.update.optimizer.state.values() for t in s.values() if t.dim()]
+    distiller = trainer.update.objectives.distiller
+    teacher = next(iter(trainer.update.objectives.teachers.values())).model
     kept += list((distiller.teacher.backbone if distiller else teacher).parameters())
     resident = local_bytes(kept)
     peak = tensor_peak(lambda: trainer._update(mine))

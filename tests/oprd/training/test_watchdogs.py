@@ -129,9 +129,9 @@ class Exploding(Trainer):
 
     def _update(self, rollouts):
         if self.step == 7:
-            for group in self.optimizer.param_groups:
+            for group in self.update.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] = 0.5
-            self.scheduler.base_lrs = [0.5]
+            self.update.scheduler.base_lrs = [0.5]
         return super()._update(rollouts)
 
 

@@ -40,10 +40,7 @@ def compile_table(arch):
 
 @pytest.fixture(
     scope="module",
-    params=[
-        arch if arch == "sm90" else pytest.param(arch, marks=pytest.mark.exhaustive)
-        for arch in TARGETS
-    ],
+    params=[pytest.param(arch, marks=pytest.mark.exhaustive) for arch in TARGETS],
 )
 def kernels(request):
     try:

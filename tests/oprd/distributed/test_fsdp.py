@@ -61,7 +61,11 @@ def results(tmp_path_factory):
     return of
 
 
-PAIRS = [(ranks, case) for ranks in (2, 3, 4) for case in RUN[ranks]]
+PAIRS = [
+    pytest.param(ranks, case, marks=pytest.mark.exhaustive if ranks == 3 else ())
+    for ranks in (2, 3, 4)
+    for case in RUN[ranks]
+]
 
 
 @pytest.mark.slow

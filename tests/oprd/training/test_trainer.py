@@ -165,7 +165,7 @@ def test_a_signal_ends_a_run_cleanly_with_a_checkpoint(tmp_path, signum, code):
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_ranks_compute_what_one_does(tmp_path):
     """Nearly greedy rollouts are the same on any rank; loss and gradients follow."""
     arguments = [

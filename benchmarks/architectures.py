@@ -128,9 +128,14 @@ def _rank(config: PretrainedConfig, rank: int, store: Path, results: Connection)
 def _built(config: PretrainedConfig, results: Connection) -> None:
     _quiet()
     try:
-        results.send(("cls", type(make(config)).__name__))
+        model = make(config)
     except Exception as error:
-        results.send(("not_built", _described(error)))
+        return results.send(("not_built", _described(error)))
+    try:
+        model(input_ids=torch.ones(1, 8, dtype=torch.long))
+    except Exception as error:
+        return results.send(("not_built", f"it can't run on token ids alone: {_described(error)}"))
+    results.send(("cls", type(model).__name__))
 
 
 def _run(

@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-LAYERS, VOCABULARY, LARGEST = 4, 40, 8_000_000
+LAYERS, VOCABULARY, LARGEST = 4, 40, 10_000_000
 """Blocks, tokens, and the number of weights beyond which a model counts as not small."""
 
 SMALL: dict[str, Any] = {
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
     "use_cache": True, "ffn_dim": 48, "ffn_hidden_size": 48, "decoder_layers": LAYERS,
     "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_layers": 1,
     "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "embedding_size": 32,
-    "word_embed_proj_dim": 32,
+    "word_embed_proj_dim": 32, "rotary_dim": 4,
     # Dropout, off: the models are compared in training.
     "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "dropout": 0.0,
     "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0, "resid_pdrop": 0.0,
@@ -57,7 +57,7 @@ SMALL: dict[str, Any] = {
     "out_hidden_size": 32, "projection_dim": 32,
 }  # fmt: skip
 
-STATES_FROM_BLOCK_0 = {"mamba", "falcon_mamba"}
+STATES_FROM_BLOCK_0 = {"mamba", "mamba2", "falcon_mamba"}
 """Families whose ``hidden_states`` begin with those of block 0, not with the embeddings."""
 
 SLIDING = ["sliding_attention", "full_attention"] * 2
@@ -83,8 +83,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "ctrl": {"n_positions": 64, "dff": 48},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
-        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        "d_model": 32,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2,
+        },
     },
     "falcon_h1": {
         "mamba_d_ssm": 32, "mamba_n_heads": 4, "lm_head_multiplier": 0.1,
@@ -105,6 +108,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}, "head_dim": 16},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
+    "mllama_text_model": {"cross_attention_layers": []},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "roc_bert": {"pronunciation_vocab_size": 40, "shape_vocab_size": 40},
     "xlnet": {"d_head": 8},
@@ -149,6 +153,8 @@ def small_config(kind: str) -> PretrainedConfig:
 def _small_values(cls: type[PretrainedConfig]) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
     values = {name: value for name, value in SMALL.items() if name in names}
+    if {"kv_lora_rank", "num_key_value_heads"} <= names:  # keys of every head come from one vector
+        values["num_key_value_heads"] = values["num_attention_heads"]
     if cls.sub_configs:
         default = cls()
         for part in cls.sub_configs:

@@ -33,7 +33,8 @@ def save_student(
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    student.save_pretrained(unfinished, state_dict=weights)
+    # The names are those of files already; changed once more, some families' would be others.
+    student.save_pretrained(unfinished, state_dict=weights, save_original_format=False)
     if adapter is not None:
         save_adapter(student, adapter, unfinished / "adapter")
     tokenizer.save_pretrained(unfinished)

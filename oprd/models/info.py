@@ -9,16 +9,28 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from oprd.errors import ConfigError
+
 
 def model_info(
     config: PretrainedConfig,
     path: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ModelInfo:
-    """Return the description of a model that bridges store and compare."""
+    """Return the description of a model that bridges store and compare.
+
+    Raises:
+        ConfigError: if the configuration does not say how many layers of which width there are.
+    """
     text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers")]
+    if None in sizes:
+        raise ConfigError(
+            f"{path or 'the model'}: a configuration of type {text.model_type} has no hidden_size "
+            "or num_hidden_layers, so OPRD can't tell its layers"
+        )
     vocabulary = None if tokenizer is None else fingerprint(tokenizer.get_vocab())
-    return ModelInfo(text.hidden_size, text.num_hidden_layers, path, vocabulary)
+    return ModelInfo(*sizes, path, vocabulary)
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,41 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        owner, inside, rest = name.partition(".base_layer.")
-        if inside and owner in adapted:
-            if rest == "weight":
-                delta = adapted[owner].get_delta_weight(ADAPTER).detach()
-                tensor = (tensor.detach() + delta).to(tensor.dtype)
-            yield f"{owner}.{rest}", tensor
-        elif not any(part in name for part in (".lora_A.", ".lora_B.")):
-            yield name, tensor
+        if _of_adapter(name):
+            continue
+        for delta in _deltas(name, adapted):
+            tensor = (tensor.detach() + delta.detach()).to(tensor.dtype)
+        yield name.replace(".base_layer", ""), tensor
+
+
+def plain_names(model: nn.Module) -> dict[str, torch.Size]:
+    """Return names and shapes of the weights that `merged_weights` yields, and of tied ones."""
+    return {
+        name.replace(".base_layer", ""): tensor.shape
+        for name, tensor in model.state_dict().items()
+        if not _of_adapter(name)
+    }
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part in name for part in (".lora_A.", ".lora_B."))
+
+
+def _deltas(name: str, adapted: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield what the adapter adds to a weight.
+
+    The weight of a linear layer L is L.base_layer.weight. Of experts in one tensor E, PEFT adapts
+    each parameter by a wrapper, and wraps the wrappers: E.base_layer.base_layer.gate_up_proj.
+    """
+    owner, inside, rest = name.partition(".base_layer.")
+    while inside:
+        own = rest.rpartition("base_layer.")[2]
+        if owner in adapted and own == getattr(adapted[owner], "parameter_name", "weight"):
+            yield adapted[owner].get_delta_weight(ADAPTER)
+        within, inside, rest = rest.partition("base_layer.")
+        owner = f"{owner}.base_layer"
+        if within:
+            return
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ SMALL: dict[str, Any] = {
     "out_hidden_size": 32, "projection_dim": 32,
 }  # fmt: skip
 
-STATES_FROM_BLOCK_0 = {"mamba", "mamba2", "falcon_mamba"}
+STATES_FROM_BLOCK_0 = {"mamba", "mamba2", "falcon_mamba", "rwkv"}
 """Families whose ``hidden_states`` begin with those of block 0, not with the embeddings."""
 
 SLIDING = ["sliding_attention", "full_attention"] * 2

@@ -23,14 +23,14 @@ def model_info(
         ConfigError: if the configuration does not say how many layers of which width there are.
     """
     text = config.get_text_config()
-    sizes = [getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers")]
-    if None in sizes:
+    width, layers = (getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    if width is None or layers is None:
         raise ConfigError(
             f"{path or 'the model'}: a configuration of type {text.model_type} has no hidden_size "
             "or num_hidden_layers, so OPRD can't tell its layers"
         )
     vocabulary = None if tokenizer is None else fingerprint(tokenizer.get_vocab())
-    return ModelInfo(*sizes, path, vocabulary)
+    return ModelInfo(width, layers, path, vocabulary)
 
 
 @dataclass(frozen=True)

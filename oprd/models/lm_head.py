@@ -17,6 +17,8 @@ from oprd.errors import ConfigError
 # Configuration entries by which a model multiplies its logits after the head (1), or divides them
 # (-1): Cohere's, Falcon-H1's and Granite's.
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+# Entries that cap them: Gemma's, RecurrentGemma's and xLSTM's.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def _after_head(config: PretrainedConfig) -> tuple[float | None, float]:
     text, scale = config.get_text_config(), 1.0
     for name, power in SCALES.items():
         scale *= (getattr(text, name, None) or 1.0) ** power
-    return getattr(text, "final_logit_softcapping", None), scale
+    caps = [cap for name in CAPS if (cap := getattr(text, name, None))]
+    return next(iter(caps), None), scale
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

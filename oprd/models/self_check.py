@@ -63,10 +63,16 @@ def check_states(decoder: Decoder, blocks: Sequence[int], depth: int, who: str) 
         ConfigError: if a block does not run exactly once, if its states are not (B, T, d), or if
             they are not the entry of ``hidden_states`` that OPRD takes them for.
     """
+    name = f"the {who} ({type(decoder.backbone).__name__})"
+    every = getattr(decoder.backbone.config, "rescale_every", 0)
+    if every and depth >= every:
+        raise ConfigError(
+            f"{name} halves its states, and changes its weights, at every {every} blocks whenever "
+            "it is not training (RWKV): set rescale_every to 0 in its configuration"
+        )
     # Asked of a cut decoder, transformers would record the states of shared blocks twice from then
     # on.
     seen, own = _states(decoder, blocks, depth, with_hidden_states=decoder.num_layers == depth)
-    name = f"the {who} ({type(decoder.backbone).__name__})"
     shape = (ROWS, TOKENS, decoder.width)
     for block in blocks:
         place = f"block {block}" if block < depth - 1 else f"the final norm {decoder.norm_name!r}"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from benchmarks.small_models import make, small_config
 from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
 from oprd.errors import ConfigError
 from oprd.models.decoder import find_decoder
@@ -218,6 +219,21 @@ def test_heads_that_scale(kind):
         loss, states, LMHead.of(model), lambda at: teacher[at], tokens, None, 6.0, chunk=4
     )
     assert torch.allclose(torch.autograd.grad(ours, states)[0], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "gemma2"])
+def test_heads_that_cap(kind):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    model = make(small_config(kind))
+    head, states = LMHead.of(model), 40 * torch.randn(6, 32)
+    assert head.softcap == 30
+    expected = 30 * (model.lm_head(states) / 30).tanh()
+    products = multiply(states, head.operand(states).T)
+    assert torch.allclose(head.logits(products), expected, atol=1e-4)
+    with torch.no_grad():  # logits of a size that caps show in
+        model.lm_head.weight.mul_(200)
+    check_head(model, find_decoder(model), "student")
 
 
 def test_a_head_that_does_something_else_is_refused():

@@ -167,3 +167,14 @@ def test_blocks_that_share_weights_can_not_be_sharded():
     with pytest.raises(ConfigError, match=r"blocks 1 and 3 share the weight .*fsdp\.mode=never"):
         check_structure(config, [0, 3], "student", sharded=True)
     check_structure(make_model("qwen2").config, [0, 2], "student", sharded=True)
+
+
+def test_states_that_are_halved_outside_of_training_are_refused():
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 32}
+    for every, refused in ((2, True), (6, False), (0, False)):
+        config = CONFIG_MAPPING["rwkv"](**sizes, rescale_every=every)
+        if not refused:
+            check_structure(config, [0, 3], "student")
+            continue
+        with pytest.raises(ConfigError, match="set rescale_every to 0"):
+            check_structure(config, [0, 3], "student")

@@ -76,10 +76,21 @@ def add_adapter(model: PreTrainedModel, cfg: LoraConfig, seed: int = 0) -> None:
             "decoder's blocks: name linear layers inside the blocks (q_proj, down_proj, ..), or "
             "use all-linear"
         )
+    _share_adapters(model)
     model.train(model.training)  # PEFT creates its layers (dropout) in training mode
     for parameter in model.parameters():
         if parameter.requires_grad:  # bfloat16 would round a small learning rate's steps away
             parameter.data = parameter.data.float()
+
+
+def _share_adapters(model: nn.Module) -> None:
+    """Give layers that share a weight (Zamba's blocks) one adapter, as merging has one weight."""
+    first: dict[int, Any] = {}
+    for module in filter(_has_adapter, model.modules()):
+        base: Any = module
+        weight = getattr(base.get_base_layer(), getattr(base, "parameter_name", "weight"))
+        owner = first.setdefault(id(weight), base)
+        base.lora_A, base.lora_B = owner.lora_A, owner.lora_B
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -207,6 +218,10 @@ def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path) -> Non
         directory: created if it does not exist.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: t.contiguous() for name, t in weights.items()}
+    owners = {t.data_ptr(): name for name, t in reversed(weights.items())}
+    contiguous = {  # a file holds no tensor twice
+        name: t.contiguous() if owners[t.data_ptr()] == name else t.clone()
+        for name, t in weights.items()
+    }
     save_file(contiguous, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[ADAPTER].save_pretrained(directory, inference_mode=True)

@@ -36,9 +36,10 @@ def test_names_that_files_have_otherwise(kind, tmp_path):
     assert_same_when_loaded(make(small_config(kind)), tmp_path / "student")
 
 
-@pytest.mark.parametrize("kind", ["dots1", "ernie4_5_moe", "mixtral"])
-def test_adapters_of_experts_are_merged(kind, tmp_path):
-    """PEFT wraps experts that are one tensor, and wraps the wrapper for a second tensor."""
+@pytest.mark.parametrize("kind", ["dots1", "ernie4_5_moe", "mixtral", "zamba2"])
+def test_adapters_are_merged(kind, tmp_path):
+    """PEFT wraps experts that are one tensor, and wraps the wrapper for a second tensor. Zamba's
+    blocks share weights, so their adapters must be one."""
     student = make(small_config(kind))
     names = dict(merged_weights(student)).keys()
     add_adapter(student, LoraConfig(rank=2, alpha=4))

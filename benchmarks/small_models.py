@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
     # Attention over a window, and low-rank attention.
     "sliding_window": 4, "attention_window_size": 8, "attention_chunk_size": 16,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-    "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8,
+    "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 16,
     "global_head_dim": 8, "num_global_key_value_heads": 2, "swa_head_dim": 8,
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "sliding_window_size": 4,
     "d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": VOCABULARY,

@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0, "resid_pdrop": 0.0,
     "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_dropout": 0.0, "embed_dropout": 0.0,
     "embedding_dropout": 0.0, "layerdrop": 0.0, "ffn_dropout": 0.0,
+    "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
     # Attention over a window, and low-rank attention.
     "sliding_window": 4, "attention_window_size": 8, "attention_chunk_size": 16,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
@@ -108,6 +109,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}, "head_dim": 16},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
+    "longcat_flash": {"num_layers": 2},
     "mllama_text_model": {"cross_attention_layers": []},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "roc_bert": {"pronunciation_vocab_size": 40, "shape_vocab_size": 40},

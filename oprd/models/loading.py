@@ -99,12 +99,15 @@ def load_model(
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set all dropout probabilities of a model to 0; its configuration stays as it is."""
+    """Set all dropout probabilities of a model to 0, and the noise that routers of experts add.
+
+    The model's configuration stays as it is.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
 
 

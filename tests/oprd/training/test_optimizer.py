@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.small_models import make, small_config
 from oprd.config import OptimConfig, check_values
 from oprd.config.demo import demo_config
 from oprd.demo.task import make_tokenizer
@@ -56,6 +57,20 @@ def test_dropout_is_off():
     assert not torch.equal(other(ids).logits, other(ids).logits)
     switch_off_dropout(other)
     assert torch.equal(other(ids).logits, other(ids).logits)
+
+
+def test_routers_add_no_noise():
+    model = make(small_config("phimoe"))
+    for module in model.modules():
+        for name in ("router_jitter_noise", "input_jitter_noise"):
+            if hasattr(module, name):
+                setattr(module, name, 0.1)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        assert not torch.equal(model.train()(input_ids=ids).logits, expected)
+        switch_off_dropout(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("dropout", [False, True])

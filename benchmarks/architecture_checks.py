@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from benchmarks.small_models import STATES_FROM_BLOCK_0, make
+from benchmarks.small_models import DRAWS_EXPERTS, STATES_FROM_BLOCK_0, make
 from oprd import attach
 from oprd.bridge.bank import Bridge, BridgeInfo
 from oprd.checkpoint import save_student
@@ -50,7 +50,7 @@ def batch() -> Batch:
 
 def trained(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a model as a run trains it: in training mode, without dropout."""
-    model = make(config, seed).train()
+    model = make(config, seed).train(config.model_type not in DRAWS_EXPERTS)
     switch_off_dropout(model)
     return model
 

@@ -10,6 +10,13 @@ from typing import Any
 INTRO = """\
 # Architectures
 
+OPRD needs a decoder's blocks, its final norm, and states that the blocks pass on as they are.
+`attach`, `oprd-train` and `oprd-bridge` find them by structure and by the names that
+transformers' models use, run each model on ten tokens, and refuse one whose states are not what the
+loss assumes, by name and before the first step. Of a multimodal model the language part is loaded,
+and a note says what is left out. A model that is not in the table: `--dry_run` reads its
+configuration, and the first seconds of a run check the rest.
+
 Every family that transformers builds as a causal language model from a small configuration was
 built with random weights and put through what oprd does with models. This page is made by a
 program; nothing in it is filled in by hand:
@@ -20,7 +27,8 @@ program; nothing in it is filled in by hand:
 
 The runs behind this page: {versions}, on a CPU. Their weights are random and their size is small,
 so the page says that the parts fit together and that the numbers are right. It does not say how
-well a real model learns.
+well a real model learns. (Phi-3.5-MoE, `phimoe`, draws experts at random in training; it is
+compared in evaluation mode.)
 
 ## What a column means
 

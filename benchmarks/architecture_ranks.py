@@ -9,7 +9,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from benchmarks.architecture_checks import assert_close, batch, trained
-from benchmarks.small_models import make
+from benchmarks.small_models import DRAWS_EXPERTS, make
 from oprd import attach
 from oprd.config.fsdp import FsdpConfig
 from oprd.config.objectives import DistillOptions
@@ -62,7 +62,7 @@ def fsdp2(config: PretrainedConfig, rank: int, store: Path) -> None:
     root = distiller.teacher.root.requires_grad_(False)
     shard(root, find_decoder(root).layers, FsdpConfig(), mesh, device)
     distiller.check()
-    student.train()
+    student.train(config.model_type not in DRAWS_EXPERTS)
     ids, mask, response = (
         x[rank : rank + 1] for x in (data.input_ids, data.attention_mask, data.response_mask)
     )

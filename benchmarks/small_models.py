@@ -30,7 +30,6 @@ SMALL: dict[str, Any] = {
     "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0, "resid_pdrop": 0.0,
     "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_dropout": 0.0, "embed_dropout": 0.0,
     "embedding_dropout": 0.0, "layerdrop": 0.0, "ffn_dropout": 0.0,
-    "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
     # Attention over a window, and low-rank attention.
     "sliding_window": 4, "attention_window_size": 8, "attention_chunk_size": 16,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
@@ -60,6 +59,9 @@ SMALL: dict[str, Any] = {
 
 STATES_FROM_BLOCK_0 = {"mamba", "mamba2", "falcon_mamba", "rwkv"}
 """Families whose ``hidden_states`` begin with those of block 0, not with the embeddings."""
+
+DRAWS_EXPERTS = {"phimoe"}
+"""Families that draw experts at random in training, and are compared in evaluation mode."""
 
 SLIDING = ["sliding_attention", "full_attention"] * 2
 GEMMA4 = {"layer_types": SLIDING, "global_head_dim": 8, "num_kv_shared_layers": 0}

@@ -73,8 +73,8 @@ class StudentConfig:
             configuration says.
         gradient_checkpointing: recompute activations in backward to save memory.
         compile: compile every decoder layer with `torch.compile` for training.
-        dropout: keep the dropout (GPT-2's 0.1) and router noise of the model in updates. Without it, the states that
-            are compared are those of the model that sampled, as the teacher's are.
+        dropout: keep the model's own dropout (GPT-2's 0.1) and noise in updates. Without it, the
+            states that are compared are those of the model that sampled, as the teacher's are.
         lora: train a LoRA adapter instead of all weights.
     """
 

@@ -98,8 +98,13 @@ def load_model(
     return model.to(device).eval()
 
 
+NOISE = ("jitter_noise", "input_jitter_noise")
+"""Attributes by which Mixtral's kind scales inputs of experts at random in training. (Phi-3.5-MoE's
+``router_jitter_noise`` is not one: it is a threshold, in evaluation too.)"""
+
+
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set all dropout probabilities of a model to 0, and the noise that routers of experts add.
+    """Set all dropout probabilities of a model to 0, and the noise that experts' inputs get.
 
     The model's configuration stays as it is.
     """
@@ -107,7 +112,7 @@ def switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            if isinstance(value, float) and ("drop" in name or name in NOISE):
                 setattr(module, name, 0.0)
 
 

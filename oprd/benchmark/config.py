@@ -48,7 +48,8 @@ class GainsConfig:
             added.
         k: number of tokens in the top-k objectives.
         rank: rank of the Bridge's random projectors.
-        chunk: number of rows per chunk in the chunked losses.
+        chunk: number of rows per chunk in the chunked losses; null: as many as 1 GiB of
+            temporaries allows (on a CPU: 128 MiB), as in training.
         rounds: number of timed rounds, each over all objectives; the median is reported. A first,
             untimed round warms up and measures memory.
         shards: with ``dry_run``: number of data-parallel ranks that share weights and gradients.
@@ -74,7 +75,7 @@ class GainsConfig:
     objectives: list[str] = field(default_factory=lambda: list(PLANNER_OBJECTIVES))
     k: int = 16
     rank: int = 8
-    chunk: int = 128
+    chunk: int | None = None
     rounds: int = 3
     shards: int = 1
     seed: int = 0

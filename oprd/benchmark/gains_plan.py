@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oprd.benchmark.config import SHAPE_FLAGS, GainsConfig
+from oprd.distill.chunked import chunk_rows
 from oprd.errors import ConfigError, Problems
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import DTYPE_BYTES, Shape, Update
@@ -32,17 +33,23 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         "batch",
         "prompt",
         "rank",
-        "chunk",
         "rounds",
         "shards",
     )
     problems.need_at_least_one({name: getattr(cfg, name) for name in counts})
+    problems.need_at_least_one({} if cfg.chunk is None else {"chunk": cfg.chunk})
     need(
         cfg.tokens > cfg.prompt,
         f"tokens is {cfg.tokens} and prompt {cfg.prompt}: no token is left to supervise; "
         "raise --tokens or lower --prompt",
     )
     need(cfg.vocab >= 2, f"vocab must be at least 2, got {cfg.vocab}")
+    needs_two = "opd_topk_set_chunked" in cfg.objectives
+    need(
+        not needs_two or cfg.k >= 2,
+        f"k must be at least 2 for opd_topk_set_chunked, got {cfg.k}: on one token the loss is "
+        "always 0",
+    )
     need(1 <= cfg.k <= cfg.vocab, f"k must lie between 1 and vocab ({cfg.vocab}), got {cfg.k}")
     heads, kv_heads = cfg.heads or 0, cfg.kv_heads or 0
     need(
@@ -106,7 +113,7 @@ def shape_of(config: Any, whose: str) -> Shape:
         raise ConfigError(f"{whose}: {error}") from error
 
 
-def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool) -> Update:
+def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool, vocab: int) -> Update:
     """Return the planner's description of the update."""
     return Update(
         batch=cfg.batch,
@@ -114,7 +121,8 @@ def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool) -> Update:
         rows=cfg.batch * (cfg.tokens - cfg.prompt),
         dtype_bytes=DTYPE_BYTES[cfg.dtype],
         checkpointing=checkpointing,
-        chunk=cfg.chunk,
+        chunk=cfg.chunk or chunk_rows(vocab, on_gpu),
+        k=cfg.k,
         widen_head=not on_gpu,
         shards=cfg.shards,
     )
@@ -150,9 +158,9 @@ def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: b
     """Predict the memory of a run. ``teacher`` is None if it shares the student's weights."""
     peaks = {}
     for mode in cfg.modes:
-        update = update_of(cfg, mode, on_gpu)
+        update = update_of(cfg, mode, on_gpu, student.vocab)
         peaks[mode] = {o: predict(o, student, update) for o in cfg.chosen()}
-    update = update_of(cfg, cfg.modes[0], on_gpu)
+    update = update_of(cfg, cfg.modes[0], on_gpu, student.vocab)
     ready = ready_bytes(cfg.chosen(), student, update, cfg.rank)
     teacher_bytes = 0 if teacher is None else teacher.parameters * update.dtype_bytes
     return GainsPlan(resident(student, update, teacher_bytes, ready), peaks)

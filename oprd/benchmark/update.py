@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from oprd.data.supervision import supervise
+from oprd.distill.chunked import chunked
 from oprd.distill.distiller import Distiller, attach
 from oprd.distill.taps import TapSession
-from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
+from oprd.distill.vocab_losses import VocabLoss, materialised
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES, LossForm
 from oprd.models.decoder import find_decoder
-from oprd.models.lm_head import LMHead
+from oprd.models.lm_head import HeadRows, LMHead
 from oprd.observability.memory import PeakMemory
 from oprd_kernels import ops
 
@@ -120,11 +121,11 @@ class ActorUpdate:
             memory do not depend on the values of the weights.
         batch, tokens, prompt: B sequences of T random tokens, of which ``prompt`` are not
             supervised.
-        k: number of tokens in the top-k objectives. Their form is that of
+        k: number of tokens in the top-k objectives. The form of ``topk`` is that of
             github.com/ShenzhiYang2000/OPRD: a detached advantage from log-probs over the whole
-            vocabulary.
+            vocabulary. ``topk_set`` is Eq. 5, both distributions renormalised on the set.
         rank: r, the rank of the Bridge's random projectors.
-        chunk: number of rows per chunk in the chunked losses.
+        chunk: number of rows per chunk in the chunked losses; None: as in training.
         with_logits: keep the teacher's [B, T, V] logits for the materialised losses.
         with_bridge: project the teacher's states.
     """
@@ -139,7 +140,7 @@ class ActorUpdate:
         prompt: int,
         k: int = 16,
         rank: int = 8,
-        chunk: int = 128,
+        chunk: int | None = None,
         with_logits: bool = True,
         with_bridge: bool = True,
         seed: int = 0,
@@ -167,6 +168,7 @@ class ActorUpdate:
         self.losses: dict[LossForm, VocabLoss] = {
             "top1": VocabLoss("top1"),
             "topk": VocabLoss("topk_advantage", k=k),
+            "topk_set": VocabLoss("topk", k=k),
             "full": VocabLoss("full"),
         }
         self.ready = self._ask_teacher(with_logits, with_bridge)
@@ -296,20 +298,13 @@ class ActorUpdate:
         states = self.decoder.forward(self.ids).flatten(0, 1)[self.rows]
         states.register_hook(lambda _grad: laps(HEAD_BACKWARD))
         laps(BACKBONE_FORWARD)
-
-        operand = self.teacher_head.operand(self.ready.last)
-
-        def teacher_logits(at: slice) -> Tensor:
-            products = self.teacher_head.products(self.ready.last[at], operand)
-            logits = self.teacher_head.logits(products)
-            laps(TEACHER_HEAD)
-            return logits
-
-        head = _TimedHead(self.head.weight, self.head.bias, self.head.softcap, laps=laps)
-        value = chunked(
-            loss, states, head, teacher_logits, self.sampled, None, self.count, self.chunk
+        teacher = _TimedRows(self.teacher_head, self.ready.last, laps)
+        head = _TimedHead(
+            self.head.weight, self.head.bias, self.head.softcap, self.head.scale, laps=laps
         )
-        laps(HEAD_BACKWARD)  # the weight's gradient of the last chunk
+        count = self.count
+        value = chunked(loss, states, head, teacher, self.sampled, None, count, self.chunk)
+        laps(HEAD_BACKWARD)  # of the last chunk
         value.backward()
         laps(BACKBONE_BACKWARD)
 
@@ -348,21 +343,45 @@ class ActorUpdate:
 
 @dataclass(frozen=True)
 class _TimedHead(LMHead):
-    """An LM head that times its products; a chunk's loss and gradient count as the loss."""
+    """A student's LM head that times its logits; a chunk's gradient counts as the backward."""
 
     laps: Laps = field(kw_only=True)
 
     def products(self, states_md: Tensor, operand_Vd: Tensor) -> Tensor:
-        self.laps(HEAD_BACKWARD)  # the previous chunk ended with the weight's gradient
+        self.laps(HEAD_BACKWARD)  # with which the previous chunk ended
         products = super().products(states_md, operand_Vd)
         self.laps(HEAD_FORWARD)
         return products
 
     def backward_states(self, d_products_mV: Tensor, operand_Vd: Tensor) -> Tensor:
         self.laps(LOSS)
-        gradient = super().backward_states(d_products_mV, operand_Vd)
-        self.laps(HEAD_BACKWARD)
-        return gradient
+        return super().backward_states(d_products_mV, operand_Vd)
+
+    def backward_states_of(
+        self, d_products_mk: Tensor, tokens_mk: Tensor, operand_Vd: Tensor
+    ) -> Tensor:
+        self.laps(LOSS)
+        return super().backward_states_of(d_products_mk, tokens_mk, operand_Vd)
+
+
+class _TimedRows(HeadRows):
+    """A teacher's logits, timed."""
+
+    def __init__(self, head: LMHead, states_Md: Tensor, laps: Laps) -> None:
+        super().__init__(head, states_Md)
+        self.laps = laps
+
+    def logits(self, at: slice) -> Tensor:
+        self.laps(LOSS)
+        logits = super().logits(at)
+        self.laps(TEACHER_HEAD)
+        return logits
+
+    def logits_of(self, at: slice, tokens_mk: Tensor) -> Tensor:
+        self.laps(LOSS)
+        logits = super().logits_of(at, tokens_mk)
+        self.laps(TEACHER_HEAD)
+        return logits
 
 
 def _timed_tap(session: TapSession, laps: Laps) -> Callable[[int, Tensor], Tensor]:

@@ -78,13 +78,14 @@ class OpdConfig:
         implementation: ``chunked``: compute LM head, loss and gradients for one chunk of tokens at
             a time. ``materialised``: compute [B, T, V] logits and log-softmax, as other trainers
             do.
-        chunk_tokens: number of tokens in a chunk.
+        chunk_tokens: number of tokens in a chunk; None: as many as 1 GiB of temporaries allows
+            (on a CPU: 128 MiB).
     """
 
     k: int = 16
     support: Literal["student", "teacher"] = "student"
     implementation: Literal["chunked", "materialised"] = "chunked"
-    chunk_tokens: int = 256
+    chunk_tokens: int | None = None
 
     def form(self, objective: str) -> Form:
         """Return the form of an output-space objective."""
@@ -94,7 +95,9 @@ class OpdConfig:
 
     def check(self, problems: Problems, objectives: Collection[str]) -> None:
         """Add a problem for every value that is out of range for the run's ``objectives``."""
-        problems.need_at_least_one({"opd.k": self.k, "opd.chunk_tokens": self.chunk_tokens})
+        problems.need_at_least_one({"opd.k": self.k})
+        if self.chunk_tokens is not None:
+            problems.need_at_least_one({"opd.chunk_tokens": self.chunk_tokens})
         problems.need(
             "opd_topk" not in objectives or self.k >= 2,
             f"opd.k must be at least 2 for opd_topk, got {self.k}: on one "

@@ -21,13 +21,14 @@ from oprd import distributed
 from oprd.config import DistillConfig, OpdConfig
 from oprd.data.collate import Batch
 from oprd.data.supervision import Supervision, supervise
+from oprd.distill.chunked import chunked
 from oprd.distill.diagnostics import Sample, evenly, measure, places
 from oprd.distill.distiller import Distiller
 from oprd.distill.taps import RepOutput
-from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
+from oprd.distill.vocab_losses import VocabLoss, materialised
 from oprd.distributed.fsdp import reshard
 from oprd.models.decoder import Decoder, find_decoder, model_inputs
-from oprd.models.lm_head import LMHead
+from oprd.models.lm_head import HeadRows, LMHead
 from oprd.models.packing_check import check_packing
 from oprd.models.self_check import check_head
 
@@ -370,19 +371,12 @@ class Objectives:
         last_Md = teacher.last_Md
         assert last_Md is not None
         # Not cached: while FSDP2 has gathered the head, its weight is a different tensor.
-        head = LMHead.of(teacher.teacher.model)
-        operand_Vd = head.operand(last_Md)
-
-        def teacher_logits(at: slice) -> Tensor:
-            products = head.products(last_Md[at], operand_Vd)
-            return head.logits(products)[:, : teacher.teacher.shared_ids]
-
-        student_Md = output.flatten(0, 1)[opd.rows]
+        theirs = HeadRows(LMHead.of(teacher.teacher.model), last_Md, teacher.teacher.shared_ids)
         return chunked(
             self.vocab[name],
-            student_Md,
+            output.flatten(0, 1)[opd.rows],
             LMHead.of(self.student),
-            teacher_logits,
+            theirs,
             tokens_M,
             opd.weights,
             total,

@@ -6,15 +6,12 @@ student's distribution and q the teacher's, both at the position that predicts t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from oprd.config.types import Form
-from oprd.models.lm_head import LMHead, add_product, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -93,10 +90,6 @@ def _policy_gradient(log_p: Tensor, cost: Tensor) -> Tensor:
     return cost * (log_p - log_p.detach()).exp()
 
 
-TeacherLogits = Callable[[slice], Tensor]
-"""Returns the teacher's logits (m, V) for a slice of the rows."""
-
-
 def materialised(
     loss: VocabLoss,
     student_logits_BTV: Tensor,
@@ -121,110 +114,11 @@ def materialised(
     teacher_MV = teacher_logits_BTV.flatten(0, 1).float()[teacher_rows_M]
     width = min(student_MV.shape[-1], teacher_MV.shape[-1])  # tables may differ in padding
     losses = loss.row_losses(student_MV[:, :width], teacher_MV[:, :width], tokens_M)
-    return _weighted_mean(losses, weights_M, denominator)
+    return weighted_mean(losses, weights_M, denominator)
 
 
-def _weighted_mean(losses_M: Tensor, weights_M: Tensor | None, denominator: float) -> Tensor:
+def weighted_mean(losses_M: Tensor, weights_M: Tensor | None, denominator: float) -> Tensor:
+    """Return the weighted sum of row losses over ``denominator``; 0 if that is 0."""
     if weights_M is not None:
         losses_M = losses_M * weights_M
     return losses_M.sum() / denominator if denominator else losses_M.sum() * 0.0
-
-
-def chunked(
-    loss: VocabLoss,
-    student_Md: Tensor,
-    head: LMHead,
-    teacher_logits: TeacherLogits,
-    tokens_M: Tensor,
-    weights_M: Tensor | None,
-    denominator: float,
-    chunk: int = 256,
-) -> Tensor:
-    """Compute the same loss from the student's hidden states, without any (M, V) tensor.
-
-    The forward pass computes logits and gradients for ``chunk`` rows at a time. It keeps the
-    gradients of states and head for backward, and frees the logits.
-
-    Args:
-        student_Md: the hidden states that predict the supervised tokens.
-        head: the student's LM head; it gets a gradient if its weight requires one.
-        teacher_logits: returns the teacher's logits of a chunk, without gradient.
-        tokens_M, weights_M, denominator: as in `materialised`.
-        chunk: number of rows in a chunk.
-    """
-    return _Chunked.apply(
-        student_Md,
-        head.weight,
-        head.bias,
-        head,
-        loss,
-        teacher_logits,
-        tokens_M,
-        weights_M,
-        denominator,
-        chunk,
-    )
-
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student_Md, *arguments):
-        with torch.autocast(student_Md.device.type, enabled=False):
-            return _Chunked._forward(ctx, student_Md, *arguments)
-
-    @staticmethod
-    def _forward(
-        ctx,
-        student_Md,
-        weight,
-        bias,
-        head,
-        loss,
-        teacher_logits,
-        tokens_M,
-        weights_M,
-        denominator,
-        chunk,
-    ):
-        wide, operand_Vd = wide_dtype(student_Md.dtype), head.operand(student_Md)
-        total = student_Md.new_zeros((), dtype=wide)
-        d_student = torch.empty_like(student_Md) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        d_bias = None
-        if bias is not None and ctx.needs_input_grad[2]:
-            d_bias = torch.zeros_like(bias, dtype=wide)
-        for start in range(0, student_Md.shape[0], chunk):
-            at = slice(start, min(start + chunk, student_Md.shape[0]))
-            products = head.products(student_Md[at].detach(), operand_Vd)
-            with torch.enable_grad():
-                products.requires_grad_()
-                logits = head.logits(products)
-                teacher = teacher_logits(at)
-                width = min(logits.shape[-1], teacher.shape[-1])
-                losses = loss.row_losses(logits[:, :width], teacher[:, :width], tokens_M[at])
-                weights = None if weights_M is None else weights_M[at]
-                part = _weighted_mean(losses, weights, denominator)
-                (d_products,) = torch.autograd.grad(part, products)
-            total += part.detach()
-            if d_student is not None:
-                d_student[at] = head.backward_states(d_products, operand_Vd)
-            if d_weight is not None:
-                add_product(d_weight, d_products.T, student_Md[at].detach())
-            if d_bias is not None:
-                d_bias += d_products.sum(0)
-        ctx.gradients = (d_student, d_weight, d_bias)
-        ctx.dtypes = (student_Md.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        if ctx.gradients is None:
-            raise RuntimeError("the chunked loss allows one backward: its gradients are used up")
-        d_student, d_weight, d_bias = ctx.gradients
-        ctx.gradients = None
-        wanted = (
-            None if g is None else g.mul_(grad).to(dtype)
-            for g, dtype in zip((d_student, d_weight, d_bias), ctx.dtypes, strict=True)
-        )
-        return *wanted, *(None,) * 7

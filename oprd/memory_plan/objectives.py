@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LossForm = Literal["top1", "topk", "full"]
+LossForm = Literal["top1", "topk", "topk_set", "full"]
 TeacherOutputs = Literal["states", "last", "logits"]
 
 
@@ -55,6 +55,9 @@ PLANNER_OBJECTIVES = {
     "opd_full": Objective("OPD full, materialised", loss="full"),
     "opd_top1_chunked": Objective("OPD top-1, chunked", loss="top1", is_chunked=True),
     "opd_topk_chunked": Objective("OPD top-k, chunked", loss="topk", is_chunked=True),
+    "opd_topk_set_chunked": Objective(
+        "OPD top-k renormalised, chunked", loss="topk_set", is_chunked=True
+    ),
     "opd_full_chunked": Objective("OPD full, chunked", loss="full", is_chunked=True),
     "logprob": Objective("log-prob forward", has_backward=False),
 }

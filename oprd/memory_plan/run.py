@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
 from oprd.config.optim import UPDATED_AT_ONCE
+from oprd.distill.chunked import chunk_rows
 from oprd.distill.objectives import REP
 from oprd.memory_plan.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
 from oprd.memory_plan.update import Moment, moments
@@ -237,7 +238,8 @@ class _Planner:
             rows=self.rows,
             dtype_bytes=self.computed,
             checkpointing=self.cfg.student.gradient_checkpointing,
-            chunk=self.cfg.opd.chunk_tokens,
+            chunk=self.cfg.opd.chunk_tokens or chunk_rows(self.student.vocab, self.on_gpu),
+            k=self.cfg.opd.k,
             widen_head=not self.on_gpu,
             shards=self.shards,
             gathered_bytes=self.gathered,
@@ -276,9 +278,12 @@ class _Planner:
                 bridged = any(b.path for b in self.cfg.all_bridges.values())
                 names.append("bridge" if bridged else "oprd")
                 continue
-            form, *_ = self.cfg.opd.form(name).split("_")  # variants of a form need the same
-            chunked = self.cfg.opd.implementation == "chunked"
-            names.append(f"opd_{form}_chunked" if chunked else f"opd_{form}")
+            form = self.cfg.opd.form(name)
+            of, *_ = form.split("_")  # other variants of a form need the same
+            if self.cfg.opd.implementation == "materialised":
+                names.append(f"opd_{of}")
+            else:
+                names.append("opd_topk_set_chunked" if form == "topk" else f"opd_{of}_chunked")
         return names
 
     def _teacher_outputs(self) -> dict[str, int]:

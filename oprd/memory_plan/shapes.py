@@ -109,6 +109,7 @@ class Update:
         dtype_bytes: e.
         checkpointing: activations of each block are recomputed in its backward.
         chunk: number of rows per chunk in the chunked losses.
+        k: number of tokens in the top-k losses.
         widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
         shards: data-parallel ranks that weights and gradients are split over (FSDP); 1: not split.
         gathered_bytes: bytes per weight that FSDP has gathered; None: ``dtype_bytes``.
@@ -126,6 +127,7 @@ class Update:
     dtype_bytes: int = FLOAT32
     checkpointing: bool = True
     chunk: int = 256
+    k: int = 16
     widen_head: bool = True
     shards: int = 1
     gathered_bytes: int | None = None

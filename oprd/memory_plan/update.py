@@ -100,8 +100,11 @@ def _loss(
 ) -> Iterator[Moment]:
     """Yield the moments of a loss on logits, forward and backward."""
     if chosen.loss is not None:
-        of_loss = _chunked_moments if chosen.is_chunked else _materialised_moments
-        for name, terms in of_loss(chosen.loss, shape, update):
+        if chosen.is_chunked:
+            found = _chunked_moments(chosen.loss, shape, update)
+        else:
+            found = _materialised_moments(chosen.loss, shape, update)
+        for name, terms in found:
             yield Moment(name, stored | terms)
 
 
@@ -268,7 +271,7 @@ def _materialised_moments(form: LossForm, shape: Shape, update: Update) -> Terms
 
 
 def _chunked_moments(form: LossForm, shape: Shape, update: Update) -> Terms:
-    """Yield the moments of `oprd.distill.vocab_losses.chunked`; its forward computes gradients."""
+    """Yield the moments of `oprd.distill.chunked`, whose forward computes gradients."""
     e, v, d, m = update.dtype_bytes, shape.vocab, shape.d, update.rows
     rows = min(update.chunk, m)
     x = rows * v * FLOAT32
@@ -278,15 +281,13 @@ def _chunked_moments(form: LossForm, shape: Shape, update: Update) -> Terms:
     }
     if e < FLOAT32 and update.widen_head:
         kept["float32 copies of the heads"] = 2 * v * d * FLOAT32
-    # The last chunk's gradient is freed only when the next one replaces it.
-    terms = {"chunk's logits, student and teacher": 2 * x}
-    if m > rows:
-        terms["last chunk's gradient"] = x
-    if form == "full":
-        terms["chunk's log-softmax, p, log p - log q, gradients"] = 6 * x
+    if form == "topk_set":
+        yield "loss in a chunk", kept | {"chunk's logits of one model": x}
+        of_set = rows * update.k * d * FLOAT32
+        yield "gradient in a chunk", kept | {"weights of the set, and their gradient": 2 * of_set}
     else:
-        terms["chunk's exponentials and gradients of log-sum-exp"] = 3 * x
-    yield "loss in a chunk", kept | terms
+        terms = {"chunk's logits, student and teacher": 2 * x, "exponentials of log-sum-exp": x}
+        yield "loss in a chunk", kept | terms
     if e < FLOAT32:
         yield "gradients narrowed", kept | {"head's weight gradient": v * d * e}
 

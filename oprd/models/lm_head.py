@@ -83,11 +83,67 @@ class LMHead:
         """Return the gradient of the states, (m, d), from the gradient of their products."""
         return multiply(d_products_mV, operand_Vd)
 
+    def backward_states_of(
+        self, d_products_mk: Tensor, tokens_mk: Tensor, operand_Vd: Tensor
+    ) -> Tensor:
+        """Return the gradient of the states, (m, d), from that of k products in each row."""
+        weights_mkd = operand_Vd[tokens_mk].to(d_products_mk.dtype)
+        return torch.einsum("mk,mkd->md", d_products_mk, weights_mkd)
+
     def logits(self, products_mV: Tensor) -> Tensor:
         """Return the logits: the products with bias, scale and cap applied."""
         logits = products_mV if self.bias is None else products_mV + self.bias.detach()
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def logits_(self, products: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply bias, scale and cap to products in place and return them, now logits.
+
+        Args:
+            products: (m, V), or (m, k) with the ``bias`` of their k tokens.
+        """
+        bias = self.bias if bias is None else bias
+        if bias is not None:
+            products += bias.detach()
+        if self.scale != 1:
+            products *= self.scale
+        if self.softcap is not None:
+            products.div_(self.softcap).tanh_().mul_(self.softcap)
+        return products
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Return the derivative of logits by products, a number if it is the same for all."""
+        if self.softcap is None:
+            return self.scale
+        return (logits / self.softcap).square_().neg_().add_(1).mul_(self.scale)
+
+
+class HeadRows:
+    """The logits that a head makes of M rows of states, formed for a few rows at a time.
+
+    Attributes:
+        head: the LM head.
+        states_Md: (M, d) hidden states, each at the position that predicts a token.
+        width: the number of tokens that have logits; at most the head's V.
+    """
+
+    def __init__(self, head: LMHead, states_Md: Tensor, width: int | None = None) -> None:
+        self.head, self.states_Md = head, states_Md.detach()
+        vocab = head.weight.shape[0]
+        self.width = vocab if width is None else min(width, vocab)
+        self.operand_Vd = head.operand(states_Md)
+
+    def logits(self, at: slice) -> Tensor:
+        """Return the logits of some rows, (m, V) in `wide_dtype`; the caller may overwrite them."""
+        return self.head.logits_(self.head.products(self.states_Md[at], self.operand_Vd))
+
+    def logits_of(self, at: slice, tokens_mk: Tensor) -> Tensor:
+        """Return the logits of k tokens in each row, (m, k), without those of the others."""
+        states, weights = self.states_Md[at], self.operand_Vd[tokens_mk]
+        wide = wide_dtype(states.dtype)
+        products = torch.einsum("md,mkd->mk", states.to(wide), weights.to(wide))
+        bias = None if self.head.bias is None else self.head.bias[tokens_mk]
+        return self.head.logits_(products, bias)
 
 
 def _after_head(config: PretrainedConfig) -> tuple[float | None, float]:

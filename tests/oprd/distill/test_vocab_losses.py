@@ -5,12 +5,14 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.small_models import make, small_config
-from oprd.distill.vocab_losses import VocabLoss, chunked, materialised
+from oprd.distill.chunked import chunk_rows, chunked
+from oprd.distill.vocab_gradients import gradient_
+from oprd.distill.vocab_losses import VocabLoss, materialised
 from oprd.errors import ConfigError
 from oprd.models.decoder import find_decoder
-from oprd.models.lm_head import LMHead, multiply
+from oprd.models.lm_head import HeadRows, LMHead, multiply
 from oprd.models.self_check import check_head
-from tests.support.tiny import COMMON, VOCAB, make_model
+from tests.support.tiny import COMMON, make_model
 
 FORMS = ("top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward")
 M, V, D = 13, 40, 8
@@ -95,13 +97,49 @@ def test_top_k_of_one_token_is_refused():
         VocabLoss("topk", k=1)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("support", ["student", "teacher"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "topk"])
+def test_gradients_by_hand_are_those_of_autograd(logits, form, support, temperature):
+    student, teacher, tokens = logits
+    loss = VocabLoss(form, 5, support, temperature)
+    expected = loss.row_losses(student, teacher, tokens)
+    ours, theirs = student.detach().clone(), teacher.clone()
+    assert torch.allclose(gradient_(loss, ours, theirs, tokens), expected, atol=1e-14)
+    assert torch.allclose(ours, gradient(expected, student), atol=1e-14)
+
+
+def test_far_apart_logits_have_finite_gradients():
+    """Where p or q underflows, in float32."""
+    student = torch.tensor([[0.0, -200.0, 3.0]])
+    teacher = torch.tensor([[-300.0, 0.0, 2.0]])
+    tokens = torch.tensor([1])
+    for form in FORMS:
+        loss = VocabLoss(form, k=2)
+        if form == "topk":
+            continue
+        wide = student.double().requires_grad_()
+        expected = loss.row_losses(wide, teacher.double(), tokens)
+        ours = student.clone()
+        assert torch.allclose(gradient_(loss, ours, teacher.clone(), tokens).double(), expected)
+        assert torch.allclose(ours.double(), gradient(expected, wide), rtol=1e-5)
+
+
+def test_rows_in_a_chunk():
+    assert chunk_rows(151_936, on_gpu=True) == (1 << 30) // (3 * 151_936 * 4)
+    assert chunk_rows(151_936, on_gpu=False) == 73
+    assert chunk_rows(10**9, on_gpu=True) == 16
+
+
 def both_ways(loss, dtype, chunk, weighted, bias=False, softcap=None):
     """(loss, d states, d weight, d bias) from the whole and in chunks."""
     torch.manual_seed(0)
     base = torch.randn(M, D, dtype=torch.float64).to(dtype)
     weight0 = torch.randn(V, D, dtype=torch.float64).to(dtype)
     bias0 = torch.randn(V, dtype=torch.float64).to(dtype) if bias else None
-    teacher = torch.randn(M, V + 3, dtype=torch.float64).to(dtype)
+    states = torch.randn(M, D + 1, dtype=torch.float64).to(dtype)
+    theirs = LMHead(torch.randn(V + 3, D + 1, dtype=torch.float64).to(dtype), scale=0.5)
+    teacher = 0.5 * states @ theirs.weight.T
     tokens = torch.randint(V, (M,))
     weights = torch.rand(M) if weighted else None
     results = []
@@ -110,7 +148,8 @@ def both_ways(loss, dtype, chunk, weighted, bias=False, softcap=None):
         b = None if bias0 is None else bias0.clone().requires_grad_()
         head = LMHead(w, b, softcap)
         if in_chunks:
-            value = chunked(loss, h, head, lambda at: teacher[at], tokens, weights, 7.0, chunk)
+            rows = HeadRows(theirs, states)
+            value = chunked(loss, h, head, rows, tokens, weights, 7.0, chunk)
         else:
             out = h @ w.T if b is None else h @ w.T + b
             out = out if softcap is None else softcap * (out / softcap).tanh()
@@ -131,19 +170,22 @@ def test_chunks_give_the_same_loss_and_gradients(form, chunk, weighted):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("support", ["student", "teacher"])
+@pytest.mark.parametrize("form", ["topk", "topk_advantage", "full"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_bias_and_softcap(softcap):
-    whole, parts = both_ways(VocabLoss("full"), torch.float32, 4, True, True, softcap)
+def test_bias_and_softcap(softcap, form, support):
+    loss = VocabLoss(form, 4, support)
+    whole, parts = both_ways(loss, torch.float32, 4, True, True, softcap)
     for expected, got in zip(whole, parts, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_second_backward_of_the_chunked_loss_raises():
     h = torch.randn(M, D, requires_grad=True)
-    teacher = torch.randn(M, V)
     head = LMHead(torch.randn(V, D))
+    teacher = HeadRows(head, torch.randn(M, D))
     tokens = torch.zeros(M, dtype=torch.int64)
-    value = chunked(VocabLoss("full"), h, head, lambda at: teacher[at], tokens, None, 1.0)
+    value = chunked(VocabLoss("full"), h, head, teacher, tokens, None, 1.0)
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="allows one backward"):
         value.backward()
@@ -152,18 +194,20 @@ def test_second_backward_of_the_chunked_loss_raises():
 def test_no_tensor_of_rows_by_vocabulary(peak_bytes):
     m, v, d = 8192, 8192, 16
     h, weight = torch.randn(m, d, requires_grad=True), torch.randn(v, d)
-    teacher_h, teacher_w = torch.randn(m, d), torch.randn(v, d)
+    teacher = HeadRows(LMHead(torch.randn(v, d)), torch.randn(m, d))
     tokens = torch.zeros(m, dtype=torch.int64)
     head = LMHead(weight)
 
-    def teacher_logits(at):
-        return teacher_h[at] @ teacher_w.T
+    def run(rows):
+        chunked(VocabLoss("full"), h, head, teacher, tokens, None, 1.0, rows).backward()
 
-    def run():
-        chunked(VocabLoss("full"), h, head, teacher_logits, tokens, None, 1.0, 64).backward()
-
-    run()
-    assert peak_bytes(run) < m * v * 4 / 4
+    run(64)
+    assert peak_bytes(lambda: run(64)) < m * v * 4 / 16
+    # A chunk's temporaries are what `chunk_rows` counts.
+    rows = chunk_rows(v, on_gpu=False)
+    run(None)
+    assert 0.8 * (1 << 27) < rows * v * 4 * 3 <= 1 << 27
+    assert peak_bytes(lambda: run(None)) < 1.15 * (1 << 27)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
@@ -211,13 +255,12 @@ def test_heads_that_scale(kind):
     assert LMHead.of(model).scale in (0.25, 1 / 8, 0.05)
     check_head(model, find_decoder(model), "student")
     states = torch.randn(6, 32, requires_grad=True)
-    teacher, tokens = torch.randn(6, VOCAB), torch.zeros(6, dtype=torch.int64)
+    rows, tokens = HeadRows(LMHead.of(model), torch.randn(6, 32)), torch.zeros(6, dtype=torch.int64)
+    teacher = rows.logits(slice(6))
     loss = VocabLoss("full")
     logits = model.lm_head(states) * LMHead.of(model).scale
     wanted = torch.autograd.grad(loss.row_losses(logits, teacher, tokens).mean(), states)[0]
-    ours = chunked(
-        loss, states, LMHead.of(model), lambda at: teacher[at], tokens, None, 6.0, chunk=4
-    )
+    ours = chunked(loss, states, LMHead.of(model), rows, tokens, None, 6.0, chunk=4)
     assert torch.allclose(torch.autograd.grad(ours, states)[0], wanted, atol=1e-6)
 
 

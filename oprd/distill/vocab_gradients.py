@@ -1,0 +1,79 @@
+"""The gradients of `oprd.distill.vocab_losses` by the student's logits, by hand and in place.
+
+Shapes: m rows, V vocabulary, k tokens of a top-k set. p is the student's distribution and q the
+teacher's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oprd.distill.vocab_losses import VocabLoss
+
+
+def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor) -> Tensor:
+    """Write the gradient of each row's loss over the student's logits and return the losses, (m,).
+
+    The teacher's logits are overwritten too. One more tensor of their size is allocated at a time.
+    ``topk``, whose gradient is 0 outside of its set, is not computed here.
+
+    Args:
+        student_mV, teacher_mV: float32 or float64 logits.
+        tokens_m: int64, the sampled tokens.
+    """
+    if loss.form == "full":
+        return _reverse_(student_mV, teacher_mV)
+    if loss.form == "full_forward":
+        return _forward_(student_mV, teacher_mV)
+    if loss.form == "top1":
+        if loss.temperature != 1:
+            student_mV /= loss.temperature
+            teacher_mV /= loss.temperature
+        chosen_mk = tokens_m[:, None]
+    elif loss.form in ("topk_advantage", "topk_raw"):
+        of = student_mV if loss.support == "student" else teacher_mV
+        chosen_mk = of.topk(loss.k).indices
+    else:
+        raise ValueError(f"the gradient of {loss.form} is not computed over the whole vocabulary")
+    log_q = _log_softmax(teacher_mV, chosen_mk)
+    log_z = student_mV.logsumexp(-1, keepdim=True)
+    log_p = student_mV.gather(-1, chosen_mk) - log_z
+    gap = log_p - log_q
+    if loss.form == "top1":
+        cost, slope = gap, gap / loss.temperature
+    elif loss.form == "topk_advantage":
+        cost = slope = log_p.softmax(-1) * gap
+    else:
+        cost, slope = log_p.exp() * gap, log_p.exp() * (gap + 1)
+    # With slope = dL / d log p of the chosen tokens, dL / ds = slope - p sum(slope).
+    student_mV.sub_(log_z).exp_().mul_(-slope.sum(-1, keepdim=True))
+    student_mV.scatter_add_(-1, chosen_mk, slope)
+    return cost.sum(-1)
+
+
+def _log_softmax(logits_mV: Tensor, tokens_mk: Tensor) -> Tensor:
+    return logits_mV.gather(-1, tokens_mk) - logits_mV.logsumexp(-1, keepdim=True)
+
+
+def _reverse_(student_mV: Tensor, teacher_mV: Tensor) -> Tensor:
+    """Of KL(p||q): p (log p - log q - loss)."""
+    log_p = student_mV.sub_(student_mV.logsumexp(-1, keepdim=True))
+    log_q = teacher_mV.sub_(teacher_mV.logsumexp(-1, keepdim=True))
+    gap = torch.sub(log_p, log_q, out=log_q)
+    p = log_p.exp_()
+    gap *= p
+    losses = gap.sum(-1)
+    torch.addcmul(gap, p, losses[:, None], value=-1, out=p)
+    return losses
+
+
+def _forward_(student_mV: Tensor, teacher_mV: Tensor) -> Tensor:
+    """Of KL(q||p): p - q."""
+    log_p = student_mV.sub_(student_mV.logsumexp(-1, keepdim=True))
+    log_q = teacher_mV.sub_(teacher_mV.logsumexp(-1, keepdim=True))
+    gap = log_q - log_p
+    q = log_q.exp_()
+    gap *= q
+    log_p.exp_().sub_(q)
+    return gap.sum(-1)

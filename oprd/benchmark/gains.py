@@ -14,6 +14,7 @@ from oprd.distributed.device import check_device
 from oprd.errors import ConfigError
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape
+from oprd.models.recompute import recompute_blocks
 
 
 def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
@@ -57,10 +58,7 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
     wanted = sorted({kind for name in chosen if (kind := PLANNER_OBJECTIVES[name].teacher_outputs)})
     measured: dict[str, Any] = {"teacher": {kind: [] for kind in wanted}}
     for mode in cfg.modes:
-        if mode:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            student.gradient_checkpointing_disable()
+        recompute_blocks(student, mode)
         results = {o: Measured() for o in chosen}
         measured["on" if mode else "off"] = results
         for round_ in range(cfg.rounds + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from oprd.config.types import Checkpointing
 from oprd.errors import Problems
 
 SHARED = ("self:current", "self:base")
@@ -71,7 +72,9 @@ class StudentConfig:
             ``flash_attention_2``, ..); null: the default of `transformers`.
         context_length: number of tokens that the model can read and write together; null: what its
             configuration says.
-        gradient_checkpointing: recompute activations in backward to save memory.
+        gradient_checkpointing: recompute activations in backward to save memory. A number: those
+            of the first so many blocks. ``auto``: of as many as the memory plan says are needed to
+            fit the device; if an allocation fails nevertheless, of more.
         compile: compile every decoder layer with `torch.compile` for training.
         dropout: keep the model's own dropout (GPT-2's 0.1) and noise in updates. Without it, the
             states that are compared are those of the model that sampled, as the teacher's are.
@@ -82,7 +85,7 @@ class StudentConfig:
     dtype: DType = "auto"
     attn_implementation: str | None = None
     context_length: int | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
     compile: bool = False
     dropout: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)

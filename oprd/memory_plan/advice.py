@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from oprd.config import TrainConfig
-from oprd.memory_plan.run import ENGINE, EVALUATION, ROLLOUT, TrainingPlan, gib, make_training_plan
+from oprd.memory_plan.run import (
+    ENGINE,
+    EVALUATION,
+    ROLLOUT,
+    TrainingPlan,
+    gib,
+    make_training_plan,
+    recomputed_blocks,
+)
 from oprd.memory_plan.shapes import Shape
 
 
@@ -50,10 +58,10 @@ def advice(
                 return f"lower {section}.batch_size to {size}"
             size //= 2
         return f"a single sequence is too long: lower {section}.max_new_tokens"
-    if not cfg.student.gradient_checkpointing:
+    if recomputed_blocks(cfg.student.gradient_checkpointing) is not True:
         changed = replace(cfg, student=replace(cfg.student, gradient_checkpointing=True))
         if total(changed) <= memory:
-            return "set student.gradient_checkpointing"
+            return "set student.gradient_checkpointing to true or auto"
         cfg = changed
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     for tokens in range(plan.tokens // 1024 * 1024, longest - 1, -1024):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from oprd.config import LoraConfig, TeacherConfig, TrainConfig
 from oprd.config.optim import UPDATED_AT_ONCE
+from oprd.config.types import Checkpointing
 from oprd.distill.chunked import chunk_rows
 from oprd.distill.objectives import REP
 from oprd.memory_plan.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
@@ -237,7 +238,7 @@ class _Planner:
             tokens=self.tokens,
             rows=self.rows,
             dtype_bytes=self.computed,
-            checkpointing=self.cfg.student.gradient_checkpointing,
+            checkpointing=recomputed_blocks(self.cfg.student.gradient_checkpointing),
             chunk=self.cfg.opd.chunk_tokens or chunk_rows(self.student.vocab, self.on_gpu),
             k=self.cfg.opd.k,
             widen_head=not self.on_gpu,
@@ -258,7 +259,7 @@ class _Planner:
         worst = max(peaks, key=lambda m: m.total)
         extra = self._teacher_outputs() | self._teacher_root()
         if self.computed < self.gathered:
-            blocks = 1 if update.checkpointing else self.student.layers
+            blocks = max(1, self.student.layers - update.recomputed(self.student.layers))
             extra["autocast's copies of weights"] = (
                 blocks * self.student.block_parameters * self.computed
             )
@@ -466,6 +467,11 @@ def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
     }
     names = list(sizes) if lora.target_modules == "all-linear" else lora.target_modules
     return shape.layers * (lora.rank or 0) * sum(sizes.get(name, 0) for name in names)
+
+
+def recomputed_blocks(option: Checkpointing) -> bool | int:
+    """Return what `Update.checkpointing` is for an option; for ``auto`` the least memory."""
+    return True if option == "auto" else option
 
 
 def gib(size: float) -> str:

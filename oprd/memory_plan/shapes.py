@@ -107,7 +107,8 @@ class Update:
         tokens: T.
         rows: M, the supervised rows.
         dtype_bytes: e.
-        checkpointing: activations of each block are recomputed in its backward.
+        checkpointing: activations of each block are recomputed in its backward; a number: those of
+            the first so many blocks.
         chunk: number of rows per chunk in the chunked losses.
         k: number of tokens in the top-k losses.
         widen_head: the chunked losses make float32 copies of narrower heads' weights (on a CPU).
@@ -125,7 +126,7 @@ class Update:
     tokens: int
     rows: int
     dtype_bytes: int = FLOAT32
-    checkpointing: bool = True
+    checkpointing: bool | int = True
     chunk: int = 256
     k: int = 16
     widen_head: bool = True
@@ -135,6 +136,10 @@ class Update:
     stream_bytes: int | None = None
     span: int = 0
     eager: bool = False
+
+    def recomputed(self, layers: int) -> int:
+        """The number of blocks, of ``layers``, whose activations are recomputed."""
+        return layers if self.checkpointing is True else min(self.checkpointing, layers)
 
     @property
     def gathered(self) -> int:

@@ -81,17 +81,19 @@ def _stored(chosen: Objective, shape: Shape, update: Update) -> dict[str, int]:
     """Return the memory that the forward leaves for the backward."""
     n, d, layers, e = update.all_tokens, shape.d, shape.layers, update.stream
     terms = {"final norm": n * (FLOAT32 * d + e * d + FLOAT32), "final states": n * d * e}
-    if update.checkpointing:
-        terms["checkpoints"] = layers * n * d * e
+    recomputed = update.recomputed(layers)
+    kept = layers - recomputed
+    if recomputed:
+        terms["checkpoints"] = recomputed * n * d * e
         if update.span:
             terms["attention mask"] = n * update.span * (update.dtype_bytes if update.eager else 1)
-    else:
-        terms["activations"] = layers * n * shape.block_activations(update)
+    if kept:
+        terms["activations"] = kept * n * shape.block_activations(update)
     if chosen.taps == "all":
         terms["rep rows' statistics"] = layers * update.rows * 16
-        if e < FLOAT32 and not update.checkpointing:
+        if e < FLOAT32 and kept:
             # The block outputs. In float32, the next norm or the checkpoints keep them anyway.
-            terms["states at the taps"] = (layers - 1) * n * d * e
+            terms["states at the taps"] = min(kept, layers - 1) * n * d * e
     return terms
 
 
@@ -127,7 +129,8 @@ def _left_to_blocks(chosen: Objective, stored: dict[str, int]) -> dict[str, int]
 
 def _blocks_backward(left: dict[str, int], shape: Shape, update: Update) -> Iterator[Moment]:
     """Yield the moments of the backward of the last blocks, which has ``left`` beside it."""
-    yield Moment("backward of a block", left | _block_backward(shape, update))
+    all_recomputed = update.recomputed(shape.layers) == shape.layers
+    yield Moment("backward of a block", left | _block_backward(shape, update, all_recomputed))
     if update.shards > 1:
         yield from _reduced_blocks(shape, update, left)
 
@@ -154,7 +157,7 @@ def _root_backward(
         yield Moment("reduce-scatter of the root", reduced)
 
 
-def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
+def _block_backward(shape: Shape, update: Update, is_recomputed: bool) -> dict[str, int]:
     """Return the additional memory in the backward of one block, which peaks in its MLP."""
     n, e, d, wide = update.all_tokens, update.dtype_bytes, shape.d, shape.intermediate
     # The peak is either at the product of gate and up (three gradients, the down projection's input
@@ -163,7 +166,7 @@ def _block_backward(shape: Shape, update: Update) -> dict[str, int]:
         "gradients in the MLP": max(2 * n * wide * e, n * wide * e + d * wide * e),
         "gradient of states": 2 * n * d * update.stream,
     }
-    if update.checkpointing:
+    if is_recomputed:
         terms["recomputed activations"] = n * shape.block_activations(update)
     return terms | _gathered_block(shape, update)
 
@@ -173,9 +176,12 @@ def _reduced_blocks(shape: Shape, update: Update, left: dict[str, int]) -> list[
 
     The backward of the block before it still holds the buffer that was sent.
     """
-    per_layer = {"checkpoints", "activations", "states at the taps"}
+    kept = shape.layers - update.recomputed(shape.layers)
+    of_blocks = dict.fromkeys(("activations", "states at the taps"), kept)
+    if not kept:
+        of_blocks["checkpoints"] = shape.layers
     left = {
-        name: size * (shape.layers - 1) // shape.layers if name in per_layer else size
+        name: size * (of_blocks[name] - 1) // of_blocks[name] if name in of_blocks else size
         for name, size in left.items()
     }
     size, name = shape.block_parameters, "block's gradients in reduce-scatter"
@@ -188,7 +194,7 @@ def _reduced_blocks(shape: Shape, update: Update, left: dict[str, int]) -> list[
     if shape.layers > 1:
         down = shape.d * shape.intermediate * update.gathered
         held = {name: size * update.reduced_bytes, "down projection's weight gradient": down}
-        block = _block_backward(shape, update)
+        block = _block_backward(shape, update, kept <= 1)
         peaks.append(Moment("backward of the next block", left | block | held))
     return peaks
 

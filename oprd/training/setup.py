@@ -21,6 +21,7 @@ from oprd.models.decoder import find_decoder
 from oprd.models.lm_head import LMHead, copy_lm_head
 from oprd.models.loading import empty_model, load_model, switch_off_dropout, teacher_path
 from oprd.models.lora import add_adapter
+from oprd.models.recompute import recompute_blocks
 from oprd.models.without_adapter import WithoutAdapter
 
 
@@ -30,8 +31,14 @@ class Builder:
     Under FSDP2 only rank 0 reads weights; it sends the other ranks their shards.
     """
 
-    def __init__(self, cfg: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, cfg: TrainConfig, device: torch.device, recomputed: bool | int = False
+    ) -> None:
         """Load the student and its teachers.
+
+        Args:
+            recomputed: the number of the student's blocks whose activations are recomputed, see
+                `oprd.models.recompute.recompute_blocks`.
 
         Raises:
             ConfigError: if a model can't be loaded, see `oprd.models.loading.load_model`.
@@ -45,8 +52,7 @@ class Builder:
         self.teachers = self._load_teachers()
         if cfg.distill.init_head_from_teacher:
             copy_lm_head(next(iter(self.teachers.values())), self.student)
-        if cfg.student.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        self.recomputed = recompute_blocks(self.student, recomputed)
         if cfg.student.compile:
             compile_layers(self.student)
         if self.mesh is not None:

@@ -42,6 +42,7 @@ from oprd.training.loss_watchdog import Alarm, Watchdog
 from oprd.training.optimizer import fast_forward
 from oprd.training.overview import overview
 from oprd.training.preflight import output_dir, preflight
+from oprd.training.recompute import choose_blocks
 from oprd.training.setup import Builder
 from oprd.training.update import NotFinite, StudentUpdate
 
@@ -199,8 +200,11 @@ class Trainer:
 
     def _load(self) -> None:
         cfg = self.cfg
+        recomputed, notes = choose_blocks(cfg, self.device, self.inputs.bridge_ranks)
+        for note in notes:
+            logger.info(f"note: {note}")
         with self.timer("loading"):
-            builder = Builder(cfg, self.device)
+            builder = Builder(cfg, self.device, recomputed)
         self.student = builder.student
         check_space(cfg, self.directory, self.student)
         for name in cfg.all_teachers if cfg.eval.teacher else ():
@@ -223,6 +227,7 @@ class Trainer:
             self.student,
             objectives,
             sharded=builder.mesh is not None,
+            recomputed=builder.recomputed,
             timer=self.timer,
             autocast=self._autocast,
             directory=self.directory,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from oprd.config import TrainConfig
 from oprd.data.rollout import Rollout, rollout_metrics
 from oprd.distill.objectives import Objectives, StudentPass
 from oprd.distributed.fsdp import clip_gradients
+from oprd.models.recompute import recompute_blocks
 from oprd.observability.memory import PeakMemory
 from oprd.observability.timer import PhaseTimer
 from oprd.training.batches import GlobalBatch, global_batch
@@ -31,7 +33,10 @@ from oprd.training.metrics import (
     time_metrics,
 )
 from oprd.training.optimizer import all_finite, make_optimizer
+from oprd.training.recompute import is_out_of_memory
 from oprd.training.rounding import UpdateWatch
+
+logger = logging.getLogger(__name__)
 
 SAMPLED = 256
 """Positions of a rank's first micro-batch that diagnostics look at."""
@@ -60,6 +65,7 @@ class StudentUpdate:
         objectives: Objectives,
         *,
         sharded: bool,
+        recomputed: int,
         timer: PhaseTimer,
         autocast: Callable[[], AbstractContextManager],
         directory: Path,
@@ -68,11 +74,12 @@ class StudentUpdate:
         """
         Args:
             sharded: whether FSDP2 sums the gradients over ranks.
+            recomputed: the number of the student's blocks whose activations are recomputed.
             directory: where the rollouts of a loss that is not finite are kept.
         """
         assert inputs.tokenizer is not None
         self.cfg, self.inputs, self.student = cfg, inputs, student
-        self.objectives, self.sharded = objectives, sharded
+        self.objectives, self.sharded, self.recomputed = objectives, sharded, recomputed
         self.timer, self.autocast = timer, autocast
         self.directory, self.device = directory, device
         self.pad = inputs.tokenizer.pad_token_id
@@ -94,8 +101,7 @@ class StudentUpdate:
         )
         every = cfg.logging.diagnostics_every
         is_due = bool(every) and step % every == 0
-        self.student.train()
-        outputs, peaks, metrics = self._backward(work, SAMPLED if is_due else 0)
+        outputs, peaks, metrics = self._backward_in_memory(work, SAMPLED if is_due else 0)
         metrics |= work.metrics
         if not self.sharded:
             with self.timer("student update"):
@@ -120,6 +126,32 @@ class StudentUpdate:
         metrics |= time_metrics(self.timer.take_step(), metrics["rollout/tokens"])
         metrics |= memory_metrics([*peaks, peak], device)
         return metrics | self._rep_metrics(outputs, layer_losses)
+
+    def _backward_in_memory(
+        self, work: GlobalBatch, sampled: int
+    ) -> tuple[list[StudentPass], list[PeakMemory], dict[str, Any]]:
+        """Run `_backward`; if ``gradient_checkpointing`` is ``auto``, recompute more if it fails.
+
+        Several ranks do not try again: those whose allocations succeed would wait for the others.
+        """
+        layers = self.objectives.decoder.num_layers
+        while True:
+            self.student.train()
+            try:
+                return self._backward(work, sampled)
+            except RuntimeError as error:
+                may = self.cfg.student.gradient_checkpointing == "auto" and self.recomputed < layers
+                if not (may and distributed.world_size() == 1 and is_out_of_memory(error)):
+                    raise
+            # Not above, where the exception still holds the activations.
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            more = self.recomputed + (layers - self.recomputed + 1) // 2
+            self.recomputed = recompute_blocks(self.student, more)
+            logger.warning(
+                f"an allocation failed: {more} of {layers} blocks are recomputed from now on"
+            )
 
     def _backward(
         self, work: GlobalBatch, sampled: int

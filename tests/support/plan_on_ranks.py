@@ -38,6 +38,7 @@ TABLES = BLOCKS | {"layers": 2, "vocab": 20000}
 CASES: dict[str, dict[str, Any]] = {
     "oprd": {},
     "checkpointing": {"student__gradient_checkpointing": True},
+    "partly": {"student__gradient_checkpointing": 2},
     "full": {"objectives": {"opd_full": 1.0}, "sizes": TABLES},
     "materialised": {"objectives": {"opd_top1": 1.0}, "opd__implementation": "materialised",
                      "sizes": TABLES, "tied": False},

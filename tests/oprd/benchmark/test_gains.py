@@ -19,6 +19,7 @@ from oprd.errors import ConfigError
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape, Update
 from oprd.memory_plan.update import predict
+from oprd.models.recompute import recompute_blocks
 from oprd.observability.memory import GIB, freed_at_once
 
 TINY_FLAGS = """--d 32 --layers 3 --heads 4 --kv_heads 2 --intermediate 48 --vocab 80 --batch 2
@@ -121,6 +122,9 @@ def plain_loss(actor, objective):
         return (log_p.exp() * (log_p - log_q)).sum() / len(rows)
     at = actor.sampled[:, None] if form == "top1" else log_p.topk(4).indices
     log_p, log_q = log_p.gather(-1, at), log_q.gather(-1, at)
+    if "_set_" in objective:  # both renormalised
+        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum() / len(rows)
     weight = log_p.detach().softmax(-1)
     return (weight * (log_p - log_q).detach() * log_p).sum() / len(rows)
 
@@ -134,8 +138,7 @@ def test_gradients_are_those_of_the_definition(objective, checkpointing):
     plain_loss(actor, objective).backward()
     expected = [p.grad.clone() for p in student.parameters()]
     assert any(g.abs().max() > 0 for g in expected)
-    if checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_blocks(student, checkpointing)
     actor.zero_gradients()
     with actor.prepared(objective) as run:
         run(Laps(actor.device))
@@ -202,12 +205,14 @@ LOGITS = dict(zip(FIELDS, (64, 2, 4, 2, 128, 40000), strict=True))
 BLOCKS = dict(zip(FIELDS, (512, 3, 8, 2, 1536, 500), strict=True))
 TABLES = dict(zip(FIELDS, (512, 2, 8, 2, 512, 60000), strict=True))
 BY_LOGITS = ("opd_top1", "opd_topk", "opd_full", "opd_top1_chunked", "opd_topk_chunked",
-             "opd_full_chunked", "logprob")  # fmt: skip
+             "opd_topk_set_chunked", "opd_full_chunked", "logprob")  # fmt: skip
 CASES = [
     *((LOGITS, tied, torch.float32, True, name) for tied in (True, False) for name in BY_LOGITS),
     *((LOGITS, True, torch.bfloat16, True, name) for name in BY_LOGITS),
     *((BLOCKS, True, dtype, checkpointing, name) for dtype in (torch.float32, torch.bfloat16)
       for checkpointing in (True, False) for name in ("backbone", "oprd", "bridge")),
+    *((BLOCKS, True, torch.float32, blocks, "oprd") for blocks in (1, 2)),
+    (BLOCKS, True, torch.bfloat16, 1, "oprd"),
     *((TABLES, True, torch.float32, True, name)
       for name in ("backbone", "oprd", "opd_top1", "opd_top1_chunked")),
 ]  # fmt: skip
@@ -228,8 +233,7 @@ def test_planner_predicts_what_tensors_take(sizes, tied, dtype, checkpointing, o
     student = model(**sizes, tied=tied, dtype=dtype)
     batch, tokens = (2, 512) if sizes is BLOCKS else (2, 160)
     actor = ActorUpdate(student, batch=batch, tokens=tokens, prompt=16, chunk=64)
-    if checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_blocks(student, checkpointing)
     actor.zero_gradients()
     with actor.prepared(objective) as update:
         measured = tensor_peak(lambda: update(Laps(actor.device)))

@@ -146,7 +146,7 @@ def test_advice_is_followed_by_a_run_that_fits():
     cfg = recipe()
     cfg.student.gradient_checkpointing = False
     said = advice(cfg, PAPER_SHAPE, {"": PAPER_SHAPE}, 8, 60 * GIB)
-    assert (fits(cfg, 60), said) == (False, "set student.gradient_checkpointing")
+    assert (fits(cfg, 60), said) == (False, "set student.gradient_checkpointing to true or auto")
 
     cfg = recipe()
     cfg.rollout.prompts_per_step = 8 * 4096

@@ -114,7 +114,7 @@ PAPER = {
     "dtype": "bfloat16",
     "gradient_checkpointing": "on",
     "rounds": 3,
-    "objectives": "[backbone,oprd,bridge,opd_topk,opd_topk_chunked]",
+    "objectives": "[backbone,oprd,bridge,opd_topk,opd_topk_chunked,opd_topk_set_chunked]",
 }
 """Of `oprd-gains`: Qwen2's shape in the paper."""
 

@@ -55,9 +55,7 @@ PLANNER_OBJECTIVES = {
     "opd_full": Objective("OPD full, materialised", loss="full"),
     "opd_top1_chunked": Objective("OPD top-1, chunked", loss="top1", is_chunked=True),
     "opd_topk_chunked": Objective("OPD top-k, chunked", loss="topk", is_chunked=True),
-    "opd_topk_set_chunked": Objective(
-        "OPD top-k renormalised, chunked", loss="topk_set", is_chunked=True
-    ),
+    "opd_topk_set_chunked": Objective("OPD top-k set, chunked", loss="topk_set", is_chunked=True),
     "opd_full_chunked": Objective("OPD full, chunked", loss="full", is_chunked=True),
     "logprob": Objective("log-prob forward", has_backward=False),
 }

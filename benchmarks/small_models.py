@@ -111,7 +111,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {}, "head_dim": 16},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
-    "longcat_flash": {"num_layers": 2},
+    "longcat_flash": {"num_layers": LAYERS, "zero_expert_num": 0},  # or ranks use no expert
     "mllama_text_model": {"cross_attention_layers": []},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "roc_bert": {"pronunciation_vocab_size": 40, "shape_vocab_size": 40},

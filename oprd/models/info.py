@@ -23,7 +23,9 @@ def model_info(
         ConfigError: if the configuration does not say how many layers of which width there are.
     """
     text = config.get_text_config()
-    width, layers = (getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    # LongCat's blocks have two attentions, and its num_hidden_layers counts these.
+    layers_name = "num_layers" if text.model_type == "longcat_flash" else "num_hidden_layers"
+    width, layers = (getattr(text, name, None) for name in ("hidden_size", layers_name))
     if width is None or layers is None:
         raise ConfigError(
             f"{path or 'the model'}: a configuration of type {text.model_type} has no hidden_size "

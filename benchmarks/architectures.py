@@ -132,7 +132,7 @@ def _built(config: PretrainedConfig, results: Connection) -> None:
     except Exception as error:
         return results.send(("not_built", _described(error)))
     try:
-        model(input_ids=torch.ones(1, 8, dtype=torch.long))
+        model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)
     except Exception as error:
         return results.send(("not_built", f"it can't run on token ids alone: {_described(error)}"))
     results.send(("cls", type(model).__name__))

@@ -25,10 +25,10 @@ program; nothing in it is filled in by hand:
 {commands}
 ```
 
-The runs behind this page: {versions}, on a CPU. Their weights are random and their size is small,
-so the page says that the parts fit together and that the numbers are right. It does not say how
-well a real model learns. (Phi-3.5-MoE, `phimoe`, draws experts at random in training; it is
-compared in evaluation mode.)
+The runs behind this page: {versions}, on a CPU.
+Their weights are random and their size is small, so the page says that the parts fit together and
+that the numbers are right. It does not say how well a real model learns. (Phi-3.5-MoE, `phimoe`,
+draws experts at random in training; it is compared in evaluation mode.)
 
 ## What a column means
 
@@ -74,8 +74,10 @@ def cell(text: str, notes: dict[str, int]) -> str:
     if kind == "works" and rest:
         word, _, rest = rest.partition(": ")
         short = {"kept whole": "whole", "materialised only": "materialised"}.get(word)
-        if short is None:
-            short, rest = ("none", "") if word == "transformers has none" else ("unchecked", word)
+        if short is None and word == "transformers has none":
+            short, rest = "none", ""
+        elif short is None:
+            short, rest = "works" if word.startswith("its files") else "unchecked", word
         rest = reason(rest) if rest else ""
         return f"{short} [{notes.setdefault(rest, len(notes) + 1)}]" if rest else short
     if kind == "works":

@@ -98,7 +98,10 @@ class _Run:
 
     def _task(self, subject: Subject, found: EvalSet) -> Task:
         """Read a set for a model, and choose how long responses may be."""
-        prompts = read_set(found, self.cfg, self.tokenizers[subject.label])
+        loaded = read_set(found, self.cfg, self.tokenizers[subject.label])
+        for message in loaded.lost:
+            logger.warning(f"{subject.label}, {found.name}: {message}")
+        prompts = loaded.prompts
         longest = max(len(p.token_ids) for p in prompts)
         room = positions_of(subject.config().get_text_config())
         left = MAX_NEW_TOKENS if room is None else room - longest

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.config import DataConfig, PromptsConfig
 from oprd.data import reasoning_gym
-from oprd.data.prompts import Prompt, load_prompts, load_rows
+from oprd.data.prompts import PromptSet, load_prompts, load_rows
 from oprd.errors import ConfigError
 from oprd.evaluation.config import EvalRunConfig
 
@@ -144,9 +144,7 @@ def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     return None
 
 
-def read_set(
-    found: EvalSet, cfg: EvalRunConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Prompt]:
+def read_set(found: EvalSet, cfg: EvalRunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Load a set in a model's tokens.
 
     Raises:
@@ -162,4 +160,4 @@ def read_set(
         max_prompt_tokens=2**31,
     )
     answers = found.grader is not None
-    return load_prompts(found.source, data, tokenizer, for_evaluation=answers).prompts
+    return load_prompts(found.source, data, tokenizer, for_evaluation=answers)

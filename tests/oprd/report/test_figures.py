@@ -11,7 +11,8 @@ import pytest
 from oprd.report.chart import binned, spread
 from oprd.report.collect import collect
 from oprd.report.figures import figures
-from oprd.report.results import finals, interval, over_seeds, wilson
+from oprd.report.intervals import interval, over_seeds, wilson
+from oprd.report.results import finals
 
 
 @pytest.fixture

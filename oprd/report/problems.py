@@ -27,7 +27,10 @@ CHUNK = 100
 PREVIEW = 110
 """Characters of a prompt in the list of problems."""
 
-_TAG = re.compile(r"<\|[^|<>]*\|>|</?s>|<bos>")
+_TAG = re.compile(
+    r"<\|im_start\|>\w*|<\|start_header_id\|>\w*<\|end_header_id\|>|<\|[^|<>]*\|>|</?s>"
+)
+"""What chat templates write around messages."""
 
 
 @dataclass

@@ -39,6 +39,7 @@ from oprd.evaluation.sampling import Sampler, Task
 from oprd.evaluation.sets import EvalSet, find_sets, read_set
 from oprd.evaluation.store import Store
 from oprd.evaluation.subjects import Subject, find_subjects, folder
+from oprd.evaluation.trained import follow, trained
 from oprd.models.compatibility import check_vocabularies, positions_of
 from oprd.models.weights import full_weights
 
@@ -71,9 +72,10 @@ class _Run:
     """An evaluation whose inputs have been checked."""
 
     def __init__(self, cfg: EvalRunConfig) -> None:
-        self.cfg = cfg
         self.subjects = find_subjects(cfg.models, cfg.best)
-        self.sets = find_sets(cfg)
+        runs = trained(self.subjects)
+        self.cfg = cfg = follow(cfg, runs)
+        self.sets = find_sets(cfg, runs)
         if bare := [s.name for s in self.sets if s.grader is None and cfg.teacher is None]:
             raise ConfigError(
                 f"the set {', '.join(bare)} has no answers, so there is nothing to grade: name the "
@@ -135,6 +137,7 @@ class _Run:
         names = ("samples", "temperature", "top_p", "seed")
         sampling = {name: getattr(cfg, name) for name in names}
         sampling |= {"dtype": self.dtype, "with teacher": cfg.teacher is not None}
+        sampling["chat_template"] = cfg.chat_template or "if there is one"
         return {
             "version": oprd.__version__,
             "sampling": sampling,

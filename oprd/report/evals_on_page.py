@@ -93,6 +93,8 @@ def settings(collection: Collection) -> Table:
 
 
 def _text(value: Any) -> str:
+    if value == "":
+        return "(none)"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

@@ -56,7 +56,8 @@ def interval(
     if len(grades) > 1 and math.isnan(error):
         error = statistics.stdev(grades) / math.sqrt(len(grades))
     one_sample = result.get("samples") == 1 and 0 <= share <= 1
-    if one_sample and count > 0:
+    without_spread = error == 0 and share in (0, 1)  # no mistake yet is not: none ever
+    if (one_sample or without_spread) and count > 0:
         return *wilson(share, count), f"{short(count)} problems (Wilson)"
     if error >= 0:
         over = f"{short(count)} problems" if count > 0 else "problems"

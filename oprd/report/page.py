@@ -124,10 +124,11 @@ def page(
 def _title(labels: Sequence[str], runs: int, models: int) -> str:
     if 0 < len(labels) < 4:
         return f"Report: {', '.join(dict.fromkeys(labels))}"
-    evaluated = f"{models} evaluated models"
+    evaluated = "1 evaluated model" if models == 1 else f"{models} evaluated models"
+    trained = "1 run" if runs == 1 else f"{runs} runs"
     if models:
-        return f"Report of {runs} runs and {evaluated}" if runs else f"Report of {evaluated}"
-    return f"Report of {runs} runs"
+        return f"Report of {trained} and {evaluated}" if runs else f"Report of {evaluated}"
+    return f"Report of {trained}"
 
 
 def _slug(name: str) -> str:

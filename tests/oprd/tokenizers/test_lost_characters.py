@@ -6,9 +6,13 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from oprd.config import DataConfig, PromptsConfig
+from oprd.config import DataConfig, EvalConfig, EvalSetConfig, PromptsConfig, TrainConfig
 from oprd.data.prompts import load_prompts
+from oprd.demo.task import make_tokenizer
+from oprd.evaluation import run
+from oprd.evaluation.config import EvalRunConfig
 from oprd.tokenizers.lost_characters import LostCharacters
+from oprd.training.inputs import RunInputs, load_inputs
 from tests.support.bytes_model import bytes_tokenizer
 
 LETTERS = {letter: i for i, letter in enumerate("ab c\u00e9")}
@@ -107,3 +111,32 @@ def test_what_the_teacher_is_told_is_looked_at_too(load):
     (message,) = load(rows, teacher_prompt="{prompt} {answer}").lost
     assert message.startswith("1 of 2 teacher's prompts have characters")
     assert load(rows, teacher_prompt="{prompt} {answer}", other=True).lost == ()
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """Sums that the demo's tokenizer knows, but for one."""
+    file = tmp_path / "sums.jsonl"
+    rows = [{"prompt": p, "answer": "3"} for p in ("100+200=", "100 plus 200=", "300+200=")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+SAID = "1 of 3 prompts have characters that the tokenizer does not know and reads as its unknown"
+
+
+def test_training_says_so_before_it_begins(sums):
+    source = EvalSetConfig(sums)
+    cfg = TrainConfig(data=DataConfig(train=PromptsConfig(sums)), eval=EvalConfig({"val": source}))
+    inputs = RunInputs(tokenizer=make_tokenizer())
+    load_inputs(cfg, inputs, lambda load: load())
+    said = [note for note in inputs.notes if SAID in note]
+    assert [note.partition(":")[0] for note in said] == ["data.train", "val"]
+
+
+def test_an_evaluation_says_so_too(sums, tmp_path, caplog):
+    options = {"models": ["demo:student"], "sets": [sums], "prompt_suffix": ""}
+    with caplog.at_level("WARNING", logger="oprd"):
+        run._Run(EvalRunConfig(**options, output_dir=str(tmp_path / "out")))
+    assert f"demo:student, sums: {SAID}" in caplog.text
+    assert "sums.jsonl:2, '100 plus 200='" in caplog.text

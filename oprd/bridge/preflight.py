@@ -162,6 +162,7 @@ def _check_shapes(cfg: FitConfig, checked: Checked) -> None:
 
 
 def _choose_prompts(cfg: FitConfig, checked: Checked, prompts: PromptSet) -> None:
+    checked.notes += prompts.lost
     if prompts.dropped:
         checked.notes.append(
             f"{prompts.dropped} prompts dropped, longer than {cfg.data.max_prompt_tokens} tokens"

@@ -40,8 +40,8 @@ def make_parser() -> Parser:
         nargs="+",
         type=str,
         default=[],
-        help="aime24, aime25, aimo, math500, gsm8k, demo, a file, a hub data set or "
-        "reasoning_gym:TASK",
+        help="aime24, aime25, aimo, math500, gsm8k, demo, a file, a hub data set, "
+        "reasoning_gym:TASK, or the name of one in eval.sets of a run among the models",
     )
     parser.add_class_arguments(EvalRunConfig, None, skip={"models", "sets"})
     return parser

@@ -1,8 +1,9 @@
-"""``oprd-report``: show runs as one HTML page and as PNGs.
+"""``oprd-report``: show runs and evaluations as one HTML page and as PNGs.
 
 oprd-report runs/demo                           # report/index.html and report/*.png
 oprd-report runs/compare --output_dir out       # all runs of a comparison, seeds joined
 oprd-report runs/a runs/b sweep                 # several; sweep is of oprd-bridge sweep
+oprd-report runs/demo runs/eval                 # with what oprd-eval wrote, problem by problem
 oprd-report runs/demo --watch                   # follows a run that is going on
 """
 
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN",
-        help="a run, an oprd-compare or oprd-bridge sweep directory, or a directory of such",
+        help="a run, a directory of oprd-eval, oprd-compare or oprd-bridge sweep, or a directory\n"
+        "of such",
     )  # fmt: skip
     parser.add_argument(
         "--output_dir", type=Path, default=Path("report"), help="default: %(default)s"

@@ -103,6 +103,12 @@ def encode_prompt(
         ) from error
 
 
+def texts_of(prompt: Any, cfg: DataConfig) -> list[str]:
+    """Return the texts of a prompt that `encode_prompt` accepts: one, or those of its messages."""
+    prompt = with_suffix(prompt, cfg.prompt_suffix)
+    return [prompt] if isinstance(prompt, str) else [str(m["content"]) for m in prompt]
+
+
 def as_question(chat: list[Any], where: str) -> list[dict[str, str]]:
     """Return the messages of a chat up to the last one that is not the assistant's.
 

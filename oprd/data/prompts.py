@@ -14,9 +14,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from oprd.config import DataConfig, PromptsConfig
-from oprd.data.chat import as_question, encode_prompt, end_of_turn, uses_template
+from oprd.data.chat import (
+    as_question,
+    encode_prompt,
+    end_of_turn,
+    texts_of,
+    uses_template,
+)
 from oprd.data.rows import load_rows
 from oprd.errors import ConfigError
+from oprd.tokenizers.lost_characters import LossCount
 
 Tokenizers = Mapping[str, PreTrainedTokenizerBase]
 NO_TOKENIZERS: Tokenizers = MappingProxyType({})
@@ -52,12 +59,14 @@ class PromptSet:
         dropped: number of prompts dropped because they are too long.
         repeated: number of prompts dropped because they are duplicates.
         plain: number of prompts that the student reads as plain text, without a chat template.
+        lost: a message about characters that a tokenizer does not know, for each such tokenizer.
     """
 
     prompts: list[Prompt]
     dropped: int
     repeated: int
     plain: int = 0
+    lost: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -149,7 +158,8 @@ def load_prompts(
             f"{cfg.teacher_prompt_limit} tokens. Raise data.max_prompt_tokens or "
             "data.max_teacher_prompt_tokens"
         )
-    return PromptSet(prompts, dropped, read.count(_LeftOut.REPEATED), reader.plain)
+    repeated = read.count(_LeftOut.REPEATED)
+    return PromptSet(prompts, dropped, repeated, reader.plain, reader.lost)
 
 
 def final_answer(text: str) -> str:
@@ -195,6 +205,15 @@ class _Reader:
         }
         self.seen: set[str] = set()
         self.plain = 0
+        self.own_losses = LossCount(tokenizer, "prompts")
+        keys = {"": tokenizer} | dict(teacher_tokenizers)
+        self.losses = {key: LossCount(t, "teacher's prompts") for key, t in keys.items()}
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """`PromptSet.lost` of what was read."""
+        found = (loss.message for loss in (self.own_losses, *self.losses.values()))
+        return tuple(dict.fromkeys(message for message in found if message))
 
     def read(self, row: dict[str, Any], where: str) -> Prompt | _LeftOut:
         """Turn a row into a prompt, or say why it is left out.
@@ -211,6 +230,7 @@ class _Reader:
         if isinstance(prompt, list):
             prompt = as_question(prompt, where)
         token_ids = encode_prompt(prompt, self.tokenizer, self.cfg, where)
+        self.own_losses.add(texts_of(prompt, self.cfg), where)
         if not token_ids:
             raise ConfigError(f"{where}: the prompt has no tokens")
         answer = None
@@ -244,6 +264,7 @@ class _Reader:
             return None, None
         to_read = prompt if template is None else privileged(prompt, template, row, where)
         ids = encode_prompt(to_read, own_tokenizer or self.tokenizer, self.cfg, where, "teacher")
+        self.losses[key].add(texts_of(to_read, self.cfg), where)
         if own_tokenizer is None:
             return ids, None
         if uses_template(prompt, self.cfg):
@@ -295,4 +316,5 @@ def load_training_prompts(
         sum(s.dropped for s in sets),
         sum(s.repeated for s in sets),
         sum(s.plain for s in sets),
+        tuple(message for s in sets for message in s.lost),
     )

@@ -21,12 +21,16 @@ def _engine_alone() -> VllmConfig:
 class EvalRunConfig:
     """The configuration of ``oprd-eval``. Sampling is the paper's by default.
 
+    In training, ``eval.*`` samples one greedy response by default, to be cheap; here the defaults
+    are those that results are published with.
+
     Attributes:
         models: the models: a run's directory, one of its checkpoints, an exported student, another
             local model, or a hub name; ``NAME=PATH`` gives it a name. The first is what the others
             are compared with.
         sets: the sets: aime24, aime25, aimo, math500, gsm8k, demo; a ``.jsonl``, ``.json`` or
-            ``.parquet`` file in a published layout, a hub data set, or ``reasoning_gym:TASK``.
+            ``.parquet`` file in a published layout, a hub data set, ``reasoning_gym:TASK``, or the
+            name of one in ``eval.sets`` of a run among the models.
         own_sets: further sets by name, with their fields.
         output_dir: directory for samples and results; null: ``runs/eval-<time>``. An evaluation
             that was interrupted goes on in its directory.
@@ -38,12 +42,18 @@ class EvalRunConfig:
             context leaves.
         limit: number of prompts to use of each set, from the first; null: all.
         grader: ``math`` (mathematical equality of the last boxed answer), ``exact`` (equal text) or
-            ``auto`` (the set's own).
+            ``auto``: the ``eval.grader`` of a run among the models, for a set that it was evaluated
+            on; else the set's own. That is ``math`` for all but the demo, while training's default
+            is ``exact``, for which the published answers are no match.
         prompt_suffix: text that is appended to each prompt, unless it is there already; null: the
-            set's own.
-        chat_template: ``auto``: use the tokenizer's chat template if it has one. ``always``,
-            ``never``: as in ``data.chat_template``.
-        chat_template_kwargs: arguments of the chat template, e.g. ``{enable_thinking: false}``.
+            ``data.prompt_suffix`` of a run among the models; without one, the set's own. That asks
+            for a box, which ``math`` needs, while training appends nothing by default, to leave
+            prompts of one's own as they are.
+        chat_template: ``auto``, ``always`` or ``never``, as ``data.chat_template``; null: as a run
+            among the models has it; without a run, ``always`` if the tokenizer has a chat template,
+            because published sets are plain text and an instruct model answers a user.
+        chat_template_kwargs: arguments of the chat template, e.g. ``{enable_thinking: false}``;
+            null: those of a run among the models.
         seed: seed of the sampling.
         engine: ``generate``: Hugging Face's `generate`; ``vllm``: vLLM.
         batch_size: number of sequences sampled at once, and kept if the evaluation is interrupted
@@ -73,8 +83,8 @@ class EvalRunConfig:
     limit: int | None = None
     grader: Literal["auto", "math", "exact"] = "auto"
     prompt_suffix: str | None = None
-    chat_template: Literal["auto", "always", "never"] = "auto"
-    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    chat_template: Literal["auto", "always", "never"] | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     seed: int = 0
     engine: Literal["generate", "vllm"] = "generate"
     batch_size: int | None = None

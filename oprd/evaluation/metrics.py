@@ -145,6 +145,24 @@ def paired(first: Mapping[Any, float], second: Mapping[Any, float]) -> Differenc
     return Difference(mean, low, high, better, worse, n)
 
 
+def over_sets(differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of the differences on S sets. Its variance is the mean of theirs over S.
+
+    Args:
+        differences: of one model: the values of `Difference`, "baseline" and "model".
+    """
+    errors = [(d["high"] - d["mean"]) / t_quantile(d["problems"] - 1) for d in differences]
+    mean, count = fmean(d["mean"] for d in differences), len(differences)
+    problems = sum(d["problems"] for d in differences)
+    half = t_quantile(problems - count) * sqrt(sum(e * e for e in errors)) / count
+    sums = {name: sum(d[name] for d in differences) for name in ("better", "worse", "problems")}
+    return {
+        **{"set": "mean of sets", "baseline": differences[0]["baseline"]},
+        **{"model": differences[0]["model"], "mean": mean, "low": mean - half, "high": mean + half},
+        **sums,
+    }
+
+
 @lru_cache
 def t_quantile(freedom: int, confidence: float = 0.95) -> float:
     """Return t with P(|T| <= t) = ``confidence`` for Student's t distribution."""

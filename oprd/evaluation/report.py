@@ -1,20 +1,16 @@
-"""Results of ``oprd-eval``: the file, and tables of 80 columns."""
+"""Results of ``oprd-eval``: the file, and tables for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
-from statistics import fmean
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from oprd.evaluation.evaluate import Sample, scored
-from oprd.evaluation.metrics import Scored, description, paired, result, t_quantile
+from oprd.evaluation.metrics import Scored, description, over_sets, paired, result
 from oprd.evaluation.store import Key
-
-WIDTH = 80
+from oprd.observability.console import console
+from oprd.observability.tables import TextTable
+from oprd.observability.tables import show as print_tables
 
 
 def by_problem(samples: Mapping[Key, Sample], name: str) -> dict[int, Scored]:
@@ -53,26 +49,12 @@ def comparisons(models: Mapping[str, Mapping[str, Mapping[int, Scored]]]) -> lis
                 own.append({"set": name, "baseline": baseline, "model": label} | difference)
         found += own
         if len(own) > 1 and all(d["low"] is not None for d in own):
-            found.append(_over_sets(own))
+            found.append(over_sets(own))
     return found
 
 
-def _over_sets(differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean of the sets' differences. Its variance is the mean of theirs over S."""
-    errors = [(d["high"] - d["mean"]) / t_quantile(d["problems"] - 1) for d in differences]
-    mean, count = fmean(d["mean"] for d in differences), len(differences)
-    problems = sum(d["problems"] for d in differences)
-    half = t_quantile(problems - count) * sqrt(sum(e * e for e in errors)) / count
-    sums = {name: sum(d[name] for d in differences) for name in ("better", "worse", "problems")}
-    return {
-        **{"set": "mean of sets", "baseline": differences[0]["baseline"]},
-        **{"model": differences[0]["model"], "mean": mean, "low": mean - half, "high": mean + half},
-        **sums,
-    }
-
-
-def tables(results: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of an evaluation's results, none wider than 80 columns."""
+def tables(results: Mapping[str, Any], width: int = 80) -> list[TextTable]:
+    """Return the tables of an evaluation's results, for a screen of ``width`` columns."""
     models = results["models"]
     names = list(dict.fromkeys(name for model in models.values() for name in model["sets"]))
     made = []
@@ -85,80 +67,70 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         for name, close in model.get("closeness", {}).items()
     ]:
         made.append(_closeness_table(rows, results["teacher"]))
-    if results["comparisons"]:
-        made.append(_comparison_table(results["comparisons"]))
-    return made
+    by_model: dict[str, list[Mapping[str, Any]]] = {}
+    for difference in results["comparisons"]:
+        by_model.setdefault(difference["model"], []).append(difference)
+    made += [_comparison_table(label, found) for label, found in by_model.items()]
+    return [part for table in made for part in table.parts(width)]
 
 
 def show(results: Mapping[str, Any]) -> None:
     """Print the tables."""
-    console = Console(highlight=False, width=WIDTH)
-    for table in tables(results):
-        console.print(table)
-        console.print()
+    print_tables(console, tables(results, console.width))
 
 
-def _table(title: str, columns: Sequence[str], texts: int = 1) -> Table:
-    """Return an empty table whose first columns are text, which may be cut, and others numbers."""
-    table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False, box=None)
-    for number, column in enumerate(columns):
-        if number < texts:
-            table.add_column(column, overflow="fold")
-        else:
-            table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _set_table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def _set_table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> TextTable:
     first = next(iter(rows.values()))
     n = first["samples"]
-    title = f"{name}: {first['problems']} problems x {n} samples"
     failed = {label: r["ungraded"] for label, r in rows.items() if r.get("ungraded")}
-    accuracy = [f"avg@{n} %", "±", f"best@{n}", f"all@{n}"] if "avg" in first else []
-    boxes = any(r.get("unboxed") is not None for r in rows.values())
-    table = _table(
-        title,
-        ["model", *accuracy, "dist-4g", "tokens", "cut %", *(["no box %"] if boxes else [])],
-    )
+    accuracy = [f"avg\n@{n} %", "\u00b1", f"best\n@{n}", f"all\n@{n}"] if "avg" in first else []
+    boxes = ["no\nbox %"] if any(r.get("unboxed") is not None for r in rows.values()) else []
+    lines = []
     for label, r in rows.items():
         cells = [label]
         if accuracy:
             all_right = r["pass_all"].get(str(n), r["avg"])
             cells += [_percent(x) for x in (r["avg"], r["stderr"], r["best"], all_right)]
+        cells += [_percent(r.get("unboxed"))] if boxes else []
         cells += ["-" if r["dist_4g"] is None else f"{r['dist_4g']:.1f}", f"{r['length']:,.0f}"]
-        cells += [_percent(r["truncated"])] + ([_percent(r.get("unboxed"))] if boxes else [])
-        table.add_row(*cells)
-    notes = [f"no verdict on {count} samples of {label}" for label, count in failed.items()]
-    table.caption = "; ".join(notes) or None
-    return table
+        lines.append([*cells, _percent(r["truncated"])])
+    return TextTable(
+        f"{name}: {first['problems']} problems x {n} samples",
+        ["model", *accuracy, *boxes, "dist\n-4g", "tokens", "cut\n%"],
+        lines,
+        [f"no verdict on {count} samples of {label}" for label, count in failed.items()],
+    )
 
 
-def _closeness_table(rows: Sequence[tuple[str, str, Mapping[str, Any]]], teacher: str) -> Table:
+def _closeness_table(rows: Sequence[tuple[str, str, Mapping[str, Any]]], teacher: str) -> TextTable:
     """Of models and sets: the numbers of `oprd.evaluation.closeness.Closeness`."""
-    columns = ["KL(s|t)", "KL(t|s)", "overlap %", "entropy", "teacher's", "cosine"]
-    table = _table(f"closeness to the teacher {teacher}", ["model", "set", *columns], texts=2)
-    for label, name, c in rows:
-        cosine = "-" if c["cosine"] is None else f"{c['cosine']:.4f}"
-        table.add_row(
+    heads = ["model", "set", "KL\n(s|t)", "KL\n(t|s)", "over-\nlap %", "entropy", "teacher's"]
+    lines = [
+        [
             *(label, name, f"{c['kl']:.4f}", f"{c['kl_teacher']:.4f}", _percent(c["overlap"])),
-            *(f"{c['entropy']:.3f}", f"{c['teacher_entropy']:.3f}", cosine),
-        )
-    return table
+            *(f"{c['entropy']:.3f}", f"{c['teacher_entropy']:.3f}"),
+            "-" if c["cosine"] is None else f"{c['cosine']:.4f}",
+        ]
+        for label, name, c in rows
+    ]
+    title = f"closeness to the teacher {teacher}"
+    return TextTable(title, [*heads, "cosine"], lines, left=(0, 1))
 
 
-def _comparison_table(differences: Sequence[Mapping[str, Any]]) -> Table:
-    baseline = differences[0]["baseline"]
-    columns = ["model", "set", "points", "95 % interval", "better", "worse", "problems"]
-    table = _table(f"avg@n compared with {baseline}, by problem", columns, texts=2)
-    for d in differences:
-        interval = "-"
-        if d["low"] is not None:
-            interval = f"{100 * d['low']:+.1f} .. {100 * d['high']:+.1f}"
-        table.add_row(
-            *(d["model"], d["set"], f"{100 * d['mean']:+.1f}", interval),
+def _comparison_table(label: str, differences: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Of a model and the baseline: the numbers of `oprd.evaluation.metrics.Difference`."""
+    lines = [
+        [
+            *(d["set"], f"{100 * d['mean']:+.1f}"),
+            *("-" if d[end] is None else f"{100 * d[end]:+.1f}" for end in ("low", "high")),
             *(str(d["better"]), str(d["worse"]), str(d["problems"])),
-        )
-    return table
+        ]
+        for d in differences
+    ]
+    heads = ["set", "points", "95 %\nfrom", "\nto", "better", "worse", "problems"]
+    return TextTable(
+        f"{label} against {differences[0]['baseline']}, avg@n by problem", heads, lines
+    )
 
 
 def _percent(value: float | None) -> str:

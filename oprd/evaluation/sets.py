@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from oprd.config import DataConfig, PromptsConfig
 from oprd.data import reasoning_gym
-from oprd.data.prompts import Prompt, load_prompts, load_rows
+from oprd.data.prompts import PromptSet, load_prompts, load_rows
 from oprd.errors import ConfigError
 from oprd.evaluation.config import EvalRunConfig
+from oprd.evaluation.trained import Trained, common
+
+logger = logging.getLogger(__name__)
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -53,15 +57,21 @@ BUILT_IN = {
 DEMO = EvalSet("demo", PromptsConfig("demo:test.jsonl"), suffix="", grader="exact")
 
 
-def find_sets(cfg: EvalRunConfig) -> list[EvalSet]:
+def find_sets(cfg: EvalRunConfig, runs: Sequence[Trained] = ()) -> list[EvalSet]:
     """Return the sets that a configuration names.
 
+    Args:
+        runs: the runs among the models, whose evaluation sets are known by name, and are read and
+            graded as there.
+
     Raises:
-        ConfigError: for an unknown name, two sets of one name, or a file whose layout is not known.
+        ConfigError: for an unknown name, two sets of one name, a file whose layout is not known, or
+            runs that read or grade a set in different ways.
     """
-    sets = [_find(text) for text in cfg.sets]
+    sets = [_of_runs(text, cfg, runs) or _as_trained(_find(text), cfg, runs) for text in cfg.sets]
     for name, source in cfg.own_sets.items():
-        sets.append(_with_fields(EvalSet(name, source), guess=source == PromptsConfig(source.path)))
+        own = _with_fields(EvalSet(name, source), guess=source == PromptsConfig(source.path))
+        sets.append(_as_trained(own, cfg, runs))
     names = [s.name for s in sets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -69,6 +79,31 @@ def find_sets(cfg: EvalRunConfig) -> list[EvalSet]:
             "--own_sets '{NAME: {path: FILE}}'"
         )
     return [_adjusted(s, cfg) for s in sets]
+
+
+def _of_runs(text: str, cfg: EvalRunConfig, runs: Sequence[Trained]) -> EvalSet | None:
+    """Return the set if it is one that runs were evaluated on."""
+    having = [run for run in runs if run.find(text) is not None]
+    if not having:
+        return None
+    name, source = common(having, "own_sets", lambda run: run.find(text) or ("", PromptsConfig("")))
+    given, suffix = cfg.grader, cfg.prompt_suffix
+    grader = common(having, "grader", lambda run: run.grader) if given == "auto" else given
+    if suffix is None:
+        suffix = common(having, "prompt_suffix", lambda run: run.prompt_suffix)
+    logger.info(f"{text} is read and graded as {name} by {having[0].run}: grader={grader}")
+    return EvalSet(name, source, suffix, grader)
+
+
+def _as_trained(found: EvalSet, cfg: EvalRunConfig, runs: Sequence[Trained]) -> EvalSet:
+    """Return a set that asks for a box with the runs' way of asking, if they have one."""
+    if cfg.prompt_suffix is not None or not runs or not found.suffix:
+        return found
+    return replace(found, suffix=common(runs, "prompt_suffix", _suffix) or found.suffix)
+
+
+def _suffix(run: Trained) -> str:
+    return run.prompt_suffix
 
 
 def _adjusted(found: EvalSet, cfg: EvalRunConfig) -> EvalSet:
@@ -144,22 +179,20 @@ def _first(row: Mapping[str, Any], names: Iterable[str]) -> str | None:
     return None
 
 
-def read_set(
-    found: EvalSet, cfg: EvalRunConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Prompt]:
+def read_set(found: EvalSet, cfg: EvalRunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """Load a set in a model's tokens.
 
     Raises:
         ConfigError: if it can't be loaded, or if a row lacks a field.
     """
     template = cfg.chat_template
-    if template == "auto":
+    if template is None:
         template = "always" if tokenizer.chat_template else "never"
     data = DataConfig(
         chat_template=template,
-        chat_template_kwargs=cfg.chat_template_kwargs,
+        chat_template_kwargs=cfg.chat_template_kwargs or {},
         prompt_suffix=found.suffix,
         max_prompt_tokens=2**31,
     )
     answers = found.grader is not None
-    return load_prompts(found.source, data, tokenizer, for_evaluation=answers).prompts
+    return load_prompts(found.source, data, tokenizer, for_evaluation=answers)

@@ -37,11 +37,13 @@ class Subject:
         label: its name in files and tables.
         path: directory or hub name with its configuration and tokenizer.
         checkpoint: the checkpoint of a run that it is; None: `from_pretrained` loads it.
+        run: the directory of the run that it is of; None: of none, or not known.
     """
 
     label: str
     path: str
     checkpoint: Checkpoint | None = None
+    run: Path | None = None
 
     def config(self) -> PretrainedConfig:
         """Load the model's configuration.
@@ -136,12 +138,15 @@ def _find(text: str, best: bool) -> Subject:
     if path.startswith("demo:") or not place.exists():
         return Subject(label, path)
     if (place / "config.json").exists() and not best:
-        return Subject(label, path)
+        of_run = place.name == STUDENT and is_run(place.absolute().parent)
+        return Subject(label, path, run=place.absolute().parent if of_run else None)
     if is_run(place) and not best and finished(place) and (place / STUDENT).is_dir():
-        return Subject(label, str(place / STUDENT))
+        return Subject(label, str(place / STUDENT), run=place)
     if (place / CHECKPOINTS).is_dir() or (place / "checkpoint.json").exists():
         checkpoint = choose(place, best)
-        return Subject(label, str(checkpoint.path / STUDENT), checkpoint)
+        home = checkpoint.path.absolute().parent.parent
+        run = home if is_run(home) else None
+        return Subject(label, str(checkpoint.path / STUDENT), checkpoint, run)
     what = "best checkpoint (checkpoint.keep_best)" if best else "model"
     raise ConfigError(
         f"{path} holds no {what}: expected a model's directory (config.json), a run's directory "

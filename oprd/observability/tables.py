@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.box import Box
 from rich.cells import cell_len
@@ -62,6 +62,31 @@ class TextTable:
             yield Text()
         for note in self.notes:
             yield Text("\n".join(wrapped(note, min(options.max_width, 100))))
+
+    def parts(self, width: int) -> list[TextTable]:
+        """Return the table, or if ``width`` columns do not hold it, several with fewer numbers.
+
+        Each has the columns of words, and as many of the others as fit.
+        """
+        if self._least_width() <= width:
+            return [self]
+        numbers = [i for i in range(len(self.heads)) if i not in self.left]
+        made: list[TextTable] = []
+        while numbers:
+            count = len(numbers)
+            while count > 1 and self._only(numbers[:count])._least_width() > width:
+                count -= 1
+            title = f"{self.title} (continued)" if made and self.title else self.title
+            made.append(replace(self._only(numbers[:count]), title=title, notes=()))
+            numbers = numbers[count:]
+        return [*made[:-1], replace(made[-1], notes=self.notes)] if made else [self]
+
+    def _only(self, numbers: Sequence[int]) -> TextTable:
+        """Return the table with its columns of words and these others."""
+        kept = sorted([*self.left, *numbers])
+        rows = [[row[i] for i in kept] if row else row for row in self.rows]
+        left = [kept.index(i) for i in self.left]
+        return replace(self, heads=[self.heads[i] for i in kept], rows=rows, left=left)
 
     def _least_width(self) -> int:
         """Return the width below which more than names would have to be folded."""

@@ -27,7 +27,7 @@ class ReportConfig:
     """What to report, and where.
 
     Attributes:
-        runs: directories of runs, of comparisons, of sweeps, or directories that hold such.
+        runs: directories of runs, comparisons, sweeps and evaluations, or that hold such.
         output_dir: directory for the page and the pictures.
         set_name: evaluation set whose final accuracy is compared; None: chosen (see `collect`).
         watch: seconds between two pages while a run goes on; None: one page.
@@ -100,7 +100,9 @@ def write_report(cfg: ReportConfig, pictures: bool = True) -> Collection:
     for name in former - {f"{chart.key}.png" for chart in charts}:
         (cfg.output_dir / name).unlink(missing_ok=True)
     if pictures:
-        logger.info(f"{cfg.output_dir / PAGE}: {len(collection.runs)} run(s)")
+        read = {"run(s)": len(collection.runs), "evaluation(s)": len(collection.evals)}
+        count = ", ".join(f"{number} {what}" for what, number in read.items() if number)
+        logger.info(f"{cfg.output_dir / PAGE}: {count or 'nothing yet'}")
     for chart in charts if pictures else ():
         write_png(chart, cfg.output_dir / f"{chart.key}.png")
     return collection
@@ -123,9 +125,8 @@ def report(cfg: ReportConfig) -> None:
     collection = write_report(cfg)
     for note in collection.notes:
         logger.warning(note)
-    for run in collection.runs:
-        for note in run.notes:
-            logger.warning(f"{run.directory}: {note}")
+    for directory, note in collection.remarks:
+        logger.warning(f"{directory}: {note}")
 
 
 def _follow(cfg: ReportConfig, seconds: float) -> None:
@@ -139,7 +140,7 @@ def _follow(cfg: ReportConfig, seconds: float) -> None:
                 raise
             logger.warning(str(error))
         else:
-            if collection.runs and all(run.ended for run in collection.runs):
+            if collection.ended:
                 return
             if not said:
                 logger.info(

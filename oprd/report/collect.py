@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from oprd.errors import ConfigError
+from oprd.report.boards import Board, boards, name_apart
+from oprd.report.evals import Evaluation, find_evals, is_eval, read_eval
 from oprd.report.read import document, mapping, number
 from oprd.report.run import AFTER, TEACHER, Run, is_run, read_run
 
@@ -56,14 +58,18 @@ class Collection:
         groups: the groups, in the order of their first run.
         tuning: by label of the variant, the runs that chose its learning rate (oprd-compare).
         sweeps: by label, rows of ``oprd-bridge sweep``.
+        evals: directories of ``oprd-eval``.
+        boards: the models of these, by set.
         headline: the set whose final accuracy is compared, None if no run was evaluated.
-        sources: directories of runs, comparisons and sweeps, which nothing is written to.
+        sources: directories of all these, which nothing is written to.
         notes: messages about the paths as a whole.
     """
 
     groups: list[Group] = field(default_factory=list)
     tuning: dict[str, list[Run]] = field(default_factory=dict)
     sweeps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    evals: list[Evaluation] = field(default_factory=list)
+    boards: list[Board] = field(default_factory=list)
     headline: str | None = None
     sources: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -71,6 +77,18 @@ class Collection:
     @property
     def runs(self) -> list[Run]:
         return [run for group in self.groups for run in group.runs]
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is something, and nothing more will come."""
+        done = [run.ended for run in self.runs] + [e.ended for e in self.evals]
+        return bool(done) and all(done)
+
+    @property
+    def remarks(self) -> list[tuple[Path, str]]:
+        """What could not be read of runs and evaluations, with their directories."""
+        of_runs = [(run.directory, note) for run in self.runs for note in run.notes]
+        return of_runs + [(e.directory, note) for e in self.evals for note in e.notes]
 
     def sets(self) -> list[str]:
         """Return the names of all evaluation sets with results of a student."""
@@ -82,14 +100,14 @@ def find_runs(path: Path, depth: int = DEPTH) -> list[Path]:
     """Return the directories of runs at or below a path, without what a run keeps for itself."""
     if is_run(path):
         return [path]
-    if depth == 0:
+    if depth == 0 or is_eval(path):
         return []
     below = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     return [run for p in below if ".unfinished_" not in p.name for run in find_runs(p, depth - 1)]
 
 
 def collect(paths: Sequence[Path], headline: str | None = None, wait: bool = False) -> Collection:
-    """Read everything at the paths: runs, directories of runs, of comparisons and of sweeps.
+    """Read everything at the paths: runs, evaluations, comparisons, sweeps, directories of such.
 
     Args:
         headline: name of the set whose final accuracy is compared. None: the comparison's
@@ -103,6 +121,7 @@ def collect(paths: Sequence[Path], headline: str | None = None, wait: bool = Fal
     out = Collection()
     plain: list[Run] = []
     seen: set[Path] = set()
+    evals: dict[Path, Path] = {}
     reported: str | None = None
     for path in paths:
         if not path.exists():
@@ -114,16 +133,20 @@ def collect(paths: Sequence[Path], headline: str | None = None, wait: bool = Fal
         if not path.is_dir():
             raise ConfigError(f"{path} is a file: name the run's directory")
         try:
-            found = find_runs(path)
+            found, evaluated = find_runs(path), find_evals(path, DEPTH)
         except OSError as error:
             raise ConfigError(f"{path} can't be read: {error.strerror}") from error
         fresh = [p for p in found if p.resolve() not in seen]
         seen |= {p.resolve() for p in found}
-        out.sources += found
+        out.sources += [*found, *evaluated]
+        evals |= {p.resolve(): p for p in evaluated if p.resolve() not in evals}
         if len(fresh) < len(found):
             out.notes.append(f"{path}: runs that were named twice are shown once")
-        if not found:
-            out.notes.append(f"{path} holds no run yet: a run has a metrics.jsonl or a config.yaml")
+        if not found and not evaluated:
+            out.notes.append(
+                f"{path} holds no run yet: a run has a metrics.jsonl or a config.yaml, an "
+                "evaluation a results.json"
+            )
         elif "variants" in (comparison := document(path / "config.json", out.notes)):
             reported = reported or comparison.get("report_set")
             out.sources.append(path)
@@ -131,7 +154,10 @@ def collect(paths: Sequence[Path], headline: str | None = None, wait: bool = Fal
         else:
             plain += [read_run(p) for p in fresh]
     out.groups += _by_settings(plain)
-    if not out.groups and not out.sweeps and not wait:
+    out.evals = [read_eval(p) for p in evals.values()]
+    name_apart(out.evals)
+    out.boards = boards(out.evals)
+    if not out.groups and not out.sweeps and not out.evals and not wait:
         raise ConfigError("; ".join(out.notes) or "no run has written anything yet")
     _name_apart(out.groups)
     out.headline = _headline(out, headline, reported)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oprd.report.boards import COMPARED
+from oprd.report.boards import charts as compared
 from oprd.report.chart import (
     Bubble,
     BubbleChart,
@@ -36,7 +38,7 @@ ACCURACY, STATES, OUTPUTS, COST, OPTIMISER = (
     "Time and memory",
     "Optimisation",
 )
-SECTIONS = (ACCURACY, STATES, OUTPUTS, COST, OPTIMISER)
+SECTIONS = (COMPARED, ACCURACY, STATES, OUTPUTS, COST, OPTIMISER)
 GIB_TO_MIB = 1024
 
 
@@ -91,7 +93,8 @@ def figures(
 ) -> tuple[list[Chart], list[str]]:
     """Return the charts in order, and one message for each figure that nothing was recorded for."""
     groups, missing = collection.groups, []
-    charts: list[Chart] = [*_comparisons(collection, finals), *_accuracy(collection)]
+    charts: list[Chart] = compared(collection.boards, len(groups))
+    charts += [*_comparisons(collection, finals), *_accuracy(collection)]
     if bubble := _bubbles(collection, finals):
         charts.append(bubble)
     else:
@@ -125,6 +128,8 @@ def figures(
         )
     if bars := _phases(groups):
         charts.append(bars)
+    if not groups and not collection.sweeps:
+        missing = []
     _keys_apart(charts)
     return sorted(charts, key=lambda c: SECTIONS.index(c.section)), missing
 

@@ -16,8 +16,11 @@ from plotly.offline import get_plotlyjs
 from oprd.report import palette
 from oprd.report.chart import BubbleChart, Chart, LineChart, StackedBars, short
 from oprd.report.collect import Collection, Group
+from oprd.report.evals_on_page import settings as eval_settings
+from oprd.report.evals_on_page import tables
 from oprd.report.figures import SECTIONS
 from oprd.report.on_page import figure
+from oprd.report.problems import views
 from oprd.report.results import Final, differing_settings, training_seconds
 from oprd.report.run import AFTER, BEFORE
 from oprd.report.samples import Problem, choose
@@ -59,9 +62,11 @@ def page(
     )
     env.filters |= {"fixed": _fixed, "signed": lambda x: f"{x:+.1f}" if x == x else "-"}
     labels = [g.label for g in groups]
+    models = [m.label for e in collection.evals for m in e.models]
+    problems = views(collection.boards)
     rollouts = [shown for i, g in enumerate(groups) if (shown := _rollouts(i, g, samples))]
     notes = [("", n) for n in collection.notes]
-    notes += [(str(run.directory), n) for run in collection.runs for n in run.notes]
+    notes += [(str(directory), n) for directory, n in collection.remarks]
     drawn = {c.key: figure(c) for c in charts}
     sections = [
         (
@@ -79,19 +84,23 @@ def page(
     settings = differing_settings(groups) if len(groups) > 1 else []
     optional: list[tuple[str, str, Any]] = [("results", "Final results", finals)]
     contents = [("notes", "What could not be read")] if notes else []
-    contents += [("runs", "Runs"), *((i, n) for i, n, there in optional if there)]
+    contents += [("runs", "Runs")] if groups or not models else []
+    optional.append(("evaluations", "Evaluations", models))
+    contents += [(i, n) for i, n, there in optional if there]
     contents += [(slug, name) for slug, name, _ in sections]
     after: list[tuple[str, str, Any]] = [("settings", "Settings that differ", settings)]
+    after += [("problems", "Problem by problem", problems)]
     after += [("rollouts", "Responses before and after", rollouts)]
     after += [("missing", "Not recorded", missing)]
     contents += [(i, n) for i, n, there in after if there]
     values: dict[str, Any] = {
         "generator": GENERATOR,
-        "title": _title(labels, len(collection.runs)),
+        "title": _title([*labels, *models], len(collection.runs), len(models)),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
         "version": __version__,
         "css": Markup((HERE / "page.css").read_text()),
         "js": Markup((HERE / "page.js").read_text()),
+        "problems_js": Markup((HERE / "page.problems.js").read_text()),
         "plotly": Markup(get_plotlyjs()),
         "figures": _data(drawn),
         "swatch": swatch,
@@ -99,6 +108,9 @@ def page(
         "contents": contents,
         "runs": [row for i, g in enumerate(groups) for row in _rows(i, g)],
         "finals": finals,
+        "evals": tables(collection) if models else [],
+        "eval_settings": eval_settings(collection),
+        "problems": problems,
         "legend": list(enumerate(labels)),
         "sections": sections,
         "settings": settings,
@@ -109,8 +121,14 @@ def page(
     return env.get_template("page.html.j2").render(values)
 
 
-def _title(labels: Sequence[str], count: int) -> str:
-    return f"Report: {', '.join(labels)}" if 0 < len(labels) < 4 else f"Report of {count} runs"
+def _title(labels: Sequence[str], runs: int, models: int) -> str:
+    if 0 < len(labels) < 4:
+        return f"Report: {', '.join(dict.fromkeys(labels))}"
+    evaluated = "1 evaluated model" if models == 1 else f"{models} evaluated models"
+    trained = "1 run" if runs == 1 else f"{runs} runs"
+    if models:
+        return f"Report of {trained} and {evaluated}" if runs else f"Report of {evaluated}"
+    return f"Report of {trained}"
 
 
 def _slug(name: str) -> str:

@@ -19,6 +19,7 @@ from oprd.report.chart import (
     StackedBars,
     short,
 )
+from oprd.report.fonts import drawable
 
 SIZE, DPI = (7.0, 4.2), 130
 
@@ -30,11 +31,12 @@ def write_png(chart: Chart, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    families, chart = drawable(chart)
     draws: dict[type[Chart], Any] = {
         LineChart: _lines, BubbleChart: _bubbles, HeatMap: _heat_map, StackedBars: _bars,
         Intervals: _intervals,
     }  # fmt: skip
-    with plt.rc_context({"text.parse_math": False, "font.size": 10}):
+    with plt.rc_context({"text.parse_math": False, "font.size": 10, "font.family": families}):
         figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
         title = f"{chart.title} ({chart.paper} of the paper)" if chart.paper else chart.title
         axis.set(title=title, xlabel=chart.x_label, ylabel=chart.y_label)

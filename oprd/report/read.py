@@ -22,6 +22,13 @@ def json_lines(file: Path, notes: list[str], limit: int | None = None) -> Iterat
         notes: receives a message if lines could not be read, or if ``limit`` ended the reading.
         limit: number of bytes after which reading ends, at the end of a line. None: none.
     """
+    return (value for _, value in placed_lines(file, notes, limit))
+
+
+def placed_lines(
+    file: Path, notes: list[str], limit: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (place in the file in bytes, object). The arguments are `json_lines`'s."""
     bad: list[int] = []
     cut, read, number = False, 0, 0
     try:
@@ -32,7 +39,7 @@ def json_lines(file: Path, notes: list[str], limit: int | None = None) -> Iterat
                         f"{file.name}: only the first {read / 2**20:.0f} MiB are read for display"
                     )
                     break
-                read += len(raw)
+                place, read = read, read + len(raw)
                 if not raw.strip():
                     continue
                 try:
@@ -40,7 +47,7 @@ def json_lines(file: Path, notes: list[str], limit: int | None = None) -> Iterat
                 except (ValueError, RecursionError):
                     value = None
                 if isinstance(value, dict):
-                    yield value
+                    yield place, value
                 elif raw.endswith(b"\n"):
                     bad.append(number)
                 else:

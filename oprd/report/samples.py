@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oprd.report.evals import is_eval
 from oprd.report.read import json_lines, mapping, number
 from oprd.report.run import AFTER, BEFORE, TEACHER, Run
 
@@ -41,11 +42,7 @@ class Sample:
 
     @property
     def shown(self) -> str:
-        return self.response[:TEXT]
-
-    @property
-    def hidden(self) -> int:
-        return max(len(self.response) - TEXT, 0)
+        return shortened(self.response)
 
 
 @dataclass
@@ -111,7 +108,7 @@ def _files(directory: Path) -> list[Path]:
     last: dict[str, Path] = {}
     for file in sorted(directory.rglob("samples*.jsonl")):
         inside = file.relative_to(directory)
-        if inside.parts[0] not in _ASIDE:
+        if inside.parts[0] not in _ASIDE and not is_eval(file.parent.parent):
             last[re.sub(r"samples_\d+_", "samples_", str(inside))] = file
     return list(last.values())
 
@@ -137,6 +134,15 @@ def _model(said: str, step: int, file: str) -> str:
     if said in ("", "student"):
         return AFTER if step else BEFORE
     return said
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most about `TEXT` characters: a long one's beginning, and its end, where
+    the answer stands."""
+    if len(text) <= TEXT:
+        return text
+    cut = f"\n\n[.. {len(text) - TEXT:,} characters are left out here ..]\n\n"
+    return text[: TEXT // 2] + cut + text[-TEXT // 2 :]
 
 
 def as_text(value: Any) -> str:

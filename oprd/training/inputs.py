@@ -100,6 +100,13 @@ def load_inputs(cfg: TrainConfig, inputs: RunInputs, attempt: Attempt) -> None:
             )
         if prompts and prompts.repeated:
             inputs.notes.append(f"{name}: {prompts.repeated} repeated prompts left out")
+        inputs.notes += [f"{name}: {message}" for message in prompts.lost] if prompts else []
+    for teacher, sets in inputs.teacher_sets.items():
+        inputs.notes += [
+            f"{name}, for the teacher{teacher and f' of {teacher}'}: {message}"
+            for name, prompts in sets.items()
+            for message in prompts.lost
+        ]
 
 
 def _check_sources(cfg: TrainConfig, train: PromptSet) -> None:

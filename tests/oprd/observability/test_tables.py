@@ -153,3 +153,16 @@ def test_a_log_says_now_and_then_what_takes_long(caplog):
 )
 def test_durations(seconds, shown):
     assert progress.duration(seconds) == shown
+
+
+def test_a_table_too_wide_for_the_screen_becomes_several():
+    heads = ["model", *(f"number\n{i}" for i in range(8))]
+    wide = TextTable("title", heads, [("m" * 20, *"12345678"), ()], notes=["note"])
+    assert wide.parts(84) == [wide]
+    parts = wide.parts(45)
+    assert [p.title for p in parts] == ["title", *["title (continued)"] * 2]
+    assert [c for p in parts for c in p.heads[1:]] == heads[1:]
+    assert [c for p in parts for c in p.rows[0][1:]] == list("12345678")
+    assert all(p.rows[0][0] == "m" * 20 for p in parts)
+    assert [list(p.notes) for p in parts] == [[], [], ["note"]]
+    check_fits(parts, width=45)

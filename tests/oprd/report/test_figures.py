@@ -11,7 +11,8 @@ import pytest
 from oprd.report.chart import binned, spread
 from oprd.report.collect import collect
 from oprd.report.figures import figures
-from oprd.report.results import finals, interval, over_seeds, wilson
+from oprd.report.intervals import interval, over_seeds, wilson
+from oprd.report.results import finals
 
 
 @pytest.fixture
@@ -139,5 +140,6 @@ def test_an_interval_comes_from_what_is_known():
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
     assert source == "4 problems (standard error)"
     assert interval([1.0], {"samples": 1, "problems": 100}, [])[0] < 1  # not of width 0
+    assert interval([1.0], {"samples": 4, "stderr": 0.0, "problems": 60}, [])[0] < 0.95
     assert math.isnan(interval([0.5], {"samples": 1}, [])[0])
     assert math.isnan(interval([0.5, 0.5], {}, [])[0])

@@ -4,11 +4,13 @@ verl imports this file in its workers: `oprd_trainer.yaml` names `OPRDActorConfi
 ``actor_rollout_ref.actor``. verl itself is not changed: its `EngineRegistry` takes engines of other
 backends, and `OPRDActorConfig` names ours, which is verl's own with another step for a micro-batch.
 """
+# ruff: noqa: E402
 
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -39,20 +41,21 @@ def check_verl() -> None:
 
 check_verl()  # before the imports, which would fail with other errors
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from rep_step import Inputs, RepStep, response_tokens  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
-from transformers import AutoConfig, AutoModel, AutoTokenizer  # noqa: E402
-from verl.utils.device import get_device_id, get_device_name  # noqa: E402
-from verl.utils.metric import AggregationType, Metric  # noqa: E402
-from verl.workers.config import FSDPActorConfig  # noqa: E402
-from verl.workers.engine import EngineRegistry  # noqa: E402
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
+import torch
+import torch.distributed as dist
+from rep_step import RepStep, distiller_inputs, written_tokens
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.metric import AggregationType, Metric
+from verl.utils.model import extract_multi_modal_inputs
+from verl.workers.config import FSDPActorConfig
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from oprd.models.compatibility import check_vocabularies  # noqa: E402
-from oprd.models.decoder import find_decoder  # noqa: E402
+from oprd.models.compatibility import check_vocabularies
+from oprd.models.decoder import find_decoder
 
 BACKEND = "oprd_fsdp2"
 
@@ -158,13 +161,11 @@ class OPRDEngine(FSDPEngineWithLMHead):
             attn_implementation=self.model_config.hf_config._attn_implementation,
             trust_remote_code=trust,
         ).requires_grad_(False)
-        if dist.get_world_size() == 1:
-            return teacher.to(get_device_id())
         for layer in find_decoder(teacher).layers:
             fully_shard(layer, mesh=self.device_mesh)
-        return fully_shard(teacher, mesh=self.device_mesh)
+        return fully_shard(teacher, mesh=self.device_mesh, reshard_after_forward=True)
 
-    def _autocast(self) -> Any:
+    def _autocast(self) -> AbstractContextManager:
         """The context in which verl runs the student."""
         if self._autocast_dtype == torch.float32:
             return nullcontext()
@@ -173,22 +174,24 @@ class OPRDEngine(FSDPEngineWithLMHead):
     def to(
         self, device: Any, model: bool = True, optimizer: bool = True, grad: bool = True
     ) -> None:
-        """Move the teacher with the student's parameters; only updates need it on the device."""
+        """Move the teacher with the student's parameters, which verl may offload."""
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
-        if model and (device == "cpu" or self.mode != "eval"):
-            self.rep.distiller.teacher.backbone.to(device)
+        if model:
+            self.rep.distiller.teacher.root.to(device)
 
     def forward_backward_batch(
         self, data: Any, loss_function: Any, forward_only: bool = False
     ) -> Any:
         """Count the states that are compared in a mini-batch, on all ranks."""
         if not forward_only:
-            if data["position_ids"].dim() == 3:
+            images = extract_multi_modal_inputs(data.get("multi_modal_inputs", []))
+            if images or data["position_ids"].dim() == 3:
                 raise ConfigError(
-                    "the model has positions in space (M-RoPE): oprd compares texts only"
+                    "prompts with images, or a model with positions in space (M-RoPE): oprd "
+                    "compares states of texts only"
                 )
-            written = _written(data).to(get_device_id())
-            self.rep.begin(written, data["position_ids"].values().to(get_device_id()))
+            parts = written_tokens(data), data["position_ids"].values()
+            self.rep.begin(*(part.to(get_device_id()) for part in parts))
         return super().forward_backward_batch(data, loss_function, forward_only)
 
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
@@ -197,42 +200,32 @@ class OPRDEngine(FSDPEngineWithLMHead):
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
         model_inputs, _ = self.prepare_model_inputs(micro_batch)
-        inputs = Inputs.of(
-            model_inputs["input_ids"],
-            model_inputs["attention_mask"],
-            model_inputs["position_ids"],
-            _written(micro_batch),
-        )
-        weight = self.oprd.rep_weight
-        output: dict[str, Any] = {"model_output": {}, "metrics": {}}
+        inputs = distiller_inputs(model_inputs, written_tokens(micro_batch))
         if self.oprd.policy_weight:
-            with self.rep.beside(inputs) as session:
+            with self.rep.beside(inputs) as session:  # inside, verl runs the student as always
                 policy_loss, output = super().forward_step(micro_batch, loss_function, False)
             out = session.output()
-            loss = self.oprd.policy_weight * policy_loss + weight * out.loss
+            loss = self.oprd.policy_weight * policy_loss + self.oprd.rep_weight * out.loss
         else:
-            # FSDP2 gathers the root's own weights (the final norm) for backward when a gradient
-            # reaches the root's output, and this loss's does not: keep them gathered until then.
-            self.module.set_reshard_after_forward(False, recurse=False)
-            try:
-                with self._autocast():
-                    out = self.rep.alone(inputs)
-            finally:
-                again = self.engine_config.reshard_after_forward
-                self.module.set_reshard_after_forward(again, recurse=False)
-            loss = weight * out.loss
+            output = {"model_output": {}, "metrics": {}}
+            with self._root_gathered(), self._autocast():
+                out = self.rep.alone(inputs)
+            loss = self.oprd.rep_weight * out.loss
         output["loss"] = loss.detach().item()
         for name, value in self.rep.summary(out).items():
             output["metrics"][name] = Metric(AggregationType.SUM, value)
         return loss, output
 
+    @contextmanager
+    def _root_gathered(self) -> Iterator[None]:
+        """Keep the weights of the student's root gathered after a forward pass, until backward.
 
-def _written(data: Any) -> Tensor:
-    """Return (N,) bool, True for the tokens of a jagged batch that the student wrote."""
-    lengths = data["input_ids"].offsets().diff()
-    responses = data["responses"]
-    if responses.is_nested:
-        response_lengths = responses.offsets().diff()
-    else:  # padded, with a mask of prompts and responses
-        response_lengths = data["attention_mask"][:, -responses.shape[1] :].sum(1)
-    return response_tokens(data["response_mask"], response_lengths, lengths)
+        FSDP2 gathers them for backward if a gradient reaches the root's output. The representation
+        loss's does not, but the final norm's backward needs them.
+        """
+        self.module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            again = self.engine_config.reshard_after_forward
+            self.module.set_reshard_after_forward(again, recurse=False)

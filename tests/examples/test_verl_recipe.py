@@ -10,14 +10,17 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import oprd
+from oprd.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "examples" / "verl_recipe"
@@ -33,9 +36,9 @@ SIZES = {
 }
 # Of each sequence: its length, its response's, and which of the response's tokens were written.
 SEQUENCES = [(8, 5, [1, 1, 1, 1, 1]), (3, 2, [1, 1]), (7, 5, [1, 0, 0, 1, 1]), (4, 1, [1])]
-LENGTHS = torch.tensor([length for length, _, _ in SEQUENCES])
-RESPONSES = torch.tensor([response for _, response, _ in SEQUENCES])
-MASK = torch.tensor([mask + [0] * (5 - len(mask)) for _, _, mask in SEQUENCES])
+LENGTHS = [length for length, _, _ in SEQUENCES]
+PLACES = torch.cat([torch.arange(length) for length in LENGTHS])
+PROMPT = 3  # tokens, of the longest
 
 
 def tiny(seed: int) -> torch.nn.Module:
@@ -54,7 +57,7 @@ def rep_step(monkeypatch):
     return module
 
 
-def plain(student, teacher, sequences: list[tuple[Tensor, Tensor]], shift: int = 0) -> Tensor:
+def plain(student, teacher, sequences: Iterable[tuple[Tensor, Tensor]], shift: int = 0) -> Tensor:
     """The mean of Eq. 6 over all written tokens of the sequences, one sequence at a time."""
     total, count = torch.zeros(()), 0
     for ids, written in sequences:
@@ -80,28 +83,48 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-6), name
 
 
-def test_response_tokens(rep_step):
+def batch(some: slice = slice(0, 4), padded: bool = False) -> dict[str, Tensor]:
+    """Some of the sequences as verl has them, without prompts' tokens: only the shapes count."""
+    responses = [torch.ones(response, dtype=torch.long) for _, response, _ in SEQUENCES[some]]
+    masks = [torch.tensor(mask) for _, _, mask in SEQUENCES[some]]
+    ids = jagged([torch.ones(length, dtype=torch.long) for length, _, _ in SEQUENCES[some]])
+    if not padded:
+        return {"input_ids": ids, "responses": jagged(responses), "response_mask": jagged(masks)}
+    attention = torch.ones(len(masks), PROMPT + 5, dtype=torch.long)
+    for row, (length, response, _) in zip(attention, SEQUENCES[some], strict=True):
+        row[: PROMPT - (length - response)] = 0
+        row[PROMPT + response :] = 0
+    return {
+        "input_ids": ids,
+        "attention_mask": attention,
+        "responses": pad_sequence(responses, batch_first=True),
+        "response_mask": pad_sequence(masks, batch_first=True),
+    }
+
+
+def jagged(parts: list[Tensor]) -> Tensor:
+    return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_written_tokens(rep_step, padded):
     by_hand = [0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1]
-    padded = rep_step.response_tokens(MASK, RESPONSES, LENGTHS)
-    assert padded.tolist() == [bool(x) for x in by_hand]
-    parts = [torch.tensor(mask) for _, _, mask in SEQUENCES]
-    jagged = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
-    assert torch.equal(rep_step.response_tokens(jagged, RESPONSES, LENGTHS), padded)
+    assert rep_step.written_tokens(batch(padded=padded)).int().tolist() == by_hand
 
 
-def micro_batch(rep_step, ids: Tensor, some: slice, packed: bool):
+def micro_batch(rep_step, ids: Tensor, some: slice, packed: bool) -> dict[str, Tensor | None]:
     """The inputs of some of the sequences, as verl hands them to the student."""
-    written = rep_step.response_tokens(MASK[some], RESPONSES[some], LENGTHS[some])
-    sequences = ids.split(LENGTHS.tolist())[some]
-    positions = [torch.arange(len(s)) for s in sequences]
+    sequences = ids.split(LENGTHS)[some]
+    places = [torch.arange(len(s)) for s in sequences]
     if packed:  # with two tokens of padding, as verl's pad_to_length has them
-        tokens = torch.cat([*sequences, torch.zeros(2, dtype=torch.long)])
-        places = torch.cat([*positions, torch.arange(2)])
-        return rep_step.Inputs.of(tokens[None], None, places[None], written)
-    pad = torch.nn.utils.rnn.pad_sequence
-    attention = pad([torch.ones(len(s), dtype=torch.int32) for s in sequences], batch_first=True)
-    tokens, places = pad(list(sequences), batch_first=True), pad(positions, batch_first=True)
-    return rep_step.Inputs.of(tokens, attention, places, written)
+        sequences, places = [*sequences, torch.zeros(2).long()], [*places, torch.arange(2)]
+        inputs = {"input_ids": torch.cat(sequences)[None], "position_ids": torch.cat(places)[None]}
+        inputs["attention_mask"] = None
+    else:
+        ones = [torch.ones_like(s, dtype=torch.int32) for s in sequences]
+        padded = [pad_sequence(x, batch_first=True) for x in (sequences, places, ones)]
+        inputs = dict(zip(("input_ids", "position_ids", "attention_mask"), padded, strict=True))
+    return rep_step.distiller_inputs(inputs, rep_step.written_tokens(batch(some)))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -109,16 +132,15 @@ def micro_batch(rep_step, ids: Tensor, some: slice, packed: bool):
 def test_the_update_is_that_of_plain_autograd(rep_step, packed, parts):
     """However it is split into micro-batches, alone and beside another loss."""
     student, teacher = tiny(0), tiny(1)
-    ids = torch.randint(SIZES["vocab_size"], (int(LENGTHS.sum()),))
-    written = rep_step.response_tokens(MASK, RESPONSES, LENGTHS)
-    per_sequence = list(
-        zip(ids.split(LENGTHS.tolist()), written.split(LENGTHS.tolist()), strict=True)
+    ids = torch.randint(SIZES["vocab_size"], (sum(LENGTHS),))
+    written = rep_step.written_tokens(batch())
+    loss = plain(
+        student, teacher, zip(ids.split(LENGTHS), written.split(LENGTHS), strict=True), shift=1
     )
-    loss = plain(student, teacher, per_sequence, shift=1)
     loss.backward()
     wanted = gradients(student)
     step = rep_step.RepStep(oprd.attach(student, teacher, layers="all", kind="mse", shift="before"))
-    step.begin(written, torch.cat([torch.arange(n) for n in LENGTHS.tolist()]))
+    step.begin(written, PLACES)
     batches = [micro_batch(rep_step, ids, part, packed) for part in parts]
 
     figures = {"rep_loss": 0.0, "rep_cosine": 0.0}
@@ -127,13 +149,15 @@ def test_the_update_is_that_of_plain_autograd(rep_step, packed, parts):
         out.loss.backward()
         figures = {name: figures[name] + value for name, value in step.summary(out).items()}
     assert_equal(gradients(student), wanted)
+    whole = oprd.attach(tiny(0), teacher, layers="all", kind="mse", shift="before")
+    whole = whole(**micro_batch(rep_step, ids, slice(0, 4), packed))
     assert figures["rep_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert -1 < figures["rep_cosine"] < 1
+    assert figures["rep_cosine"].item() == pytest.approx(whole.layer_cosine.mean().item(), rel=1e-4)
 
     def other(inputs) -> Tensor:
-        call = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
-        logits = student(**call, position_ids=inputs.position_ids, use_cache=False).logits
-        return logits[inputs.response].logsumexp(-1).sum()
+        call = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        logits = student(**call, use_cache=False).logits
+        return logits[inputs["response_mask"]].logsumexp(-1).sum()
 
     for inputs in batches:
         other(inputs).backward()
@@ -149,46 +173,59 @@ def test_the_update_is_that_of_plain_autograd(rep_step, packed, parts):
 def test_ranks_average_to_the_same_update(rep_step):
     """Two processes with other sequences each: the mean of their gradients."""
     student, teacher = tiny(0), tiny(1)
-    ids = torch.randint(SIZES["vocab_size"], (int(LENGTHS.sum()),))
+    ids = torch.randint(SIZES["vocab_size"], (sum(LENGTHS),))
     distiller = oprd.attach(student, teacher, layers="last", kind="mse")
-    whole = rep_step.RepStep(distiller)
-    places = torch.cat([torch.arange(n) for n in LENGTHS.tolist()])
-    whole.begin(rep_step.response_tokens(MASK, RESPONSES, LENGTHS), places)
-    whole.alone(micro_batch(rep_step, ids, slice(0, 4), True)).loss.backward()
+    distiller(**micro_batch(rep_step, ids, slice(0, 4), True)).loss.backward()
     wanted = gradients(student)
-    halves = [slice(0, 2), slice(2, 4)]
+    halves = [micro_batch(rep_step, ids, half, True) for half in (slice(0, 2), slice(2, 4))]
+    parts = [(inputs["response_mask"][0], inputs["position_ids"][0]) for inputs in halves]
     counted = []
-    for half in halves:  # first only counts
-        alone = rep_step.RepStep(distiller, everywhere=lambda x: counted.append(x.clone()))
-        inputs = micro_batch(rep_step, ids, half, True)
-        alone.begin(inputs.response[0], inputs.position_ids[0])
+    for part in parts:  # what each process would add
+        rep_step.RepStep(distiller, everywhere=lambda x: counted.append(x.clone())).begin(*part)
     total = torch.stack(counted).sum(0)
-    for half in halves:
+    figures = []
+    for inputs, part in zip(halves, parts, strict=True):
         one = rep_step.RepStep(distiller, ranks=2, everywhere=lambda x: x.copy_(total))
-        inputs = micro_batch(rep_step, ids, half, True)
-        one.begin(inputs.response[0], inputs.position_ids[0])
-        (one.alone(inputs).loss / 2).backward()
+        one.begin(*part)
+        out = one.alone(inputs)
+        (out.loss / 2).backward()
+        figures.append(one.summary(out))
     assert_equal(gradients(student), wanted)
+    whole = distiller(**micro_batch(rep_step, ids, slice(0, 4), True))
+    for name, value in (("rep_loss", whole.loss), ("rep_cosine", whole.layer_cosine.mean())):
+        mean = sum(figure[name] for figure in figures).item() / 2
+        assert mean == pytest.approx(value.item(), rel=1e-4)
 
 
 def test_a_micro_batch_without_a_written_token_adds_nothing(rep_step):
+    """But it has gradients, of zeros: the other processes wait for them."""
     student, teacher = tiny(0), tiny(1)
-    ids = torch.randint(SIZES["vocab_size"], (1, 6))
     step = rep_step.RepStep(oprd.attach(student, teacher, layers="all", kind="mse"))
-    nothing = torch.zeros(6, dtype=torch.bool)
-    step.begin(nothing, torch.arange(6))
-    inputs = rep_step.Inputs.of(ids, None, torch.arange(6)[None], nothing)
-    out = step.alone(inputs)
-    out.loss.backward()  # it must run: the other ranks wait for its gradients
-    assert all(not g.any() for g in gradients(student).values())
+    inputs = micro_batch(rep_step, torch.ones(sum(LENGTHS)).long(), slice(0, 4), True)
+    step.begin(inputs["response_mask"][0], inputs["position_ids"][0])
+    step.alone(inputs).loss.backward()
+    some = gradients(student)
+    nothing = torch.zeros_like(inputs["response_mask"])
+    step.begin(nothing[0], inputs["position_ids"][0])
+    out = step.alone(inputs | {"response_mask": nothing})
+    out.loss.backward()
+    found = gradients(student)
+    assert found.keys() == some.keys()
+    assert not any(g.any() for g in found.values())
     assert all(value == 0 for value in step.summary(out).values())
 
 
-@pytest.mark.parametrize("found", ["0.8.0", "0.9.2", "0.10.0"])
+@pytest.mark.parametrize("found", ["0.8.0", "0.9.2", "0.10.0", None])
 def test_verl_of_another_version_is_refused(monkeypatch, rep_step, found):
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: found)
+    def version(name):
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     spec = importlib.util.spec_from_file_location("oprd_actor", RECIPE / "oprd_actor.py")
-    with pytest.raises(ImportError, match=rf"verl 0\.9\.1's .*verl {found} is installed"):
+    message = rf"verl 0\.9\.1's .*verl {found} is installed" if found else "verl is not installed"
+    with pytest.raises(ImportError, match=rf"{message}.*pip install verl==0\.9\.1"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
@@ -228,6 +265,7 @@ def updates(directory: Path, names: list[str], ranks: int = 1) -> list[dict]:
         command = [sys.executable, str(Path(__file__).with_name("verl_update.py")), str(output)]
         for name in names:
             case = {"overrides": [*always, *CASES[name]], "v1": name != "padded"}
+            case["masked"] = MASKED.get(name, [])
             command.append(json.dumps(case))
         with (directory / f"{rank}.log").open("w") as log:
             running.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -242,9 +280,13 @@ def updates(directory: Path, names: list[str], ranks: int = 1) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def verl():
+    return pytest.importorskip("verl", reason="verl is not installed: see its recipe's README")
+
+
+@pytest.fixture(scope="module")
+def models(verl, tmp_path_factory):
     """A directory with a student and a teacher, as verl loads them: with the demo's tokenizer."""
-    pytest.importorskip("verl", reason="verl is not installed: see examples/verl_recipe/README.md")
     directory = tmp_path_factory.mktemp("models")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "oprd/demo/student")
     for seed, name in enumerate(("student", "teacher")):
@@ -265,7 +307,14 @@ CASES = {
     "both": [WEIGHTS[0] + "3.0", WEIGHTS[1] + "0.5"],
     "bf16": ["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"],
     "lora": ["actor_rollout_ref.model.lora_rank=4"],
+    "accumulated": [  # sequence by sequence; gradients are reduced once
+        "actor_rollout_ref.actor.use_dynamic_bsz=false",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.actor.fsdp_config.use_no_sync_for_gradient_accumulation=true",
+    ],
+    "idle": [],
 }
+MASKED = {"idle": [1, 3]}  # without a written token: all of the second of two processes
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +323,7 @@ def found(models):
     return dict(zip(CASES, updates(models, list(CASES)), strict=True))
 
 
-def by_hand(models: Path) -> tuple[float, dict[str, Tensor]]:
+def by_hand(models: Path, masked: Sequence[int] = ()) -> tuple[float, dict[str, Tensor]]:
     """The loss and the gradient of the rollouts of `verl_update.py`, by plain autograd."""
     from tests.examples.verl_update import PROMPT, rollouts
 
@@ -284,7 +333,7 @@ def by_hand(models: Path) -> tuple[float, dict[str, Tensor]]:
         )
         for name in ("student", "teacher")
     )
-    data = rollouts(SIZES["vocab_size"])
+    data = rollouts(SIZES["vocab_size"], masked)
     sequences = []
     for ids, attention, written in zip(
         data["input_ids"], data["attention_mask"].bool(), data["response_mask"], strict=True
@@ -303,10 +352,10 @@ def moved(found: dict) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["packed", "padded"])
+@pytest.mark.parametrize("case", ["packed", "padded", "accumulated", "idle"])
 def test_verls_update_is_that_of_plain_autograd(models, found, case):
     """The whole of it: configuration, worker, engine, FSDP2 on one process, and the optimizer."""
-    loss, gradient = by_hand(models)
+    loss, gradient = by_hand(models, MASKED.get(case, ()))
     assert_equal(moved(found[case]), gradient)
     metrics = found[case]["metrics"]
     assert metrics["rep_loss"] == pytest.approx([loss], rel=1e-4)
@@ -348,12 +397,13 @@ def test_verls_update_of_a_lora_adapter(models, found):
 
 
 @pytest.mark.slow
-def test_verls_update_on_two_processes(models):
-    """gloo: student and teacher sharded, and the same gradient."""
-    (found,) = updates(models, ["packed"], ranks=2)
-    loss, gradient = by_hand(models)
-    assert_equal(moved(found), gradient)
-    assert found["metrics"]["rep_loss"] == pytest.approx([loss], rel=1e-4)
+def test_verls_update_on_two_processes(models, found):
+    """gloo: student and teacher sharded; the same gradient, also if a process has no token."""
+    cases = ["packed", "accumulated", "idle", "both"]
+    for case, sharded in zip(cases, updates(models, cases, ranks=2), strict=True):
+        assert_equal(moved(sharded), moved(found[case]))
+        for name in ("rep_loss", "rep_cosine", "loss"):
+            assert sharded["metrics"][name] == pytest.approx(found[case]["metrics"][name], rel=1e-4)
 
 
 def composed(*overrides: str):
@@ -365,8 +415,7 @@ def composed(*overrides: str):
         return compose("oprd_trainer", overrides=["data.train_files=x", model, actor, *overrides])
 
 
-def test_verl_accepts_the_configuration(rep_step):
-    pytest.importorskip("verl", reason="verl is not installed: see examples/verl_recipe/README.md")
+def test_verl_accepts_the_configuration(verl, rep_step):
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
     from verl.utils.import_utils import load_extern_object
@@ -390,10 +439,55 @@ def test_verl_accepts_the_configuration(rep_step):
         ("oprd.teacher=null", "teacher is not set"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(monkeypatch, rep_step, option, message):
-    pytest.importorskip("verl", reason="verl is not installed: see examples/verl_recipe/README.md")
+def test_options_that_do_not_fit_are_refused(verl, rep_step, option, message):
     from verl.utils.config import omega_conf_to_dataclass
 
     config = composed(f"actor_rollout_ref.actor.{option}")
     with pytest.raises(Exception, match=message):  # hydra's own, around a ConfigError
         omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+
+
+def test_images_are_refused(verl, rep_step):
+    from oprd_actor import OPRDEngine
+
+    engine = object.__new__(OPRDEngine)
+    for data in (
+        {"position_ids": torch.zeros(1, 4, 3)},  # M-RoPE
+        {
+            "position_ids": torch.zeros(1, 3),
+            "multi_modal_inputs": [{"pixel_values": torch.ones(1)}],
+        },
+    ):
+        with pytest.raises(ConfigError, match="texts only"):
+            engine.forward_backward_batch(data, None)
+
+
+@pytest.mark.slow
+def test_the_command(verl):
+    """Up to where verl begins: it prints the configuration that it was given."""
+    command = ["bash", str(RECIPE / "run.sh"), "a student", "teacher", "prompts.parquet"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        [*command, "data.train_batch_size=16", "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    for line in (
+        "path: a student",
+        "teacher: teacher",
+        "train_files: prompts.parquet",
+        "train_batch_size: 16",
+        "_target_: oprd_actor.OPRDActorConfig",
+    ):
+        assert f" {line}\n" in result.stdout
+
+
+def test_the_command_asks_for_what_is_missing():
+    result = subprocess.run(
+        ["bash", str(RECIPE / "run.sh"), "student"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0
+    assert "teacher" in result.stderr

@@ -2,13 +2,15 @@
 
     python verl_update.py OUTPUT CASE [CASE ...]
 
-A case is a JSON object: ``overrides`` of ``oprd_trainer.yaml``, and ``v1``, whether batches are
-those of verl's present trainer (jagged) or of its older one (padded). For each case, a new worker
-of verl learns once from `rollouts`. ``OUTPUT`` gets the metrics and the weights, before and after.
+A case is a JSON object: ``overrides`` of ``oprd_trainer.yaml``; ``v1``, whether batches are those
+of verl's present trainer (jagged) or of its older one (padded); and ``masked``, see `rollouts`. For
+each case, a new worker of verl learns once from `rollouts`. ``OUTPUT`` gets the metrics and the
+weights, before and after.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -56,10 +58,11 @@ RECIPE = Path(__file__).parents[2] / "examples" / "verl_recipe"
 PROMPT, RESPONSE = 3, 5
 
 
-def rollouts(vocabulary: int) -> dict[str, Tensor]:
+def rollouts(vocabulary: int, masked: Sequence[int]) -> dict[str, Tensor]:
     """Four rollouts as verl's trainer has them: prompts padded on the left, responses on the right.
 
-    The third response holds two tokens of a tool's result, which the student did not write.
+    The third response holds two tokens of a tool's result, which the student did not write. Of the
+    ``masked`` ones nothing counts, as of those by which verl's trainer fills up a batch.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (4, PROMPT + RESPONSE), generator=generator)
@@ -69,6 +72,7 @@ def rollouts(vocabulary: int) -> dict[str, Tensor]:
         attention[row, PROMPT + response :] = 0
     written = attention[:, PROMPT:].clone()
     written[2, 1:3] = 0
+    written[list(masked)] = 0
     return {
         "input_ids": ids * attention,
         "attention_mask": attention,
@@ -130,7 +134,7 @@ def jagged(data: dict[str, Tensor]) -> TensorDict:
     return TensorDict(found, batch_size=len(attention))
 
 
-def update(worker, v1: bool) -> dict:
+def update(worker, v1: bool, masked: Sequence[int]) -> dict:
     """Have the worker learn from this process's part of `rollouts`, and return what changed."""
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import left_right_2_no_padding
@@ -140,7 +144,7 @@ def update(worker, v1: bool) -> dict:
         return {name: value.detach().full_tensor().clone() for name, value in named}
 
     before = weights()
-    everything = rollouts(worker.model_config.hf_config.vocab_size)
+    everything = rollouts(worker.model_config.hf_config.vocab_size, masked)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     part = {name: value[rank::ranks].clone() for name, value in everything.items()}
     size = len(everything["input_ids"])
@@ -166,7 +170,7 @@ def main(output: str, *cases: str) -> None:
     set_platform(PlatformCPU())
     dist.init_process_group("gloo", timeout=timedelta(seconds=900))
     asked = [json.loads(case) for case in cases]
-    found = [update(built(case["overrides"]), case["v1"]) for case in asked]
+    found = [update(built(case.pop("overrides")), **case) for case in asked]
     if dist.get_rank() == 0:
         torch.save(found, output)
     dist.destroy_process_group()

@@ -18,7 +18,7 @@ from oprd import Distiller, RepOutput
 from oprd.distill.taps import TapSession
 
 
-def written_tokens(data: Mapping[str, Tensor]) -> Tensor:
+def written_tokens(data: Mapping[str, Any]) -> Tensor:
     """Return (N,) bool, True for the tokens that the student wrote.
 
     Args:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from oprd.atomic_files import write_figure, write_json, write_whole
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.errors import ConfigError
 from oprd.observability.tables import TextTable
@@ -86,7 +86,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xticks(ranks, [str(r) for r in ranks])
     axis.set(xlabel="rank r", ylabel="cosine on held-out rows")
     figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
     plt.close(figure)
 
 
@@ -109,7 +109,7 @@ def sweep(bridge: str, output_dir: str) -> TextTable:
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"output_dir {directory} is a file: choose a directory")
     directory.mkdir(parents=True, exist_ok=True)
-    files["csv"].write_text(to_csv(rows))
-    files["json"].write_text(json.dumps(rows, indent=2) + "\n")
+    write_whole(files["csv"], to_csv(rows))
+    write_json(files["json"], rows)
     plot(rows, files["png"])
     return table(rows)

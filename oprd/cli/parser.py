@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from oprd.config.demo import RECIPE, is_demo
 from oprd.config.io import explained, option_names
 from oprd.errors import ConfigError
 from oprd.observability.console import shown
+from oprd.observability.signals import Interrupted
 
 
 class Parser(ArgumentParser):
@@ -90,11 +92,12 @@ def _flat(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def run_command(prog: str, command: Callable[[], object], interrupted: str = "interrupted") -> None:
-    """Run a command. Exit with code 2 after a `ConfigError` and 130 after Ctrl-C, with a message.
+    """Run a command. Exit with a message and code 2 after a `ConfigError`, 130 after Ctrl-C, and
+    128 plus the signal's number after `Interrupted` (143 for SIGTERM).
 
     Args:
         prog: name of the program, for the messages.
-        interrupted: the message after Ctrl-C.
+        interrupted: the message after a signal.
     """
     try:
         with shown():
@@ -102,6 +105,6 @@ def run_command(prog: str, command: Callable[[], object], interrupted: str = "in
     except ConfigError as error:
         sys.stderr.write(f"{prog}: error: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write(f"{prog}: {interrupted}\n")
-        sys.exit(130)
+        sys.exit(128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT))

@@ -15,7 +15,6 @@ Writes the models ``carry``, ``plain`` and ``hinted``, and ``<name>.jsonl`` and
 from __future__ import annotations
 
 import copy
-import json
 import random
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.config import StudentConfig
-from oprd.demo.task import Sum, make_splits, sample_batches
+from oprd.demo.task import Sum, make_splits, sample_batches, write_sums
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.observability.progress import duration
 
@@ -126,12 +125,6 @@ def accuracy(
     return right.all(-1).float().mean().item()
 
 
-def write_prompts(path: Path, sums: list[Sum]) -> None:
-    """Write one sum per line."""
-    rows = [{"prompt": s.prompt, "answer": s.answer} for s in sums]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def make_more(
     output_dir: Path = Path("runs/demo_more"),
     seed: int = 0,
@@ -178,8 +171,8 @@ def make_more(
                 print(f"{name} on {kind} sums{hint}: {share:.3f}", flush=True)
         model.to(torch.bfloat16).save_pretrained(output_dir / name)
         tokenizer.save_pretrained(output_dir / name)
-        write_prompts(output_dir / f"{name}.jsonl", sums[name][0][:num_train])
-        write_prompts(output_dir / f"{name}_test.jsonl", sums[name][1])
+        write_sums(output_dir / f"{name}.jsonl", sums[name][0][:num_train])
+        write_sums(output_dir / f"{name}_test.jsonl", sums[name][1])
 
 
 if __name__ == "__main__":

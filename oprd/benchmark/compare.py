@@ -28,6 +28,7 @@ from oprd.observability.memory import GIB
 from oprd.observability.signals import Interrupted
 from oprd.observability.summary import SUMMARY, Summary
 from oprd.observability.tables import TextTable, show
+from oprd.output_paths import check_output_dir
 from oprd.training.trainer import train
 
 PHASES = ("rollout", "teacher", "student update")
@@ -192,10 +193,8 @@ class Comparison:
 
     def _keep_config(self) -> None:
         """Write the configuration; raise if the directory holds another comparison."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir {self.directory} can't be made: {error}") from error
+        check_output_dir(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
         file = self.directory / "config.json"
         values = json.loads(json.dumps(asdict(self.cfg)))
         # Variants, seeds and rates may be added later; other changes would mix unlike runs.

@@ -168,6 +168,7 @@ def mib(size: float | None) -> str:
     return number(None if size is None else size / MIB, 0)
 
 
+FILES = ("gains.json", "gains.md")
 HEADINGS = (
     "objective",
     "update s",
@@ -358,5 +359,6 @@ def write_report(report: dict[str, Any], output_dir: str | None) -> None:
         return
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "gains.json", report)
-    write_whole(directory / "gains.md", markdown(report))
+    as_json, as_markdown = (directory / name for name in FILES)
+    write_json(as_json, report)
+    write_whole(as_markdown, markdown(report))

@@ -28,6 +28,7 @@ from oprd.demo.task import (
     sample_batches,
     write_sums,
 )
+from oprd.output_paths import check_output_dir
 
 
 def make_model(
@@ -104,6 +105,7 @@ def make_pair(
         lr: peak learning rate of AdamW.
         warmup_steps: steps in which the learning rate rises linearly to ``lr``.
     """
+    check_output_dir(output_dir)
     torch.manual_seed(seed)
     splits, tokenizer = make_splits(), make_tokenizer()
     pad = tokenizer.pad_token_id

@@ -29,6 +29,7 @@ from oprd.config import StudentConfig
 from oprd.demo.task import Sum, make_splits, sample_batches, write_sums
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.observability.progress import duration
+from oprd.output_paths import check_output_dir
 
 PROGRESS_SECONDS = 10.0
 
@@ -143,6 +144,7 @@ def make_more(
         num_train: number of training prompts of each kind.
         num_test: number of test prompts of each kind.
     """
+    check_output_dir(output_dir)
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("demo:student")
     origin = load_model(StudentConfig(path="demo:student"))

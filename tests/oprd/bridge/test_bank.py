@@ -90,7 +90,7 @@ def test_a_file_that_exists_is_never_overwritten(tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is not a writable directory"):
+    with pytest.raises(ConfigError, match="file is a file, not a directory"):
         bank.check_new_file(tmp_path / "file" / "b.safetensors")
 
 

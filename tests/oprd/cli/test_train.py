@@ -10,7 +10,6 @@ import yaml
 
 from oprd.bridge import Bridge, BridgeInfo, save_bridge
 from oprd.checkpoint.resume import settings
-from oprd.cli import environment
 from oprd.cli import train as cli
 from oprd.cli.parser import parse_run
 from oprd.config.demo import demo_config, demo_values
@@ -19,11 +18,6 @@ from oprd.models.info import ModelInfo
 from oprd.training.stages import stage_values
 
 RECIPES = Path(__file__).parents[3] / "recipes"
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
 
 
 def parse(*argv):

@@ -334,6 +334,9 @@ def test_sweep_writes_table_and_figure_and_overwrites_nothing(tmp_path, capsys):
     assert "0.8000" in capsys.readouterr().out
     message = fails(capsys, "sweep", tmp_path / "b.safetensors", "--output_dir", out)
     assert "sweep.csv exists" in message
+    below = tmp_path / "b.safetensors" / "out"
+    message = fails(capsys, "sweep", tmp_path / "b.safetensors", "--output_dir", below)
+    assert "b.safetensors is a file, not a directory" in message
 
 
 def test_unknown_options_and_commands(capsys):

@@ -121,6 +121,25 @@ def test_a_run_that_cannot_finish_does_not_start(capsys, arguments, message):
     assert message in fails(capsys, "--dry_run", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: 3\noptim:\n  lr: [1e-3\nseed: 1\n", ":4:5: not YAML: expected ',' or ']', but"),
+        (b"steps: 3\n\tseed: 1\n", ":2:1: not YAML: found character '\\t'"),
+        (b"name: \xff\n", " can't be read: 'utf-8' codec can't decode byte 0xff in position 6"),
+        (b"- steps\n", ": expected options, one `name: value` a line, but it begins '- steps'"),
+        (b"# nothing\n", "a line, but it is empty"),
+    ],
+)
+def test_a_configuration_that_is_none_says_where(capsys, tmp_path, content, message):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    for arguments in (["--config", str(file)], [f"--config={file}", "--dry_run"]):
+        error = fails(capsys, *arguments)
+        assert error.startswith(f"oprd-train: error: {file}")
+        assert message in error
+
+
 def test_a_directory_below_a_file_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("x")
     error = fails(capsys, "--dry_run", f"--output_dir={tmp_path / 'file' / 'run'}")

@@ -192,7 +192,7 @@ def metrics_in_code():
             elif isinstance(node, ast.JoinedStr):
                 parts = [str(v.value) if isinstance(v, ast.Constant) else "<>" for v in node.values]
                 text = "".join(parts)
-            if text is not None and re.fullmatch(rf"({kinds})/[\w@/<>-]+", text):
+            if text is not None and re.fullmatch(rf"({kinds})/[\w@/<>-]*[\w>]", text):
                 yield text
 
 

@@ -38,7 +38,10 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     wise = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    with prompts.open(encoding="utf-8") as file:
+        asked = [json.loads(line)["prompt"] for line in file if line.strip()]
+    if len(asked) < batch_size:
+        raise ValueError(f"{prompts} has {len(asked)} prompts: lower batch_size, {batch_size}")
 
     distiller = oprd.attach(model, wise, layers="all", kind="mse", shift="before")
     del wise  # the distiller keeps what it needs of the teacher

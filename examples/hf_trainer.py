@@ -93,6 +93,9 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(student, padding_side="right")
     dtype = torch.bfloat16 if bf16 else torch.float32
 
+    with texts.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+
     def collate(rows: list[dict[str, str]]) -> dict[str, Tensor]:
         rollouts = []
         for row in rows:
@@ -126,7 +129,7 @@ def main(
         teacher=AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype),
         distill={"layers": "all", "kind": "mse", "shift": "before"},
         data_collator=collate,
-        train_dataset=[json.loads(line) for line in texts.read_text().splitlines()],
+        train_dataset=rows,
     )
     trainer.train()
     trainer.save_model()

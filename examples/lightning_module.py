@@ -88,7 +88,8 @@ def main(
     """Train on the file's prompts, and save the student in ``output_dir``."""
     lightning.seed_everything(0)
     tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
-    asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    with prompts.open(encoding="utf-8") as file:
+        asked = [json.loads(line)["prompt"] for line in file if line.strip()]
     loader: DataLoader = DataLoader(
         asked,  # type: ignore[arg-type]
         batch_size,

@@ -43,7 +43,10 @@ def main(
     distiller = oprd.attach(model, wise, layers="all", kind="mse", shift="before")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr)
-    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    with texts.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    if len(rows) < batch_size:
+        raise ValueError(f"{texts} has {len(rows)} texts: lower batch_size, {batch_size}")
     losses = []
     for step in range(steps):
         rollouts = []

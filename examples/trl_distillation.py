@@ -148,7 +148,8 @@ def main(
     bf16: bool = False,
 ) -> OPRDDistillationTrainer:
     """Train on the file's prompts, and save the student in ``output_dir``."""
-    asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    with prompts.open(encoding="utf-8") as file:
+        asked = [json.loads(line)["prompt"] for line in file if line.strip()]
     trainer = OPRDDistillationTrainer(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
         teacher_model=AutoModelForCausalLM.from_pretrained(

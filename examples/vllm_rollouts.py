@@ -67,7 +67,10 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(student)
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(device)
     wise = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).to(device)
-    asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    with prompts.open(encoding="utf-8") as file:
+        asked = [json.loads(line)["prompt"] for line in file if line.strip()]
+    if len(asked) < batch_size:
+        raise ValueError(f"{prompts} has {len(asked)} prompts: lower batch_size, {batch_size}")
     asked = [tokenizer(text).input_ids for text in asked]
     llm = vllm.LLM(
         str(student),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -41,3 +42,14 @@ def write_whole(file: Path, content: str | bytes) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write a value as JSON, atomically (see `write_whole`)."""
     write_whole(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_figure(file: Path, figure: Any, **options: Any) -> None:
+    """Write a Matplotlib figure in the format of the file's suffix, atomically.
+
+    Args:
+        options: arguments of the figure's ``savefig``.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format=file.suffix[1:], **options)
+    write_whole(file, content.getvalue())

@@ -4,6 +4,7 @@ A Python block behind ``<!-- run -->`` is run; behind ``<!-- run: continues -->`
 the block before it.
 """
 
+import ast
 import importlib
 import io
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from oprd.observability.summary import EvalResult
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -174,6 +177,48 @@ def test_every_page_is_in_the_navigation():
     named = set(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     there = {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md") if "measured" not in p.parts}
     assert named == there
+
+
+def metrics_in_code():
+    """The names of metrics that `oprd` writes, with ``<name>`` for what is filled in."""
+    kinds = "actor|teacher|rep|val-topk|align|response_length|rollout|time|perf|mem"
+    for file in sorted((ROOT / "oprd").rglob("*.py")):
+        if "report" in file.parts:  # reads them
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            text = None
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            elif isinstance(node, ast.JoinedStr):
+                parts = [str(v.value) if isinstance(v, ast.Constant) else "<>" for v in node.values]
+                text = "".join(parts)
+            if text is not None and re.fullmatch(rf"({kinds})/[\w@/<>-]*[\w>]", text):
+                yield text
+
+
+def test_metrics_are_explained():
+    """Each metric in the code is on the page, and each on the page is in the code."""
+    text = (DOCS / "reference" / "run.md").read_text()
+    table = text[text.index("## Metrics of a step") : text.index("## Metrics of an evaluation")]
+    explained = set()
+    for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+        begin = ""
+        for metric in re.findall(r"`([^`]+)`", row):
+            begin = begin if metric.startswith("/") else metric.split("/")[0]
+            full = begin + metric if metric.startswith("/") else metric
+            explained.add(re.sub("<.*?>", "<>", full))
+    written = set(metrics_in_code()) - {"response_length/<>"}  # looks two of them up
+    assert "response_length/empty_ratio" in written
+    unexplained, gone = written - explained, explained - written
+    assert (sorted(unexplained), sorted(gone)) == ([], [])
+    result = EvalResult(
+        0.5, 1.0, 50.0, 10.0, 0.0, samples=4, problems=2, stderr=0.1, pass_at={"2": 0.5},
+        pass_all={"2": 0.5}, unboxed=0.1, ungraded=1,
+    )  # fmt: skip
+    after = text[text.index("## Metrics of an evaluation") :]
+    for metric in result.metrics("<set>"):
+        named = metric.removeprefix("val/<set>/").replace("@4", "@k")
+        assert re.search(rf"[`/]{re.escape(named.replace('2', 'j'))}`", after), metric
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -12,7 +12,7 @@ LAYERS = (
     "demo", "cli", "report", "benchmark", "training", "evaluation", "memory_plan", "distill",
     "bridge", "engines",
     "checkpoint", "data", "tokenizers", "models", "observability", "distributed", "config",
-    "atomic_files", "errors",
+    "hub", "output_paths", "atomic_files", "errors",
 )  # fmt: skip
 """Parts of `oprd`, the highest first: each imports from itself and from those after it alone."""
 

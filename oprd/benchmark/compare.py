@@ -11,21 +11,31 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from oprd.atomic_files import write_figure, write_json, write_whole
 from oprd.config import BridgeConfig, OpdConfig, TrainConfig
 from oprd.config.demo import demo_config
 from oprd.distill.objectives import REP
 from oprd.errors import ConfigError, Problems
 from oprd.observability.console import console
 from oprd.observability.memory import GIB
+from oprd.observability.signals import Interrupted
+from oprd.observability.summary import SUMMARY, Summary
 from oprd.observability.tables import TextTable, show
+from oprd.output_paths import check_output_dir
 from oprd.training.trainer import train
 
 PHASES = ("rollout", "teacher", "student update")
+TEACHER = "teacher"
+"""Directory of the run that evaluates the teacher."""
+LONGEST_NAME = 200
+"""Bytes of the name of a variant's directory."""
 
 
 @dataclass
@@ -78,6 +88,11 @@ class CompareConfig:
     target: float = 0.95
     run: TrainConfig = field(default_factory=demo_config)
 
+    @property
+    def metric(self) -> str:
+        """The name of the accuracy in tables, figures and ``metrics.jsonl``."""
+        return f"avg@{self.run.eval.samples}"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -85,7 +100,7 @@ class Result:
 
     Attributes:
         curve: (step, seconds of training so far, accuracy on the selection set) of each evaluation.
-        accuracy: final accuracy on the report set.
+        accuracy: final accuracy (avg@k) on the report set.
         seconds: seconds by phase.
         delta_peak: peak memory of the student's update in GiB, None if not measured.
         tokens_per_second: tokens per second of training.
@@ -124,12 +139,30 @@ def check(cfg: CompareConfig) -> None:
             f"{name} must be distinct values, at least one, got {values}",
         )
     need(len(cfg.variants) > 0, "variants is empty: name at least one")
+    _check_directories(problems, cfg.variants)
     need(0 < cfg.target <= 1, f"target must lie in (0, 1], got {cfg.target}")
     need(
         cfg.run.output_dir is None,
         "run.output_dir is set: leave it out, since runs are written to output_dir",
     )
     problems.refuse()
+
+
+def _check_directories(problems: Problems, names: Iterable[str]) -> None:
+    """Check that the directories of variants are distinct, on any file system."""
+    taken = {TEACHER: "the teacher"}
+    for name in names:
+        directory = _slug(name)
+        problems.need(
+            0 < len(directory.encode()) <= LONGEST_NAME,
+            f"variants: {name!r} can't name a directory: give it 1 to {LONGEST_NAME} bytes",
+        )
+        other = taken.setdefault(directory.lower(), repr(name))
+        problems.need(
+            other == repr(name),
+            f"variants: the runs of {name!r} and of {other} would share the directory "
+            f"{directory}: rename one",
+        )
 
 
 class Comparison:
@@ -151,8 +184,8 @@ class Comparison:
             for name in cfg.variants
         }
         report = summarise(cfg, teacher, rates, results)
-        (self.directory / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
-        (self.directory / "compare.md").write_text(markdown(cfg, report) + "\n")
+        write_json(self.directory / "compare.json", report)
+        write_whole(self.directory / "compare.md", markdown(cfg, report) + "\n")
         plot(cfg, teacher[cfg.selection_set], results, self.directory / "compare.png")
         show(self.console, screen(cfg, report))
         console.print(f"report: {self.directory}/compare.md, compare.json and compare.png")
@@ -160,10 +193,8 @@ class Comparison:
 
     def _keep_config(self) -> None:
         """Write the configuration; raise if the directory holds another comparison."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir {self.directory} can't be made: {error}") from error
+        check_output_dir(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
         file = self.directory / "config.json"
         values = json.loads(json.dumps(asdict(self.cfg)))
         # Variants, seeds and rates may be added later; other changes would mix unlike runs.
@@ -187,17 +218,20 @@ class Comparison:
                     "give yours other names, or choose a new directory"
                 )
             ours["variants"] = variants
-        file.write_text(json.dumps(ours, indent=2) + "\n")
+            problems = Problems()
+            _check_directories(problems, variants)
+            problems.refuse()
+        write_json(file, ours)
 
     def _teacher_accuracy(self) -> dict[str, float]:
         file = self.directory / "teacher.json"
         if not file.exists():
             run = copy.deepcopy(self.cfg.run)
-            run.output_dir, run.steps = str(_free(self.directory / "teacher")), 1
+            run.output_dir, run.steps = str(_free(self.directory / TEACHER)), 1
             run.eval.teacher = True
-            summary = train(run)
+            summary = _train(run)
             accuracy = {n: r.avg for n, r in summary.evaluations["teacher"].items()}
-            file.write_text(json.dumps(accuracy) + "\n")
+            write_json(file, accuracy)
         return json.loads(file.read_text())
 
     def _best_rate(self, name: str) -> float:
@@ -210,7 +244,7 @@ class Comparison:
 
     def _result(self, name: str, lr: float, seed: int) -> Result:
         directory = self.directory / _slug(name) / f"lr_{lr:g}_seed_{seed}"
-        if not (directory / "summary.json").exists():
+        if not (directory / SUMMARY).exists():
             variant = self.cfg.variants[name]
             run = copy.deepcopy(self.cfg.run)
             run.name, run.seed, run.optim.lr = f"{name}, lr {lr:g}, seed {seed}", seed, lr
@@ -220,10 +254,17 @@ class Comparison:
             run.eval.teacher = False
             run.output_dir = str(_free(directory))
             self.console.print(f"\n== {run.name}", markup=False)
-            if train(run).interrupted:
-                (directory / "summary.json").unlink()
-                raise KeyboardInterrupt
-        return read_result(directory, self.cfg.selection_set, self.cfg.report_set)
+            _train(run)
+        return read_result(directory, self.cfg)
+
+
+def _train(run: TrainConfig) -> Summary:
+    """Train; raise `Interrupted` if a signal ended the run, which then counts as unfinished."""
+    summary = train(run)
+    if summary.interrupted:
+        (summary.directory / SUMMARY).unlink()
+        raise Interrupted(summary.stopped_by or signal.SIGINT)
+    return summary
 
 
 def _free(directory: Path) -> Path:
@@ -240,9 +281,9 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def read_result(directory: Path, selection_set: str, report_set: str) -> Result:
-    """Read the results of a finished run from its files."""
-    summary = json.loads((directory / "summary.json").read_text())
+def read_result(directory: Path, cfg: CompareConfig) -> Result:
+    """Read the results of a finished run of a comparison from its files."""
+    summary = json.loads((directory / SUMMARY).read_text())
     curve: list[tuple[int, float, float]] = []
     seconds = 0.0
     tokens, token_seconds = 0.0, 0.0
@@ -253,11 +294,11 @@ def read_result(directory: Path, selection_set: str, report_set: str) -> Result:
             seconds += spent
             tokens += metrics["perf/tokens_per_second"] * spent
             token_seconds += spent
-        elif (accuracy := metrics.get(f"val/{selection_set}/avg@1")) is not None:
+        elif (accuracy := metrics.get(f"val/{cfg.selection_set}/{cfg.metric}")) is not None:
             curve.append((metrics["step"], seconds, accuracy))
     return Result(
         curve=curve,
-        accuracy=summary["evaluations"]["student after"][report_set]["avg"],
+        accuracy=summary["evaluations"]["student after"][cfg.report_set]["avg"],
         seconds={phase: summary["seconds"].get(phase, 0.0) for phase in PHASES},
         delta_peak=summary["mem/actor_update_delta_peak_GB"],
         tokens_per_second=tokens / token_seconds if token_seconds else 0.0,
@@ -289,16 +330,21 @@ def summarise(
             "steps_to_target": statistics.mean(s for s, _ in reached) if reached else None,
             "seconds_to_target": statistics.mean(s for _, s in reached) if reached else None,
         }
-    return {"teacher": teacher, "target_accuracy": target, "variants": variants}
+    return {
+        "metric": cfg.metric,
+        "teacher": teacher,
+        "target_accuracy": target,
+        "variants": variants,
+    }
 
 
 def about(cfg: CompareConfig, report: dict[str, Any]) -> str:
     """Say how the numbers of a report were made."""
     return (
         f"{cfg.run.steps} steps, seeds {cfg.seeds}; learning rate of each chosen from "
-        f"{cfg.learning_rates} by accuracy on {cfg.selection_set} with seed {cfg.tuning_seed}. "
+        f"{cfg.learning_rates} by {cfg.metric} on {cfg.selection_set} with seed {cfg.tuning_seed}. "
         f"Teacher: {report['teacher'][cfg.report_set]:.4f} on {cfg.report_set}. Target: "
-        f"{cfg.target:.0%} of the teacher's accuracy on {cfg.selection_set}, evaluated every "
+        f"{cfg.target:.0%} of the teacher's {cfg.metric} on {cfg.selection_set}, evaluated every "
         f"{cfg.run.eval.sets[cfg.selection_set].every} steps; seconds count training only."
     )
 
@@ -327,7 +373,7 @@ def markdown(cfg: CompareConfig, report: dict[str, Any]) -> str:
     lines = [
         about(cfg, report),
         "",
-        f"| objective | lr | {cfg.report_set} accuracy, mean ± std | rollout s | teacher s | "
+        f"| objective | lr | {cfg.report_set} {cfg.metric}, mean ± std | rollout s | teacher s | "
         "student update s | delta-peak MiB | tokens/s | seeds at target | steps | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -349,7 +395,7 @@ def screen(cfg: CompareConfig, report: dict[str, Any]) -> list[TextTable]:
             (
                 "objective",
                 "learning\nrate",
-                f"{cfg.report_set}\nmean ± std",
+                f"{cfg.report_set}, {cfg.metric}\nmean ± std",
                 "seeds at\ntarget",
                 "steps to\ntarget",
                 "seconds\nto target",
@@ -387,7 +433,7 @@ def plot(cfg: CompareConfig, teacher: float, results: dict[str, list[Result]], p
     for axis, label in zip(axes, ("step", "seconds of training"), strict=True):
         axis.axhline(teacher, color="black", linestyle=":", label="teacher")
         axis.set(xlabel=label)
-    axes[0].set(ylabel=f"accuracy on {cfg.selection_set}")
+    axes[0].set(ylabel=f"{cfg.metric} on {cfg.selection_set}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
     plt.close(figure)

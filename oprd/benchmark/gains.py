@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ import torch
 from oprd.benchmark.config import GainsConfig
 from oprd.benchmark.gains_plan import check, check_memory, make_plan, model_config, shape_of
 from oprd.distributed.device import check_device
-from oprd.errors import ConfigError
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape
 from oprd.models.recompute import recompute_blocks
+from oprd.output_paths import check_output_dir
 
 
 def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
@@ -108,7 +107,8 @@ def run(cfg: GainsConfig, command: str, dry_run: bool, as_json: bool = False) ->
         shown = [*gains_tables.prediction_tables(cfg, shape, plan), gains_tables.paper_table()]
         tables.show(console, shown)
         return
-    refuse_to_overwrite(cfg)
+    if cfg.output_dir is not None:
+        check_output_dir(cfg.output_dir, gains_report.FILES)
     check_memory(plan, available_bytes(device))
     student, teacher = build_student(cfg, config, device), load_teacher(cfg, device)
     measured = measure(cfg, student, teacher, Console(stderr=True, highlight=False))
@@ -145,15 +145,3 @@ def load_teacher(cfg: GainsConfig, device: torch.device) -> Any:
     if cfg.teacher.path is None:
         return None
     return load_model(TeacherConfig(path=cfg.teacher.path, dtype=cfg.dtype), device)
-
-
-def refuse_to_overwrite(cfg: GainsConfig) -> None:
-    """Check that ``output_dir`` holds no report.
-
-    Raises:
-        ConfigError: if it does.
-    """
-    if cfg.output_dir is not None and Path(cfg.output_dir, "gains.json").exists():
-        raise ConfigError(
-            f"{cfg.output_dir} holds the gains.json of another run: choose another --output_dir"
-        )

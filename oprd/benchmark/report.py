@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oprd.atomic_files import write_json, write_whole
 from oprd.benchmark.update import PARTS, Measured
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape, Update
@@ -168,6 +168,7 @@ def mib(size: float | None) -> str:
     return number(None if size is None else size / MIB, 0)
 
 
+FILES = ("gains.json", "gains.md")
 HEADINGS = (
     "objective",
     "update s",
@@ -358,5 +359,6 @@ def write_report(report: dict[str, Any], output_dir: str | None) -> None:
         return
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "gains.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    (directory / "gains.md").write_text(markdown(report), "utf-8")
+    as_json, as_markdown = (directory / name for name in FILES)
+    write_json(as_json, report)
+    write_whole(as_markdown, markdown(report))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oprd.errors import ConfigError
 from oprd.models.info import ModelInfo
+from oprd.output_paths import check_writable
 
 METADATA_KEY = "oprd_bridge"
 FORMAT = 1
@@ -252,11 +253,7 @@ def check_new_file(path: str | Path) -> None:
     path = Path(path)
     if path.exists():
         raise ConfigError(f"{path} exists and would be lost: choose another file")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"{path} can't be written: {parent} is not a writable directory")
+    check_writable(path)
 
 
 def save_bridge(bridge: Bridge, path: str | Path) -> None:

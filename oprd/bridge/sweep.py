@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from oprd.atomic_files import write_figure, write_json, write_whole
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.errors import ConfigError
 from oprd.observability.tables import TextTable
+from oprd.output_paths import check_output_dir
 
 COLUMNS = ("rank", "cosine_before", "cosine_after", "nmse_after", "explained_variance")
 """The columns that every rank has. The values are means over layers."""
@@ -86,7 +87,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xticks(ranks, [str(r) for r in ranks])
     axis.set(xlabel="rank r", ylabel="cosine on held-out rows")
     figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
     plt.close(figure)
 
 
@@ -103,13 +104,9 @@ def sweep(bridge: str, output_dir: str) -> TextTable:
     rows = sweep_rows(read_info(bridge))
     directory = Path(output_dir)
     files = {name: directory / f"sweep.{name}" for name in ("csv", "json", "png")}
-    for file in files.values():
-        if file.exists():
-            raise ConfigError(f"{file} exists and would be lost: choose another output_dir")
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"output_dir {directory} is a file: choose a directory")
+    check_output_dir(directory, [file.name for file in files.values()])
     directory.mkdir(parents=True, exist_ok=True)
-    files["csv"].write_text(to_csv(rows))
-    files["json"].write_text(json.dumps(rows, indent=2) + "\n")
+    write_whole(files["csv"], to_csv(rows))
+    write_json(files["json"], rows)
     plot(rows, files["png"])
     return table(rows)

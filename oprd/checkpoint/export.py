@@ -17,6 +17,7 @@ from oprd.config import LoraConfig, StudentConfig
 from oprd.errors import ConfigError
 from oprd.models.loading import load_model, load_tokenizer, unwritten_model
 from oprd.models.lora import add_adapter, is_adapted, merged_weights
+from oprd.output_paths import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str | None = None) -> No
     """
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and would be lost: choose a new directory")
+    check_writable(output)
     model = load_student(checkpoint)
     if dtype is not None:
         if is_adapted(model):  # merge first, so that the sum is rounded only once

@@ -23,7 +23,7 @@ from oprd.bridge.import_public import read_ps_bank
 from oprd.bridge.preflight import check_fit
 from oprd.bridge.show import tables
 from oprd.bridge.sweep import sweep
-from oprd.cli.environment import leave_out_an_unreachable_hub, print_conclusion, quiet_libraries
+from oprd.cli.environment import print_conclusion, quiet_libraries
 from oprd.cli.parser import Parser, parse_run, run_command
 from oprd.config.demo import demo_values
 from oprd.distributed import run_main
@@ -113,7 +113,6 @@ def run_fit(options: Namespace) -> None:
 
         fit(cfg)
         return
-    leave_out_an_unreachable_hub()
     checked = check_fit(cfg, dry_run=True)
     if checked.pairs:
         print("layers (student<-teacher): " + ", ".join(f"{s}<-{t}" for s, t in checked.pairs))

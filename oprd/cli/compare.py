@@ -12,7 +12,11 @@ from oprd.config.demo import demo_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``oprd-compare``. Exit codes: 0, 2 wrong configuration, 130 interrupted."""
+    """Run ``oprd-compare``.
+
+    Exit codes: 0; 2 wrong configuration; 130 ended by Ctrl-C and 143 by SIGTERM: the same command
+    goes on.
+    """
     parser = Parser(
         prog="oprd-compare", description="Compare objectives on the same models and prompts."
     )

@@ -3,35 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import warnings
 from collections.abc import Iterable, Sequence
-
-import huggingface_hub.constants
-
-
-def hub_reachable(timeout: float = 3.0) -> bool:
-    """Return whether the hub can be reached. Behind a proxy, assume that it can."""
-    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    host = endpoint.split("//")[-1].split("/")[0].split(":")[0]
-    try:
-        socket.create_connection((host, 443), timeout=timeout).close()
-    except OSError:
-        return False
-    return True
-
-
-def leave_out_an_unreachable_hub() -> None:
-    """Switch the libraries to offline mode if the hub can't be reached.
-
-    Otherwise they would retry for minutes.
-    """
-    if not hub_reachable():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # it may have been read already
 
 
 def quiet_libraries() -> None:

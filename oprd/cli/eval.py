@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jsonargparse import Namespace
 
-from oprd.cli.environment import leave_out_an_unreachable_hub, quiet_libraries
+from oprd.cli.environment import quiet_libraries
 from oprd.cli.parser import Parser, run_command
 from oprd.distributed import run_main
 from oprd.evaluation.config import EvalRunConfig
@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = make_parser()
     parsed = parser.parse_args(argv)
-    leave_out_an_unreachable_hub()
     quiet_libraries()
     run_command(
         "oprd-eval",

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from oprd.config.demo import RECIPE, is_demo
 from oprd.config.io import explained, option_names
 from oprd.errors import ConfigError
 from oprd.observability.console import shown
+from oprd.observability.signals import Interrupted
 
 
 class Parser(ArgumentParser):
-    """An argument parser that suggests the nearest option for an unknown one."""
+    """An argument parser that suggests the nearest option for an unknown one, and says where a
+    configuration file is wrong."""
+
+    def parse_path(self, cfg_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a configuration file."""
+        if (problem := _not_options(Path(cfg_path))) is not None:
+            self.error(problem)
+        return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None):
         """Print the message and exit with code 2."""
         sys.stderr.write(f"{self.prog}: error: {explained(message, option_names(self))}\n")
         sys.exit(2)
+
+
+def _not_options(file: Path) -> str | None:
+    """Say where a file is not YAML, or that it holds no options; None if it does."""
+    try:
+        text = file.read_text("utf-8")
+        found = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{file} can't be read: {error}"
+    except yaml.MarkedYAMLError as error:
+        mark, begun = error.problem_mark, error.context_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else f"{file}"
+        since = f" that begins in line {begun.line + 1}" if begun else ""
+        return f"{place}: not YAML: {error.problem} {error.context or ''}{since}".rstrip()
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        return f"{file}: not YAML: {error}"
+    if isinstance(found, yaml.MappingNode):
+        return None
+    what = "it is empty" if found is None else f"it begins {text.strip()[:60]!r}"
+    return f"{file}: expected options, one `name: value` a line, but {what}"
 
 
 PATHS = {
@@ -90,11 +122,12 @@ def _flat(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def run_command(prog: str, command: Callable[[], object], interrupted: str = "interrupted") -> None:
-    """Run a command. Exit with code 2 after a `ConfigError` and 130 after Ctrl-C, with a message.
+    """Run a command. Exit with a message and code 2 after a `ConfigError`, 130 after Ctrl-C, and
+    128 plus the signal's number after `Interrupted` (143 for SIGTERM).
 
     Args:
         prog: name of the program, for the messages.
-        interrupted: the message after Ctrl-C.
+        interrupted: the message after a signal.
     """
     try:
         with shown():
@@ -102,6 +135,6 @@ def run_command(prog: str, command: Callable[[], object], interrupted: str = "in
     except ConfigError as error:
         sys.stderr.write(f"{prog}: error: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write(f"{prog}: {interrupted}\n")
-        sys.exit(130)
+        sys.exit(128 + (error.signum if isinstance(error, Interrupted) else signal.SIGINT))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from oprd.cli.environment import leave_out_an_unreachable_hub, print_conclusion, quiet_libraries
+from oprd.cli.environment import print_conclusion, quiet_libraries
 from oprd.cli.parser import Parser, parse_run, run_command
 from oprd.config import TrainConfig
 from oprd.config.demo import demo_values
@@ -69,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     all cases but 0.
     """
     parser, parsed = make_parser(), parse_run(make_parser, argv, demo_values())
-    if parsed.dry_run:
-        leave_out_an_unreachable_hub()
     quiet_libraries()
     run_command("oprd-train", lambda: _run(parser, parsed))
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, TypeAlias
 import fsspec
 from datasets import Dataset, load_dataset
 
+from oprd import hub
 from oprd.config import PromptsConfig
 from oprd.data import reasoning_gym
 from oprd.errors import ConfigError, Unreachable, is_unreachable, need_package
@@ -62,21 +63,22 @@ def load_rows(
 
 def _load_from_hub(path: str, cfg: PromptsConfig) -> Dataset:
     options: dict[str, Any] = {"split": cfg.split, "revision": cfg.revision}
+    hub.leave_out_if_unreachable()
     try:
         if not cfg.streaming:
             return load_dataset(path, cfg.subset, **options)
         stream = load_dataset(path, cfg.subset, **options, streaming=True)
         return Dataset.from_list(list(stream.take(cfg.limit)))
     except Exception as error:
-        kind = Unreachable if is_unreachable(error) else ConfigError
+        kind, why = ConfigError, str(_root(error))
+        if is_unreachable(error):
+            kind, why = Unreachable, f"it is not in the cache, and {hub.why_unreachable()}"
         given = {"subset": cfg.subset, **options}
         where = ", ".join(f"{name} {value!r}" for name, value in given.items() if value is not None)
         hint = f"Local files must end in {', '.join(FILE_FORMATS)}"
         if "onfig name is missing" in str(error):
             hint = "Set subset to one of them"
-        raise kind(
-            f"data set {path!r} ({where}) can't be loaded: {_root(error)}. {hint}"
-        ) from error
+        raise kind(f"data set {path!r} ({where}) can't be loaded: {why}. {hint}") from error
 
 
 def _questions(cfg: PromptsConfig, for_evaluation: bool) -> Rows:

@@ -20,6 +20,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedModel, PreTrai
 from oprd.demo.make import make_model
 from oprd.demo.more import accuracy, train, without_hint
 from oprd.demo.task import make_splits, make_tokenizer
+from oprd.output_paths import check_output_dir
 
 SYMBOLS = ("<pad>", "<eos>", "<unk>", "+", "=", *"0123456789")
 MINUTES = {
@@ -91,6 +92,7 @@ def make_teacher(
         seed: seed of the initial weights and the batches.
         steps: steps of supervised training; null: 1,800 (digits) or 1,200 (pairs).
     """
+    check_output_dir(output_dir)
     known = make_splits()
     torch.manual_seed(seed)
     model: PreTrainedModel

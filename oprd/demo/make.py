@@ -12,7 +12,6 @@ Writes ``student/`` and ``teacher/`` (Hugging Face layout, bfloat16 weights) and
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -27,7 +26,9 @@ from oprd.demo.task import (
     make_splits,
     make_tokenizer,
     sample_batches,
+    write_sums,
 )
+from oprd.output_paths import check_output_dir
 
 
 def make_model(
@@ -79,12 +80,6 @@ def greedy_accuracy(model: Qwen2ForCausalLM, ids_BT: torch.Tensor, pad: int) -> 
     return ((guess == target) | (target == pad)).all(-1).float().mean().item()
 
 
-def write_jsonl(path: Path, sums: list[Sum]) -> None:
-    """Write one sum per line, with the field names of `oprd`'s prompt files."""
-    rows = [{"prompt": s.prompt, "answer": s.answer} for s in sums]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def make_pair(
     output_dir: Path = Path(__file__).parent,
     seed: int = 0,
@@ -110,6 +105,7 @@ def make_pair(
         lr: peak learning rate of AdamW.
         warmup_steps: steps in which the learning rate rises linearly to ``lr``.
     """
+    check_output_dir(output_dir)
     torch.manual_seed(seed)
     splits, tokenizer = make_splits(), make_tokenizer()
     pad = tokenizer.pad_token_id
@@ -151,7 +147,7 @@ def make_pair(
         net.to(torch.bfloat16).save_pretrained(output_dir / name)
         tokenizer.save_pretrained(output_dir / name)
     for name in ("train", "val", "test"):
-        write_jsonl(output_dir / f"{name}.jsonl", getattr(splits, name))
+        write_sums(output_dir / f"{name}.jsonl", getattr(splits, name))
 
 
 if __name__ == "__main__":

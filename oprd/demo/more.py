@@ -15,7 +15,6 @@ Writes the models ``carry``, ``plain`` and ``hinted``, and ``<name>.jsonl`` and
 from __future__ import annotations
 
 import copy
-import json
 import random
 import time
 from collections.abc import Callable
@@ -27,9 +26,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.config import StudentConfig
-from oprd.demo.task import Sum, make_splits, sample_batches
+from oprd.demo.task import Sum, make_splits, sample_batches, write_sums
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.observability.progress import duration
+from oprd.output_paths import check_output_dir
 
 PROGRESS_SECONDS = 10.0
 
@@ -126,12 +126,6 @@ def accuracy(
     return right.all(-1).float().mean().item()
 
 
-def write_prompts(path: Path, sums: list[Sum]) -> None:
-    """Write one sum per line."""
-    rows = [{"prompt": s.prompt, "answer": s.answer} for s in sums]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def make_more(
     output_dir: Path = Path("runs/demo_more"),
     seed: int = 0,
@@ -150,6 +144,7 @@ def make_more(
         num_train: number of training prompts of each kind.
         num_test: number of test prompts of each kind.
     """
+    check_output_dir(output_dir)
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("demo:student")
     origin = load_model(StudentConfig(path="demo:student"))
@@ -178,8 +173,8 @@ def make_more(
                 print(f"{name} on {kind} sums{hint}: {share:.3f}", flush=True)
         model.to(torch.bfloat16).save_pretrained(output_dir / name)
         tokenizer.save_pretrained(output_dir / name)
-        write_prompts(output_dir / f"{name}.jsonl", sums[name][0][:num_train])
-        write_prompts(output_dir / f"{name}_test.jsonl", sums[name][1])
+        write_sums(output_dir / f"{name}.jsonl", sums[name][0][:num_train])
+        write_sums(output_dir / f"{name}_test.jsonl", sums[name][1])
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ A prompt is ``"483+219="``; the response is the sum's digits, least significant 
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from oprd.atomic_files import write_whole
 
 FIRST, LAST = 100, 999
 """Smallest and largest operand (three digits)."""
@@ -95,3 +99,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=PROMPT_TOKENS + RESPONSE_TOKENS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def write_sums(file: Path, sums: Iterable[Sum]) -> None:
+    """Write one sum a line, with the field names of `oprd`'s prompt files."""
+    rows = ({"prompt": s.prompt, "answer": s.answer} for s in sums)
+    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))

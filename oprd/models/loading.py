@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from oprd import hub
 from oprd.config import StudentConfig, TeacherConfig
 from oprd.errors import ConfigError, Unreachable, is_unreachable
 
@@ -41,7 +43,7 @@ def load_config(path: str) -> PretrainedConfig:
         ConfigError: if it can't be loaded from ``path``.
     """
     try:
-        return AutoConfig.from_pretrained(demo_path(path))
+        return AutoConfig.from_pretrained(_place(path))
     except (OSError, ValueError) as error:
         raise _not_loadable("model", path, error) from error
 
@@ -53,7 +55,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ConfigError: if it can't be loaded from ``path``, or if it has no EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(demo_path(path))
+        tokenizer = AutoTokenizer.from_pretrained(_place(path))
     except (OSError, ValueError) as error:
         raise _not_loadable("tokenizer", path, error) from error
     if tokenizer.eos_token_id is None:
@@ -63,15 +65,35 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _not_loadable(what: str, path: str, error: Exception) -> ConfigError:
+def _place(path: str) -> str:
+    """Return what `transformers` calls ``path``. If it is no directory, it is taken for a name on
+    the hub, which is left out if it can't be reached."""
     place = demo_path(path)
-    if Path(place).is_dir():
+    if not Path(place).is_dir():
+        hub.leave_out_if_unreachable()
+    return place
+
+
+def _not_loadable(what: str, path: str, error: Exception) -> ConfigError:
+    place = Path(demo_path(path))
+    if place.is_dir():
         return ConfigError(f"the {what} in {place} can't be loaded: {error}")
-    kind = Unreachable if is_unreachable(error) else ConfigError
-    return kind(
-        f"no {what} at {path!r}: it is not a directory on this machine, and loading it from the "
-        f"hub failed: {str(error).splitlines()[0]}"
+    missing = f"no {what} at {path!r}: there is no such directory on this machine{_similar(place)}"
+    if is_unreachable(error):
+        return Unreachable(f"{missing}, it is not in the hub's cache, and {hub.why_unreachable()}")
+    return ConfigError(
+        f"{missing}, and loading it from the hub failed: {str(error).splitlines()[0]}"
     )
+
+
+def _similar(place: Path) -> str:
+    """Ask whether a directory with a similar name is meant, if there is one."""
+    above = place.absolute().parent
+    with contextlib.suppress(OSError):
+        names = [p.name for p in above.iterdir() if p.is_dir()]
+        if close := difflib.get_close_matches(place.name, names, n=1):
+            return f" (did you mean {place.with_name(close[0])}?)"
+    return ""
 
 
 def torch_dtype(cfg: StudentConfig | TeacherConfig) -> torch.dtype:
@@ -89,7 +111,7 @@ def load_model(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            demo_path(cfg.path),
+            _place(cfg.path),
             dtype=torch_dtype(cfg),
             attn_implementation=cfg.attn_implementation,
         )

@@ -13,6 +13,18 @@ SAME_REQUEST = 1.0
 process, and torchrun forwards it to the ranks as well."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised by a program that a signal ended after it had put its files in order.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 class Interrupt:
     """A request by signal to end the run.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from oprd.atomic_files import write_whole
 from oprd.config import LoggingConfig
 from oprd.errors import need_package
 
@@ -186,5 +187,5 @@ def _identity(directory: Path) -> str:
     file = directory / IDENTITY
     if not file.exists():
         plain = re.sub(r"[^\w.-]", "_", directory.name)
-        file.write_text(f"{plain}-{uuid.uuid4().hex[:8]}\n")
+        write_whole(file, f"{plain}-{uuid.uuid4().hex[:8]}\n")
     return file.read_text().strip()

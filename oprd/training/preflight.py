@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from oprd.errors import Attempt, ConfigError, Problems, attempts
 from oprd.models.defaults import choose_dtypes, choose_lengths
 from oprd.models.loading import load_config, teacher_path
 from oprd.observability.trackers import check_trackers
+from oprd.output_paths import check_writable
 from oprd.training.inputs import RunInputs, load_inputs
 from oprd.training.model_checks import check_models
 from oprd_kernels.backends import registry
@@ -143,10 +143,4 @@ def check_output_dir(cfg: TrainConfig) -> None:
             f"output_dir {path} already holds {what}, which would be lost: choose a new directory"
             + (", or resume that run with resume=auto" if is_run(path) else "")
         )
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise ConfigError(f"output_dir {path}: {parent} is a file, not a directory")
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"output_dir {path} can't be written: no permission in {parent}")
+    check_writable(path, "output_dir")

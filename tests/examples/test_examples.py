@@ -20,6 +20,7 @@ from oprd_kernels import fused_rep_loss
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+DEMO = ROOT / "oprd" / "demo"
 NEEDS = {
     "hf_trainer": "accelerate",
     "lightning_module": "lightning",
@@ -89,6 +90,22 @@ def test_custom_module(load):
         for h, w in zip(plain[2], wanted, strict=True)
     ]
     assert torch.allclose(tapped[1], torch.stack(by_hand).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attach_loop", "hf_trainer", "peft_lora"])
+def test_few_prompts(load, tmp_path, name):
+    """Three, one with a character at which `str.splitlines` cuts: too few for some batches."""
+    file, example = tmp_path / "three.jsonl", load(name)
+    rows = [{"prompt": text, "answer": "1"} for text in ("1+1=", "2\u2028+1=", "3+1=")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\n".join([*lines, "", ""]), "utf-8")
+    if name == "hf_trainer":
+        trainer = example.main(texts=file, output_dir=tmp_path / "out", steps=1)
+        assert trainer.train_dataset == rows
+        return
+    with pytest.raises(ValueError, match=r"three.jsonl has 3 \w+: lower batch_size, 64"):
+        example.main(DEMO / "student", DEMO / "teacher", file, steps=1)
+    assert example.main(DEMO / "student", DEMO / "teacher", file, steps=1, batch_size=3)
 
 
 def test_attach_loop(load, tmp_path):

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from oprd.benchmark import gains
 from oprd.benchmark.config import GainsConfig
 from oprd.benchmark.gains_plan import GainsPlan, check_memory, make_plan
 from oprd.benchmark.report import PAPER_GIB, PAPER_SHAPE, paper_rows
@@ -310,7 +311,17 @@ def test_wrong_flags(capsys, flags, message):
 
 def test_results_are_not_overwritten(capsys, tmp_path):
     (tmp_path / "gains.json").write_text("{}")
-    assert "choose another --output_dir" in fails(capsys, *TINY, "--output_dir", str(tmp_path))
+    message = fails(capsys, *TINY, "--output_dir", str(tmp_path))
+    assert "gains.json exists and would be lost: choose another output_dir" in message
+
+
+def test_a_directory_below_a_file_is_refused_before_anything_is_measured(
+    capsys, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(gains, "build_student", None)
+    message = fails(capsys, *TINY, "--output_dir", str(tmp_path / "file" / "out"))
+    assert f"{tmp_path / 'file'} is a file, not a directory" in message
 
 
 def test_a_run_that_does_not_fit_is_refused():

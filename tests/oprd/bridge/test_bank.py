@@ -90,7 +90,7 @@ def test_a_file_that_exists_is_never_overwritten(tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is not a writable directory"):
+    with pytest.raises(ConfigError, match="file is a file, not a directory"):
         bank.check_new_file(tmp_path / "file" / "b.safetensors")
 
 
@@ -334,6 +334,9 @@ def test_sweep_writes_table_and_figure_and_overwrites_nothing(tmp_path, capsys):
     assert "0.8000" in capsys.readouterr().out
     message = fails(capsys, "sweep", tmp_path / "b.safetensors", "--output_dir", out)
     assert "sweep.csv exists" in message
+    below = tmp_path / "b.safetensors" / "out"
+    message = fails(capsys, "sweep", tmp_path / "b.safetensors", "--output_dir", below)
+    assert "b.safetensors is a file, not a directory" in message
 
 
 def test_unknown_options_and_commands(capsys):

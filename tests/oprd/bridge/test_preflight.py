@@ -6,7 +6,6 @@ from tokenizers import decoders
 from oprd import distributed
 from oprd.bridge.preflight import check_fit, pair_for_fit
 from oprd.cli import bridge as bridge_cli
-from oprd.cli import environment
 from oprd.cli import train as cli
 from oprd.config import PromptsConfig
 from oprd.demo.bridge_teacher import make_olmo, make_pair_tokenizer
@@ -101,7 +100,6 @@ def test_a_shallower_teacher_stands_beside_several_student_layers():
 def test_dry_run_loads_no_weights_and_writes_nothing(teacher, tmp_path, capsys, monkeypatch):
     from oprd.bridge import fit as module
 
-    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
     monkeypatch.setattr(module, "load_model", None)
     argv = ["fit", f"--teacher.path={teacher}", f"--output={tmp_path / 'b'}", "--dry_run"]
     bridge_cli.main(argv)
@@ -112,10 +110,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(teacher, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("recipe", ["qwen3_4b", "phi4_mini"])
-def test_dry_run_without_the_hub_says_what_it_could_not_check(
-    recipe, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
+def test_dry_run_without_the_hub_says_what_it_could_not_check(recipe, tmp_path, capsys):
     file = ROOT / "recipes" / f"qwen3_1.7b_{recipe}_bridge_fit.yaml"
     argv = ["fit", f"--config={file}", f"--output={tmp_path / 'b'}", "--dry_run"]
     bridge_cli.main(argv)

@@ -6,7 +6,6 @@ import pytest
 
 from oprd.bridge.config import FitConfig
 from oprd.cli import bridge as bridge_cli
-from oprd.cli import environment
 from oprd.cli import train as cli
 from oprd.cli.parser import parse_run
 from oprd.config import DataConfig, EvalConfig, LoraConfig, RolloutConfig, TrainConfig
@@ -17,11 +16,6 @@ from oprd.training.preflight import choose_defaults
 from tests.support.tiny import make_model
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}="
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import yaml
 
 from oprd.bridge import Bridge, BridgeInfo, save_bridge
 from oprd.checkpoint.resume import settings
-from oprd.cli import environment
 from oprd.cli import train as cli
 from oprd.cli.parser import parse_run
 from oprd.config.demo import demo_config, demo_values
@@ -19,11 +18,6 @@ from oprd.models.info import ModelInfo
 from oprd.training.stages import stage_values
 
 RECIPES = Path(__file__).parents[3] / "recipes"
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
 
 
 def parse(*argv):
@@ -125,6 +119,25 @@ def test_all_wrong_values_are_listed_at_once(capsys):
 )
 def test_a_run_that_cannot_finish_does_not_start(capsys, arguments, message):
     assert message in fails(capsys, "--dry_run", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: 3\noptim:\n  lr: [1e-3\nseed: 1\n", ":4:5: not YAML: expected ',' or ']', but"),
+        (b"steps: 3\n\tseed: 1\n", ":2:1: not YAML: found character '\\t'"),
+        (b"name: \xff\n", " can't be read: 'utf-8' codec can't decode byte 0xff in position 6"),
+        (b"- steps\n", ": expected options, one `name: value` a line, but it begins '- steps'"),
+        (b"# nothing\n", "a line, but it is empty"),
+    ],
+)
+def test_a_configuration_that_is_none_says_where(capsys, tmp_path, content, message):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    for arguments in (["--config", str(file)], [f"--config={file}", "--dry_run"]):
+        error = fails(capsys, *arguments)
+        assert error.startswith(f"oprd-train: error: {file}")
+        assert message in error
 
 
 def test_a_directory_below_a_file_is_refused(capsys, tmp_path):

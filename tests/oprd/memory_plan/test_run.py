@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from oprd.benchmark.report import PAPER_SHAPE
-from oprd.cli import environment
 from oprd.cli import train as cli
 from oprd.config import EvalSetConfig, LoraConfig, StudentConfig, TrainConfig
 from oprd.config.demo import demo_config
@@ -183,9 +182,8 @@ PHI4_MINI = (
 )
 
 
-def shown(capsys, monkeypatch, *arguments):
+def shown(capsys, *arguments):
     """What a plan for eight GPUs of 80 GiB says, and the exit code."""
-    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
     code = 0
     try:
         cli.main(["--dry_run", "--plan.gpus=8", "--plan.memory_gib=80", *arguments])
@@ -202,17 +200,17 @@ def shown(capsys, monkeypatch, *arguments):
         ("qwen3_1.7b_phi4_mini_bridge", QWEN3, PHI4_MINI),
     ],
 )
-def test_recipes_fit_eight_gpus(capsys, monkeypatch, recipe, student, teacher):
+def test_recipes_fit_eight_gpus(capsys, recipe, student, teacher):
     """Also while their bridges are yet to be fitted."""
     arguments = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")]
     arguments += [f"--plan.student={student}", f"--plan.teacher={teacher}"]
-    text, code = shown(capsys, monkeypatch, *arguments)
+    text, code = shown(capsys, *arguments)
     assert "GiB on each of 8 GPUs" in text
     assert "fits," in text
     assert f"{EVALUATION}, at its peak: teacher, the last token" in text
     assert ("not checked: the bridge" in text) == ("bridge" in recipe)
     assert code == 0
-    text, code = shown(capsys, monkeypatch, *arguments, "--plan.memory_gib=35")
+    text, code = shown(capsys, *arguments, "--plan.memory_gib=35")
     assert "does not fit by" in text
     assert "lower eval.batch_size to " in text
     assert code == 1
@@ -230,10 +228,8 @@ def test_recipes_are_planned_without_the_hub(capsys, monkeypatch, recipe, studen
     """In lines of 80 characters."""
     monkeypatch.setenv("COLUMNS", "80")
     config = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")]
-    text, code = shown(capsys, monkeypatch, *config)
-    given, _ = shown(
-        capsys, monkeypatch, *config, f"--plan.student={student}", f"--plan.teacher={teacher}"
-    )
+    text, code = shown(capsys, *config)
+    given, _ = shown(capsys, *config, f"--plan.student={student}", f"--plan.teacher={teacher}")
     plan, of_given = (out[out.index("GiB on each of 8 GPUs") :] for out in (text, given))
     assert (plan, code) == (of_given, 0)
     assert "its shape is known" in text
@@ -243,11 +239,11 @@ def test_recipes_are_planned_without_the_hub(capsys, monkeypatch, recipe, studen
     assert "\nstudent's weights " in table
 
 
-def test_a_bridges_rank_and_a_larger_teacher_count(capsys, monkeypatch):
+def test_a_bridges_rank_and_a_larger_teacher_count(capsys):
     bridged = ["--config", str(ROOT / "recipes" / "qwen3_1.7b_qwen3_4b_bridge.yaml")]
     bridged += [f"--plan.student={QWEN3}", f"--plan.teacher={QWEN3_4B}"]
-    full, _ = shown(capsys, monkeypatch, *bridged)
-    narrow, _ = shown(capsys, monkeypatch, *bridged, "--bridge.rank=8")
+    full, _ = shown(capsys, *bridged)
+    narrow, _ = shown(capsys, *bridged, "--bridge.rank=8")
     assert "teacher's outputs" in full
     assert "teacher's outputs" not in narrow  # nothing to speak of
     cfg = recipe()
@@ -273,8 +269,7 @@ def test_a_bridges_rank_and_a_larger_teacher_count(capsys, monkeypatch):
         (["--dry_run", "--plan.gpus=8", "--plan.memory_gib=-8"], "memory_gib must be above 0"),
     ],
 )
-def test_what_is_missing_is_named(capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
+def test_what_is_missing_is_named(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--config", str(RECIPE), *arguments])
     assert stopped.value.code == 2

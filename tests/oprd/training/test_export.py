@@ -75,6 +75,7 @@ def test_the_newest_of_a_run_or_the_one_that_is_named(tmp_path, capsys):
     [
         (["{run}/nowhere", "{run}/out"], "no whole checkpoint at"),
         (["{run}", "{run}"], "exists and would be lost"),
+        (["{run}", f"{__file__}/out"], "is a file, not a directory"),
         (["{run}", "{run}/out", "--best"], "keeps no best checkpoint"),
         (["{run}", "{run}/out", "--dtype", "int8"], "invalid choice"),
         (["{run}"], "required: output"),

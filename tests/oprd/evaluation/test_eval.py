@@ -117,6 +117,7 @@ def test_published_files_are_read_as_they_are():
 
 def interrupted_at_aime(arguments):
     """Disks are slow, so that there is time to kill the process."""
+    torch.set_num_threads(1)  # the parent's threads are not in a forked process
     add = store.Part.add
 
     def slow(self, name, samples):

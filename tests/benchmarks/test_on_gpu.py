@@ -252,7 +252,7 @@ def run_tests(check, monkeypatch, tmp_path, text, limit=60, workers=False):
     return outcome["status"], outcome["note"]
 
 
-@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("workers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_failing_tests_are_counted_and_recorded(check, monkeypatch, tmp_path, workers):
     text = GOOD.format(bad=3) + AFTER
     ended = run_tests(check, monkeypatch, tmp_path, text, workers=workers)

@@ -108,6 +108,7 @@ def test_fit_and_train(tmp_path, teacher, monkeypatch, capsys):
     assert 0 < evaluated.length <= 5  # it was asked in its own tokens
 
 
+@pytest.mark.slow
 def test_other_pairs_than_the_bridges_are_noted(tmp_path, teacher, capsys):
     path = tmp_path / "bridge.safetensors"
     cfg = fit_config(path, teacher)

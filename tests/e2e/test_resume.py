@@ -123,12 +123,15 @@ SELF = {
 @pytest.mark.parametrize(
     "changes",
     [
-        {"distill__init_head_from_teacher": True, "objectives": {"oprd": 1.0, "opd_full": 1.0}},
-        SELF,
+        pytest.param(
+            {"distill__init_head_from_teacher": True, "objectives": {"oprd": 1.0, "opd_full": 1.0}},
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(SELF, marks=pytest.mark.exhaustive),
         {"fsdp__mode": "always", "student__dtype": "bfloat16"},
         pytest.param(
             {"student__gradient_checkpointing": True, "rollout__responses_per_prompt": 2},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
     ],
     ids=["head", "self", "sharded", "gradient_checkpointing"],

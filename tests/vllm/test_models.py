@@ -17,7 +17,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 96}  # heads of 32: vLLM takes 
     ("architecture", "dtype", "changes"),
     [
         ("gemma3", "float32", WIDE | {"head_dim": 32}),
-        ("qwen3", "bfloat16", WIDE | {"head_dim": 32}),
+        pytest.param("qwen3", "bfloat16", WIDE | {"head_dim": 32}, marks=pytest.mark.exhaustive),
         ("lora", "float32", WIDE),
     ],
 )

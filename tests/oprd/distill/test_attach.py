@@ -229,6 +229,7 @@ def test_bfloat16_models():
     assert {g.dtype for g in grads.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_compiled_student_layers():
     student, teacher = make_model("llama"), make_model("llama", seed=1)
     wanted = expected(student, teacher, make_batch(), "all")

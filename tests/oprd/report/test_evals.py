@@ -183,6 +183,7 @@ def test_a_set_without_answers_has_responses_and_no_grades(tmp_path, written):
     assert json_of(page, "texts")[0]["1"][1]["1"]["0"] == ["so 0", 10, False]
 
 
+@pytest.mark.slow
 def test_a_large_evaluation_makes_a_small_page(tmp_path, written, monkeypatch):
     monkeypatch.setattr(problems.views, "__defaults__", (400_000,))
     rng = random.Random(0)

@@ -43,12 +43,12 @@ def saved(tmp_path_factory):
 
 def chosen(cfg, memory, monkeypatch):
     monkeypatch.setattr(recompute, "available_bytes", lambda _device: memory)
-    preflight(cfg)
     return choose_blocks(cfg, CPU, {})
 
 
 def test_as_few_as_fit(saved, tmp_path, monkeypatch):
     cfg = sized_run(saved, tmp_path / "run", student__gradient_checkpointing="auto")
+    preflight(cfg)
     found = [chosen(cfg, int(memory * GIB), monkeypatch)[0] for memory in (16, 0.32, 0.25, 0.01)]
     assert (found[0], found[-1]) == (0, 4)
     assert found == sorted(found)
@@ -69,6 +69,7 @@ def test_what_the_planner_does_not_know_is_recomputed_whole(saved, tmp_path, mon
 
     monkeypatch.setattr(recompute, "shapes", unknown)
     cfg = sized_run(saved, tmp_path / "run", student__gradient_checkpointing="auto")
+    preflight(cfg)
     number, (note,) = chosen(cfg, 16 * GIB, monkeypatch)
     assert number is True
     assert "does not know rwkv" in note

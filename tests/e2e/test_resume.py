@@ -480,3 +480,21 @@ def test_a_signal_while_the_student_is_saved_waits_for_it(tmp_path, monkeypatch)
     summary = train(small_run(tmp_path / "run", eval__sets={}))
     assert (summary.student / "model.safetensors").exists()
     assert not summary.interrupted
+
+
+def test_and_then_ends_the_run_before_its_last_evaluation(tmp_path, monkeypatch):
+    def save(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_student(*arguments)
+
+    cfg = small_run(tmp_path / "run", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("oprd.training.trainer.save_student", save)
+        summary = train(cfg)
+    assert summary.stopped_by == signal.SIGTERM
+    assert "student after" not in summary.evaluations
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+    again = train(replace(cfg, resume="auto"))
+    assert not again.interrupted
+    assert "student after" in again.evaluations
+    assert len([line for line in lines(tmp_path / "run") if "actor/lr" in line]) == 1

@@ -71,6 +71,7 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
     assert "student before: val" in capsys.readouterr().out  # sampled by the engine
 
 
+@pytest.mark.exhaustive
 def test_a_killed_engine_comes_back_with_the_present_weights(tmp_path):
     """Of a model whose head is tied to its embeddings."""
     sizes = {"hidden_size": 128, "intermediate_size": 96}
@@ -99,6 +100,7 @@ def test_a_killed_engine_comes_back_with_the_present_weights(tmp_path):
         assert found.max < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_share_one_copy_of_the_student(tmp_path):
     """Tensor parallel. Each has prompts of its own, and samples for both."""
     done = subprocess.run(

@@ -33,11 +33,11 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         "batch",
         "prompt",
         "rank",
+        "chunk",
         "rounds",
         "shards",
     )
     problems.need_at_least_one({name: getattr(cfg, name) for name in counts})
-    problems.need_at_least_one({} if cfg.chunk is None else {"chunk": cfg.chunk})
     need(
         cfg.tokens > cfg.prompt,
         f"tokens is {cfg.tokens} and prompt {cfg.prompt}: no token is left to supervise; "

@@ -187,8 +187,7 @@ class ActorUpdate:
             # Supervised rows get the noisy states. Other rows are never read, so any values do.
             every = self.end_gradient.flatten(0, 1).to(states[-1].dtype, copy=True)
             every[self.rows] = states[-1]
-            products = self.teacher_head.products(every, self.teacher_head.operand(every))
-            narrow = self.teacher_head.logits(products).to(every.dtype)
+            narrow = HeadRows(self.teacher_head, every).logits(slice(None)).to(every.dtype)
             logits = narrow.view(*self.ids.shape, -1)
         return Ready(states, bridged, states[-1], logits)
 

@@ -95,9 +95,7 @@ class OpdConfig:
 
     def check(self, problems: Problems, objectives: Collection[str]) -> None:
         """Add a problem for every value that is out of range for the run's ``objectives``."""
-        problems.need_at_least_one({"opd.k": self.k})
-        if self.chunk_tokens is not None:
-            problems.need_at_least_one({"opd.chunk_tokens": self.chunk_tokens})
+        problems.need_at_least_one({"opd.k": self.k, "opd.chunk_tokens": self.chunk_tokens})
         problems.need(
             "opd_topk" not in objectives or self.k >= 2,
             f"opd.k must be at least 2 for opd_topk, got {self.k}: on one "

@@ -92,24 +92,23 @@ class Gradients:
 
     def add(self, at: slice, products_mV: Tensor) -> None:
         """Add a chunk's, from the gradient of its products of states and weight."""
+        rows = self.student
         if self.states_Md is not None:
-            rows = self.student
             self.states_Md[at] = rows.head.backward_states(products_mV, rows.operand_Vd)
         if self.weight_Vd is not None:
-            add_product(self.weight_Vd, products_mV.T, self.student.states_Md[at])
+            add_product(self.weight_Vd, products_mV.T, rows.states_Md[at])
         if self.bias_V is not None:
             self.bias_V += products_mV.sum(0)
 
     def add_of(self, at: slice, products_mk: Tensor, tokens_mk: Tensor) -> None:
         """Add a chunk's, whose products have a gradient on k tokens a row."""
-        wide = products_mk.dtype
+        rows = self.student
         if self.states_Md is not None:
-            operand = self.student.operand_Vd
-            head = self.student.head
-            self.states_Md[at] = head.backward_states_of(products_mk, tokens_mk, operand)
+            gradient = rows.head.backward_states_of(products_mk, tokens_mk, rows.operand_Vd)
+            self.states_Md[at] = gradient
         flat = tokens_mk.flatten()
         if self.weight_Vd is not None:
-            states = self.student.states_Md[at].to(wide)
+            states = rows.states_Md[at].to(products_mk.dtype)
             outer_mkd = products_mk[:, :, None] * states[:, None]
             _add_rows(self.weight_Vd, flat, outer_mkd.flatten(0, 1))
         if self.bias_V is not None:

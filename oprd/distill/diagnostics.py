@@ -136,5 +136,5 @@ class _Head:
     def log_probs(self, values: Tensor, temperature: float, width: int | None = None) -> Tensor:
         if self.head is not None:
             values = self.head.products(values.to(self.head.weight.dtype), self.operand)
-            values = self.head.logits(values)
+            values = self.head.logits_(values)
         return (values[:, :width].float() / (temperature or 1.0)).log_softmax(-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oprd.distill.vocab_losses import VocabLoss
+from oprd.distill.vocab_losses import VocabLoss, log_prob
 
 
 def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m:
         chosen_mk = of.topk(loss.k).indices
     else:
         raise ValueError(f"the gradient of {loss.form} is not computed over the whole vocabulary")
-    log_q = _log_softmax(teacher_mV, chosen_mk)
+    log_q = log_prob(teacher_mV, chosen_mk)
     log_z = student_mV.logsumexp(-1, keepdim=True)
     log_p = student_mV.gather(-1, chosen_mk) - log_z
     gap = log_p - log_q
@@ -50,10 +50,6 @@ def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m:
     student_mV.sub_(log_z).exp_().mul_(-slope.sum(-1, keepdim=True))
     student_mV.scatter_add_(-1, chosen_mk, slope)
     return cost.sum(-1)
-
-
-def _log_softmax(logits_mV: Tensor, tokens_mk: Tensor) -> Tensor:
-    return logits_mV.gather(-1, tokens_mk) - logits_mV.logsumexp(-1, keepdim=True)
 
 
 def _reverse_(student_mV: Tensor, teacher_mV: Tensor) -> Tensor:

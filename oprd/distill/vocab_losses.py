@@ -60,8 +60,8 @@ class VocabLoss:
             if self.temperature != 1:
                 student_MV = student_MV / self.temperature
                 teacher_MV = teacher_MV / self.temperature
-            log_p = _log_prob(student_MV, tokens_M[:, None])
-            log_q = _log_prob(teacher_MV, tokens_M[:, None])
+            log_p = log_prob(student_MV, tokens_M[:, None])
+            log_q = log_prob(teacher_MV, tokens_M[:, None])
             return _policy_gradient(log_p, (log_p - log_q).detach()).squeeze(-1)
         if self.form == "full":
             log_p, log_q = student_MV.log_softmax(-1), teacher_MV.log_softmax(-1)
@@ -74,14 +74,15 @@ class VocabLoss:
             log_p = student_MV.gather(-1, top_Mk).log_softmax(-1)
             log_q = teacher_MV.gather(-1, top_Mk).log_softmax(-1)
             return (log_p.exp() * (log_p - log_q)).sum(-1)
-        log_p, log_q = _log_prob(student_MV, top_Mk), _log_prob(teacher_MV, top_Mk)
+        log_p, log_q = log_prob(student_MV, top_Mk), log_prob(teacher_MV, top_Mk)
         if self.form == "topk_raw":
             return (log_p.exp() * (log_p - log_q)).sum(-1)
         weight = log_p.detach().softmax(-1)
         return _policy_gradient(log_p, weight * (log_p - log_q).detach()).sum(-1)
 
 
-def _log_prob(logits_MV: Tensor, tokens_Mk: Tensor) -> Tensor:
+def log_prob(logits_MV: Tensor, tokens_Mk: Tensor) -> Tensor:
+    """Return the log-probabilities of k tokens in each row, (M, k)."""
     return logits_MV.gather(-1, tokens_Mk) - logits_MV.logsumexp(-1, keepdim=True)
 
 

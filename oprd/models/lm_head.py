@@ -90,12 +90,6 @@ class LMHead:
         weights_mkd = operand_Vd[tokens_mk].to(d_products_mk.dtype)
         return torch.einsum("mk,mkd->md", d_products_mk, weights_mkd)
 
-    def logits(self, products_mV: Tensor) -> Tensor:
-        """Return the logits: the products with bias, scale and cap applied."""
-        logits = products_mV if self.bias is None else products_mV + self.bias.detach()
-        logits = logits if self.scale == 1 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
-
     def logits_(self, products: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply bias, scale and cap to products in place and return them, now logits.
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from oprd.distributed.fsdp import check_no_shared_weights, input_device, reshard
 from oprd.errors import ConfigError
 from oprd.models.decoder import Decoder, cut, find_decoder, watch
-from oprd.models.lm_head import LMHead
+from oprd.models.lm_head import HeadRows, LMHead
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +189,8 @@ def check_head(model: Any, decoder: Decoder, who: str) -> None:
         with decoder.running():
             own = model(input_ids=ids, use_cache=False).logits.float()
         last = decoder.forward(ids)
-    head = LMHead.of(model)
-    flat = last.flatten(0, 1)
-    ours = head.logits(head.products(flat, head.operand(flat))).float().view_as(own)
+    rows = HeadRows(LMHead.of(model), last.flatten(0, 1))
+    ours = rows.logits(slice(None)).float().view_as(own)
     reshard(decoder.root)
     if not _close(ours, own, 0.05):
         raise ConfigError(

@@ -96,6 +96,17 @@ def uses(tensor: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
+def held(trainer: Trainer, rollouts: list[Rollout]) -> tuple[int, int]:
+    """Bytes that stay between steps, and those of a second step's tensors beside them."""
+    trainer._update(rollouts)
+    kept = list(trainer.student.parameters())
+    kept += [t for s in trainer.update.optimizer.state.values() for t in s.values() if t.dim()]
+    distiller = trainer.update.objectives.distiller
+    teacher = next(iter(trainer.update.objectives.teachers.values())).model
+    kept += list((distiller.teacher.backbone if distiller else teacher).parameters())
+    return local_bytes(kept), tensor_peak(lambda: trainer._update(rollouts))
+
+
 def measure(case: str, directory: Path) -> dict[str, Any]:
     changes = dict(CASES[case])
     sizes, tied = changes.pop("sizes", BLOCKS), changes.pop("tied", True)
@@ -126,14 +137,7 @@ def measure(case: str, directory: Path) -> dict[str, Any]:
     share = 8 // distributed.world_size()
     numbers = range(distributed.rank() * share, (distributed.rank() + 1) * share)
     mine = [Rollout(ids[:PROMPT], ids[i:], True) for i in numbers]  # no two of one length
-    trainer._update(mine)
-    kept = list(trainer.student.parameters())
-    kept += [t for s in trainer.update.optimizer.state.values() for t in s.values() if t.dim()]
-    distiller = trainer.update.objectives.distiller
-    teacher = next(iter(trainer.update.objectives.teachers.values())).model
-    kept += list((distiller.teacher.backbone if distiller else teacher).parameters())
-    resident = local_bytes(kept)
-    peak = tensor_peak(lambda: trainer._update(mine))
+    resident, peak = held(trainer, mine)
     sampled = 0
     if case == "oprd":
         sampled = tensor_peak(lambda: trainer._rollouts(list(range(8))))

@@ -234,7 +234,7 @@ def test_head_of_a_model():
     states = torch.randn(3, model.config.hidden_size)
     expected = model.lm_head(states)
     products = multiply(states, head.operand(states).T)
-    assert torch.allclose(head.logits(products), expected, atol=1e-6)
+    assert torch.allclose(head.logits_(products), expected, atol=1e-6)
 
 
 SCALED = {
@@ -273,7 +273,7 @@ def test_heads_that_cap(kind):
     assert head.softcap == 30
     expected = 30 * (model.lm_head(states) / 30).tanh()
     products = multiply(states, head.operand(states).T)
-    assert torch.allclose(head.logits(products), expected, atol=1e-4)
+    assert torch.allclose(head.logits_(products), expected, atol=1e-4)
     with torch.no_grad():  # logits of a size that caps show in
         model.lm_head.weight.mul_(200)
     check_head(model, find_decoder(model), "student")

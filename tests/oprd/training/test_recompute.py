@@ -13,12 +13,12 @@ from oprd.training import recompute
 from oprd.training.preflight import preflight
 from oprd.training.recompute import choose_blocks, is_out_of_memory
 from oprd.training.trainer import Trainer, train
-from tests.oprd.benchmark.test_gains import model, tensor_peak
+from tests.oprd.benchmark.test_gains import model
+from tests.support.plan_on_ranks import BLOCKS, PROMPT, RESPONSE, held
 from tests.support.runs import lines, small_run
 
 CPU = torch.device("cpu")
-SIZES = {"d": 256, "layers": 4, "heads": 8, "kv_heads": 2, "intermediate": 1024, "vocab": 600}
-LENGTH = 256
+LENGTH = PROMPT + RESPONSE
 
 
 def sized_run(path, directory, **changes):
@@ -27,8 +27,8 @@ def sized_run(path, directory, **changes):
         directory, eval__sets={}, student__path=str(path), teacher__path=str(path),
         micro_batch_tokens=8 * LENGTH, **changes,
     )  # fmt: skip
-    cfg.data.max_prompt_tokens = cfg.data.max_teacher_prompt_tokens = 16
-    cfg.rollout.max_new_tokens, cfg.rollout.batch_size = LENGTH - 16, 2
+    cfg.data.max_prompt_tokens = cfg.data.max_teacher_prompt_tokens = PROMPT
+    cfg.rollout.max_new_tokens, cfg.rollout.batch_size = RESPONSE, 2
     cfg.eval.teacher = False
     return cfg
 
@@ -36,7 +36,7 @@ def sized_run(path, directory, **changes):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    model(**SIZES, tied=True).save_pretrained(path)
+    model(**BLOCKS, tied=True).save_pretrained(path)
     AutoTokenizer.from_pretrained(DEMO / "student").save_pretrained(path)
     return path
 
@@ -75,28 +75,22 @@ def test_what_the_planner_does_not_know_is_recomputed_whole(saved, tmp_path, mon
     assert "does not know rwkv" in note
 
 
-def held(cfg):
+def held_by(cfg):
     """The bytes of tensors that a step holds at most, and the number of blocks recomputed."""
     trainer = Trainer(cfg, preflight(cfg))
     trainer._load()
-    ids = [3 + i % 10 for i in range(LENGTH - 16)]
-    rollouts = [Rollout(ids[:16], ids[i:], True) for i in range(8)]
-    trainer._update(rollouts)
-    weights = list(trainer.student.parameters())
-    weights += [t for s in trainer.update.optimizer.state.values() for t in s.values() if t.dim()]
-    weights += list(trainer.update.objectives.distiller.teacher.backbone.parameters())
-    resident = sum(t.numel() * t.element_size() for t in weights)
-    peak = resident + tensor_peak(lambda: trainer._update(rollouts))
+    ids = [3 + i % 10 for i in range(RESPONSE)]
+    resident, peak = held(trainer, [Rollout(ids[:PROMPT], ids[i:], True) for i in range(8)])
     trainer.log.close()
-    return peak, trainer.update.recomputed
+    return resident + peak, trainer.update.recomputed
 
 
 def test_a_run_fits_a_limit_that_it_does_not_fit_without(saved, tmp_path, monkeypatch):
-    without, none = held(sized_run(saved, tmp_path / "without"))
+    without, none = held_by(sized_run(saved, tmp_path / "without"))
     limit = int(0.98 * without)
     monkeypatch.setattr(recompute, "available_bytes", lambda _device: limit)
     auto = sized_run(saved, tmp_path / "auto", student__gradient_checkpointing="auto")
-    peak, some = held(auto)
+    peak, some = held_by(auto)
     assert none == 0 < some < 4
     assert peak < limit
 

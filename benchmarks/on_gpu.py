@@ -191,7 +191,8 @@ class Check:
         if missing := lacking(*needed):
             raise PartSkipped(missing)
         outcomes = self.work / "outcomes.txt"
-        command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels/test_gpu.py"]
+        files = ["tests/kernels/test_gpu.py", "tests/oprd/distill/test_vocab_triton.py"]
+        command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *files]
         command += ["-p", "no:cacheprovider", "--durations", "15"]
         command += ["-p", gpu_outcomes.__name__]
         if workers:

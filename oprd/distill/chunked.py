@@ -2,7 +2,8 @@
 
 The forward pass takes a chunk of rows at a time: it forms their logits, writes the loss's gradient
 over the student's, multiplies it by states and head, and frees it. Gradients are written by hand,
-not recorded by autograd, which would keep several (m, V) tensors more.
+not recorded by autograd, which would keep several (m, V) tensors more. On a GPU two Triton kernels
+write them (`oprd.distill.vocab_triton`).
 
 A loss on a renormalised top-k set (``topk``) needs all logits of one model alone, to find the set.
 Those of the other, and both products of the gradient, are of k tokens a row.
@@ -18,6 +19,11 @@ from torch import Tensor
 from oprd.distill.vocab_gradients import gradient_
 from oprd.distill.vocab_losses import VocabLoss, weighted_mean
 from oprd.models.lm_head import HeadRows, LMHead, add_product, wide_dtype
+
+try:
+    from oprd.distill import vocab_triton as fused
+except ImportError:  # no Triton for this platform
+    fused = None  # type: ignore[assignment]
 
 TENSORS = 3
 """The largest number of (m, V) tensors of `wide_dtype` that a chunk holds at once."""
@@ -205,9 +211,16 @@ def _on_all(
 ) -> Tensor:
     """Add the gradients of a loss over the whole vocabulary; return the losses (m,)."""
     logits = student.logits(at)
-    slope = student.head.slope(logits)
     width = min(student.width, teacher.width)
     theirs = teacher.logits(at)[:, :width]
+    if fused is not None and logits.is_cuda and logits.dtype == torch.float32:
+        scale, cap = scale_m1 * student.head.scale, student.head.softcap
+        dtype = student.operand_Vd.dtype
+        losses, gradient = fused.row_gradient(loss, logits, theirs, tokens_m, scale, cap, dtype)
+        del logits, theirs
+        sums.add(at, gradient)
+        return losses
+    slope = student.head.slope(logits)
     losses = gradient_(loss, logits[:, :width], theirs, tokens_m)
     del theirs
     logits[:, width:] = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oprd.distill.vocab_losses import VocabLoss, log_prob
+from oprd.distill.vocab_losses import VocabLoss, chosen_tokens, log_prob, policy_gradient_of
 
 
 def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor) -> Tensor:
@@ -26,30 +26,19 @@ def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m:
         return _reverse_(student_mV, teacher_mV)
     if loss.form == "full_forward":
         return _forward_(student_mV, teacher_mV)
-    if loss.form == "top1":
-        if loss.temperature != 1:
-            student_mV /= loss.temperature
-            teacher_mV /= loss.temperature
-        chosen_mk = tokens_m[:, None]
-    elif loss.form in ("topk_advantage", "topk_raw"):
-        of = student_mV if loss.support == "student" else teacher_mV
-        chosen_mk = of.topk(loss.k).indices
-    else:
-        raise ValueError(f"the gradient of {loss.form} is not computed over the whole vocabulary")
+    if loss.form == "topk":
+        raise ValueError("the gradient of topk is not computed over the whole vocabulary")
+    if loss.form == "top1" and loss.temperature != 1:
+        student_mV /= loss.temperature
+        teacher_mV /= loss.temperature
+    chosen_mk = chosen_tokens(loss, student_mV, teacher_mV, tokens_m)
     log_q = log_prob(teacher_mV, chosen_mk)
     log_z = student_mV.logsumexp(-1, keepdim=True)
-    log_p = student_mV.gather(-1, chosen_mk) - log_z
-    gap = log_p - log_q
-    if loss.form == "top1":
-        cost, slope = gap, gap / loss.temperature
-    elif loss.form == "topk_advantage":
-        cost = slope = log_p.softmax(-1) * gap
-    else:
-        cost, slope = log_p.exp() * gap, log_p.exp() * (gap + 1)
+    losses, slope = policy_gradient_of(loss, student_mV.gather(-1, chosen_mk) - log_z, log_q)
     # With slope = dL / d log p of the chosen tokens, dL / ds = slope - p sum(slope).
     student_mV.sub_(log_z).exp_().mul_(-slope.sum(-1, keepdim=True))
     student_mV.scatter_add_(-1, chosen_mk, slope)
-    return cost.sum(-1)
+    return losses
 
 
 def _reverse_(student_mV: Tensor, teacher_mV: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class VocabLoss:
         if self.form == "full_forward":
             log_p, log_q = student_MV.log_softmax(-1), teacher_MV.log_softmax(-1)
             return (log_q.exp() * (log_q - log_p)).sum(-1)
-        top_Mk = (student_MV if self.support == "student" else teacher_MV).topk(self.k).indices
+        top_Mk = chosen_tokens(self, student_MV, teacher_MV, tokens_M)
         if self.form == "topk":
             log_p = student_MV.gather(-1, top_Mk).log_softmax(-1)
             log_q = teacher_MV.gather(-1, top_Mk).log_softmax(-1)
@@ -84,6 +84,36 @@ class VocabLoss:
 def log_prob(logits_MV: Tensor, tokens_Mk: Tensor) -> Tensor:
     """Return the log-probabilities of k tokens in each row, (M, k)."""
     return logits_MV.gather(-1, tokens_Mk) - logits_MV.logsumexp(-1, keepdim=True)
+
+
+def chosen_tokens(
+    loss: VocabLoss, student_MV: Tensor, teacher_MV: Tensor, tokens_M: Tensor
+) -> Tensor:
+    """Return the tokens of each row whose log-probabilities make up a loss, (M, k)."""
+    if loss.form == "top1":
+        return tokens_M[:, None]
+    return (student_MV if loss.support == "student" else teacher_MV).topk(loss.k).indices
+
+
+def policy_gradient_of(
+    loss: VocabLoss, log_p_Mk: Tensor, log_q_Mk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the losses (M,) and their slopes, dL / d log p, by the chosen tokens (M, k).
+
+    Of ``top1`` (whose slope is by the logits before they are divided by the temperature),
+    ``topk_advantage`` and ``topk_raw``.
+    """
+    gap = log_p_Mk - log_q_Mk
+    if loss.form == "top1":
+        cost, slope = gap, gap / loss.temperature
+    elif loss.form == "topk_advantage":
+        cost = slope = log_p_Mk.softmax(-1) * gap
+    elif loss.form == "topk_raw":
+        p = log_p_Mk.exp()
+        cost, slope = p * gap, p * (gap + 1)
+    else:
+        raise ValueError(f"{loss.form} is not a loss of chosen tokens")
+    return cost.sum(-1), slope
 
 
 def _policy_gradient(log_p: Tensor, cost: Tensor) -> Tensor:

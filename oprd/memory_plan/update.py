@@ -292,7 +292,11 @@ def _chunked_moments(form: LossForm, shape: Shape, update: Update) -> Terms:
         of_set = rows * update.k * d * FLOAT32
         yield "gradient in a chunk", kept | {"weights of the set, and their gradient": 2 * of_set}
     else:
-        terms = {"chunk's logits, student and teacher": 2 * x, "exponentials of log-sum-exp": x}
+        terms = {"chunk's logits, student and teacher": 2 * x}
+        if update.widen_head:  # on a CPU
+            terms["exponentials of log-sum-exp"] = x
+        elif e < FLOAT32:
+            terms["their gradient, narrowed"] = rows * v * e
         yield "loss in a chunk", kept | terms
     if e < FLOAT32:
         yield "gradients narrowed", kept | {"head's weight gradient": v * d * e}

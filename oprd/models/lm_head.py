@@ -166,14 +166,12 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, rows: int = 8192) -> None:
-    """Compute total += a @ b in place, without a second tensor of the size of ``total``."""
-    if not a.is_cuda or b.dtype == total.dtype:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Compute total += a @ b in place, rounded as in `multiply`, with no second such tensor."""
+    if a.is_cuda and b.dtype != total.dtype:
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
+    else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
-        return
-    for start in range(0, total.shape[0], rows):
-        at = slice(start, start + rows)
-        total[at] += multiply(a[at], b)
 
 
 def copy_lm_head(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

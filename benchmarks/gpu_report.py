@@ -120,6 +120,29 @@ def dram_table(sections: Sequence[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
+def opd_table(opd: dict[str, Any]) -> str:
+    """The losses from states to gradients, each way beside the others."""
+    about = opd["about"]
+    rows = (
+        (
+            row["form"],
+            row["way"],
+            f"{row['seconds'] * 1e3:.1f}",
+            f"{row['seconds'] / row['floor_seconds']:.2f}",
+            "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}",
+            "" if row["difference"] is None else f"{row['difference']:.1e}",
+        )
+        for row in opd["rows"]
+    )
+    text = (
+        f"{about['rows']:,} rows, d {about['width']}, V {about['vocab']:,}, {about['dtype']}; "
+        f"{about['chunk']:,} rows a chunk. Floor: four GEMMs at {about['gemm_flops'] / 1e12:.3g} "
+        "TFLOP/s. The last column is the relative difference of the gradients from oprd's."
+    )
+    heads = ("loss", "way", "ms", "x floor", "extra MiB", "difference")
+    return f"{text}\n\n{table(heads, rows)}"
+
+
 def document(results: dict[str, Any]) -> str:
     """results.md: machine, parts, and the tables of those parts that came to something."""
     machine = results["machine"]
@@ -145,4 +168,6 @@ def document(results: dict[str, Any]) -> str:
         ]
     if gains := results.get("gains"):
         out += ["## Actor update: `oprd-gains`", gains.replace("\n#", "\n###").lstrip("# ")]
+    if opd := results.get("opd"):
+        out += ["## Output-space losses: `python -m benchmarks.vocab_losses`", opd_table(opd)]
     return "\n\n".join(out) + "\n"

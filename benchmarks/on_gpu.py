@@ -5,11 +5,11 @@
     bash benchmarks/on_gpu.sh --adopt OUT [--commit COMMIT]
 
 Builds for this GPU, then doctor, table (the kernels' times), tests (``-m gpu``), gains
-(`oprd-gains` at the paper's shape), sanitizer (compute-sanitizer) beside demo (`oprd-train`), and
-ncu. OUT receives results.json and results.md, written anew after each part, and logs: eight files.
-OPRD_COMMIT in the environment names the commit where git can't. ``--adopt`` puts the results of
-another machine into this checkout: benchmarks/results/ and oprd_kernels/tested_on.json, which
-`oprd-doctor` reads.
+(`oprd-gains` at the paper's shape), opd (the chunked baselines beside Liger's), sanitizer
+(compute-sanitizer) beside demo (`oprd-train`), and ncu. OUT receives results.json and results.md,
+written anew after each part, and logs: eight files. OPRD_COMMIT in the environment names the commit
+where git can't. ``--adopt`` puts the results of another machine into this checkout:
+benchmarks/results/ and oprd_kernels/tested_on.json, which `oprd-doctor` reads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[1]
 BUDGET = 470.0
 DRY = "OPRD_ON_GPU_DRY"
 """Set to 1: sizes for a CPU and nothing built, to test this script."""
-MEASURED = ("table", "tests", "gains", "sanitizer", "demo", "ncu")
+MEASURED = ("table", "tests", "gains", "opd", "sanitizer", "demo", "ncu")
 """The parts that tell something about the kernels."""
 
 WHEELS = (
@@ -139,6 +139,7 @@ class Check:
             "table": (150, "table", self.table),
             "tests": (150, "tests", self.tests),
             "gains": (100, "gains", self.gains),
+            "opd": (60, "gains", self.opd),
             "sanitizer": (120, "checks", self.sanitizer),
             "demo": (120, "demo", self.demo),
             "ncu": (60, "checks", self.ncu),
@@ -147,7 +148,8 @@ class Check:
             name: Part(name, limit, self.out / f"{log}.log", work)
             for name, (limit, log, work) in parts.items()
         }
-        order = [["build"], ["doctor"], ["table"], ["tests"], ["gains"], ["sanitizer", "demo"]]
+        order = [["build"], ["doctor"], ["table"], ["tests"], ["gains"], ["opd"]]
+        order += [["sanitizer", "demo"]]
         return [[made[name] for name in stage] for stage in [*order, ["ncu"]]]
 
     def build(self, running: Running) -> str:
@@ -229,6 +231,16 @@ class Check:
         rows = json.loads((out / "gains.json").read_text())["modes"]["on"]
         seconds = {row["objective"]: row["seconds"] for row in rows}
         return f"OPRD {seconds['oprd']:.3f} s an update, backbone alone {seconds['backbone']:.3f}"
+
+    def opd(self, running: Running) -> str:
+        needs_training_packages()
+        out = self.work / "opd.json"
+        tiny = ["--rows", "8", "--width", "16", "--vocab", "99", "--dtype", "fp32"]
+        command = [PYTHON, "-m", "benchmarks.vocab_losses", str(out)]
+        running.run(*command, *(tiny if self.dry else []))
+        self.results["opd"] = json.loads(out.read_text())
+        ways = {row["way"] for row in self.results["opd"]["rows"]}
+        return f"{', '.join(sorted(ways))}"
 
     def demo(self, running: Running) -> str:
         needs_training_packages()

@@ -71,7 +71,7 @@ def test_smoke(tmp_path):
     tools.mkdir()
     executable(tools / "compute-sanitizer", FAKE_SANITIZER)
     executable(tools / "ncu", FAKE_NCU.format(python=sys.executable))
-    parts = "build,doctor,table,sanitizer,ncu"
+    parts = "build,doctor,table,opd,sanitizer,ncu"
     done = run_script(tmp_path / "out", "--only", parts, bin=tools, OPRD_ON_GPU_DRY="1")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -83,6 +83,7 @@ def test_smoke(tmp_path):
     text = (tmp_path / "out/results.md").read_text()
     assert "| identity, in place | 48 | 16 | bf16 |" in text
     assert "| empty autograd.Function |" in text
+    assert "| full_forward | materialised |" in text
     assert "| identity forward | 0.0 | 0.0 | 0.0 | 1.010 | identity_forward |" in text
     checks = (tmp_path / "out/checks.log").read_text()
     assert {"tool memcheck", "tool racecheck"} <= set(checks.splitlines())

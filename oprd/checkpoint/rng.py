@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from oprd.checkpoint.state import packed, unpacked
 
 
 def capture(device: torch.device) -> Tensor:
@@ -21,12 +22,12 @@ def capture(device: torch.device) -> Tensor:
     }
     if device.type == "cuda":
         state["cuda"] = _hex(torch.cuda.get_rng_state(device))
-    return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    return packed(state)
 
 
 def restore(captured: Tensor, device: torch.device) -> None:
     """Set the random states that `capture` returned, including a GPU's if it was captured."""
-    state = json.loads(captured.numpy().tobytes())
+    state = unpacked(captured)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]

@@ -90,6 +90,11 @@ class RunCheckpoints:
                 "prompts stay the same, but the sampled responses change"
             )
 
+    def saved_rollouts(self) -> list[Any]:
+        """Return the ``rollouts`` that each rank gave to `save`; empty if there were none."""
+        assert self.resumed is not None
+        return state.load_packed(self.resumed.path, state.ROLLOUTS, self._writer.group)
+
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Return whether an evaluation is the best so far; a checkpoint is then due."""
         metric = self.cfg.checkpoint.keep_best
@@ -108,7 +113,12 @@ class RunCheckpoints:
         return every > 0 and (step % every == 0 or step == self.cfg.steps)
 
     def save(
-        self, step: int, optimizer: Optimizer, random: Tensor, progress: Mapping[str, Any]
+        self,
+        step: int,
+        optimizer: Optimizer,
+        random: Tensor,
+        rollouts: Any,
+        progress: Mapping[str, Any],
     ) -> None:
         """Start writing a checkpoint, unless this step has one already; collective.
 
@@ -116,6 +126,8 @@ class RunCheckpoints:
 
         Args:
             random: this rank's random state, from `oprd.checkpoint.rng.capture`.
+            rollouts: JSON values for `saved_rollouts`: this rank's rollouts of the next step, if
+                they were sampled already; else None.
             progress: further JSON values that the run needs to resume.
         """
         self.finish()
@@ -125,6 +137,8 @@ class RunCheckpoints:
         tensors = state.model_tensors(self.student)
         tensors |= state.optimizer_tensors(self.student, optimizer)
         tensors[f"{state.RNG}{distributed.rank()}"] = random
+        if rollouts is not None:
+            tensors[f"{state.ROLLOUTS}{distributed.rank()}"] = state.packed(rollouts)
         document = {
             "step": step,
             "ranks": distributed.world_size(),

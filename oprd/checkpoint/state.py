@@ -7,6 +7,7 @@ The optimizer's hyperparameters are not saved, since they come from the configur
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 
 from oprd.errors import ConfigError
 
-MODEL, OPTIMIZER, RNG = "model/", "optimizer/", "rng/"
+MODEL, OPTIMIZER, RNG, ROLLOUTS = "model/", "optimizer/", "rng/", "rollouts/"
 Tensors = dict[str, Tensor]
 
 
@@ -64,6 +65,30 @@ def read_tensors(path: Path, into: Tensors, group: dist.ProcessGroup | None = No
     state: dict[str, Any] = dict(into)
     reader = dcp.FileSystemReader(path)
     dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def packed(value: Any) -> Tensor:
+    """Return a JSON value as a uint8 tensor."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def unpacked(tensor: Tensor) -> Any:
+    """Return the JSON value in a tensor of `packed`."""
+    return json.loads(tensor.numpy().tobytes())
+
+
+def load_packed(path: Path, prefix: str, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Load the values of all ranks, in order, that `packed` has stored as ``prefix`` and rank.
+
+    Collective over ``group``, if given.
+    """
+    found = {n: m.size for n, m in stored_tensors(path).items() if n.startswith(prefix)}
+    if not found:
+        return []
+    names = sorted(found, key=lambda name: int(name.removeprefix(prefix)))
+    tensors = {name: torch.empty(found[name], dtype=torch.uint8) for name in names}
+    read_tensors(path, tensors, group)
+    return [unpacked(tensors[name]) for name in names]
 
 
 def quiet_dcp() -> None:

@@ -26,6 +26,9 @@ class RolloutConfig:
         engine: ``generate``: Hugging Face's `generate` on the student. ``vllm``: a vLLM engine
             beside the student, which gets its weights after each update. The engine also samples
             in evaluations of the student.
+        staleness: number of updates that a step's responses may lack. 0: they are sampled with the
+            student's current weights. 1: while a step updates the student, the engine samples the
+            next step's responses, with the weights from before that update.
     """
 
     prompts_per_step: int = 8
@@ -35,12 +38,18 @@ class RolloutConfig:
     top_p: float = 1.0
     batch_size: int | None = None
     engine: Literal["generate", "vllm"] = "generate"
+    staleness: int = 0
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     @property
     def sampling(self) -> SamplingParams:
         """The sampling parameters."""
         return SamplingParams(self.max_new_tokens, self.temperature, self.top_p)
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether a vLLM engine frees its GPU memory while the student is updated."""
+        return self.vllm.sleep is not False and self.staleness == 0
 
     def check(self, problems: Problems) -> None:
         """Add a problem for every value that is out of range."""
@@ -57,4 +66,14 @@ class RolloutConfig:
             f"rollout.temperature must be above 0, got {self.temperature}: rollouts are sampled",
         )
         problems.need(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
+        problems.need(
+            self.staleness in (0, 1),
+            f"rollout.staleness must be 0 or 1, got {self.staleness}: at most the next step's "
+            "responses are sampled ahead",
+        )
+        problems.need(
+            not (self.staleness and self.engine == "vllm" and self.vllm.sleep),
+            "rollout.vllm.sleep can't be true with rollout.staleness=1: the engine samples while "
+            "the student is updated, so its memory is not free. Set rollout.vllm.sleep to null",
+        )
         self.vllm.check(problems)

@@ -36,9 +36,11 @@ class VllmConfig:
         max_num_seqs: maximum number of sequences at once; null: vLLM's default.
         enforce_eager: use neither compilation nor CUDA graphs, which makes the start faster and
             sampling on GPUs slower; null: only on CPUs.
-        sleep: free the engine's GPU memory while the student is updated.
+        sleep: free the engine's GPU memory while the student is updated; null: unless
+            ``rollout.staleness`` is 1.
         gap_responses: number of responses in each step, on each rank, whose log-probs are compared
-            with the trainer's; 0: none.
+            with the trainer's; 0: none. Responses that were sampled with older weights can't be
+            compared: the engine then samples their last tokens again.
         gap_tokens: number of last tokens of these responses that are compared.
         max_logprob_gap: end the run if the mean absolute difference of the log-probs is above this;
             null: a limit that depends on the dtypes.
@@ -54,7 +56,7 @@ class VllmConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     enforce_eager: bool | None = None
-    sleep: bool = True
+    sleep: bool | None = None
     gap_responses: int = 8
     gap_tokens: int = 32
     max_logprob_gap: float | None = None

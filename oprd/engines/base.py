@@ -19,6 +19,9 @@ class EngineFailure(RuntimeError):
 class Engine(Protocol):
     """A sampler of responses to this rank's prompts.
 
+    `sample` is `start` and then `collect`. Between the two, an engine with a process of its own
+    samples while the caller does something else; then only `collect` and `close` may be called.
+
     Attributes:
         device: the device of this rank.
         policy_version: number of optimizer steps that led to the engine's weights.
@@ -51,8 +54,61 @@ class Engine(Protocol):
             EngineFailure: if the engine fails.
         """
 
+    def start(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        seed: int | None = None,
+    ) -> None:
+        """Begin to sample, with the arguments of `sample`.
+
+        The process's random state is used here, not in `collect`.
+        """
+
+    def collect(self, version: int) -> list[Rollout]:
+        """Wait for the responses that `start` began to sample.
+
+        Args:
+            version: the step of the student's current weights. If the engine fails and is
+                restarted meanwhile, it gets these weights and samples anew; ``policy_version`` is
+                then ``version``.
+
+        Raises:
+            EngineFailure: if the engine fails.
+        """
+
     def sleep(self) -> None:
         """Free the memory that the engine doesn't need until the next `sync`."""
 
     def close(self) -> None:
         """Shut the engine down for good."""
+
+
+class SamplesAtOnce:
+    """`start` and `collect` of an engine without a process of its own: `start` samples."""
+
+    _sampled: list[Rollout] | None = None
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        seed: int | None = None,
+    ) -> list[Rollout]:
+        """See `Engine`."""
+        raise NotImplementedError
+
+    def start(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        seed: int | None = None,
+    ) -> None:
+        """See `Engine`. The responses are sampled before it returns."""
+        self._sampled = self.sample(prompts, sampling, seed)
+
+    def collect(self, version: int) -> list[Rollout]:
+        """See `Engine`."""
+        assert self._sampled is not None, "call start before collect"
+        sampled, self._sampled = self._sampled, None
+        return sampled

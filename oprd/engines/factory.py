@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from oprd.engines.base import Engine
 from oprd.engines.generate import Autocast, GenerateEngine, eos_ids
 from oprd.engines.logprob_gap import LogprobGap, logprob_gap
 from oprd.engines.vllm.engine import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
+from oprd.engines.vllm.threads import engine_threads
 from oprd.models.weights import full_weights
 
 
@@ -37,7 +39,7 @@ def make_engine(
     if cfg.rollout.engine == "generate":
         return GenerateEngine(student, tokenizer, cfg.rollout.batch_size, autocast)
     return VllmEngine(
-        cfg.rollout.vllm,
+        replace(cfg.rollout.vllm, sleep=cfg.rollout.sleeps),
         model_config=student.config,
         weights=lambda: full_weights(student),
         ends=eos_ids(student, tokenizer),
@@ -45,6 +47,7 @@ def make_engine(
         dtype=engine_dtype(cfg),
         max_model_len=longest_sequence(cfg),
         directory=directory / "vllm",
+        threads=engine_threads(cfg, device),
     )
 
 

@@ -20,13 +20,14 @@ from oprd import distributed
 from oprd.config import SamplingParams
 from oprd.data.rollout import Rollout
 from oprd.distributed.fsdp import input_device, is_sharded, reshard
+from oprd.engines.base import SamplesAtOnce
 from oprd.models.compile import eager_layers
 from oprd.observability import hang_watchdog, progress
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
-class GenerateEngine:
+class GenerateEngine(SamplesAtOnce):
     """An engine that runs Hugging Face's `generate` on the model itself."""
 
     def __init__(

@@ -443,7 +443,7 @@ class _Planner:
         return Moment(ENGINE, terms)
 
     def _engine_sleeps(self) -> bool:
-        return self.cfg.rollout.vllm.sleep
+        return self.cfg.rollout.sleeps
 
     def _engine_bytes(self) -> int:
         return int(self._engine_share() * (self.memory or 0))

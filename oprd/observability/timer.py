@@ -47,3 +47,13 @@ class PhaseTimer:
         """Return the seconds by phase since the last call, and reset them."""
         taken, self.step = dict(self.step), defaultdict(float)
         return taken
+
+    def drop_step(self) -> None:
+        """Reset `step`, for what is done between two steps.
+
+        The wait for the rollouts of the next step is kept: evaluations and checkpoints wait for
+        them if they are being sampled.
+        """
+        waited = self.take_step().get("rollout")
+        if waited is not None:
+            self.step["rollout"] = waited

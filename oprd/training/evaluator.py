@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -104,16 +105,17 @@ class Evaluator:
         if not names or self.is_done(subject):
             return {}
         tokenizer = self._tokenizer(subject)
+        synced = contextlib.nullcontext if engine is None else self.synced
         if engine is None or isinstance(engine, GenerateEngine):
             engine = GenerateEngine(model, tokenizer, self.cfg.batch_size, self.autocast)
-        with self.synced(engine), self.timer("evaluation"):
+        with synced(engine), self.timer("evaluation"):
             results = {}
             for name in names:
                 prompts = self.inputs.prompts_for(subject.teacher, name)
                 kept = self._kept(subject, step, name)
                 with progress.work(f"{subject.label} on {name}"):
                     results[name] = evaluate(engine, tokenizer, prompts, self.cfg, 0, kept)
-        self.timer.take_step()
+        self.timer.drop_step()
         self.log.evaluation(step, subject.label, results)
         if subject.is_kept:
             self.results[subject.label] = results

@@ -53,6 +53,12 @@ def check_models(
     inputs.notes += _generation_notes(cfg)
     own = cfg.student.context_length
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets), own)
+    if cfg.rollout.staleness and cfg.rollout.engine != "vllm":
+        inputs.notes.append(
+            f"rollout.staleness=1 saves no time with rollout.engine={cfg.rollout.engine}, which "
+            "samples before the update, not beside it: this shows what staleness does to the "
+            "student"
+        )
     if cfg.rollout.engine == "vllm":
         device = check_device(cfg.device)
         inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []

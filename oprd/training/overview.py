@@ -33,7 +33,7 @@ def overview(
         f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
         f"{r.responses_per_prompt} responses, at most {r.max_new_tokens} new tokens",
         f"sampling: {r.engine}, temperature {r.temperature:g}, top_p {r.top_p:g}; at most {most:,} "
-        "tokens a step",
+        "tokens a step" + ("; each step's responses during the step before" if r.staleness else ""),
     ]
     for name, teacher in cfg.all_teachers.items():
         where = f" for the prompts of {name}" if name else ""

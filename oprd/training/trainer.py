@@ -3,7 +3,7 @@
     oprd-train [--config recipes/x.yaml] [--optim.lr 1e-5 ..]
     torchrun --nproc-per-node 2 -m oprd.cli.train [..]
 
-Each step draws prompts, samples responses from the student, runs the teacher and then the student
+Each step draws prompts, samples responses from the student (see `rollouts`), runs the teacher and then the student
 with taps on these responses, backpropagates, clips the gradients and updates the student.
 """
 
@@ -24,12 +24,11 @@ from oprd.checkpoint import RunCheckpoints, resume, rng, save_student
 from oprd.checkpoint.resume import done_already
 from oprd.checkpoint.run import check_shared, check_space
 from oprd.config import TrainConfig
-from oprd.data.rollout import Rollout, for_teacher
+from oprd.data.rollout import Rollout
 from oprd.data.sampler import PromptSampler
 from oprd.engines.base import Engine, EngineFailure
-from oprd.engines.factory import make_engine, rollout_gap, too_wide
-from oprd.engines.generate import GenerateEngine, eos_ids
-from oprd.engines.vllm.engine import VllmEngine
+from oprd.engines.factory import make_engine
+from oprd.engines.vllm.threads import cores_shared
 from oprd.observability import hang_watchdog
 from oprd.observability.console import shown
 from oprd.observability.run_log import RunLog
@@ -43,6 +42,7 @@ from oprd.training.optimizer import fast_forward
 from oprd.training.overview import overview
 from oprd.training.preflight import output_dir, preflight
 from oprd.training.recompute import choose_blocks
+from oprd.training.rollouts import Rollouts
 from oprd.training.setup import Builder
 from oprd.training.update import NotFinite, StudentUpdate
 
@@ -60,7 +60,7 @@ class Trainer:
         assert inputs.tokenizer is not None
         assert inputs.train is not None
         self.cfg, self.inputs = cfg, inputs
-        self.tokenizer, self.prompts = inputs.tokenizer, inputs.train.prompts
+        self.tokenizer = inputs.tokenizer
         w = cfg.watchdog
         self.device = distributed.init(cfg.device, cfg.fsdp.mode == "always", w.timeout_s)
         # The default name contains the time, which may differ between ranks.
@@ -78,7 +78,9 @@ class Trainer:
         self.watchdog = Watchdog(w)
         self.interrupt = Interrupt(at_once=distributed.world_size() == 1)
         self.stopped_by: int | None = None
-        self.batches = PromptSampler(len(self.prompts), cfg.rollout.prompts_per_step, cfg.seed)
+        self.batches = PromptSampler(
+            len(inputs.train.prompts), cfg.rollout.prompts_per_step, cfg.seed
+        )
         self.step = 0  # the number of steps made
         self.evaluated = 0  # the last step whose evaluation, if due, is done
         self.delta_peak_gb: float | None = None
@@ -112,8 +114,7 @@ class Trainer:
                     self._after_step()
                 while not self._stopping() and self.step < cfg.steps:
                     hang_watchdog.beat(step=self.step + 1)
-                    rollouts = self._rollouts(next(self.batches))
-                    sampled = self._check_gap(rollouts)
+                    rollouts, sampled = self._rollouts()
                     with self.interrupt.deferred():
                         metrics = self._update(rollouts) | sampled
                         self.step += 1
@@ -140,18 +141,12 @@ class Trainer:
         self.checkpoints.finish()
         return self._finish(student)
 
-    def _rollouts(self, indices: list[int]) -> list[Rollout]:
-        """Sample this rank's part of the step's responses from the current student."""
-        cfg = self.cfg.rollout
-        mine = indices[distributed.rank() :: distributed.world_size()]
-        prompts = [self.prompts[i] for i in mine for _ in range(cfg.responses_per_prompt)]
-        with self._synced(self.engine), self.timer("rollout"):
-            rollouts = self.engine.sample([p.token_ids for p in prompts], cfg.sampling)
-        ends = eos_ids(self.student, self.tokenizer)
-        return [
-            for_teacher(rollout, prompt, self.inputs.aligners, ends)
-            for rollout, prompt in zip(rollouts, prompts, strict=True)
-        ]
+    def _rollouts(self) -> tuple[list[Rollout], dict[str, Any]]:
+        """Return this rank's rollouts of the next step, and metrics. Collective."""
+        with self._engine_needed():
+            with self.interrupt.deferred():
+                self.rollouts.settle(self.step)
+            return self.rollouts.take(self.step)
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Make one optimizer step on the rollouts and return its metrics."""
@@ -169,33 +164,25 @@ class Trainer:
 
     @contextlib.contextmanager
     def _synced(self, engine: Engine) -> Iterator[None]:
-        """Return a context in which the engine samples with the student's current weights."""
+        """Return a context in which an evaluation samples with the student's current weights."""
+        with self._engine_needed():
+            with self.interrupt.deferred():
+                self.rollouts.settle(self.step)
+            with self.rollouts.synced(engine, self.step):
+                yield
+
+    @contextlib.contextmanager
+    def _engine_needed(self) -> Iterator[None]:
+        """Return a context in which a failure of the engine ends the run."""
         try:
-            if isinstance(engine, VllmEngine):
-                with self.timer("weight sync"):
-                    engine.sync(self.step)
-            else:
-                engine.sync(self.step)
             yield
-            engine.sleep()
         except EngineFailure as error:
             self._stop(str(error), error)
 
-    def _check_gap(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        """Check that the engine samples with the student's weights; return the sampling metrics."""
-        metrics: dict[str, Any] = {"rollout/policy_version": self.engine.policy_version}
-        if isinstance(self.engine, GenerateEngine) or not self.cfg.rollout.vllm.gap_responses:
-            return metrics
-        with self.timer("gap check"), self._autocast():
-            gap = rollout_gap(self.cfg, self.student, rollouts, self.engine.device)
-        if gap is None:
-            return metrics
-        if why := too_wide(self.cfg, gap, self.engine.policy_version):
-            self._stop(f"step {self.step + 1}: {why}")
-        return metrics | gap.metrics
-
     def _stop(self, why: str, cause: Exception | None = None) -> NoReturn:
         """Write a checkpoint of the state after the last step and raise `TrainingStopped`."""
+        with contextlib.suppress(EngineFailure):
+            self.rollouts.settle(self.step)
         self.engine.close()
         path = self._last_checkpoint(why)
         raise TrainingStopped(f"{why}. The state after step {self.step} is in {path}") from cause
@@ -243,6 +230,7 @@ class Trainer:
             with self.timer("loading"):
                 self.checkpoints.load(self.update.optimizer)
             fast_forward(self.update.scheduler, self.step)
+        self.closing.enter_context(cores_shared(cfg, self.device))
         with self.timer("loading"):
             try:
                 self.engine = make_engine(
@@ -256,6 +244,11 @@ class Trainer:
             except EngineFailure as error:
                 raise TrainingStopped(f"{error}\nNothing was trained") from error
         self.closing.callback(self.engine.close)
+        self.rollouts = Rollouts(
+            cfg, self.inputs, self.student, self.engine, self.batches, self.timer, self._autocast
+        )
+        if self.resumed is not None:
+            self.rollouts.restore(self.step, self.checkpoints.saved_rollouts())
         self.timer.take_step()
 
     def _recall(self, document: dict[str, Any]) -> None:
@@ -277,7 +270,8 @@ class Trainer:
 
     def _between_steps(self) -> None:
         """Capture sampler and random states for a checkpoint; the next rollout changes them."""
-        self.sampler_state, self.random_state = self.batches.state_dict(), rng.capture(self.device)
+        self.rollouts.snapshot()
+        self.random_state = rng.capture(self.device)
 
     def _stopping(self) -> bool:
         """Return whether a rank has received a signal to end the run. Collective."""
@@ -287,8 +281,9 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Start writing a checkpoint of the state after the last step."""
+        self._settle()
         progress = {
-            "sampler": self.sampler_state,
+            "sampler": self.rollouts.position,
             "evaluations": plain(self.evaluator.results),
             "seconds": dict(self.timer.total),
             "delta_peak_gb": self.delta_peak_gb,
@@ -297,11 +292,22 @@ class Trainer:
             "evaluated": self.evaluated,
         }
         with self.timer("saving"):
-            self.checkpoints.save(self.step, self.update.optimizer, self.random_state, progress)
-        self.timer.take_step()
+            self.checkpoints.save(
+                self.step,
+                self.update.optimizer,
+                self.random_state,
+                self.rollouts.saved(self.step),
+                progress,
+            )
+        self.timer.drop_step()
 
     def _last_checkpoint(self, why: str) -> Path:
         """Write a checkpoint, wait until it is complete and return its path."""
+        if self.rollouts.is_pending(self.step):
+            logger.info(
+                f"the responses of step {self.step + 1} are being sampled, and the checkpoint waits"
+                " for them"
+            )
         self._checkpoint()
         with self.timer("saving"):
             path = self.checkpoints.finish()

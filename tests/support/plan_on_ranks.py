@@ -140,7 +140,7 @@ def measure(case: str, directory: Path) -> dict[str, Any]:
     resident, peak = held(trainer, mine)
     sampled = 0
     if case == "oprd":
-        sampled = tensor_peak(lambda: trainer._rollouts(list(range(8))))
+        sampled = tensor_peak(lambda: trainer._rollouts())
     trainer.log.close()
     shape = Shape.of(trainer.student.config)
     plan = make_training_plan(cfg, shape, {"": shape}, distributed.world_size(), on_gpu=False)

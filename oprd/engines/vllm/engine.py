@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def llm_arguments(
         arguments["max_num_seqs"] = cfg.max_num_seqs
     if on_gpu:
         arguments["gpu_memory_utilization"] = cfg.gpu_memory_utilization
-        arguments["enable_sleep_mode"] = cfg.sleep
+        arguments["enable_sleep_mode"] = cfg.sleep is not False
     return arguments
 
 
@@ -125,6 +126,23 @@ def default_cpu_cache_gib() -> int:
     return max(1, min(16, int(memory / 8 / ranks)))
 
 
+@dataclass
+class _Request:
+    """Responses that the engine's process samples.
+
+    Attributes:
+        prompts: this rank's prompts.
+        message: asks for the responses to the prompts of all ranks of the tensor-parallel group.
+        own: where this rank's are among them.
+        is_sent: whether the message was sent and its answer is still to come.
+    """
+
+    prompts: list[list[int]]
+    message: tuple[Any, ...]
+    own: slice
+    is_sent: bool = True
+
+
 class VllmEngine:
     """An engine that samples with vLLM (see `oprd.engines.base.Engine`)."""
 
@@ -139,6 +157,7 @@ class VllmEngine:
         dtype: DType,
         max_model_len: int,
         directory: Path,
+        threads: int | None = None,
     ) -> None:
         """Start the engine, which takes most of a minute. Collective.
 
@@ -150,6 +169,8 @@ class VllmEngine:
             dtype: see `engine_dtype`.
             max_model_len: used if ``cfg`` has none.
             directory: parent of ``rank_N``, which receives the configuration and the log.
+            threads: number of the engine's CPU threads, unless OMP_NUM_THREADS is set; None: vLLM's
+                default.
 
         Raises:
             EngineFailure: if the engine does not start.
@@ -158,7 +179,10 @@ class VllmEngine:
         self.weights, self.dtype = weights, getattr(torch, dtype)
         self.policy_version = -1  # the weights are still random
         self.restarts = 0
+        self.threads = threads
         self._asleep = False
+        self._differs = False  # one rank's engine has newer weights than another's
+        self._request: _Request | None = None
         self._group = _tensor_parallel_group(cfg.tensor_parallel_size)
         self.directory = directory / f"rank_{distributed.rank()}"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -171,10 +195,10 @@ class VllmEngine:
 
     def sync(self, version: int) -> None:
         """See `Engine`. Sends nothing if the engine has these weights already."""
-        if version == self.policy_version and not self._asleep:
+        if version == self.policy_version and not self._asleep and not self._differs:
             return
         self._guarded(lambda: self._load(self.weights()), loads=True)
-        self.policy_version = version
+        self.policy_version, self._differs = version, False
 
     def sample(
         self,
@@ -188,6 +212,16 @@ class VllmEngine:
             RuntimeError: if the engine is asleep or has no weights yet; call `sync` first.
             ValueError: if a prompt plus its response may exceed the engine's maximum length.
         """
+        self.start(prompts, sampling, seed)
+        return self.collect(self.policy_version)
+
+    def start(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        seed: int | None = None,
+    ) -> None:
+        """See `Engine`. A failure of the engine is known in `collect`."""
         if self._asleep or self.policy_version < 0:
             raise RuntimeError("the engine has no weights: call sync before sample")
         longest, room = max(map(len, prompts), default=0), self._arguments["max_model_len"]
@@ -199,25 +233,39 @@ class VllmEngine:
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         all_prompts, seed, own, checked = self._gather(prompts, seed)
-        progress.expect(len(all_prompts), "responses")
         wanted = {
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p if sampling.temperature > 0 else 1.0,
             "stop_token_ids": self.ends,
         }
-        responses = self._guarded(lambda: self._ask("sample", all_prompts, wanted, seed, checked))[
-            own
-        ]
+        message = ("sample", all_prompts, wanted, seed, checked)
+        assert self._process is not None, "the engine was closed"
+        self._process.begin(*message, timeout=self.cfg.step_timeout)
+        self._request = _Request([list(p) for p in prompts], message, own)
+
+    def collect(self, version: int) -> list[Rollout]:
+        """See `Engine`."""
+        request, self._request = self._request, None
+        assert request is not None, "call start before collect"
+        progress.expect(len(request.message[1]), "responses")
+        loaded, restarts = self.policy_version, self.restarts
+        was_restarted, responses = self._guarded(lambda: self._answer(request))
+        if was_restarted and version != loaded:
+            self._differs = True
+            if self.restarts != restarts:
+                self.policy_version = version
         ends = set(self.ends)
         return [
-            Rollout(list(prompt), ids, truncated=ids[-1] not in ends, log_probs=log_probs)
-            for prompt, (ids, log_probs) in zip(prompts, responses, strict=True)
+            Rollout(prompt, ids, truncated=ids[-1] not in ends, log_probs=log_probs)
+            for prompt, (ids, log_probs) in zip(
+                request.prompts, responses[request.own], strict=True
+            )
         ]
 
     def sleep(self) -> None:
         """See `Engine`. Does nothing on CPUs."""
-        if self.device.type == "cuda" and self.cfg.sleep and not self._asleep:
+        if self.device.type == "cuda" and self.cfg.sleep is not False and not self._asleep:
             self._guarded(lambda: self._ask("sleep"))
             self._asleep = True
 
@@ -238,6 +286,8 @@ class VllmEngine:
         ranks = self.cfg.tensor_parallel_size
         rank, (port, *_) = distributed.rank() % ranks, self._all(free_port())
         environment = worker_environment(self.device, rank, ranks, port, os.environ)
+        if self.threads is not None:
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         what = "the vLLM engine"
         if distributed.world_size() > 1:
             what += f" of rank {distributed.rank()}"
@@ -255,14 +305,25 @@ class VllmEngine:
         assert self._process is not None, "the engine was closed"
         return self._process.ask(*message, tensors=tensors, timeout=self.cfg.step_timeout)
 
-    def _guarded(self, request: Callable[[], Any], loads: bool = False) -> Any:
-        """Make a request and return the answer; restart a failed engine and repeat the request.
+    def _answer(self, request: _Request) -> Any:
+        """Return the responses to a request; send it again if its first answer was lost."""
+        if not request.is_sent:
+            return self._ask(*request.message)
+        request.is_sent = False
+        assert self._process is not None, "the engine was closed"
+        return self._process.finish(self.cfg.step_timeout)
+
+    def _guarded(self, request: Callable[[], Any], loads: bool = False) -> tuple[bool, Any]:
+        """Make a request; restart a failed engine and repeat the request.
 
         A restarted engine needs weights, and gathering them is collective. All ranks therefore
         learn of a failure and take part.
 
         Args:
             loads: whether the request itself loads the weights.
+
+        Returns:
+            Whether any rank's engine was restarted, and the answer.
         """
         answer, done, recovering, lost = None, False, False, False
         while True:
@@ -282,7 +343,7 @@ class VllmEngine:
             severity = 0.0 if not lost else 1.0 if restart else 2.0
             worst = distributed.max_over_ranks(severity, self.device)
             if not worst:
-                return answer
+                return recovering, answer
             if worst > 1:
                 self.close()
                 if failure is None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from oprd.engines.vllm.engine import (
     worker_environment,
 )
 from oprd.engines.vllm.process import free_port, with_this_package
+from oprd.engines.vllm.threads import threads_note
 from oprd.errors import ConfigError, Unreachable
 
 INSTALL = {
@@ -80,10 +82,17 @@ def check_vllm(
         _check_heads(student, size)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # importing vLLM takes long
             _ask_vllm(cfg, student, device)
+    notes = [note] if (note := threads_note(cfg, device)) else []
     if device.type == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         space = worker_environment(device, 0, 1, 0, {})["VLLM_CPU_KVCACHE_SPACE"]
-        return [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB per rank"]
-    return []
+        notes += [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB per rank"]
+    if device.type == "cuda" and cfg.rollout.staleness:
+        notes += [
+            "rollout.staleness=1: vLLM samples on the trainer's GPU while the student is updated. "
+            f"It keeps {v.gpu_memory_utilization:.0%} of the memory ({where}gpu_memory_utilization)"
+            " all the time, and both take turns in computing"
+        ]
+    return notes
 
 
 def _check_experts(student: PretrainedConfig, device: torch.device) -> None:
@@ -111,7 +120,7 @@ def _check_heads(student: PretrainedConfig, size: int) -> None:
 
 def _ask_vllm(cfg: TrainConfig, student: PretrainedConfig, device: torch.device) -> None:
     """Let vLLM check the model's configuration in a short-lived process."""
-    v = cfg.rollout.vllm
+    v = replace(cfg.rollout.vllm, sleep=cfg.rollout.sleeps)
     dtype = engine_dtype(cfg)
     ranks = v.tensor_parallel_size
     with tempfile.TemporaryDirectory() as directory:

@@ -56,7 +56,11 @@ def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor]]:
 
 
 class EngineProcess:
-    """A process ``python -m module FD`` in its own session, with its output in a log file."""
+    """A process ``python -m module FD`` in its own session, with its output in a log file.
+
+    Attributes:
+        pending: whether a message waits for its answer.
+    """
 
     def __init__(self, module: str, environment: Mapping[str, str], log: Path, what: str) -> None:
         """
@@ -80,6 +84,7 @@ class EngineProcess:
             )
         theirs.close()
         self.connection = ours
+        self.pending = False
         self._deadline: float | None = None
         self._hung: float | None = None
         threading.Thread(target=self._watch, daemon=True, name=f"watch {what}").start()
@@ -90,27 +95,55 @@ class EngineProcess:
         tensors: Iterable[tuple[str, Tensor]] | None = None,
         timeout: float,
     ) -> Any:
-        """Send a message and wait for its answer.
+        """Send a message and wait for its answer: `begin` and `finish`."""
+        self.begin(*message, tensors=tensors, timeout=timeout)
+        return self.finish(timeout)
+
+    def begin(
+        self,
+        *message: Any,
+        tensors: Iterable[tuple[str, Tensor]] | None = None,
+        timeout: float,
+    ) -> None:
+        """Send a message. If the process has died, `finish` raises.
 
         Args:
             tensors: sent after the message. The iterable is exhausted even if the process dies.
+            timeout: seconds to wait for any sign of life.
+        """
+        assert not self.pending, "the answer to the last message was not waited for: call finish"
+        remaining = iter(tensors or ())
+        self.pending = True
+        try:
+            with self._limit(timeout):
+                self.connection.send(message)
+            if tensors is not None:
+                self._send(remaining, timeout)
+        except OSError:
+            self.kill()
+            for _ in remaining:  # gathering the tensors is collective
+                pass
+        except BaseException:  # half of a message
+            self.kill()
+            raise
+
+    def finish(self, timeout: float) -> Any:
+        """Wait for the answer to the message of `begin`.
+
+        Args:
             timeout: seconds to wait for any sign of life.
 
         Raises:
             EngineFailure: if the process died, was silent for too long or answered with an error.
                 The process has then ended.
         """
-        remaining = iter(tensors or ())
         try:
-            with self._limit(timeout):
-                self.connection.send(message)
-            if tensors is not None:
-                self._send(remaining, timeout)
             while True:
                 with self._limit(timeout):
                     kind, content = self.connection.recv()
                 hang_watchdog.beat()
                 if kind == "answer":
+                    self.pending = False
                     return content
                 if kind == "beat" and content is not None:
                     progress.reach(content)
@@ -118,8 +151,6 @@ class EngineProcess:
                     raise EngineFailure(self._describe(f"stopped with an error: {content}"))
         except (EOFError, OSError) as error:
             self.kill()
-            for _ in remaining:  # gathering the tensors is collective
-                pass
             raise EngineFailure(self._describe(self._how_it_ended(timeout))) from error
         except BaseException:  # a late answer would be taken for that of the next message
             self.kill()
@@ -134,13 +165,17 @@ class EngineProcess:
 
     def kill(self) -> None:
         """Kill the process and everything that it started."""
+        self.pending = False
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.connection.close()
 
     def close(self) -> None:
-        """Ask the process to end, and kill it if it does not."""
+        """Ask the process to end, and kill it if it does not, or at once if it is at work."""
+        if self.pending:
+            self.kill()
+            return
         with contextlib.suppress(EngineFailure):
             self.ask("close", timeout=CLOSE_SECONDS)
         with contextlib.suppress(subprocess.TimeoutExpired):

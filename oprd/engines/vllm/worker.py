@@ -15,6 +15,7 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -134,7 +135,8 @@ class Worker:
                     by_token = zip(ids, output.logprobs, strict=True)
                     log_probs = [candidates[token].logprob for token, candidates in by_token]
                 responses[int(request.request_id)] = (ids, log_probs)
-            if time.monotonic() - beat > BEAT_SECONDS:
+            # While nobody reads, beats would fill the connection and then block.
+            if time.monotonic() - beat > BEAT_SECONDS and is_writable(self.connection):
                 beat = time.monotonic()
                 self.connection.send(("beat", len(responses)))
         return [responses[i] for i in range(len(prompts))]
@@ -148,6 +150,11 @@ class Worker:
         """Drop the vLLM engine."""
         self.llm = None
         gc.collect()
+
+
+def is_writable(connection: Connection) -> bool:
+    """Return whether a short message can be sent without waiting for a reader."""
+    return bool(select.select([], [connection], [], 0)[1])
 
 
 def repack_tied_head(model: Any) -> None:

@@ -255,7 +255,7 @@ def test_experts_are_not_mistaken_for_a_leak():
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def fixed_rollouts(self, _indices):
+def fixed_rollouts(self):
     """Of the step, as long as they please."""
     generator = torch.Generator().manual_seed(self.step)
 
@@ -263,7 +263,7 @@ def fixed_rollouts(self, _indices):
         return torch.randint(2, 15, (n,), generator=generator).tolist()
 
     shapes = torch.randint(1, 20, (12, 2), generator=generator).tolist()
-    return [Rollout(draw(p), draw(r), True) for p, r in shapes]
+    return [Rollout(draw(p), draw(r), True) for p, r in shapes], {}
 
 
 @pytest.mark.parametrize("objectives", [{REP: 1.0}, {REP: 1.0, "opd_topk": 0.5}], ids=str)

@@ -220,11 +220,11 @@ from tests.support.runs import limits_of_two_ranks
 from tests.oprd.training.test_trainer import small_run
 
 class Sleeping(oprd.training.trainer.Trainer):
-    def _rollouts(self, indices):
+    def _rollouts(self):
         if self.step == 1 and distributed.rank() == 1:
             with self.timer("rollout"):
                 time.sleep(600)
-        return super()._rollouts(indices)
+        return super()._rollouts()
 
 oprd.training.trainer.Trainer = Sleeping
 oprd.training.trainer.train(small_run(Path(sys.argv[1]), eval__sets={}, watchdog__timeout_s=6.0))

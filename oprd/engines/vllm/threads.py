@@ -1,0 +1,72 @@
+"""Division of a machine's cores between the trainer and a vLLM engine that works beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from oprd import distributed
+from oprd.config import TrainConfig
+
+THREADS = "OMP_NUM_THREADS"
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def work_at_once(cfg: TrainConfig, device: torch.device) -> bool:
+    """Return whether trainer and engine compute on the same cores at the same time."""
+    rollout = cfg.rollout
+    return rollout.engine == "vllm" and rollout.staleness > 0 and device.type == "cpu"
+
+
+def engine_threads(cfg: TrainConfig, device: torch.device) -> int | None:
+    """Return the number of the engine's threads: half of the cores.
+
+    None, which leaves it to vLLM, if trainer and engine take turns, if OMP_NUM_THREADS is set, or
+    if there is only one core.
+    """
+    if not work_at_once(cfg, device) or THREADS in os.environ or num_cores() < 2:
+        return None
+    return num_cores() // 2
+
+
+@contextlib.contextmanager
+def cores_shared(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Leave the engine's threads their cores: the trainer computes on the others."""
+    engine, before = engine_threads(cfg, device), torch.get_num_threads()
+    if engine is not None:
+        torch.set_num_threads(max(1, num_cores() - engine))
+    try:
+        yield
+    finally:
+        if engine is not None:
+            torch.set_num_threads(before)
+
+
+def threads_note(cfg: TrainConfig, device: torch.device) -> str | None:
+    """Return a note about the cores for the user, if trainer and engine share them."""
+    if not work_at_once(cfg, device):
+        return None
+    cores, engine = num_cores(), engine_threads(cfg, device)
+    if engine is not None:
+        return (
+            f"rollout.staleness=1: of {cores} cores the trainer computes on {cores - engine} and "
+            f"vLLM on {engine}, at the same time ({THREADS} sets both)"
+        )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    each = os.environ.get(THREADS, "1")
+    wanted = 2 * ranks * (int(each) if each.isdigit() else 1)
+    if wanted <= cores:
+        return None
+    return (
+        f"rollout.staleness=1: trainer and vLLM compute at the same time with {wanted} threads on "
+        f"{cores} core(s) ({THREADS}={each}), which may be slower than rollout.staleness=0"
+    )

@@ -15,7 +15,7 @@ from oprd.engines.base import Engine
 from oprd.engines.generate import Autocast, GenerateEngine, eos_ids
 from oprd.engines.logprob_gap import LogprobGap, logprob_gap
 from oprd.engines.vllm.engine import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
-from oprd.engines.vllm.threads import engine_threads
+from oprd.engines.vllm.environment import engine_threads
 from oprd.models.weights import full_weights
 
 

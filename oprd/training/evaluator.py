@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,6 +76,17 @@ class Evaluator:
     def is_done(self, subject: Subject) -> bool:
         """Return whether the subject has results, for example from before the run was resumed."""
         return subject.label in self.results
+
+    def recall(self, evaluations: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
+        """Restore `results` from a checkpoint's JSON values.
+
+        Args:
+            finished: whether no more steps follow. Otherwise the student after training will be a
+                different one.
+        """
+        for label, results in evaluations.items():
+            if finished or label != AFTER.label:
+                self.results[label] = {n: EvalResult(**r) for n, r in results.items()}
 
     def due(self, step: int, steps: int) -> list[str]:
         """Return the names of the sets to evaluate on after ``step``; none after the last step."""

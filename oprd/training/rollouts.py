@@ -1,4 +1,4 @@
-"""The rollouts of a run's steps: prompts are drawn, responses sampled, the engine's weights checked.
+"""The rollouts of a run's steps: draws prompts, samples responses, checks the engine's weights.
 
 Step n makes the weights of version n out of those of version n - 1. Its order of events is
 
@@ -15,14 +15,15 @@ starts nothing.
 The check compares log-probs of engine and student at the same version, which both have only between
 a sync and the update after it. By then the responses that the engine samples during the update do
 not exist, and the student has no old weights left to compare them with later. So the engine first
-samples a few tokens for the check alone: the last ones of the responses that it returned before. These
-depend on long contexts like those in training, and take as many decoding steps as are compared.
+samples a few tokens for the check alone: the last ones of the responses that it returned before.
+These depend on contexts as long as in training, and need only as many decoding steps as there are
+tokens to compare in a response.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -256,7 +257,7 @@ class Rollouts:
             raise EngineFailure(f"step {step + 1}: {why}")
         return gap.metrics
 
-    def _versions(self, batch: Batch) -> Mapping[str, int]:
+    def _versions(self, batch: Batch) -> dict[str, Any]:
         """Return which weights have sampled a batch: the oldest of all ranks."""
         version = batch.version
         if self.cfg.rollout.staleness:  # ranks differ if the engine of one was restarted

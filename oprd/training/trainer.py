@@ -3,8 +3,9 @@
     oprd-train [--config recipes/x.yaml] [--optim.lr 1e-5 ..]
     torchrun --nproc-per-node 2 -m oprd.cli.train [..]
 
-Each step draws prompts, samples responses from the student (see `rollouts`), runs the teacher and then the student
-with taps on these responses, backpropagates, clips the gradients and updates the student.
+Each step draws prompts, samples responses from the student (`rollouts`), runs the teacher and then
+the student with taps on these responses, backpropagates, clips the gradients and updates the
+student (`update`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from oprd.data.rollout import Rollout
 from oprd.data.sampler import PromptSampler
 from oprd.engines.base import Engine, EngineFailure
 from oprd.engines.factory import make_engine
-from oprd.engines.vllm.threads import cores_shared
+from oprd.engines.vllm.environment import cores_shared
 from oprd.observability import hang_watchdog
 from oprd.observability.console import shown
 from oprd.observability.run_log import RunLog
 from oprd.observability.signals import Interrupt
-from oprd.observability.summary import EvalResult, Summary, plain, write_summary
+from oprd.observability.summary import Summary, plain, write_summary
 from oprd.observability.timer import PhaseTimer
 from oprd.training.evaluator import AFTER, BEFORE, DURING, Evaluator, Subject
 from oprd.training.inputs import RunInputs
@@ -78,9 +79,8 @@ class Trainer:
         self.watchdog = Watchdog(w)
         self.interrupt = Interrupt(at_once=distributed.world_size() == 1)
         self.stopped_by: int | None = None
-        self.batches = PromptSampler(
-            len(inputs.train.prompts), cfg.rollout.prompts_per_step, cfg.seed
-        )
+        prompts, number = inputs.train.prompts, cfg.rollout.prompts_per_step
+        self.batches = PromptSampler(len(prompts), number, cfg.seed)
         self.step = 0  # the number of steps made
         self.evaluated = 0  # the last step whose evaluation, if due, is done
         self.delta_peak_gb: float | None = None
@@ -261,12 +261,8 @@ class Trainer:
         evaluations = document["evaluations"]
         if evaluations and not resume.same_evaluation(document["settings"], self.cfg):
             self.notes.append(f"evaluated with other settings, left out: {', '.join(evaluations)}")
-            evaluations = {}
-        for label, results in evaluations.items():
-            # If more steps follow, the student after training is a different one.
-            outdated = label == AFTER.label and self.step < self.cfg.steps
-            if not outdated:
-                self.evaluator.results[label] = {n: EvalResult(**r) for n, r in results.items()}
+        else:
+            self.evaluator.recall(evaluations, finished=self.step == self.cfg.steps)
 
     def _between_steps(self) -> None:
         """Capture sampler and random states for a checkpoint; the next rollout changes them."""
@@ -281,7 +277,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Start writing a checkpoint of the state after the last step."""
-        self._settle()
+        with self._engine_needed():
+            self.rollouts.settle(self.step)
         progress = {
             "sampler": self.rollouts.position,
             "evaluations": plain(self.evaluator.results),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from oprd import distributed
 from oprd.config import MAX_LOGPROB_GAP, DType, SamplingParams, TrainConfig, VllmConfig
 from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
+from oprd.engines.vllm.environment import worker_environment
 from oprd.engines.vllm.process import EngineProcess, free_port
 from oprd.observability import progress
 from oprd.observability.console import ANY_RANK
@@ -29,8 +30,6 @@ from oprd.observability.console import ANY_RANK
 logger = logging.getLogger(__name__)
 
 WORKER = "oprd.engines.vllm.worker"
-TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")
-"""Prefixes of the trainer's process-group variables, which the engine must not inherit."""
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -88,42 +87,6 @@ def llm_arguments(
         arguments["gpu_memory_utilization"] = cfg.gpu_memory_utilization
         arguments["enable_sleep_mode"] = cfg.sleep is not False
     return arguments
-
-
-def worker_environment(
-    device: torch.device, rank: int, ranks: int, port: int, inherited: Mapping[str, str]
-) -> dict[str, str]:
-    """Return the environment variables of an engine's process.
-
-    Args:
-        rank, ranks: rank and number of ranks in the tensor-parallel group, which meets at ``port``.
-    """
-    variables = {k: v for k, v in inherited.items() if not k.startswith(TORCHRUN)}
-    # vLLM's sleep mode uses its own allocator, which can't be combined with expandable segments.
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        variables.pop(name, None)
-    variables |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(device.index or 0),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        # Lengths are checked before the run, by student.context_length if it is given.
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    # By default all ranks' engines are bound to the same cores. OMP_NUM_THREADS still applies.
-    variables.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    variables.setdefault("VLLM_CPU_KVCACHE_SPACE", str(default_cpu_cache_gib()))
-    variables.setdefault("VLLM_NO_USAGE_STATS", "1")
-    return variables
-
-
-def default_cpu_cache_gib() -> int:
-    """Return the GiB of KV cache on a CPU: 1/8 of memory split over local ranks, from 1 to 16."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, int(memory / 8 / ranks)))
 
 
 @dataclass

@@ -22,10 +22,9 @@ from oprd.engines.vllm.engine import (
     engine_dtype,
     llm_arguments,
     longest_sequence,
-    worker_environment,
 )
 from oprd.engines.vllm.process import free_port, with_this_package
-from oprd.engines.vllm.threads import threads_note
+from oprd.engines.vllm.environment import threads_note, worker_environment
 from oprd.errors import ConfigError, Unreachable
 
 INSTALL = {

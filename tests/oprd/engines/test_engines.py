@@ -25,7 +25,8 @@ from oprd.engines.generate import GenerateEngine
 from oprd.engines.logprob_gap import LogprobGap, logprob_gap
 from oprd.engines.vllm import engine as vllm_engine
 from oprd.engines.vllm import preflight as vllm_preflight
-from oprd.engines.vllm.engine import VllmEngine, engine_dtype, max_logprob_gap, worker_environment
+from oprd.engines.vllm.engine import VllmEngine, engine_dtype, max_logprob_gap
+from oprd.engines.vllm.environment import worker_environment
 from oprd.engines.vllm.preflight import check_vllm, reason
 from oprd.errors import ConfigError
 from oprd.training.preflight import preflight

@@ -1,7 +1,8 @@
-"""Builds the models of a run: loading, taps and sharding."""
+"""Builds the models of a run: loading, taps, sharding and the precision they run in."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -23,6 +24,13 @@ from oprd.models.loading import empty_model, load_model, switch_off_dropout, tea
 from oprd.models.lora import add_adapter
 from oprd.models.recompute import recompute_blocks
 from oprd.models.without_adapter import WithoutAdapter
+
+
+def autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager:
+    """Return the context that ``cfg.autocast`` asks for; None: one that does nothing."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
 
 
 class Builder:

@@ -14,10 +14,10 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
 
 from oprd import distributed
@@ -44,7 +44,7 @@ from oprd.training.overview import overview
 from oprd.training.preflight import output_dir, preflight
 from oprd.training.recompute import choose_blocks
 from oprd.training.rollouts import Rollouts
-from oprd.training.setup import Builder
+from oprd.training.setup import Builder, autocast
 from oprd.training.update import NotFinite, StudentUpdate
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,12 @@ class Trainer:
         check_shared(self.directory, self.device)
         self.log = RunLog(self.directory, cfg.steps, cfg.log_every, distributed.rank() == 0)
         self.timer = PhaseTimer(self.device)
+        self._autocast = partial(autocast, cfg.autocast, self.device)
         self.watchdog = Watchdog(w)
         self.interrupt = Interrupt(at_once=distributed.world_size() == 1)
         self.stopped_by: int | None = None
-        prompts, number = inputs.train.prompts, cfg.rollout.prompts_per_step
-        self.batches = PromptSampler(len(prompts), number, cfg.seed)
+        prompts = inputs.train.prompts
+        self.batches = PromptSampler(len(prompts), cfg.rollout.prompts_per_step, cfg.seed)
         self.step = 0  # the number of steps made
         self.evaluated = 0  # the last step whose evaluation, if due, is done
         self.delta_peak_gb: float | None = None
@@ -315,12 +316,6 @@ class Trainer:
                 f"checkpoint is {path}"
             )
         return path
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        dtype = self.cfg.autocast
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, dtype))
 
     def _heed(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:

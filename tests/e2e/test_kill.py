@@ -17,10 +17,11 @@ pytestmark = pytest.mark.slow
 STEPS, KILLS = 20, 7
 
 
-def command(directory):
+def command(directory, staleness):
     return [
         *(f"--output_dir={directory}", "--resume=auto", f"--steps={STEPS}", "--log_every=1"),
         *("--rollout.prompts_per_step=4", "--checkpoint.every=2", "--eval.teacher=false"),
+        f"--rollout.staleness={staleness}",
         "--eval.sets={val: {path: demo:val.jsonl, limit: 20, every: 6}}",
     ]
 
@@ -57,13 +58,16 @@ def wait_for_lines(process, file, number):
         time.sleep(0.001)
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, staleness):
     # A server that has imported everything forks the runs: seconds saved on each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["oprd.cli.train", "oprd.training.trainer"])
 
     def start(directory):
-        process = context.Process(target=train_on_a_slow_disk, args=(command(directory),))
+        process = context.Process(
+            target=train_on_a_slow_disk, args=(command(directory, staleness),)
+        )
         process.start()
         return process
 

@@ -71,6 +71,17 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
     assert "student before: val" in capsys.readouterr().out  # sampled by the engine
 
 
+def test_it_samples_the_next_step_while_this_one_updates_the_student(tmp_path):
+    cfg = small_run(tmp_path / "run")
+    cfg.steps, cfg.rollout.staleness, cfg.eval.sets = 3, 1, {}
+    cfg.optim.lr, cfg.optim.schedule, cfg.optim.warmup_ratio = 5e-3, "constant", 0.0
+    train(cfg)
+    steps = lines(tmp_path / "run")
+    assert [s["rollout/policy_version"] for s in steps] == [0, 0, 1]
+    assert [s["rollout/staleness"] for s in steps] == [0, 1, 1]
+    assert all(s["rollout/logprob_gap_max"] < 1e-4 for s in steps)
+
+
 @pytest.mark.exhaustive
 def test_a_killed_engine_comes_back_with_the_present_weights(tmp_path):
     """Of a model whose head is tied to its embeddings."""

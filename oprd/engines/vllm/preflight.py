@@ -23,8 +23,8 @@ from oprd.engines.vllm.engine import (
     llm_arguments,
     longest_sequence,
 )
-from oprd.engines.vllm.process import free_port, with_this_package
 from oprd.engines.vllm.environment import threads_note, worker_environment
+from oprd.engines.vllm.process import free_port, with_this_package
 from oprd.errors import ConfigError, Unreachable
 
 INSTALL = {

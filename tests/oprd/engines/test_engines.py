@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import reduce
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from oprd.engines.vllm import preflight as vllm_preflight
 from oprd.engines.vllm.engine import VllmEngine, engine_dtype, max_logprob_gap
 from oprd.engines.vllm.environment import worker_environment
 from oprd.engines.vllm.preflight import check_vllm, reason
+from oprd.engines.vllm.worker import is_writable
 from oprd.errors import ConfigError
 from oprd.training.preflight import preflight
 from tests.support.logs import listen
@@ -181,6 +183,47 @@ def test_ctrl_c_while_it_samples_leaves_no_process(make_engine, monkeypatch):
         engine.sample([[1]], SAMPLING)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_it_samples_beside_the_caller_and_a_lost_one_has_the_weights_of_now(make_engine):
+    value = [1.0]
+    engine, said, directory = make_engine(weights=lambda: iter([("a", torch.tensor(value))]))
+    engine.sync(3)
+    engine.start([[1], [1, 2]], SAMPLING, seed=7)
+    value[0] = 2.0  # the student is updated meanwhile
+    assert [r.response_ids for r in engine.collect(4)] == [[1, 1, 7], [2, 1, 7]]
+    assert engine.policy_version == 3
+    (directory / "die_in_sample").touch()
+    engine.start([[1]], SAMPLING, seed=7)
+    assert [r.response_ids for r in engine.collect(4)] == [[1, 2, 7]]
+    assert engine.policy_version == 4
+    assert len(said) == 1
+    value[0] = 5.0  # other ranks' engines still lack weights: all of them are sent again
+    engine.sync(4)
+    assert engine.sample([[1]], SAMPLING, seed=7)[0].response_ids == [1, 5, 7]
+
+
+def test_an_engine_that_samples_is_closed_at_once(make_engine):
+    engine, _, directory = make_engine()
+    engine.sync(0)
+    (directory / "hang_in_sample").touch()
+    engine.start([[1]], SAMPLING)
+    pid, start = engine.pid, time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < 10  # an idle engine is given 20 s to end by itself
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_worker_does_not_wait_for_a_reader_to_show_that_it_lives():
+    ours, theirs = Pipe()
+    assert is_writable(theirs)
+    sent = 0
+    while is_writable(theirs):
+        theirs.send(("beat", sent))
+        sent += 1
+    assert 10 < sent < 100_000
+    ours.close()
 
 
 @pytest.mark.slow

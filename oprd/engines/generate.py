@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,13 +64,10 @@ class GenerateEngine(SamplesAtOnce):
                 stack.enter_context(torch.random.fork_rng(devices))
                 torch.manual_seed(seed)
             stack.enter_context(self.autocast())
-            return generate(
-                self.model,
-                self.tokenizer,
-                prompts,
-                sampling,
-                batch_size=self.batch_size,
-            )
+            return self._sample(prompts, sampling)
+
+    def _sample(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> list[Rollout]:
+        return generate(self.model, self.tokenizer, prompts, sampling, self.batch_size)
 
     def sleep(self) -> None:
         """See `Engine`. Does nothing: the engine has no memory of its own."""
@@ -86,7 +83,38 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({tokenizer.eos_token_id, *own})
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def as_sampler(model: PreTrainedModel) -> Iterator[None]:
+    """Return a context in which a model samples, and after which it is as it was."""
+    was_training = model.training
+    model.eval()  # in training mode gradient checkpointing would switch the cache off
+    try:
+        with torch.no_grad(), eager_layers(model):
+            yield
+    finally:
+        reshard(model)
+        model.train(was_training)
+
+
+def in_order(prompts: Sequence[list[int]], size: int) -> list[int]:
+    """Return the order in which prompts are sampled from, ``size`` at once."""
+    order = list(range(len(prompts)))
+    if size < len(prompts):  # batch prompts of similar length to reduce padding
+        order.sort(key=lambda i: len(prompts[i]), reverse=True)
+    return order
+
+
+def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask, both int64 (prompts, tokens of the longest)."""
+    length = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        attention[i, length - len(prompt) :] = 1
+    return ids, attention
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -113,17 +141,13 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
-    was_training = model.training
-    model.eval()  # in training mode gradient checkpointing would switch the cache off
     own_config, model.generation_config = model.generation_config, config
     rollouts: list[Rollout] = []
     # A sharded model's forward passes are collective, so every rank must generate equally often. A
     # rank with fewer batches than others adds batches with a dummy prompt.
     together = is_sharded(model) and distributed.world_size() > 1
     size = batch_size or max(len(prompts), 1)
-    order = list(range(len(prompts)))
-    if size < len(prompts):  # batch prompts of similar length to reduce padding
-        order.sort(key=lambda i: len(prompts[i]), reverse=True)
+    order = in_order(prompts, size)
     batches = [
         [prompts[i] for i in order[start : start + size]] for start in range(0, len(prompts), size)
     ]
@@ -132,14 +156,12 @@ def generate(
         calls = int(distributed.max_over_ranks(calls, input_device(model)))
     progress.expect(len(prompts), "responses")
     try:
-        with eager_layers(model):
+        with as_sampler(model):
             for batch in batches + [[[ends[0]]]] * (calls - len(batches)):
                 rollouts += _generate_batch(model, batch, config, set(ends), together)
                 progress.advance(len(batch))
     finally:
-        reshard(model)
         model.generation_config = own_config
-        model.train(was_training)
     as_given = dict(zip(order, rollouts, strict=False))  # drops the dummy responses at the end
     return [as_given[i] for i in range(len(prompts))]
 
@@ -163,13 +185,8 @@ def _generate_batch(
     ends: set[int],
     together: bool,
 ) -> list[Rollout]:
-    length = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), length), config.pad_token_id, dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        attention[i, length - len(prompt) :] = 1
-    device = input_device(model)
+    ids, attention = left_padded(prompts, config.pad_token_id)
+    length, device = ids.shape[1], input_device(model)
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=attention.to(device),

@@ -21,11 +21,13 @@ class RolloutConfig:
             default is lowered to what the models' contexts leave.
         temperature: sampling temperature, above 0.
         top_p: nucleus sampling probability. Top-k sampling is off.
-        batch_size: number of sequences generated at once; null: all of a step. The vLLM engine
-            chooses its own batches.
-        engine: ``generate``: Hugging Face's `generate` on the student. ``vllm``: a vLLM engine
-            beside the student, which gets its weights after each update. The engine also samples
-            in evaluations of the student.
+        batch_size: number of sequences generated at once; null: all of a step. With ``continuous``
+            a sequence that has ended makes room for the next. The vLLM engine chooses its own
+            batches.
+        engine: ``generate``: Hugging Face's `generate` on the student; a batch is computed until
+            its longest response has ended. ``continuous``: the student too, but what has ended is
+            no longer computed. ``vllm``: a vLLM engine beside the student, which gets its weights
+            after each update. The engine also samples in evaluations of the student.
         staleness: number of updates that a step's responses may lack. 0: they are sampled with the
             student's current weights. 1: while a step updates the student, the engine samples the
             next step's responses, with the weights from before that update.
@@ -37,7 +39,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int | None = None
-    engine: Literal["generate", "vllm"] = "generate"
+    engine: Literal["generate", "continuous", "vllm"] = "generate"
     staleness: int = 0
     vllm: VllmConfig = field(default_factory=VllmConfig)
 

@@ -16,6 +16,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedCo
 from transformers import cache_utils as kinds
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from oprd.errors import ConfigError
+
 KNOWN = {
     getattr(kinds, name, None)  # transformers 5.16 lacks the last
     for name in (
@@ -50,6 +52,26 @@ def why_not(config: PretrainedConfig, model: type | None = None) -> str | None:
         if type(layer) not in KNOWN:
             return f"its cache has layers of the kind {type(layer).__name__}"
     return None
+
+
+def check_continuous(
+    config: PretrainedConfig, who: str, option: str, model: type | None = None
+) -> None:
+    """Check that continuous batching works for a model.
+
+    Args:
+        config, model: as for `why_not`.
+        who: what messages call it.
+        option: the option that asks for it, for messages.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    if why := why_not(config, model):
+        raise ConfigError(
+            f"{option}=continuous can't sample from {who}: {why}, so sequences can't be taken out "
+            f"of a batch. Use {option}=generate"
+        )
 
 
 OTHER_STATES: dict[str, str] = {}

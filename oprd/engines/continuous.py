@@ -19,7 +19,6 @@ from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -30,24 +29,13 @@ from oprd import distributed
 from oprd.config import SamplingParams
 from oprd.data.rollout import Rollout
 from oprd.distributed.fsdp import input_device, is_sharded
-from oprd.engines.cached_rows import cache_name, join, keep, make_cache, why_not
+from oprd.engines.cached_rows import cache_name, check_continuous, join, keep, make_cache
 from oprd.engines.generate import GenerateEngine, as_sampler, eos_ids, in_order, left_padded
-from oprd.errors import ConfigError
 from oprd.observability import hang_watchdog, progress
 
 REFILL = 8
 """Prompts wait until this part (an eighth) of the places is free, so that they are read together:
 a pass over prompts takes about as long as one over the whole batch's next tokens."""
-
-
-def check_continuous(config: PretrainedConfig, who: str, model: type | None = None) -> None:
-    """Check that continuous batching works for a model.
-
-    Raises:
-        ConfigError: if it does not.
-    """
-    if why := why_not(config, model):
-        raise ConfigError(f"continuous batching can't sample from {who}: {why}. Use generate")
 
 
 class ContinuousEngine(GenerateEngine):
@@ -76,7 +64,7 @@ def sample(
     Raises:
         ConfigError: if rows of the model's cache can't be taken out of it (`why_not`).
     """
-    check_continuous(model.config, type(model).__name__, type(model))
+    check_continuous(model.config, type(model).__name__, "the engine", type(model))
     with as_sampler(model):
         return _Sampler(model, tokenizer, prompts, sampling, batch_size)()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oprd.config import TrainConfig
 from oprd.data.rollout import Rollout
 from oprd.engines.base import Engine
+from oprd.engines.cached_rows import why_not
+from oprd.engines.continuous import ContinuousEngine
 from oprd.engines.generate import Autocast, GenerateEngine, eos_ids
 from oprd.engines.logprob_gap import LogprobGap, logprob_gap
 from oprd.engines.vllm.engine import VllmEngine, engine_dtype, longest_sequence, max_logprob_gap
@@ -36,8 +39,9 @@ def make_engine(
     Raises:
         EngineFailure: if the engine does not start.
     """
-    if cfg.rollout.engine == "generate":
-        return GenerateEngine(student, tokenizer, cfg.rollout.batch_size, autocast)
+    if cfg.rollout.engine != "vllm":
+        size = cfg.rollout.batch_size
+        return engine_on(student, tokenizer, cfg.rollout.engine, size, autocast)
     return VllmEngine(
         replace(cfg.rollout.vllm, sleep=cfg.rollout.sleeps),
         model_config=student.config,
@@ -49,6 +53,24 @@ def make_engine(
         directory=directory / "vllm",
         threads=engine_threads(cfg, device),
     )
+
+
+def engine_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str,
+    batch_size: int | None = None,
+    autocast: Autocast = contextlib.nullcontext,
+) -> GenerateEngine:
+    """Make an engine that samples with a model itself.
+
+    Args:
+        kind: ``continuous``: `ContinuousEngine`, if it can sample from the model; else, and for
+            other kinds: `GenerateEngine`.
+    """
+    continuous = kind == "continuous" and why_not(model.config, type(model)) is None
+    cls = ContinuousEngine if continuous else GenerateEngine
+    return cls(model, tokenizer, batch_size, autocast)
 
 
 def rollout_gap(

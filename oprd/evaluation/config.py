@@ -10,7 +10,10 @@ from oprd.errors import Problems
 
 MAX_NEW_TOKENS = 31_744
 """The paper's limit."""
-BATCH_SIZES = {"generate": 64, "vllm": 1024}
+BATCH_SIZES = {"generate": 64, "continuous": 64, "vllm": 1024}
+UNITS = {"continuous": 4}
+"""Batches' worth of sequences that are sampled before they are kept, where not 1. More would fill
+the places better, but leave ranks without work on small sets."""
 
 
 def _engine_alone() -> VllmConfig:
@@ -55,9 +58,12 @@ class EvalRunConfig:
         chat_template_kwargs: arguments of the chat template, e.g. ``{enable_thinking: false}``;
             null: those of a run among the models.
         seed: seed of the sampling.
-        engine: ``generate``: Hugging Face's `generate`; ``vllm``: vLLM.
+        engine: ``generate``: Hugging Face's `generate`; a batch is computed until its longest
+            response has ended. ``continuous``: the same models, but a response that has ended makes
+            room for the next. ``vllm``: vLLM.
         batch_size: number of sequences sampled at once, and kept if the evaluation is interrupted
-            later; null: 64, or 1,024 with vLLM.
+            later (with ``continuous`` four times as many are kept together); null: 64, or 1,024
+            with vLLM.
         vllm: the vLLM engine.
         dtype: dtype of the weights; null: bfloat16 on a GPU, float32 on a CPU.
         attn_implementation: attention implementation of `transformers`; null: its default.
@@ -86,7 +92,7 @@ class EvalRunConfig:
     chat_template: Literal["auto", "always", "never"] | None = None
     chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     seed: int = 0
-    engine: Literal["generate", "vllm"] = "generate"
+    engine: Literal["generate", "continuous", "vllm"] = "generate"
     batch_size: int | None = None
     vllm: VllmConfig = field(default_factory=_engine_alone)
     dtype: DType | None = None
@@ -100,9 +106,14 @@ class EvalRunConfig:
     top_k: int = 16
 
     @property
-    def unit(self) -> int:
+    def at_once(self) -> int:
         """Number of sequences sampled at once."""
         return self.batch_size or BATCH_SIZES[self.engine]
+
+    @property
+    def unit(self) -> int:
+        """Number of sequences that are kept together."""
+        return self.at_once * UNITS.get(self.engine, 1)
 
     def check(self) -> None:
         """Check the values by themselves.

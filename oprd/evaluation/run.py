@@ -28,7 +28,9 @@ from oprd.config import (
 from oprd.data.rollout import Rollout
 from oprd.distributed.device import check_device
 from oprd.engines.base import Engine
-from oprd.engines.generate import GenerateEngine, eos_ids
+from oprd.engines.cached_rows import check_continuous
+from oprd.engines.factory import engine_on
+from oprd.engines.generate import eos_ids
 from oprd.engines.vllm.engine import VllmEngine
 from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import ConfigError
@@ -93,6 +95,9 @@ class _Run:
             self.bridge = load_bridge(cfg.bridge.path, cfg.bridge.rank)
         if cfg.engine == "vllm":
             self._check_vllm()
+        if cfg.engine == "continuous":
+            for subject in self.subjects:
+                check_continuous(subject.config(), subject.label, "engine")
         name = cfg.output_dir or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}"
         self.store = Store(Path(name))
         self.settings = self._settings()
@@ -220,8 +225,8 @@ class _Run:
     ) -> Iterator[Engine]:
         """Make the engine that samples from a model. Collective."""
         tokenizer = self.tokenizers[subject.label]
-        if self.cfg.engine == "generate":
-            yield GenerateEngine(model, tokenizer)
+        if self.cfg.engine != "vllm":
+            yield engine_on(model, tokenizer, self.cfg.engine, self.cfg.at_once)
             return
         tasks = self.tasks[subject.label]
         engine = VllmEngine(

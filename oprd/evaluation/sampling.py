@@ -120,9 +120,10 @@ class Sampler:
             rollouts = engine.sample(ids, sampling, seed=seed)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"{len(ids)} sequences of up to {task.max_new_tokens} new tokens do not fit the "
-                f"GPU's memory: lower --batch_size (now {cfg.unit}), or use --engine vllm. What "
-                f"was sampled is kept: add --output_dir {self.store.directory} to go on"
+                f"{min(len(ids), cfg.at_once)} sequences of up to {task.max_new_tokens} new tokens "
+                f"do not fit the GPU's memory: lower --batch_size (now {cfg.at_once}), or use "
+                f"--engine vllm. What was sampled is kept: add --output_dir {self.store.directory} "
+                "to go on"
             ) from error
         texts = self.tokenizer.batch_decode(
             [r.response_ids for r in rollouts], skip_special_tokens=True

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.config import EvalConfig
 from oprd.engines.base import Engine
+from oprd.engines.factory import engine_on
 from oprd.engines.generate import Autocast, GenerateEngine
 from oprd.evaluation.evaluate import Kept, evaluate
 from oprd.observability import progress
@@ -63,14 +64,16 @@ class Evaluator:
         timer: PhaseTimer,
         autocast: Autocast,
         synced: Callable[[Engine], AbstractContextManager],
+        kind: str = "generate",
     ) -> None:
         """
         Args:
             inputs: contains the evaluation sets and each model's tokenizer.
             synced: returns a context manager in which an engine has the student's current weights.
+            kind: the run's kind of engine (``rollout.engine``).
         """
         self.cfg, self.inputs, self.log, self.timer = cfg, inputs, log, timer
-        self.autocast, self.synced = autocast, synced
+        self.autocast, self.synced, self.kind = autocast, synced, kind
         self.results: dict[str, dict[str, EvalResult]] = {}
 
     def is_done(self, subject: Subject) -> bool:
@@ -107,7 +110,7 @@ class Evaluator:
             step: number of optimizer steps made.
             model: the subject's model.
             engine: an engine that samples from ``model``. None or a `GenerateEngine`: a new
-                `GenerateEngine` is used, with batches of ``eval.batch_size``.
+                one on the model itself is used, with batches of ``eval.batch_size``.
             sets: names of the evaluation sets; None: all.
 
         Returns:
@@ -119,7 +122,7 @@ class Evaluator:
         tokenizer = self._tokenizer(subject)
         synced = contextlib.nullcontext if engine is None else self.synced
         if engine is None or isinstance(engine, GenerateEngine):
-            engine = GenerateEngine(model, tokenizer, self.cfg.batch_size, self.autocast)
+            engine = engine_on(model, tokenizer, self.kind, self.cfg.batch_size, self.autocast)
         with synced(engine), self.timer("evaluation"):
             results = {}
             for name in names:

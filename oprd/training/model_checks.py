@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig
 from oprd.distributed.device import check_device
+from oprd.engines.cached_rows import check_continuous
 from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import Attempt, ConfigError
 from oprd.models.compatibility import (
@@ -59,6 +60,8 @@ def check_models(
             "samples before the update, not beside it: this shows what staleness does to the "
             "student"
         )
+    if student and cfg.rollout.engine == "continuous":
+        attempt(lambda: check_continuous(student, cfg.student.path, "rollout.engine"))
     if cfg.rollout.engine == "vllm":
         device = check_device(cfg.device)
         inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []

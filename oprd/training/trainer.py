@@ -86,7 +86,13 @@ class Trainer:
         self.evaluated = 0  # the last step whose evaluation, if due, is done
         self.delta_peak_gb: float | None = None
         self.evaluator = Evaluator(
-            cfg.eval, inputs, self.log, self.timer, self._autocast, self._synced
+            cfg.eval,
+            inputs,
+            self.log,
+            self.timer,
+            self._autocast,
+            self._synced,
+            cfg.rollout.engine,
         )
         self.closing = contextlib.ExitStack()
         self.closing.callback(self.log.close)

@@ -82,7 +82,7 @@ def test_two_models_on_the_demo(tmp_path, capsys):
 def test_a_finished_evaluation_is_read_and_another_model_is_added(tmp_path, monkeypatch):
     evaluate_models(demo(tmp_path / "out"))
     first = (tmp_path / "out" / "results.json").read_text()
-    monkeypatch.setattr(run, "GenerateEngine", lambda *_: pytest.fail("it samples again"))
+    monkeypatch.setattr(run, "engine_on", lambda *_: pytest.fail("it samples again"))
     evaluate_models(demo(tmp_path / "out"))
     assert (tmp_path / "out" / "results.json").read_text() == first
     monkeypatch.undo()

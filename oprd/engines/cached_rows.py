@@ -46,8 +46,6 @@ def why_not(config: PretrainedConfig, model: type | None = None) -> str | None:
         return f"{model.__name__} has a cache of its own"
     if model is not None and cache_name(model) is None:
         return f"{model.__name__} has no cache"
-    if config.model_type in OTHER_STATES:
-        return f"models of the family {config.model_type} {OTHER_STATES[config.model_type]}"
     for layer in make_cache(config).layers:
         if type(layer) not in KNOWN:
             return f"its cache has layers of the kind {type(layer).__name__}"
@@ -72,10 +70,6 @@ def check_continuous(
             f"{option}=continuous can't sample from {who}: {why}, so sequences can't be taken out "
             f"of a batch. Use {option}=generate"
         )
-
-
-OTHER_STATES: dict[str, str] = {}
-"""Families that `why_not` would take for ones that it is not, and what they do."""
 
 
 def cache_name(model: type) -> str | None:

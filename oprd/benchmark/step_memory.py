@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import gc
+import itertools
 import os
 import threading
 import time
@@ -126,7 +127,7 @@ def thinned(points: Sequence[tuple[float, int]], most: int = POINTS) -> list[tup
     if len(points) <= most:
         return list(points)
     borders = [round(i * len(points) / most) for i in range(most + 1)]
-    parts = (points[a:b] for a, b in zip(borders, borders[1:], strict=False))
+    parts = (points[a:b] for a, b in itertools.pairwise(borders))
     return [max(part, key=lambda p: p[1]) for part in parts]
 
 

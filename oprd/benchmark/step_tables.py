@@ -23,7 +23,7 @@ from oprd.observability.tables import TextTable
 
 PHASE_HEADS = {
     ROLLOUT: "roll-\nout",
-    TEACHER: "teach-\ner",
+    TEACHER: "tea-\ncher",
     FORWARD: "for-\nward",
     BACKWARD: "back-\nward",
     OPTIMIZER: "opti-\nmizer",
@@ -38,8 +38,9 @@ def tables(report: Mapping[str, Any]) -> list[TextTable]:
 
 
 def seconds(value: float) -> str:
-    """Format seconds in five characters, up to 9,999."""
-    return f"{value:.3f}" if value < 9.9995 else f"{value:.{2 if value < 99.995 else 1}f}"
+    """Format seconds in at most five characters, up to 99,999."""
+    digits = next((d for d, end in ((3, 9.9995), (2, 99.995), (1, 999.95)) if value < end), 0)
+    return f"{value:.{digits}f}"
 
 
 def _share(value: float | None) -> str:

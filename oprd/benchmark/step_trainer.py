@@ -122,20 +122,35 @@ class Step:
 
 
 def by_phase(spans: Sequence[Span], wall: float) -> dict[str, float]:
-    """Return the seconds of each of `PHASES`; the rest is what no span covers.
-
-    The update's last span is the optimizer's. Of the others, what is not forward is backward.
-    """
+    """Return the seconds of each of `PHASES`; the rest is what no span covers."""
     seconds = dict.fromkeys(PHASES, 0.0)
-    updates = [span.seconds for span in spans if span.phase == STUDENT_UPDATE]
+    for phase, start, end in stretches(spans):
+        seconds[phase] += end - start
     for span in spans:
-        if span.phase in seconds:
+        if span.phase in (ROLLOUT, SYNC, GAP):
             seconds[span.phase] += span.seconds
-    if updates:
-        seconds[OPTIMIZER] = updates[-1]
-        seconds[BACKWARD] = sum(updates[:-1]) - seconds[FORWARD]
     seconds[REST] = wall - sum(seconds.values())
     return seconds
+
+
+def stretches(spans: Sequence[Span]) -> list[tuple[str, float, float]]:
+    """Return the phases of an update as (name, start, end), in order and without overlap.
+
+    A span of the update that has a forward is a micro-batch's, and the rest of it is backward.
+    Others sum gradients over ranks, clip them and make the optimizer's step.
+    """
+    made: list[tuple[str, float, float]] = []
+    forwards = [span for span in spans if span.phase == FORWARD]
+    for span in sorted(spans, key=lambda s: s.start):
+        inside = [f for f in forwards if span.start <= f.start and f.end <= span.end]
+        if span.phase == TEACHER:
+            made.append((TEACHER, span.start, span.end))
+        elif span.phase == STUDENT_UPDATE and inside:
+            made.append((FORWARD, span.start, inside[-1].end))
+            made.append((BACKWARD, inside[-1].end, span.end))
+        elif span.phase == STUDENT_UPDATE:
+            made.append((OPTIMIZER, span.start, span.end))
+    return made
 
 
 class MeasuredTrainer(Trainer):
@@ -281,24 +296,7 @@ class MeasuredTrainer(Trainer):
         with recorded(self.device) as recording:
             self._update(rollouts)
         self.step += 1
-        return recording.timeline(_stretches(self.spans.take_spans()))
-
-
-def _stretches(spans: Sequence[Span]) -> list[tuple[str, float, float]]:
-    """Return the phases of an update as (name, start, end), in order and without overlap."""
-    made: list[tuple[str, float, float]] = []
-    ordered = sorted(spans, key=lambda s: s.start)
-    forwards = [span for span in ordered if span.phase == FORWARD]
-    for span in ordered:
-        inside = [f for f in forwards if span.start <= f.start and f.end <= span.end]
-        if span.phase == TEACHER:
-            made.append((TEACHER, span.start, span.end))
-        elif span.phase == STUDENT_UPDATE and inside:  # a micro-batch
-            made.append((FORWARD, span.start, inside[0].end))
-            made.append((BACKWARD, inside[0].end, span.end))
-        elif span.phase == STUDENT_UPDATE:
-            made.append((OPTIMIZER, span.start, span.end))
-    return made
+        return recording.timeline(stretches(self.spans.take_spans()))
 
 
 def lengths_of(rollouts: Sequence[Rollout]) -> Lengths:

@@ -103,6 +103,23 @@ class LineChart(Chart):
 
 
 @dataclass
+class Timeline(LineChart):
+    """Lines over time, with named stretches behind them and levels across.
+
+    Attributes:
+        stretches: (name, from, to) on the axis of time; a name may come again.
+        levels: (name, height).
+    """
+
+    stretches: list[tuple[str, float, float]] = field(default_factory=list)
+    levels: list[tuple[str, float]] = field(default_factory=list)
+
+    def spoken(self) -> str:
+        levels = [f"{name}: {short(height)}" for name, height in self.levels]
+        return f"{super().spoken()} Levels: {'; '.join(levels) or 'none'}."
+
+
+@dataclass
 class Bubble:
     """A run's place: seconds, accuracy in %, and memory in MiB (NaN: not measured)."""
 

@@ -1,7 +1,8 @@
 """Colours, dashes and symbols by group, apart without colour vision, on a light and a dark page.
 
 The hues are those of Okabe and Ito, darkened or lightened until each has a contrast of at least 3:1
-with its page. Dashes and symbols repeat with other periods, so that no two of 42 groups look alike.
+with its page. Dashes and symbols repeat with other periods, so that no two of 42 lines, and of 56
+points, look alike.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 LIGHT = ("#0072b2", "#d55e00", "#008a63", "#a8508a", "#4d4d4d", "#9a6a00", "#2a8cc4")
 DARK = ("#4aa8e8", "#ff8a4c", "#2fcb9a", "#e59acb", "#c8c8c8", "#f0c040", "#9ad4f5")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "pentagon")
 MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "cross": "P",
-    "star": "*",
+    "star": "*", "pentagon": "p",
 }  # fmt: skip
 STROKES = {
     "solid": "", "dash": "9 5", "dot": "2 4", "dashdot": "9 4 2 4", "longdash": "14 5",

@@ -17,6 +17,7 @@ from oprd.report.chart import (
     Intervals,
     LineChart,
     StackedBars,
+    Timeline,
     short,
 )
 from oprd.report.fonts import drawable
@@ -34,7 +35,7 @@ def write_png(chart: Chart, file: Path) -> None:
     families, chart = drawable(chart)
     draws: dict[type[Chart], Any] = {
         LineChart: _lines, BubbleChart: _bubbles, HeatMap: _heat_map, StackedBars: _bars,
-        Intervals: _intervals,
+        Intervals: _intervals, Timeline: _timeline,
     }  # fmt: skip
     with plt.rc_context({"text.parse_math": False, "font.size": 10, "font.family": families}):
         figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
@@ -68,6 +69,26 @@ def _lines(chart: LineChart, axis: Any) -> None:
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
     axis.legend(fontsize=8)
+
+
+def _timeline(chart: Timeline, axis: Any) -> None:
+    names = list(dict.fromkeys(name for name, _, _ in chart.stretches))
+    for name, start, end in chart.stretches:
+        axis.axvspan(start, end, color=palette.colour(names.index(name)), alpha=0.22, linewidth=0)
+    marks: list[Any] = [
+        axis.fill_between([], [], color=palette.colour(i), alpha=0.22, label=name)
+        for i, name in enumerate(names)
+    ]
+    for line in chart.lines:
+        marks += axis.plot(line.x, line.y, color=palette.INK[0], linewidth=1.4, label=line.label)
+    for i, (name, height) in enumerate(reversed(chart.levels)):  # the highest first, as drawn
+        colour, dashes = palette.colour(len(names) + i), _dashes(i + 1)
+        marks.append(
+            axis.axhline(height, color=colour, linestyle=dashes, linewidth=1.4, label=name)
+        )
+    axis.margins(x=0)
+    axis.set_ylim(bottom=0)
+    axis.figure.legend(handles=marks, loc="outside right upper", fontsize=8)
 
 
 def _bubbles(chart: BubbleChart, axis: Any) -> None:

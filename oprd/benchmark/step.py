@@ -22,10 +22,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -53,6 +53,8 @@ from oprd.training.evaluator import AFTER
 from oprd.training.inputs import RunInputs
 from oprd.training.model_checks import check_models
 from oprd.training.preflight import check_run, choose_defaults, preflight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -252,10 +254,25 @@ def _run(
             shared += trainer.rollouts[step.warmup :]
         measured.equal.append(trainer.replay(shared))
         if is_last:
-            measured.idle = trainer.idle()
-            measured.timeline = trainer.timeline(shared[0])
+            measured.idle = _extra("idle share", trainer.idle) or (None, None)
+            measured.timeline = _extra("memory over time", lambda: trainer.timeline(shared[0]))
             measured.recomputed = trainer.update.recomputed
             measured.accuracy = dict(summary.evaluations.get(AFTER.label, {}))
+
+
+T = TypeVar("T")
+
+
+def _extra(what: str, measure: Callable[[], T]) -> T | None:
+    """Return a measurement, or None with a warning if it fails: the rest is not lost for it.
+
+    It reads records of torch that have no stable interface.
+    """
+    try:
+        return measure()
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        logger.warning(f"{what}: not measured, {type(error).__name__}: {error}")
+        return None
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ def covered(intervals: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def idle_share(device: torch.device, call: Callable[[], object]) -> float:
+def idle_share(device: torch.device, call: Callable[[], object]) -> float | None:
     """Call a function under the profiler; return the share of its time without a kernel.
 
-    Copies count as kernels. On the CPU, operators do: that is only good for trying this.
+    Copies count as kernels. On the CPU, operators do: that is only good for trying this. None if
+    the profiler sees no kernel, as where it may not read the GPU's counters.
     """
     on_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
@@ -43,5 +44,6 @@ def idle_share(device: torch.device, call: Callable[[], object]) -> float:
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in raw.kineto_results.events()
         if (event.device_type() == torch.autograd.DeviceType.CUDA) == on_gpu
+        and not event.is_user_annotation()  # a stretch of many kernels, with what is between them
     )
-    return max(0.0, 1.0 - busy / (1e9 * wall))
+    return max(0.0, 1.0 - busy / (1e9 * wall)) if busy else None

@@ -151,7 +151,7 @@ def _traced(device: torch.device, recording: Recording) -> Iterator[None]:
     torch.cuda.synchronize(device)
     recording.start = torch.cuda.memory_allocated(device)
     recording.epoch = time.time() - time.perf_counter()
-    torch.cuda.memory._record_memory_history("all", context=None, clear_history=True)
+    torch.cuda.memory._record_memory_history("all", context=None)
     try:
         yield
         torch.cuda.synchronize(device)

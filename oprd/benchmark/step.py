@@ -251,7 +251,7 @@ def _run(
         summary = trainer.run()
         measured.own.append(trainer.steps[step.warmup :])
         if not shared:
-            shared += trainer.rollouts[step.warmup :]
+            shared += trainer.sampled[step.warmup :]
         measured.equal.append(trainer.replay(shared))
         if is_last:
             measured.idle = _extra("idle share", trainer.idle) or (None, None)

@@ -14,7 +14,7 @@ from oprd.atomic_files import write_json, write_whole
 from oprd.benchmark.report import machine
 from oprd.benchmark.step_config import OPRD, StepConfig
 from oprd.benchmark.step_flops import Lengths, StepFlops, step_flops
-from oprd.benchmark.step_trainer import PHASES, ROLLOUT, Step
+from oprd.benchmark.step_trainer import PHASES, ROLLOUT, Step, samples_elsewhere
 from oprd.config import TrainConfig
 from oprd.observability.tables import TextTable
 
@@ -101,12 +101,17 @@ def mean_flops(row: Prepared, steps: Sequence[Step]) -> StepFlops | None:
     )
 
 
-def speeds(steps: Sequence[Step], flops: StepFlops | None, peak: float) -> dict[str, float | None]:
+def speeds(
+    steps: Sequence[Step], flops: StepFlops | None, peak: float, waits: bool = True
+) -> dict[str, float | None]:
     """Return tokens a second, and the model FLOPs utilisation of update and step.
 
     ``sampled_per_second``: response tokens a second of the rollout. ``trained_per_second``: tokens,
     prompts included, a second of teacher and update. ``tokens_per_second``: response tokens a
     second of the whole step.
+
+    Args:
+        waits: the rollout's seconds are those of sampling; otherwise it goes on beside the update.
     """
     responses = sum(sum(step.lengths.responses) for step in steps)
     tokens = sum(sum(step.lengths.whole) for step in steps)
@@ -114,7 +119,7 @@ def speeds(steps: Sequence[Step], flops: StepFlops | None, peak: float) -> dict[
     sampling = sum(step.seconds[ROLLOUT] for step in steps)
     update = fmean(step.update for step in steps)
     return {
-        "sampled_per_second": responses / sampling if sampling else None,
+        "sampled_per_second": responses / sampling if waits and sampling else None,
         "trained_per_second": tokens / sum(step.inside for step in steps),
         "tokens_per_second": responses / wall,
         "update_mfu": None if flops is None else flops.update / (update * peak),
@@ -153,7 +158,8 @@ def make_report(
         "peak_flops": peak,
         "peak_dtype": str(product_dtype(cfg)).removeprefix("torch."),
         "idle_is": GPU_BOUND if on_gpu else CPU_BOUND,
-        "engine": cfg.rollout.engine,
+        "samples_elsewhere": samples_elsewhere(cfg),
+        "staleness": cfg.rollout.staleness,
         "notes": list(rows[0].inputs.notes),
         "rows": made,
     }
@@ -194,7 +200,7 @@ def _row(
         measured.recomputed,
     )
     parts = {} if plan is None else delta_parts(plan)
-    elsewhere = row.cfg.rollout.engine == "vllm"
+    elsewhere = samples_elsewhere(row.cfg)
     return {
         "objective": row.name,
         "title": row.title,
@@ -203,7 +209,7 @@ def _row(
         "equal_seconds": {phase: fmean(s.seconds[phase] for s in equal) for phase in PHASES},
         "ways": three_ways(own, equal, oprd),
         "ways_to_oprd": {},
-        **speeds(own, flops, peak),
+        **speeds(own, flops, peak, waits=row.cfg.rollout.staleness == 0),
         "flops": None if flops is None else asdict(flops),
         "idle": idle_shares(own, device.type == "cuda", measured.idle, threads, elsewhere),
         "delta_peak_bytes": max(deltas) if deltas else None,

@@ -77,7 +77,12 @@ def _phases(report: Mapping[str, Any]) -> TextTable:
         rows.append([*cells, seconds(s[REST]), seconds(row["ways"]["own"])])
     heads = ["objective", *PHASE_HEADS.values(), *([SYNC_HEAD] if synced else [])]
     notes = ["rest: the host between the phases. A chunked loss is computed in the forward."]
-    if not synced:
+    if report["staleness"]:
+        notes.append(
+            "rollout: the wait for it alone, since the next step's responses are sampled meanwhile "
+            "(rollout.staleness)."
+        )
+    if not synced and not report["samples_elsewhere"]:
         notes.append("no weight sync, no gap check: the engine samples with the student itself.")
     return TextTable(
         "seconds of a step by phase, as trained", [*heads, REST_HEAD, STEP_HEAD], rows, notes
@@ -109,8 +114,8 @@ def _speeds(report: Mapping[str, Any]) -> TextTable:
         "idle %\nstep",
     )
     idle = f"idle: {report['idle_is']}"
-    if report["engine"] == "vllm":
-        idle += "; vLLM's process is not seen, so only in teacher and update"
+    if report["samples_elsewhere"]:
+        idle += "; the engine's process is not seen, so only in teacher and update"
     elif report["idle_is"] == GPU_BOUND:
         idle += f"; from one more step with responses of up to {PROFILED_TOKENS} tokens"
     notes = [

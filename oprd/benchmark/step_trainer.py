@@ -22,7 +22,6 @@ from oprd.benchmark.step_memory import Timeline, recorded
 from oprd.config import TrainConfig
 from oprd.data.rollout import Rollout
 from oprd.distill.objectives import StudentPass
-from oprd.engines.vllm.engine import VllmEngine
 from oprd.observability.memory import GIB
 from oprd.observability.signals import Interrupted
 from oprd.observability.summary import Summary
@@ -158,7 +157,7 @@ class MeasuredTrainer(Trainer):
 
     Attributes:
         steps: what each step took, the warm-up's included.
-        rollouts: the rollouts of each step.
+        sampled: the rollouts of each step.
     """
 
     def __init__(
@@ -182,7 +181,7 @@ class MeasuredTrainer(Trainer):
         self.timer = self.spans
         self.log.console = Console(quiet=True, force_terminal=False)
         self.steps: list[Step] = []
-        self.rollouts: list[list[Rollout]] = []
+        self.sampled: list[list[Rollout]] = []
         self._inside = (0.0, 0.0)
         self._metrics: dict[str, Any] = {}
         self._begin()
@@ -205,10 +204,10 @@ class MeasuredTrainer(Trainer):
         setattr(objectives, "student_pass", timed)  # noqa: B010
         self._begin()
 
-    def _rollouts(self, indices: list[int]) -> list[Rollout]:
-        rollouts = super()._rollouts(indices)
-        self.rollouts.append(rollouts)
-        return rollouts
+    def _rollouts(self) -> tuple[list[Rollout], dict[str, Any]]:
+        rollouts, metrics = super()._rollouts()
+        self.sampled.append(rollouts)
+        return rollouts, metrics
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -218,7 +217,7 @@ class MeasuredTrainer(Trainer):
 
     def _after_step(self) -> None:
         super()._after_step()
-        self.steps.append(self._step(self.rollouts[-1]))
+        self.steps.append(self._step(self.sampled[-1]))
         self._begin()
         self.on_step(self.step)
 
@@ -277,18 +276,16 @@ class MeasuredTrainer(Trainer):
         """Return the share of the time in which the GPU runs no kernel, in rollout and update.
 
         One more step is made under `torch.profiler`, with responses of at most `PROFILED_TOKENS`.
-        None if this can't be seen: on a CPU, and in vLLM's process.
+        None if this can't be seen: on a CPU, and in an engine's process.
         """
         if self.device.type != "cuda":
             return None, None
         limit = self.cfg.rollout.max_new_tokens
         self.cfg.rollout.max_new_tokens = min(limit, PROFILED_TOKENS)
-        sampled: list[list[Rollout]] = []
-        indices = next(self.batches)
-        rollout = idle_share(self.device, lambda: sampled.append(Trainer._rollouts(self, indices)))
+        rollout = idle_share(self.device, self._rollouts)
         self.cfg.rollout.max_new_tokens = limit
-        update = idle_share(self.device, lambda: self.replay(sampled))
-        return None if isinstance(self.engine, VllmEngine) else rollout, update
+        update = idle_share(self.device, lambda: self.replay(self.sampled[-1:]))
+        return None if samples_elsewhere(self.cfg) else rollout, update
 
     def timeline(self, rollouts: list[Rollout]) -> Timeline | None:
         """Make one more update on these rollouts, and return its memory over time."""
@@ -297,6 +294,11 @@ class MeasuredTrainer(Trainer):
             self._update(rollouts)
         self.step += 1
         return recording.timeline(stretches(self.spans.take_spans()))
+
+
+def samples_elsewhere(cfg: TrainConfig) -> bool:
+    """Return whether another process samples, whose work this one doesn't see."""
+    return cfg.rollout.engine == "vllm" or cfg.rollout.staleness > 0
 
 
 def lengths_of(rollouts: Sequence[Rollout]) -> Lengths:

@@ -43,7 +43,10 @@ class GainsConfig:
         prompt: number of tokens of each sequence that are not supervised.
         dtype: dtype of weights, gradients and hidden states.
         device: the device; ``auto``: the GPU if there is one, else the CPU.
-        gradient_checkpointing: ``on``, ``off`` or ``both``.
+        gradient_checkpointing: ``on``, ``off``, ``both``, or ``equal``: for each objective the
+            fewest recomputed blocks whose delta-peak fits ``memory_gb``, by the plan.
+        memory_gb: with ``equal``: the delta-peak in GiB that an update may have; null: what the
+            materialised objectives need with all blocks recomputed (or all, if none is measured).
         objectives: objectives to measure; ``oprd``, with which the others are compared, is always
             added.
         k: number of tokens in the top-k objectives.
@@ -71,7 +74,8 @@ class GainsConfig:
     prompt: int = 16
     dtype: DType = "float32"
     device: str = "auto"
-    gradient_checkpointing: Literal["on", "off", "both"] = "both"
+    gradient_checkpointing: Literal["on", "off", "both", "equal"] = "both"
+    memory_gb: float | None = None
     objectives: list[str] = field(default_factory=lambda: list(PLANNER_OBJECTIVES))
     k: int = 16
     rank: int = 8
@@ -97,9 +101,10 @@ class GainsConfig:
         return replace(self, heads=heads, kv_heads=kv_heads, intermediate=intermediate)
 
     @property
-    def modes(self) -> list[bool]:
-        """The modes of gradient checkpointing to measure: True is on, False is off."""
-        return {"on": [True], "off": [False], "both": [True, False]}[self.gradient_checkpointing]
+    def modes(self) -> list[str]:
+        """The modes of gradient checkpointing to measure."""
+        chosen = self.gradient_checkpointing
+        return ["on", "off"] if chosen == "both" else [chosen]
 
     def chosen(self) -> list[str]:
         """Return the objectives to measure, in the order of `PLANNER_OBJECTIVES`."""

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from oprd.benchmark.config import GainsConfig
-from oprd.benchmark.gains_plan import check, check_memory, make_plan, model_config, shape_of
+from oprd.benchmark.gains_plan import (
+    MODE_TITLES,
+    check,
+    check_memory,
+    make_plan,
+    model_config,
+    shape_of,
+)
 from oprd.distributed.device import check_device
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape
@@ -29,11 +36,20 @@ def build_student(cfg: GainsConfig, config: Any, device: torch.device) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, cfg.dtype)).to(device)
 
 
-def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
+def measure(
+    cfg: GainsConfig,
+    student: Any,
+    teacher: Any,
+    blocks: dict[str, dict[str, int]],
+    console: Any,
+) -> dict:
     """Measure every objective in rounds: the first for memory and warm-up, the others for time.
 
+    Args:
+        blocks: the number of recomputed blocks of each objective, by mode.
+
     Returns:
-        For each mode (``on``, ``off``) the `Measured` of every objective. Under ``teacher``, the
+        For each mode the `Measured` of every objective. Under ``teacher``, the
         seconds of the teacher's forward, by the kind of its outputs (see
         `Objective.teacher_outputs`).
     """
@@ -57,13 +73,13 @@ def measure(cfg: GainsConfig, student: Any, teacher: Any, console: Any) -> dict:
     wanted = sorted({kind for name in chosen if (kind := PLANNER_OBJECTIVES[name].teacher_outputs)})
     measured: dict[str, Any] = {"teacher": {kind: [] for kind in wanted}}
     for mode in cfg.modes:
-        recompute_blocks(student, mode)
         results = {o: Measured() for o in chosen}
-        measured["on" if mode else "off"] = results
+        measured[mode] = results
         for round_ in range(cfg.rounds + 1):
-            named = f"checkpointing {'on' if mode else 'off'}, round {round_} of {cfg.rounds}"
+            named = f"{MODE_TITLES[mode]}, round {round_} of {cfg.rounds}"
             for objective in chosen:
                 console.print(f"{named}: {PLANNER_OBJECTIVES[objective].title}")
+                recompute_blocks(student, blocks[mode][objective])
                 if round_ == 0:
                     with freed_at_once():
                         results[objective].delta_peaks.append(actor.measure(objective).delta_peak)
@@ -111,7 +127,8 @@ def run(cfg: GainsConfig, command: str, dry_run: bool, as_json: bool = False) ->
         check_output_dir(cfg.output_dir, gains_report.FILES)
     check_memory(plan, available_bytes(device))
     student, teacher = build_student(cfg, config, device), load_teacher(cfg, device)
-    measured = measure(cfg, student, teacher, Console(stderr=True, highlight=False))
+    stderr = Console(stderr=True, highlight=False)
+    measured = measure(cfg, student, teacher, plan.blocks, stderr)
     report = gains_report.make_report(cfg, command, device, shape, plan, measured)
     if as_json:
         print(json.dumps(report, indent=1))

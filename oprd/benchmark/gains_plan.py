@@ -11,6 +11,14 @@ from oprd.errors import ConfigError, Problems
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import DTYPE_BYTES, Shape, Update
 from oprd.memory_plan.update import Moment, predict, ready_bytes, resident
+from oprd.observability.memory import GIB
+
+MODE_TITLES = {
+    "on": "gradient checkpointing on",
+    "off": "gradient checkpointing off",
+    "equal": "at equal memory",
+}
+"""Names of the modes in titles."""
 
 
 def check(cfg: GainsConfig, dry_run: bool) -> None:
@@ -78,6 +86,15 @@ def check(cfg: GainsConfig, dry_run: bool) -> None:
         f"both student.path ({cfg.student.path}) and a shape by flags ({', '.join(changed)}) "
         "are given: leave one of them out",
     )
+    is_equal = cfg.gradient_checkpointing == "equal"
+    need(
+        cfg.memory_gb is None or is_equal,
+        "memory_gb is the limit of --gradient_checkpointing equal: add that, or leave it out",
+    )
+    need(
+        cfg.memory_gb is None or cfg.memory_gb > 0,
+        f"memory_gb must be above 0, got {cfg.memory_gb}",
+    )
     problems.refuse()
 
 
@@ -113,7 +130,7 @@ def shape_of(config: Any, whose: str) -> Shape:
         raise ConfigError(f"{whose}: {error}") from error
 
 
-def update_of(cfg: GainsConfig, checkpointing: bool, on_gpu: bool, vocab: int) -> Update:
+def update_of(cfg: GainsConfig, checkpointing: bool | int, on_gpu: bool, vocab: int) -> Update:
     """Return the planner's description of the update."""
     return Update(
         batch=cfg.batch,
@@ -134,15 +151,19 @@ class GainsPlan:
 
     Attributes:
         resident: bytes resident before the updates, by name.
-        peaks: the peak of each objective, by mode (with gradient checkpointing or not).
+        peaks: the peak of each objective, by mode (`GainsConfig.modes`).
+        blocks: the number of recomputed blocks of each objective, by mode.
+        limit: bytes that a delta-peak may have in the mode ``equal``; None in others.
     """
 
     resident: dict[str, int]
-    peaks: dict[bool, dict[str, Moment]]
+    peaks: dict[str, dict[str, Moment]]
+    blocks: dict[str, dict[str, int]]
+    limit: int | None = None
 
     @property
-    def worst(self) -> tuple[int, str, bool]:
-        """The largest delta-peak, its objective, and whether gradient checkpointing is on."""
+    def worst(self) -> tuple[int, str, str]:
+        """The largest delta-peak, its objective, and its mode."""
         every = [
             (m.total, o, mode) for mode, moments in self.peaks.items() for o, m in moments.items()
         ]
@@ -155,15 +176,54 @@ class GainsPlan:
 
 
 def make_plan(cfg: GainsConfig, student: Shape, teacher: Shape | None, on_gpu: bool) -> GainsPlan:
-    """Predict the memory of a run. ``teacher`` is None if it shares the student's weights."""
-    peaks = {}
+    """Predict the memory of a run. ``teacher`` is None if it shares the student's weights.
+
+    Raises:
+        ConfigError: if an objective can't fit ``memory_gb``.
+    """
+
+    def peak(objective: str, blocks: int) -> Moment:
+        return predict(objective, student, update_of(cfg, blocks, on_gpu, student.vocab))
+
+    chosen, layers, limit = cfg.chosen(), student.layers, None
+    blocks: dict[str, dict[str, int]] = {}
     for mode in cfg.modes:
-        update = update_of(cfg, mode, on_gpu, student.vocab)
-        peaks[mode] = {o: predict(o, student, update) for o in cfg.chosen()}
-    update = update_of(cfg, cfg.modes[0], on_gpu, student.vocab)
+        if mode == "equal":
+            full = {o: peak(o, layers).total for o in chosen}
+            limit = equal_memory(cfg, full)
+            # More blocks never need more memory, and fewer never more time.
+            blocks[mode] = {
+                o: next(n for n in range(layers + 1) if n == layers or peak(o, n).total <= limit)
+                for o in chosen
+            }
+        else:
+            blocks[mode] = dict.fromkeys(chosen, layers if mode == "on" else 0)
+    peaks = {mode: {o: peak(o, n) for o, n in of.items()} for mode, of in blocks.items()}
+    update = update_of(cfg, False, on_gpu, student.vocab)
     ready = ready_bytes(cfg.chosen(), student, update, cfg.rank)
     teacher_bytes = 0 if teacher is None else teacher.parameters * update.dtype_bytes
-    return GainsPlan(resident(student, update, teacher_bytes, ready), peaks)
+    return GainsPlan(resident(student, update, teacher_bytes, ready), peaks, blocks, limit)
+
+
+def equal_memory(cfg: GainsConfig, full: dict[str, int]) -> int:
+    """Return the bytes that every objective's delta-peak must fit in the mode ``equal``.
+
+    Args:
+        full: the delta-peak of each objective with all blocks recomputed.
+
+    Raises:
+        ConfigError: if that is more than ``memory_gb``.
+    """
+    if cfg.memory_gb is None:
+        materialised = [full[o] for o in full if PLANNER_OBJECTIVES[o].is_materialised]
+        return max(materialised or full.values())
+    limit = int(cfg.memory_gb * GIB)
+    if wide := [f"{o} {mib(size)}" for o, size in full.items() if size > limit]:
+        raise ConfigError(
+            f"memory_gb={cfg.memory_gb:g} is {mib(limit)} MiB, and with all blocks recomputed some "
+            f"updates need more: {', '.join(wide)} MiB. Raise it, or leave them out (--objectives)"
+        )
+    return limit
 
 
 def check_memory(plan: GainsPlan, available: int | None) -> None:
@@ -178,13 +238,14 @@ def check_memory(plan: GainsPlan, available: int | None) -> None:
     if available is None or plan.total <= available:
         return
     peak, objective, mode = plan.worst
+    instead = "set --gradient_checkpointing on, or " if mode == "off" else ""
     named = ", ".join(f"{name} {mib(size)}" for name, size in plan.resident.items() if size)
     raise ConfigError(
         f"this run needs {mib(plan.total)} MiB and {mib(available)} MiB are available: resident "
         f"({named} MiB) and {mib(peak)} MiB at the peak of {PLANNER_OBJECTIVES[objective].title!r} "
-        f"{'with' if mode else 'without'} gradient checkpointing. Lower --batch, --tokens, "
+        f"({MODE_TITLES[mode]}). Lower --batch, --tokens, "
         "--layers or --vocab, use --dtype bfloat16, leave objectives out (--objectives) or "
-        f"{'' if mode else 'set --gradient_checkpointing on, or '}add --dry_run to predict only"
+        f"{instead}add --dry_run to predict only"
     )
 
 

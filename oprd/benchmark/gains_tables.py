@@ -11,6 +11,8 @@ from oprd.benchmark.report import (
     MIB,
     PAPER_DIFFERENCES,
     conclusions,
+    equal_note,
+    equal_rows,
     label,
     mib,
     mode_title,
@@ -44,6 +46,7 @@ TIME_HEADS = (
     "step\ns",
     "step\nx OPRD",
 )
+EQUAL_HEADS = ("update\ns", "update\nx OPRD", "delta-peak\nMiB", "predicted\nMiB")
 MEMORY_HEADS = ("objective", "delta-peak\nMiB", "x OPRD", "x backbone", "predicted\nMiB")
 PARTS_HEADS = {
     "forward": {
@@ -88,7 +91,12 @@ def measured_tables(report: dict[str, Any], mode: str) -> list[TextTable]:
         ]
         for name, row in zip(names, rows, strict=True)
     ]
-    tables = [
+    tables = []
+    if mode == "equal":
+        equal_heads = ("objective", "blocks\nrecomputed", *EQUAL_HEADS)
+        note = f"{equal_note(report['limit_bytes'])}."
+        tables.append(TextTable(f"actor update, {title}", equal_heads, equal_rows(rows, k), [note]))
+    tables += [
         TextTable(f"actor update, {title}: time", TIME_HEADS, times, [f"{MEANING}."]),
         TextTable(
             f"actor update, {title}: memory",
@@ -129,18 +137,25 @@ def prediction_tables(cfg: GainsConfig, shape: Shape, plan: GainsPlan) -> list[T
     tables = []
     for mode, peaks in plan.peaks.items():
         rows = [
-            [label(o, cfg.k), mib(m.total), f"{m.total / peaks['oprd'].total:.2f}", m.name]
+            [
+                label(o, cfg.k),
+                str(plan.blocks[mode][o]),
+                mib(m.total),
+                f"{m.total / peaks['oprd'].total:.2f}",
+                m.name,
+            ]
             for o, m in peaks.items()
         ]
-        notes = [f"Resident beforehand, MiB: {resident}. The peaks, MiB:"]
+        notes = [f"{equal_note(plan.limit)}."] if plan.limit is not None else []
+        notes += [f"Resident beforehand, MiB: {resident}. The peaks, MiB:"]
         notes += _explained(((label(o, cfg.k), m) for o, m in peaks.items()), MIB, MIB, 0)
         tables.append(
             TextTable(
-                f"predicted, {mode_title('on' if mode else 'off')}\n{about}",
-                ("objective", "delta-peak\nMiB", "x OPRD", "peaks at"),
+                f"predicted, {mode_title(mode)}\n{about}",
+                ("objective", "blocks\nrec.", "delta-peak\nMiB", "x OPRD", "peaks at"),
                 rows,
                 notes,
-                left=(0, 3),
+                left=(0, 4),
             )
         )
     return tables

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oprd.atomic_files import write_json, write_whole
+from oprd.benchmark.gains_plan import MODE_TITLES
 from oprd.benchmark.update import PARTS, Measured
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
 from oprd.memory_plan.shapes import Shape, Update
@@ -101,7 +102,10 @@ def label(objective: str, k: int) -> str:
 
 
 def summary(
-    results: dict[str, Measured], teacher: dict[str, list[float]], peaks: dict[str, Moment]
+    results: dict[str, Measured],
+    teacher: dict[str, list[float]],
+    peaks: dict[str, Moment],
+    blocks: dict[str, int],
 ) -> list[dict[str, Any]]:
     """Make a row per objective: medians, ratios to OPRD, parts of the median round, prediction."""
     extra = None
@@ -122,6 +126,7 @@ def summary(
         rows.append(
             {
                 "objective": objective,
+                "recomputed_blocks": blocks[objective],
                 "seconds": seconds,
                 "seconds_by_round": measured.seconds,
                 "parts": {part: measured.parts[middle].get(part, 0.0) for part in PARTS},
@@ -218,6 +223,39 @@ def part_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
     return cells
 
 
+EQUAL_HEADINGS = (
+    "objective",
+    "blocks recomputed",
+    "update s",
+    "x OPRD",
+    "delta-peak MiB",
+    "predicted MiB",
+)
+
+
+def equal_rows(rows: list[dict[str, Any]], k: int) -> list[list[str]]:
+    """Format what each objective makes of the same memory, under `EQUAL_HEADINGS`."""
+    return [
+        [
+            label(row["objective"], k),
+            str(row["recomputed_blocks"]),
+            number(row["seconds"], 2),
+            number(row["time_to_oprd"], 3),
+            mib(row["delta_peak_bytes"]),
+            mib(row["predicted_bytes"]),
+        ]
+        for row in rows
+    ]
+
+
+def equal_note(limit: int) -> str:
+    """Say what the number of blocks was chosen for."""
+    return (
+        f"the fewest recomputed blocks with which the plan's delta-peak is at most {mib(limit)} "
+        "MiB: what an objective saves in memory, it needs not recompute"
+    )
+
+
 def conclusions(rows: list[dict[str, Any]], k: int) -> list[str]:
     """State the cost of each distillation term."""
     lines = []
@@ -235,7 +273,7 @@ def conclusions(rows: list[dict[str, Any]], k: int) -> list[str]:
 
 def mode_title(mode: str) -> str:
     """Return a mode's name in titles."""
-    return f"gradient checkpointing {mode}"
+    return MODE_TITLES[mode]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -273,6 +311,9 @@ def markdown(report: dict[str, Any]) -> str:
         ):
             lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_markdown(headings, cells)]
         lines += ["", *(f"- {line}" for line in conclusions(rows, cfg["k"]))]
+        if mode == "equal":
+            lines += ["", *_markdown(EQUAL_HEADINGS, equal_rows(rows, cfg["k"]))]
+            lines += ["", f"- {equal_note(report['limit_bytes'])}"]
     return "\n".join(lines) + "\n"
 
 
@@ -310,7 +351,10 @@ def predictions(cfg: GainsConfig, command: str, shape: Shape, plan: GainsPlan) -
         "parameters": shape.parameters,
         "resident_bytes": plan.resident,
         "modes": {
-            "on" if mode else "off": {name: _peak(moment) for name, moment in peaks.items()}
+            mode: {
+                name: _peak(moment) | {"recomputed_blocks": plan.blocks[mode][name]}
+                for name, moment in peaks.items()
+            }
             for mode, peaks in plan.peaks.items()
         },
         "paper": {
@@ -346,10 +390,10 @@ def make_report(
         "rows": cfg.batch * (cfg.tokens - cfg.prompt),
         "resident_bytes": plan.resident,
         "modes": {
-            mode: summary(measured[mode], measured["teacher"], plan.peaks[mode == "on"])
-            for mode in ("on", "off")
-            if mode in measured
+            mode: summary(measured[mode], measured["teacher"], peaks, plan.blocks[mode])
+            for mode, peaks in plan.peaks.items()
         },
+        "limit_bytes": plan.limit,
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from oprd.config import BridgeConfig, TrainConfig
 from oprd.config.checkpoint import CheckpointConfig
 from oprd.config.logging import LoggingConfig
+from oprd.config.types import Positions
 from oprd.distill.objectives import REP
 from oprd.errors import Problems
 from oprd.memory_plan.objectives import PLANNER_OBJECTIVES
@@ -31,7 +32,7 @@ class Row:
     title: str
     objectives: tuple[str, ...]
     materialised: bool = False
-    positions: str | None = None
+    positions: Positions | None = None
     layers: str | None = None
 
 

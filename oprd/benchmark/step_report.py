@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,12 +14,10 @@ from oprd.atomic_files import write_json, write_whole
 from oprd.benchmark.report import machine
 from oprd.benchmark.step_config import OPRD, StepConfig
 from oprd.benchmark.step_flops import Lengths, StepFlops, step_flops
-from oprd.benchmark.step_trainer import PHASES, ROLLOUT, Step, samples_elsewhere
+from oprd.benchmark.step_plan import Prepared, delta_parts
+from oprd.benchmark.step_trainer import PHASES, ROLLOUT, Measured, Step, samples_elsewhere
 from oprd.config import TrainConfig
 from oprd.observability.tables import TextTable
-
-if TYPE_CHECKING:
-    from oprd.benchmark.step import Measured, Prepared
 
 FILES = ("step.json", "step.md")
 ALIKE = 0.02
@@ -186,8 +184,6 @@ def _row(
     threads: int,
     peak: float,
 ) -> dict[str, Any]:
-    from oprd.benchmark.step import delta_parts
-
     own, equal = middle_steps(measured.own), middle_steps(measured.equal)
     flops = mean_flops(row, own)
     lengths = [n for step in own for n in step.lengths.responses]
@@ -259,8 +255,6 @@ def noise_note(report: Mapping[str, Any]) -> str | None:
 
 def predictions(rows: Sequence[Prepared], command: str, device: torch.device) -> dict[str, Any]:
     """Return what is predicted for responses of the greatest length: bytes and FLOPs."""
-    from oprd.benchmark.step import delta_parts
-
     made = []
     for row in rows:
         cfg = row.cfg

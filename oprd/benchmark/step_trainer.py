@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from oprd.data.rollout import Rollout
 from oprd.distill.objectives import StudentPass
 from oprd.observability.memory import GIB
 from oprd.observability.signals import Interrupted
-from oprd.observability.summary import Summary
+from oprd.observability.summary import EvalResult, Summary
 from oprd.observability.timer import PhaseTimer
 from oprd.training.evaluator import AFTER, Subject
 from oprd.training.inputs import RunInputs
@@ -118,6 +118,27 @@ class Step:
     def update(self) -> float:
         """Seconds of the student's update alone."""
         return sum(self.seconds[phase] for phase in UPDATE)
+
+
+@dataclass
+class Measured:
+    """What the rounds measured of one objective.
+
+    Attributes:
+        own: each round's steps as trained.
+        equal: each round's updates on the rollouts that all objectives share.
+        idle: shares of the time without a kernel, in rollout and update; None: not known.
+        timeline: memory over time of an update on the first of the shared rollouts.
+        recomputed: the number of the student's blocks that recomputed their activations.
+        accuracy: the evaluation of the student after the measured steps, by set.
+    """
+
+    own: list[list[Step]] = field(default_factory=list)
+    equal: list[list[Step]] = field(default_factory=list)
+    idle: tuple[float | None, float | None] = (None, None)
+    timeline: Timeline | None = None
+    recomputed: int = 0
+    accuracy: dict[str, EvalResult] = field(default_factory=dict)
 
 
 def by_phase(spans: Sequence[Span], wall: float) -> dict[str, float]:

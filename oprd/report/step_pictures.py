@@ -104,7 +104,8 @@ def planned_levels(resident: Mapping[str, int], update: Mapping[str, int]) -> li
             sizes[BEFORE[1] if term in MOMENTS else BEFORE[0]] += size
     for term, size in update.items():
         sizes[_component(term)] += size
-    levels, height = [], 0
+    levels: list[tuple[str, int]] = []
+    height = 0
     for name, size in sizes.items():
         height += size
         if size:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from oprd.benchmark import gains
 from oprd.benchmark.config import GainsConfig
-from oprd.benchmark.gains_plan import GainsPlan, check_memory, make_plan
+from oprd.benchmark.gains_plan import GainsPlan, check_memory, make_plan, update_of
 from oprd.benchmark.report import PAPER_GIB, PAPER_SHAPE, paper_rows
 from oprd.benchmark.update import PARTS, ActorUpdate, Laps
 from oprd.cli import gains as gains_cli
@@ -44,6 +44,46 @@ def report(tmp_path_factory):
     gains_cli.main([*TINY, "--output_dir", str(directory)])
     written = json.loads((directory / "gains.json").read_text())
     return written, (directory / "gains.md").read_text()
+
+
+def equal_plan(**changes):
+    cfg = GainsConfig(gradient_checkpointing="equal", dtype="bfloat16", **changes).with_shape()
+    shape = replace(PAPER_SHAPE, layers=8)
+    return make_plan(cfg, shape, None, on_gpu=True), cfg, shape
+
+
+def test_equal_memory_takes_the_fewest_blocks_that_fit():
+    plan, cfg, shape = equal_plan(batch=2, tokens=1024)
+    full = make_plan(replace(cfg, gradient_checkpointing="on"), shape, None, on_gpu=True)
+    assert plan.limit == max(
+        full.peaks["on"][o].total for o in ("opd_top1", "opd_topk", "opd_full")
+    )
+    blocks, peaks = plan.blocks["equal"], plan.peaks["equal"]
+    for name, chosen in blocks.items():
+        assert peaks[name].total <= plan.limit
+        if chosen:
+            update = update_of(cfg, chosen - 1, True, shape.vocab)
+            assert predict(name, shape, update).total > plan.limit
+    assert blocks["oprd"] < blocks["opd_full"]
+    less, _, _ = equal_plan(batch=2, tokens=1024, objectives=["backbone"], memory_gb=0.6)
+    assert less.limit == int(0.6 * GIB)
+    assert 0 < less.blocks["equal"]["oprd"] < 8
+    with pytest.raises(ConfigError, match=r"memory_gb=0.1 .*oprd .*Raise it"):
+        equal_plan(batch=2, tokens=1024, objectives=["backbone"], memory_gb=0.1)
+
+
+@pytest.mark.slow
+def test_equal_memory_is_measured(tmp_path):
+    gains_cli.main(
+        [*TINY, "--objectives=[oprd,opd_topk]", "--gradient_checkpointing", "equal",
+         "--output_dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    written = json.loads((tmp_path / "out" / "gains.json").read_text())
+    rows = {row["objective"]: row for row in written["modes"]["equal"]}
+    assert list(rows) == ["oprd", "opd_topk"]
+    assert all(row["predicted_bytes"] <= written["limit_bytes"] for row in rows.values())
+    assert rows["oprd"]["recomputed_blocks"] <= rows["opd_topk"]["recomputed_blocks"]
+    assert "| blocks recomputed |" in (tmp_path / "out" / "gains.md").read_text()
 
 
 @pytest.mark.slow

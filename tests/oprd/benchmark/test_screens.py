@@ -35,17 +35,21 @@ def test_predictions_fit_and_explain_every_peak():
     assert "Why the two differ:" in text
 
 
-def test_measurements_fit():
-    cfg, _, plan = planned()
+@pytest.mark.parametrize("mode", ["on", "equal"])
+def test_measurements_fit(mode):
+    cfg, _, plan = planned(gradient_checkpointing=mode)
     results = {name: Measured() for name in PLANNER_OBJECTIVES}
     for measured in results.values():
         measured.seconds, measured.delta_peaks = [1234.567], [123456 * 2**20]
         measured.parts = [dict.fromkeys(PARTS, 123.4567)]
     rows = summary(
-        results, {kind: [99.0] for kind in ("states", "last", "logits")}, plan.peaks[True]
+        results,
+        {kind: [99.0] for kind in ("states", "last", "logits")},
+        plan.peaks[mode],
+        plan.blocks[mode],
     )
-    report = {"config": {"k": cfg.k}, "modes": {"on": rows}}
-    lines = check_fits(measured_tables(report, "on"))
+    report = {"config": {"k": cfg.k}, "modes": {mode: rows}, "limit_bytes": plan.limit}
+    lines = check_fits(measured_tables(report, mode))
     shown = sum(line.count("123.457") for line in lines)
     assert shown == len(PARTS) * len(PLANNER_OBJECTIVES)  # no part is left out
 

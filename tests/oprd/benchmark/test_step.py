@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from oprd.benchmark import step, step_idle, step_memory
+from oprd.benchmark import step, step_idle, step_memory, step_plan
 from oprd.benchmark.step_config import CONFIGURED, OPRD, ROWS, StepConfig, title, variant
 from oprd.benchmark.step_flops import (
     Lengths,
@@ -264,15 +264,15 @@ def test_wrong_settings_are_refused_together(capsys):
 
 def test_what_does_not_fit_is_named_before_models_load(monkeypatch):
     run = set_options(demo_config(), {"data__train__limit": 64})
-    rows = step.prepare(run, StepConfig(objectives=["opd_top1_chunked"]), dry_run=False)
+    rows = step_plan.prepare(run, StepConfig(objectives=["opd_top1_chunked"]), dry_run=False)
     device = torch.device("cpu")
-    step.check_memory(rows, device)
+    step_plan.check_memory(rows, device)
     rows[1].cfg.rollout.prompts_per_step *= 50
     needs = [row.plan(device, 8, 5).total for row in rows]
     assert needs[1] > needs[0]
-    monkeypatch.setattr(step, "available_bytes", lambda _: needs[0])
+    monkeypatch.setattr(step_plan, "available_bytes", lambda _: needs[0])
     with pytest.raises(ConfigError, match=r"opd_top1_chunked needs .*objectives '\[oprd\]'"):
-        step.check_memory(rows, device)
+        step_plan.check_memory(rows, device)
 
 
 def test_a_dry_run_predicts_and_loads_nothing(monkeypatch, capsys):

@@ -153,8 +153,8 @@ def _memory(report: Mapping[str, Any]) -> TextTable:
     )
     notes = [
         "delta-peak: what an update adds to what was resident before it, the largest of all steps; "
-        "gradients count, since training frees them after each step. Planned: live tensors, for the "
-        "longest prompt and response that occurred; a CPU's process keeps freed memory besides."
+        "gradients count, since training frees them after each step. Planned: live tensors, for "
+        "the longest prompt and response that occurred; a process on a CPU keeps freed memory too."
     ]
     return TextTable("memory of the update, and lengths", heads, rows, notes)
 

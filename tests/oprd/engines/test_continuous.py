@@ -92,10 +92,10 @@ def test_no_token_goes_through_the_model_in_vain(llama, places):
     assert places == 1 or spent > sum(lengths)  # what `generate` wastes
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(2, 2.0), SamplingParams(2, 1.0, 0.8)])
+@pytest.mark.parametrize("sampling", [SamplingParams(2, 0.7), SamplingParams(2, 1.0, 0.8)])
 def test_samples_have_the_models_probabilities(llama, sampling):
-    """The first two tokens of 4,000 responses, by a chi-square test."""
-    drawn, prompt = 4000, [5, 3, 6]
+    """The first two tokens of 20,000 responses, by a chi-square test."""
+    drawn, prompt = 20_000, [5, 3, 6]
     rollouts = ContinuousEngine(llama, TOKENIZER, 1000).sample([prompt] * drawn, sampling, seed=0)
     found = Counter(tuple(r.response_ids) for r in rollouts)
 
@@ -120,7 +120,7 @@ def test_samples_have_the_models_probabilities(llama, sampling):
     cells = [(found[pair], e) for pair, e in common.items()]
     cells.append((drawn - sum(n for n, _ in cells), rest))
     chi, freedom = sum((n - e) ** 2 / e for n, e in cells), len(cells) - 1
-    assert freedom > 20
+    assert freedom > 100
     assert chi < freedom + 4 * (2 * freedom) ** 0.5
 
 
@@ -220,7 +220,7 @@ def test_a_run_samples_and_evaluates_with_it(tmp_path, monkeypatch):
     for name in "ab":
         train(small_run(tmp_path / name, **options))
     # The teacher and the student before; a step, a step, an evaluation, a step, the student after.
-    assert used[: len(used) // 2] == [(40, 16)] * 2 + [(16, 4)] * 2 + [(40, 16), (16, 4), (40, 16)]
+    assert used[: len(used) // 2] == [(40, 16)] * 2 + [(8, 4)] * 2 + [(40, 16), (8, 4), (40, 16)]
     assert measured(tmp_path / "a") == measured(tmp_path / "b")
 
 
@@ -262,7 +262,7 @@ def two_ranks(places):
 def test_ranks_of_a_sharded_model_make_the_same_passes(tmp_path):
     script = tmp_path / "two_ranks.py"
     module = "tests.oprd.engines.test_continuous"
-    calls = "; ".join(f"two_ranks({places})" for places in (2, 9, 102))
+    calls = "; ".join(f"two_ranks({places})" for places in (2, 102))
     script.write_text(f"from {module} import two_ranks; {calls}")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",

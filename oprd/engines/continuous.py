@@ -102,7 +102,7 @@ class _Sampler:
         self.options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in takes:
             self.options["logits_to_keep"] = 1
-        self.cache_name = cache_name(type(model))
+        self.cache_name = cache_name(type(model)) or "cache"
         self.device = input_device(model)
         self.together = is_sharded(model) and distributed.world_size() > 1
         self.places = batch_size or max(len(prompts), 1)
@@ -202,7 +202,8 @@ class _Sampler:
         """Return the logits after the last of ``ids``, float32 (B, V); extend the cache."""
         hang_watchdog.beat()
         progress.detail(f"{len(ids)} at once")
-        inputs = {"attention_mask": mask, self.cache_name: cache, **self.options}
+        inputs: dict[str, Any] = {"attention_mask": mask, **self.options}
+        inputs[self.cache_name] = cache
         if self.takes_positions:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=first, **inputs)

@@ -40,8 +40,10 @@ def lines(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
-    """Two updates reach it, later ones do not."""
+@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
+def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys, ahead):
+    """Two updates reach it, later ones do not. With rollout.staleness 1 too, where responses of
+    older weights are not compared."""
     real, first = factory.full_weights, {}
     calls = []
 
@@ -56,6 +58,7 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(factory, "full_weights", stale)
     cfg = small_run(tmp_path / "run")
+    cfg.rollout.staleness = ahead
     cfg.optim.lr, cfg.optim.schedule, cfg.optim.warmup_ratio = 5e-3, "constant", 0.0
     with pytest.raises(TrainingStopped) as caught:
         train(cfg)
@@ -66,11 +69,12 @@ def test_a_run_ends_where_the_engine_is_stale(tmp_path, monkeypatch, capsys):
     assert str(saved) in message
     assert [c.step for c in locate(saved)[0]] == [2]
     steps = [line for line in lines(tmp_path / "run") if "actor/rep_loss" in line]
-    assert [s["rollout/policy_version"] for s in steps] == [0, 1]
+    assert [s["rollout/policy_version"] for s in steps] == [0, 1 - ahead]
     assert all(s["rollout/logprob_gap"] <= s["rollout/logprob_gap_max"] < 1e-4 for s in steps)
     assert "student before: val" in capsys.readouterr().out  # sampled by the engine
 
 
+@pytest.mark.exhaustive
 def test_it_samples_the_next_step_while_this_one_updates_the_student(tmp_path):
     cfg = small_run(tmp_path / "run")
     cfg.steps, cfg.rollout.staleness, cfg.eval.sets = 3, 1, {}

@@ -85,6 +85,7 @@ class EngineProcess:
         theirs.close()
         self.connection = ours
         self.pending = False
+        self._broken: OSError | None = None
         self._deadline: float | None = None
         self._hung: float | None = None
         threading.Thread(target=self._watch, daemon=True, name=f"watch {what}").start()
@@ -119,7 +120,8 @@ class EngineProcess:
                 self.connection.send(message)
             if tensors is not None:
                 self._send(remaining, timeout)
-        except OSError:
+        except OSError as error:
+            self._broken = error
             self.kill()
             for _ in remaining:  # gathering the tensors is collective
                 pass
@@ -138,6 +140,8 @@ class EngineProcess:
                 The process has then ended.
         """
         try:
+            if self._broken is not None:
+                raise self._broken
             while True:
                 with self._limit(timeout):
                     kind, content = self.connection.recv()

@@ -114,6 +114,11 @@ def _check_unused(problems: Problems, cfg: FitConfig) -> None:
         f"rollout.engine={cfg.rollout.engine} has no use here: a fit samples with generate. Leave "
         "it out, and set rollout.batch_size to fit the memory",
     )
+    need(
+        cfg.rollout.staleness == 0,
+        f"rollout.staleness={cfg.rollout.staleness} has no use here: a fit does not update the "
+        "student. Leave it out",
+    )
     for name, given in {
         "gradient_checkpointing": student.gradient_checkpointing,
         "compile": student.compile,

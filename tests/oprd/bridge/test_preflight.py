@@ -39,6 +39,7 @@ def teacher(tmp_path_factory):
             "student.lora.rank, dropout has no use here: a fit trains nothing.* Leave it out",
         ),
         ({"rollout__engine": "vllm"}, "rollout.engine=vllm has no use here.* Leave it out"),
+        ({"rollout__staleness": 1}, "rollout.staleness=1 has no use here.* Leave it out"),
         (
             {"data__sources": {"sums": PromptsConfig("demo:train.jsonl")}},
             "data.sources has sums: .* one teacher.* Give .* as data.train",

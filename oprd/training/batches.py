@@ -40,7 +40,8 @@ class GlobalBatch:
         micro_batches: this rank's micro-batches.
         totals: for each objective, the denominator of its mean over the global batch. With it the
             loss does not depend on how the batch is split.
-        metrics: padding ratio and imbalance of the work between ranks.
+        metrics: padding ratio and imbalance of the work between ranks, and the numbers of ranks and
+            of a rank's micro-batches.
     """
 
     micro_batches: list[MicroBatch]
@@ -80,4 +81,9 @@ def global_batch(
             batch = collate(part, pad_id, device, teacher_pad_id, cfg.packing)
             micro_batches.append(MicroBatch(name, batch, objectives.supervise(batch)))
     totals = objectives.totals([m.chosen for m in micro_batches], device)
-    return GlobalBatch(micro_batches, totals, plan_metrics(plans, cfg.packing, share))
+    metrics = plan_metrics(plans, cfg.packing, share)
+    metrics |= {
+        "perf/ranks": distributed.world_size(),
+        "perf/micro_batches": len(micro_batches),
+    }
+    return GlobalBatch(micro_batches, totals, metrics)

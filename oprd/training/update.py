@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -114,9 +115,11 @@ class StudentUpdate:
             losses, layer_losses = reduced_losses(outputs, device)
             self._check_loss(step + 1, losses, layer_losses, norm, rollouts)
             lr = float(self.scheduler.get_last_lr()[0])
+            start = time.perf_counter()  # the losses have been read: the GPU has no work left
             with self.watch.watching():
                 self.optimizer.step()
             self._check_weights(step + 1)
+            metrics["perf/optimizer_s"] = time.perf_counter() - start
             self.scheduler.step()
             self.optimizer.zero_grad()
         self.student.eval()

@@ -6,7 +6,11 @@ The demo is trained on one rank, with FSDP2's hooks but nothing to send. What th
 machine's own links (a line through the seconds of all-gathers and reduce-scatters of several sizes,
 for each number of ranks) and its number of cores give the prediction for the others. Gloo works on
 the cores that the ranks compute on, so nothing is taken to overlap. On one rank the prediction is
-what was measured. Bytes are counted too: every collective of FSDP2 in one step, against the plan.
+what was measured.
+
+Ranks also share caches and memory, which the number of cores does not tell. So a second prediction
+takes, instead of it, how much longer a run takes while others like it run that it never talks to.
+Bytes are counted too: every collective of FSDP2 in one step, against the plan.
 
 Measure on an idle machine: what shares its cores is part of every number.
 """
@@ -19,6 +23,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -35,19 +41,36 @@ from oprd.observability.tables import TextTable, show
 
 SIZES = (4 * 2**10, 64 * 2**10, 2**20, 4 * 2**20)
 """Bytes of what is gathered; a block of the demo has 1 MiB."""
-PROMPTS = 64
+POSITION = {"output_tensor": 0, "input_tensor": 1}
+"""Of the arguments of FSDP2's collectives."""
+SCALINGS: tuple[Scaling, ...] = ("weak", "strong")
+PROMPTS = 60
+"""Prompts a step, which so many ranks share evenly."""
 
 
 def launched(ranks: int, *arguments: str | Path) -> None:
     """Run this module, or another, on as many ranks."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, *launcher, "-m", *map(str, arguments)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    ended([started([*launcher, "-m", *map(str, arguments)])])
+
+
+def started(arguments: list[str]) -> subprocess.Popen:
+    """Start Python with these arguments."""
+    command = [sys.executable, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+def ended(processes: list[subprocess.Popen]) -> None:
+    """Wait for processes; exit with the errors of the first that failed."""
+    errors = [process.communicate()[1] for process in processes]
+    for process, error in zip(processes, errors, strict=True):
+        if process.returncode:
+            why = [x for x in error.splitlines() if "rror" in x] or [error]
+            sys.exit(f"{' '.join(map(str, process.args))} failed:\n" + "\n".join(why[:20]))
 
 
 # On the ranks -----------------------------------------------------------------------------------
@@ -63,40 +86,38 @@ def time_links(file: Path, rounds: int) -> None:
         seconds = []
         for _ in range(rounds):
             dist.barrier()
-            start = torch.tensor(-_now(), dtype=torch.float64)
+            start = time.perf_counter()
             dist.all_gather_into_tensor(whole, shard)
             dist.reduce_scatter_tensor(shard, whole)
-            seconds.append((start + _now()).item() / 2)
+            seconds.append((time.perf_counter() - start) / 2)
         found[whole.numel() * 4] = distributed.max_over_ranks(median(seconds), torch.device("cpu"))
     if distributed.rank() == 0:
         file.write_text(json.dumps(found))
     distributed.shutdown()
 
 
-def _now() -> float:
-    import time
-
-    return time.perf_counter()
-
-
 def count_bytes(file: Path) -> None:
     """Train one step and write the bytes that FSDP2's collectives of the update have sent."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
     from oprd.training import trainer
     from oprd.training.trainer import Trainer
 
     sent = {"all-gather": 0, "reduce-scatter": 0}
     is_counted = False
-    gather, scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
-    def counting_gather(output_tensor, *args, **kwargs):
-        sent["all-gather"] += is_counted * output_tensor.nbytes
-        return gather(output_tensor, *args, **kwargs)
+    def count(cls: type, name: str, argument: str) -> None:
+        own = cls.__call__
 
-    def counting_scatter(output, input, *args, **kwargs):
-        sent["reduce-scatter"] += is_counted * input.nbytes
-        return scatter(output, input, *args, **kwargs)
+        def counting(self, *args, **kwargs):
+            moved = kwargs[argument] if argument in kwargs else args[POSITION[argument]]
+            sent[name] += is_counted * moved.nbytes
+            return own(self, *args, **kwargs)
 
-    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = counting_gather, counting_scatter
+        cls.__call__ = counting  # type: ignore[operator]
+
+    count(_fsdp_collectives.DefaultAllGather, "all-gather", "output_tensor")
+    count(_fsdp_collectives.DefaultReduceScatter, "reduce-scatter", "input_tensor")
     update = Trainer._update
 
     def counted(self, rollouts):
@@ -145,12 +166,26 @@ def trained(directory: Path, ranks: int, scaling: Scaling, steps: int, again: in
     """Train the demo and return what its steps took."""
     prompts = PROMPTS * (ranks if scaling == "weak" else 1)
     run = directory / f"{scaling}-{ranks}-{again}"
-    launched(
-        ranks, "oprd.cli.train", "--output_dir", run, "--steps", str(steps),
-        "--fsdp.mode", "always", "--eval.sets", "{}", "--eval.teacher", "false",
-        "--logging.diagnostics_every", "0", "--rollout.prompts_per_step", str(prompts),
-    )  # fmt: skip
+    launched(ranks, *demo(run, steps, prompts))
     return read(run, "", "").model.measured
+
+
+def demo(run: Path, steps: int, prompts: int) -> list[str]:
+    """Return the module and the options of a run."""
+    options = {
+        "output_dir": run, "steps": steps, "fsdp.mode": "always", "eval.sets": "{}",
+        "eval.teacher": "false", "logging.diagnostics_every": 0,
+        "rollout.prompts_per_step": prompts,
+    }  # fmt: skip
+    return ["oprd.cli.train", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def slowdown(directory: Path, ranks: int, steps: int, again: int, alone: Measured) -> float:
+    """Return how much longer than ``alone`` a run takes beside others that it never talks to."""
+    runs = [directory / f"beside-{ranks}-{again}-{i}" for i in range(ranks)]
+    ended([started(["-m", *demo(run, steps, PROMPTS)]) for run in runs])
+    seconds = [measured_seconds(read(run, "", "").model.measured) for run in runs]
+    return median(seconds) / measured_seconds(alone)
 
 
 def part_seconds(p: Predicted) -> float:
@@ -170,33 +205,39 @@ def check(ranks: list[int], steps: int, rounds: int, directory: Path) -> dict:
     for n in (n for n in ranks if n > 1):
         machines[n], timed[n] = links(directory, n, 30, cores)
     seconds: dict[tuple[Scaling, int], list[float]] = {}
+    slower: dict[int, list[float]] = {1: [1.0]}
     first: list[Measured] = []
     for again in range(rounds):  # in turns, so that what changes on the machine reaches all
-        for scaling in ("weak", "strong"):
-            for n in ranks:
-                if n == 1 and scaling == "strong":
-                    continue
+        first.append(trained(directory, 1, "weak", steps, again))
+        for scaling in SCALINGS:
+            seconds.setdefault((scaling, 1), []).append(measured_seconds(first[-1]))
+            for n in ranks[1:]:
                 found = trained(directory, n, scaling, steps, again)
                 seconds.setdefault((scaling, n), []).append(measured_seconds(found))
-                if n == 1:
-                    first.append(found)
-    if 1 in ranks:
-        seconds["strong", 1] = seconds["weak", 1]
+        for n in ranks[1:]:
+            found_slower = slowdown(directory, n, steps, again, first[-1])
+            slower.setdefault(n, []).append(found_slower)
     source = read(directory / "weak-1-0", "", "")
     middle = sorted(first, key=measured_seconds)[len(first) // 2]
     model = Model(middle, source.model.student, source.model.teacher)
-    rows = [
-        {
-            "scaling": scaling,
-            "ranks": n,
-            "predicted": part_seconds(p := predict(model, machines[n], n, scaling)),
-            "waiting": p.waiting,
-            "measured": median(seconds[scaling, n]),
-            "rounds": seconds[scaling, n],
-        }
-        for scaling in ("weak", "strong")
-        for n in ranks
-    ]
+    rows = []
+    for scaling in SCALINGS:
+        for n in ranks:
+            times = max(1.0, median(slower[n]))
+            own = replace(machines[n], cores=n / times)
+            by_cores, by_own = (predict(model, m, n, scaling) for m in (machines[n], own))
+            rows.append(
+                {
+                    "scaling": scaling,
+                    "ranks": n,
+                    "by cores": part_seconds(by_cores),
+                    "slowdown": times,
+                    "predicted": part_seconds(by_own),
+                    "waiting": by_own.waiting,
+                    "measured": median(seconds[scaling, n]),
+                    "rounds": seconds[scaling, n],
+                }
+            )
     return {"cores": cores, "links": timed, "rows": rows, "bytes": bytes_of(directory, model)}
 
 
@@ -218,6 +259,8 @@ def tables(found: dict) -> list[TextTable]:
         [
             row["scaling"],
             str(row["ranks"]),
+            f"{row['by cores']:.3f}",
+            f"{row['slowdown']:.2f}",
             f"{row['predicted']:.3f}",
             f"{row['waiting']:.3f}",
             f"{row['measured']:.3f}",
@@ -226,11 +269,15 @@ def tables(found: dict) -> list[TextTable]:
         ]
         for row in found["rows"]
     ]
-    heads = ("scaling", "ranks", "predicted\ns", "of it\nlinks s", "measured\ns", "rounds", "error")
+    heads = (
+        "scaling", "ranks", "by\ncores s", "slow-\ndown", "predict-\ned s", "of it\nlinks s",
+        "measured\ns", "rounds", "error",
+    )  # fmt: skip
     notes = [
         f"Seconds of teacher, update and optimizer in a step of the demo, on {found['cores']} "
-        "cores. The first row of each is measured, not predicted. Gloo's links, fitted to an "
-        "all-gather's seconds:"
+        "cores. The first row of each is measured, not predicted. By cores: the prediction that "
+        "only knows their number. Slowdown: of runs beside each other that do not talk, which the "
+        "prediction takes. Gloo's links, of an all-gather:"
     ]
     for ranks, timed in found["links"].items():
         shown = ", ".join(f"{s * 1e3:.2f} ms for {n / 1024:,.0f} KiB" for n, s in timed.items())

@@ -64,7 +64,7 @@ class Machine:
     network_latency: float = 0.0
     launch: float = 0.0
     overlaps: bool = True
-    cores: int | None = None
+    cores: float | None = None
 
     def all_gather(self, size: float, group: Group) -> float:
         """Return the seconds until every rank has all ``size`` bytes, of which it had its shard."""

@@ -28,7 +28,7 @@ FREE = (
     *("micro_batch_tokens", "rollout.batch_size"),
     *("student.gradient_checkpointing", "distill.backend"),
     *("opd.implementation", "opd.chunk_tokens", "student.compile", "fsdp.mode", "fsdp.teacher"),
-    *("fsdp.reshard_after_forward", "fsdp.shard_size", "fsdp.cpu_offload", "packing"),
+    *("fsdp.reshard_after_forward", "fsdp.shard_size", "fsdp.cpu_offload", "packing", "overlap"),
     *("rollout.engine", "rollout.vllm", "watchdog", "logging"),
 )
 """Settings and sections that may differ when a run is resumed, besides attn_implementation. They

@@ -43,6 +43,10 @@ class TrainConfig:
             ``sdpa`` and ``eager`` do so for the supported architectures. With ``sdpa`` and
             ``eager``, attention costs as much as over one sequence of the row's length, so use one
             of the others for long rows.
+        overlap: run the teacher on the next micro-batch beside the student's update on this one, on
+            a stream of its own. Results are the same. The outputs of two teacher passes are held.
+            The teacher must have weights of its own, on every rank whole (``fsdp.teacher``). Not
+            measured on a GPU yet.
         log_every: number of steps between progress lines if the output is not a terminal.
         teachers: one teacher for each source of prompts, by source, instead of ``teacher``.
         objectives: weight of each objective: ``oprd``, ``opd_top1``, ``opd_topk``,
@@ -59,6 +63,7 @@ class TrainConfig:
     autocast: Literal["auto", "bfloat16"] | None = "auto"
     micro_batch_tokens: int = 32768
     packing: bool = False
+    overlap: bool = False
     log_every: int = 10
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -38,10 +39,35 @@ class Batch:
     partner: Tensor | None = None
     position_ids: Tensor | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; on a GPU the copies are queued, from pinned memory."""
+        reading = None if self.reading is None else self.reading.to(device)
+        return Batch(
+            queued_copy(self.input_ids, device),
+            queued_copy(self.attention_mask, device),
+            queued_copy(self.response_mask, device),
+            reading,
+            queued_copy(self.partner, device),
+            queued_copy(self.position_ids, device),
+        )
+
     @property
     def for_teacher(self) -> Batch:
         """The batch that the teacher reads."""
         return self if self.reading is None else self.reading
+
+
+@overload
+def queued_copy(tensor: Tensor, device: torch.device) -> Tensor: ...
+@overload
+def queued_copy(tensor: None, device: torch.device) -> None: ...
+def queued_copy(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a tensor of the CPU on a device, without waiting for a GPU to have copied it."""
+    if tensor is None:
+        return None
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def collate(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from oprd.config.types import Positions, Reduction, Shift
+from oprd.data.collate import queued_copy
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Supervision:
     teacher_rows: Tensor
     weights: Tensor | None
     total: int
+
+    def to(self, device: torch.device) -> Supervision:
+        """Return it on a device; on a GPU the copies are queued, from pinned memory."""
+        same = self.teacher_rows is self.rows
+        rows = queued_copy(self.rows, device)
+        theirs = rows if same else queued_copy(self.teacher_rows, device)
+        return Supervision(rows, theirs, queued_copy(self.weights, device), self.total)
 
 
 def generated_masks(

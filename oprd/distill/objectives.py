@@ -48,6 +48,13 @@ class Chosen:
     rep: Supervision | None
     opd: Supervision | None
 
+    def to(self, device: torch.device) -> Chosen:
+        """Return them on a device; on a GPU the copies are queued."""
+        return Chosen(
+            None if self.rep is None else self.rep.to(device),
+            None if self.opd is None else self.opd.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class Teacher:

@@ -257,7 +257,7 @@ class _Planner:
                 for m in peaks
             ]
         worst = max(peaks, key=lambda m: m.total)
-        extra = self._teacher_outputs() | self._teacher_root()
+        extra = self._teacher_outputs() | self._teacher_root() | self._teacher_ahead()
         if self.computed < self.gathered:
             blocks = max(1, self.student.layers - update.recomputed(self.student.layers))
             extra["autocast's copies of weights"] = (
@@ -302,6 +302,17 @@ class _Planner:
                 size += self.rows * shape.d * e if chunked else self.tokens * shape.vocab * e
             sizes.append(size)
         return {"teacher's outputs": max(sizes)}
+
+    def _teacher_ahead(self) -> dict[str, int]:
+        """Return what the next micro-batch's teacher pass holds beside the student's update."""
+        if not self.cfg.overlap:
+            return {}
+        terms = {"next teacher's outputs": self._teacher_outputs()["teacher's outputs"]}
+        if self.on_gpu:  # on a CPU the pass is over before the update begins
+            names = ("one block's MLP", "states", "attention mask", "attention")
+            forward = self._teacher_forward().terms
+            terms["next teacher's forward"] = sum(forward.get(name, 0) for name in names)
+        return terms
 
     def _rank(self, name: str) -> int | None:
         """Return the rank of a teacher's bridge, or None without a bridge.

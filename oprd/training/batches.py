@@ -78,8 +78,10 @@ def global_batch(
         theirs = teacher_tokenizers.get(name)
         teacher_pad_id = None if theirs is None else theirs.pad_token_id
         for part in plans[-1][distributed.rank()]:
-            batch = collate(part, pad_id, device, teacher_pad_id, cfg.packing)
-            micro_batches.append(MicroBatch(name, batch, objectives.supervise(batch)))
+            # Tokens are selected on the CPU: on a GPU, their number would have to be waited for.
+            batch = collate(part, pad_id, "cpu", teacher_pad_id, cfg.packing)
+            chosen = objectives.supervise(batch).to(device)
+            micro_batches.append(MicroBatch(name, batch.to(device), chosen))
     totals = objectives.totals([m.chosen for m in micro_batches], device)
     metrics = plan_metrics(plans, cfg.packing, share)
     metrics |= {

@@ -63,20 +63,18 @@ def rep_metrics(
         layer_losses: each layer's loss over the global batch.
         width: D, the width that `nmse` divides by.
     """
-    counts = [out.num_valid.item() for out in outputs]
-    weighted = [
-        (count * x.mean().item(), count * y.mean().item(), count * z.mean().item())
-        for count, out in zip(counts, outputs, strict=True)
-        for x, y, z in [(out.layer_cosine, out.layer_student_norm, out.layer_teacher_norm)]
-    ]
-    sums = [sum(column) for column in zip(*weighted, strict=True)]
-    cosine, norm_s, norm_t, count = distributed.sum_over_ranks([*sums, sum(counts)], device)
-    cosine, norm_s, norm_t = (x / count if count else 0.0 for x in (cosine, norm_s, norm_t))
-    layers = [count * out.layer_cosine.double() for count, out in zip(counts, outputs, strict=True)]
-    by_layer = distributed.sum_over_ranks(torch.stack(layers).sum(0).tolist(), device)
+    rows = []
+    for out in outputs:  # all in one tensor, which is waited for once
+        norms = (out.layer_student_norm, out.layer_teacher_norm)
+        means = [x.mean().double() for x in (out.layer_cosine, *norms)]
+        rows.append(torch.cat([torch.stack(means), out.layer_cosine.double()]) * out.num_valid)
+        rows[-1] = torch.cat([out.num_valid.double()[None], rows[-1]])
+    sums = distributed.sum_over_ranks(torch.stack(rows).sum(0).tolist(), device)
+    count, *sums = sums
+    cosine, norm_s, norm_t, *by_layer = (x / count if count else 0.0 for x in sums)
     return {
         "rep/cosine_similarity": cosine,
-        "rep/layer_cosine": [x / count if count else 0.0 for x in by_layer],
+        "rep/layer_cosine": by_layer,
         "rep/norm_mse": 2 * (1 - cosine) / width if count else 0.0,
         "rep/student_norm": norm_s,
         "rep/teacher_norm": norm_t,

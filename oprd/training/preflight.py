@@ -17,6 +17,7 @@ from oprd.observability.trackers import check_trackers
 from oprd.output_paths import check_writable
 from oprd.training.inputs import RunInputs, load_inputs
 from oprd.training.model_checks import check_models
+from oprd.training.overlap import check_overlap
 from oprd_kernels.backends import registry
 
 
@@ -82,7 +83,7 @@ def check_run(cfg: TrainConfig, inputs: RunInputs, ranks: int) -> None:
     if backend != "auto" and (reason := registry.unavailable(backend, device)):
         raise ConfigError(f"distill.backend={backend} can't run: {reason}")
     check_trackers(cfg.logging)
-    inputs.notes += _packing_notes(cfg)
+    inputs.notes += [*_packing_notes(cfg), *check_overlap(cfg, ranks)]
 
 
 def _packing_notes(cfg: TrainConfig) -> list[str]:

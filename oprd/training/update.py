@@ -16,12 +16,12 @@ from torch import nn
 from oprd import distributed
 from oprd.config import TrainConfig
 from oprd.data.rollout import Rollout, rollout_metrics
-from oprd.distill.objectives import Objectives, StudentPass
+from oprd.distill.objectives import Objectives, StudentPass, TeacherPass
 from oprd.distributed.fsdp import clip_gradients
 from oprd.models.recompute import recompute_blocks
 from oprd.observability.memory import PeakMemory
 from oprd.observability.timer import PhaseTimer
-from oprd.training.batches import GlobalBatch, global_batch
+from oprd.training.batches import GlobalBatch, MicroBatch, global_batch
 from oprd.training.inputs import RunInputs
 from oprd.training.loss_watchdog import keep_batch, not_finite
 from oprd.training.metrics import (
@@ -34,6 +34,7 @@ from oprd.training.metrics import (
     time_metrics,
 )
 from oprd.training.optimizer import all_finite, make_optimizer
+from oprd.training.overlap import in_order, side_stream
 from oprd.training.recompute import is_out_of_memory
 from oprd.training.rounding import UpdateWatch
 
@@ -86,6 +87,7 @@ class StudentUpdate:
         self.pad = inputs.tokenizer.pad_token_id
         self.optimizer, self.scheduler = make_optimizer(student, cfg.optim, cfg.steps, cfg.seed)
         self.watch = UpdateWatch(student.parameters(), cfg.optim.rounding)
+        self.stream = side_stream(cfg, device)
 
     def __call__(self, rollouts: list[Rollout], step: int) -> dict[str, Any]:
         """Make one optimizer step on this rank's rollouts and return its metrics. Collective.
@@ -170,10 +172,11 @@ class StudentUpdate:
         outputs: list[StudentPass] = []
         peaks: list[PeakMemory] = []
         measured: dict[str, Any] = {}
+        passes = in_order(work.micro_batches, self._teacher_pass, self._is_free, self.stream)
         for part in work.micro_batches:
-            with self.timer("teacher"), self.autocast():
-                teacher = self.objectives.teacher_pass(part.batch, part.chosen, part.teacher)
-            with self.timer("student update"), PeakMemory(self.device) as peak:
+            with self.timer("teacher", queued=True):
+                teacher = next(passes)()
+            with self.timer("student update", queued=True), PeakMemory(self.device) as peak:
                 with self.autocast():
                     out = self.objectives.student_pass(
                         part.batch,
@@ -191,7 +194,17 @@ class StudentUpdate:
             outputs.append(replace(out, sample=None))
             peaks.append(peak)
             del teacher
+        passes.close()
         return outputs, peaks, measured
+
+    def _teacher_pass(self, part: MicroBatch) -> TeacherPass:
+        with self.autocast():
+            return self.objectives.teacher_pass(part.batch, part.chosen, part.teacher)
+
+    def _is_free(self, part: MicroBatch) -> bool:
+        """Return whether the teacher may run beside the student: it has weights of its own."""
+        teacher = self.cfg.all_teachers[part.teacher]
+        return self.cfg.overlap and not teacher.shares_student
 
     def _check_loss(
         self,

@@ -279,3 +279,18 @@ def test_what_is_missing_is_named(capsys, arguments, message):
 def test_a_recipe_whose_models_are_here_needs_no_shape(capsys):
     cli.main(["--dry_run", "--plan.gpus=2", "--plan.memory_gib=1"])
     assert "fits," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_teacher_that_runs_ahead_holds_its_outputs_twice(on_gpu):
+    def update(**changes):
+        cfg = replace(demo_config(), **changes)
+        shape = Shape(d=64, layers=3, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocab=99,
+                      tied=True)  # fmt: skip
+        return make_training_plan(cfg, shape, {"": shape}, 1, on_gpu=on_gpu).moments[UPDATE]
+
+    alone, beside = update(), update(overlap=True)
+    added = {n: x for n, x in beside.terms.items() if n not in alone.terms}
+    assert added["next teacher's outputs"] == alone.terms["teacher's outputs"] > 0
+    assert ("next teacher's forward" in added) is on_gpu
+    assert beside.total == alone.total + sum(added.values())

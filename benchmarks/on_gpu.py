@@ -6,10 +6,11 @@
 
 Builds for this GPU, then doctor, table (the kernels' times), tests (``-m gpu``), gains
 (`oprd-gains` at the paper's shape), opd (the chunked baselines beside Liger's), sanitizer
-(compute-sanitizer) beside demo (`oprd-train`), and ncu. OUT receives results.json and results.md,
-written anew after each part, and logs: eight files. OPRD_COMMIT in the environment names the commit
-where git can't. ``--adopt`` puts the results of another machine into this checkout:
-benchmarks/results/ and oprd_kernels/tested_on.json, which `oprd-doctor` reads.
+(compute-sanitizer) beside demo (`oprd-train`), ncu, and overlap (what a teacher pass beside the
+student's gains). OUT receives results.json and results.md, written anew after each part, and logs:
+eight files. OPRD_COMMIT in the environment names the commit where git can't. ``--adopt`` puts the
+results of another machine into this checkout: benchmarks/results/ and oprd_kernels/tested_on.json,
+which `oprd-doctor` reads.
 """
 
 from __future__ import annotations
@@ -143,14 +144,15 @@ class Check:
             "sanitizer": (120, "checks", self.sanitizer),
             "demo": (120, "demo", self.demo),
             "ncu": (60, "checks", self.ncu),
+            "overlap": (60, "gains", self.overlap),
         }
         made = {
             name: Part(name, limit, self.out / f"{log}.log", work)
             for name, (limit, log, work) in parts.items()
         }
         order = [["build"], ["doctor"], ["table"], ["tests"], ["gains"], ["opd"]]
-        order += [["sanitizer", "demo"]]
-        return [[made[name] for name in stage] for stage in [*order, ["ncu"]]]
+        order += [["sanitizer", "demo"], ["ncu"], ["overlap"]]
+        return [[made[name] for name in stage] for stage in order]
 
     def build(self, running: Running) -> str:
         if self.dry:
@@ -241,6 +243,22 @@ class Check:
         self.results["opd"] = json.loads(out.read_text())
         ways = {row["way"] for row in self.results["opd"]["rows"]}
         return f"{', '.join(sorted(ways))}"
+
+    def overlap(self, running: Running) -> str:
+        needs_training_packages()
+        found = {}
+        for tokens in (128,) if self.dry else (16384, 2048):  # products that fill it, and launches
+            file = self.work / f"overlap_{tokens}.json"
+            running.run(
+                PYTHON, "-m", "benchmarks.overlap", "--tokens", str(tokens), "--output", file,
+                *(["--device", "cpu", "--rounds", "1"] if self.dry else []),
+            )  # fmt: skip
+            found[tokens] = json.loads(file.read_text())
+        self.results["overlap"] = found
+        return "in turn / ahead: " + ", ".join(
+            f"{f['gain']:.3f} at {tokens} tokens{'' if f['equal'] else ', NOT EQUAL'}"
+            for tokens, f in found.items()
+        )
 
     def demo(self, running: Running) -> str:
         needs_training_packages()

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from oprd.benchmark.scaling import Measured, Model, Traffic
+from oprd.benchmark.scaling import Measured, Model, Scaling, Traffic
 from oprd.config import TrainConfig
 from oprd.config.io import from_values
 from oprd.distill.objectives import REP
@@ -47,6 +47,11 @@ class Source:
     about: list[tuple[str, str]]
     cfg: TrainConfig | None = None
     shapes: tuple[Shape, dict[str, Shape]] | None = None
+
+    @property
+    def scalings(self) -> tuple[Scaling, ...]:
+        """Weak and strong; of ``gains.json``, which is of a micro-batch and no step, weak alone."""
+        return ("weak",) if self.cfg is None else ("weak", "strong")
 
     def memory(self, gpus: int, sequences: int) -> int | None:
         """Return the bytes that the memory plan says each of ``gpus`` needs.
@@ -110,7 +115,10 @@ def _run(directory: Path) -> Source:
     )
     ours, theirs = traffic(cfg, student, teachers, sharded=cfg.fsdp.mode != "never")
     about = [
-        ("measured", f"{directory}: medians of {len(steps)} steps on {ranks} ranks"),
+        (
+            "measured",
+            f"{directory}: medians of {len(steps)} steps on {ranks} rank{'s' * (ranks > 1)}",
+        ),
         (
             "its step",
             f"{measured.sequences} sequences of {measured.tokens:,.0f} sampled tokens, "
@@ -183,7 +191,7 @@ def traffic(
         root_gradients = (2 if has_logits and not student.tied else 1) * tables * reduced
     else:
         adapter = adapter_parameters(student, cfg.student.lora)
-        block_gradients, root_gradients = adapter * reduced / student.layers, 0
+        block_gradients, root_gradients = adapter * reduced // student.layers, 0
     ours = Traffic(
         blocks=student.layers,
         block=student.block_parameters * gathered,

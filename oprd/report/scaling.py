@@ -43,8 +43,9 @@ HEADS = {
 }
 MEANINGS = (
     "wait for links: of the teacher's and student's passes; % a GPU: sampled tokens/s of one GPU, "
-    "of the first row's; GiB: of the memory plan"
+    "of the first row's"
 )
+PLANNED = "; GiB: of the memory plan"
 LEFT_OUT = (
     "left out: sequences of unequal length (ranks wait for the longest), smaller batches being "
     "less efficient, links shared with others, host work, offloaded shards, evaluation, checkpoints"
@@ -84,7 +85,7 @@ def make_prediction(cfg: ScalingConfig) -> Prediction:
             "divide them"
         )
     machine, steps, memory = cfg.links.machine(), {}, {}
-    for scaling in MEANING:
+    for scaling in source.scalings:
         steps[scaling] = [
             predict(source.model, machine, n, scaling, cfg.throughput) for n in cfg.gpus
         ]
@@ -110,13 +111,13 @@ def tables(made: Prediction) -> list[TextTable]:
             columns["GiB\na GPU"] = [f"{(m or 0) / GIB:.1f}" for m in made.memory[scaling]]
         rows = list(zip(*columns.values(), strict=True))
         title = f"a PREDICTION, {MEANING[scaling]}"
-        notes = [MEANINGS]
+        notes = [MEANINGS + ("" if None in made.memory[scaling] else PLANNED)]
         if idle := [
             p.ranks for p in steps if p.tokens < p.ranks * made.source.model.measured.tokens
         ]:
             notes.append(
-                f"On {' and '.join(map(str, idle))} GPUs there are fewer sequences than GPUs, and "
-                "some have none."
+                f"On {', '.join(map(str, idle))} GPUs some have no sequence: oprd-train asks for "
+                "more prompts (rollout.prompts_per_step)."
             )
         shown += TextTable(title, list(columns), rows, notes).parts(WIDTH)
     return [*shown, assumptions(made)]
@@ -163,7 +164,9 @@ def _sent(t: Traffic) -> str:
         "of embeddings"
     )
     if t.block_gradients:
-        words += f"; {t.blocks} x {_mib(t.block_gradients)} + {_mib(t.root_gradients)} of gradients"
+        words += (
+            f"; {t.blocks} x {_mib(t.block_gradients)} + {_mib(t.root_gradients)} MiB of gradients"
+        )
     return words
 
 
@@ -217,7 +220,8 @@ def time_chart(made: Prediction) -> StackedBars:
     }
     return StackedBars(
         "scaling_time", "", "Predicted seconds of a step", "seconds (predicted)", "",
-        labels=[f"{p.ranks} GPUs, {scaling}" for scaling, p in every], parts=parts,
+        labels=[f"{p.ranks} GPU{'s' * (p.ranks > 1)}, {scaling}" for scaling, p in every],
+        parts=parts,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ def in_order(
     run: Callable[[Part], Result],
     is_free: Callable[[Part], bool],
     stream: torch.cuda.Stream | None = None,
-) -> Iterator[Callable[[], Result]]:
+) -> Generator[Callable[[], Result], None, None]:
     """Yield, for each part, a function that waits for what ``run`` returns for it.
 
     Call it before the next part is asked for. Before a part is yielded, the pass of the next one

@@ -217,7 +217,9 @@ def test_a_report_of_gains_is_read(tmp_path):
     }  # fmt: skip
     file = tmp_path / "gains.json"
     file.write_text(json.dumps(report))
-    model = read(tmp_path, "oprd", "on").model
+    source = read(tmp_path, "oprd", "on")
+    assert source.scalings == ("weak",)
+    model = source.model
     assert (model.measured.tokens, model.measured.forward_share) == pytest.approx((30, 0.2))
     assert model.student == Traffic(3, 2 * BLOCK, 320, True, 4 * BLOCK, 320)
     with pytest.raises(ConfigError, match=r"no 'oprd' with gradient_checkpointing=off"):

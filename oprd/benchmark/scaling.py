@@ -241,12 +241,15 @@ class Model:
 
     Attributes:
         shard_size: as in `fsdp.shard_size`; None: all ranks share one copy.
+        samples_beside: an engine with GPUs of its own samples while the student is trained
+            (`rollout.staleness`), and is waited for only if it takes longer.
     """
 
     measured: Measured
     student: Traffic
     teacher: Traffic
     shard_size: int | None = None
+    samples_beside: bool = False
 
     def ranks(self, machine: Machine, ranks: int) -> Ranks:
         """Return how so many ranks share the models; fewer than ``shard_size`` share one copy."""
@@ -259,7 +262,7 @@ class Predicted:
 
     Attributes:
         sequences: sequences of the rank that has most.
-        rollout, sync, optimizer: seconds; None: not known.
+        rollout, sync, optimizer: seconds that a step takes for them; None: not known.
         teacher, update: seconds of computation.
         waiting: seconds in which a rank waits for its links, in the teacher's and student's passes.
         tokens: sampled tokens of the step on all ranks.
@@ -326,6 +329,8 @@ def predict(
         shards = 1.0 if not model.student.is_sharded else before.shard_size / at.shard_size
         slower = machine.slowdown(ranks) / machine.slowdown(m.ranks)
         optimizer = m.optimizer * shards * slower
+    if rollout is not None and model.samples_beside:
+        rollout = max(0.0, rollout - (teacher + update + waiting + (optimizer or 0.0)))
     tokens = total * m.tokens
     return Predicted(ranks, most, rollout, sync, teacher, update, waiting, optimizer, tokens)
 

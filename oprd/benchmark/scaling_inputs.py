@@ -24,9 +24,12 @@ from oprd.models.layer_pairs import pair_layers
 
 WARM_UP = 2
 """Steps of a run that are left out: allocators, caches and compilers warm up."""
+TEACHER, UPDATE, SYNC = (
+    f"time/{phase}_s" for phase in ("teacher", "student_update", "weight_sync")
+)
 NEEDED = (
-    "time/teacher_s",
-    "time/student_update_s",
+    TEACHER,
+    UPDATE,
     "perf/optimizer_s",
     "perf/ranks",
     "perf/micro_batches",
@@ -101,14 +104,14 @@ def _run(directory: Path) -> Source:
     student, teachers = shapes(cfg, PlanConfig())
     ranks = int(_middle(steps, "perf/ranks"))
     optimizer = _middle(steps, "perf/optimizer_s")
-    sync = [s["time/weight_sync_s"] for s in steps if "time/weight_sync_s" in s]
+    sync = [s[SYNC] for s in steps if SYNC in s]
     measured = Measured(
         ranks=ranks,
         sequences=cfg.rollout.prompts_per_step * cfg.rollout.responses_per_prompt,
         tokens=_middle(steps, "response_length/mean"),
         micro_batches=int(_middle(steps, "perf/micro_batches")),
-        teacher=_middle(steps, "time/teacher_s"),
-        update=_middle(steps, "time/student_update_s") - optimizer,
+        teacher=_middle(steps, TEACHER),
+        update=_middle(steps, UPDATE) - optimizer,
         optimizer=optimizer,
         sync=median(sync) if sync else None,
         forward_share=forward_share(_recomputed(cfg, student)),
@@ -125,7 +128,8 @@ def _run(directory: Path) -> Source:
             f"{measured.micro_batches} micro-batches a rank",
         ),
     ]
-    model = Model(measured, ours, theirs, cfg.fsdp.shard_size)
+    beside = cfg.rollout.staleness > 0
+    model = Model(measured, ours, theirs, cfg.fsdp.shard_size, samples_beside=beside)
     return Source(model, about, cfg, (student, teachers))
 
 
@@ -136,7 +140,7 @@ def _steps(file: Path) -> list[dict[str, Any]]:
             found = json.loads(line)
         except ValueError:  # the run is writing it
             continue
-        if "time/student_update_s" in found:
+        if UPDATE in found:
             steps.append(found)
     steps = steps[WARM_UP:] or steps
     if not steps:

@@ -150,6 +150,8 @@ def assumptions(made: Prediction) -> TextTable:
     else:
         alone = "no limit" if rates.sequence is None else f"{rates.sequence:,g}"
         told = f"{rates.gpu:,g} tokens/s a GPU, {alone} a sequence: given, not measured here"
+        if model.samples_beside:
+            told += "; beside the training (rollout.staleness), on GPUs of their own"
         rows.append(("rollouts", told))
     return TextTable("what is assumed", ("", ""), rows, [LEFT_OUT], left=(0, 1))
 

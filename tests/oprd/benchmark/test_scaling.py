@@ -99,6 +99,10 @@ def test_links_that_cost_nothing():
     assert (most.sequences, most.update, most.rollout) == pytest.approx((1, 12 / 16, 25))
     assert most.tokens == 1600
     assert predict(MODEL, FREE, 4, "strong", Throughput(50.0)).rollout == pytest.approx(8)
+    # Sampled beside the training of 4 + 12 + 0.2 seconds.
+    beside = replace(MODEL, samples_beside=True)
+    assert predict(beside, FREE, 4, "weak", Throughput(50.0)).rollout == pytest.approx(32 - 16.2)
+    assert predict(beside, FREE, 4, "weak", Throughput(500.0)).rollout == 0
 
 
 def test_ranks_share_cores():

@@ -53,6 +53,7 @@ CASES: dict[str, dict] = {
     "bridge": {"distill__kind": "nmse", "objectives": {"oprd": 10.0}},
     "checkpointing": {"student__gradient_checkpointing": True},
     "replicated_teacher": {"fsdp__teacher": "replicated"},
+    "overlap": {"fsdp__teacher": "replicated", "overlap": True, "micro_batch_tokens": 26},
     "offloaded": {
         "fsdp__mode": "always", "fsdp__teacher": "offloaded", "fsdp__cpu_offload": True,
     },

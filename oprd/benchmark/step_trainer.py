@@ -67,8 +67,8 @@ class SpanTimer(PhaseTimer):
         self.spans: list[Span] = []
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """See `PhaseTimer`."""
+    def __call__(self, phase: str, *, queued: bool = False) -> Iterator[None]:
+        """See `PhaseTimer`. Every phase is waited for, queued or not: spans are of the clock."""
         with super().__call__(phase), self.span(phase):
             yield
 

@@ -100,7 +100,7 @@ def test_cases_with_one_meaning_agree(results):
     """What saves memory or time changes nothing."""
     plain = results(1, "oprd")["weights"]
     for case in ("checkpointing", "replicated_teacher", "offloaded", "not_sharded", "small_batches",
-                 "packed", "compiled"):  # fmt: skip
+                 "overlap", "packed", "compiled"):  # fmt: skip
         for name, weight in results(1, case)["weights"].items():
             torch.testing.assert_close(weight, plain[name], rtol=1e-4, atol=1e-5, msg=case)
 

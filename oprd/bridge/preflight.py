@@ -20,6 +20,7 @@ from oprd.models.compatibility import (
     shares_ids,
 )
 from oprd.models.defaults import choose_dtypes, choose_lengths
+from oprd.models.fast_parts import check_fast_parts
 from oprd.models.info import ModelInfo, model_info
 from oprd.models.layer_pairs import corresponding_layer, select_layers
 from oprd.models.loading import load_config, load_tokenizer
@@ -94,14 +95,18 @@ def check_fit(cfg: FitConfig, dry_run: bool = False) -> Checked:
     """
     check_values(cfg)
     check_new_file(cfg.output)
-    on_gpu = check_device(cfg.device).type == "cuda"
-    choose_dtypes(cfg.student, [cfg.teacher], on_gpu, trains=False)
+    device = check_device(cfg.device)
+    choose_dtypes(cfg.student, [cfg.teacher], device.type == "cuda", trains=False)
     cfg.autocast = None if cfg.autocast == "auto" else cfg.autocast
     checked = Checked()
     attempt = attempts(checked.unchecked, dry_run)
     student, teacher = (
         attempt(partial(load_config, path)) for path in (cfg.student.path, cfg.teacher.path)
     )
+    sides = (("student", cfg.student, student), ("teacher", cfg.teacher, teacher))
+    for who, model, config in sides:
+        products = cfg.autocast or model.dtype
+        attempt(partial(check_fast_parts, model, config, who, products, device))
     pairs = [(student, cfg.student.context_length), (teacher, cfg.teacher.context_length)]
     checked.notes += choose_lengths(cfg.data, cfg.rollout, None, pairs)
     checked.tokenizer, theirs = (

@@ -30,7 +30,7 @@ from oprd.config.types import BackendName, Kind, Positions, Reduction, Shift
 from oprd.data.collate import Batch
 from oprd.data.supervision import Supervision, supervise
 from oprd.distill.taps import Board, RepOutput, TapSession, tapped_class, unwrapped, without_head
-from oprd.models.decoder import find_decoder, model_inputs, watch
+from oprd.models.decoder import find_decoder, watch
 from oprd.models.info import ModelInfo
 from oprd.models.layer_pairs import LayerSpec, pair_layers
 from oprd.models.self_check import check_states, cut_if_it_runs
@@ -306,7 +306,7 @@ class Distiller:
             ValueError: if the student's states do not have a row for each of ``input_ids``, as with
                 prompt tuning, or with `torch.nn.DataParallel`, which splits the batch.
         """
-        inputs = model_inputs(input_ids, attention_mask, position_ids)
+        inputs = self.student.inputs(input_ids, attention_mask, position_ids)
         tokens = input_ids.numel()
         with (
             self.taps(teacher_states, rows, weights, denominator, tokens) as session,

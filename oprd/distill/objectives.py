@@ -27,7 +27,7 @@ from oprd.distill.distiller import Distiller
 from oprd.distill.taps import RepOutput
 from oprd.distill.vocab_losses import VocabLoss, materialised
 from oprd.distributed.fsdp import reshard
-from oprd.models.decoder import Decoder, find_decoder, model_inputs
+from oprd.models.decoder import Decoder, find_decoder
 from oprd.models.lm_head import HeadRows, LMHead
 from oprd.models.packing_check import check_packing
 from oprd.models.self_check import check_head
@@ -393,5 +393,6 @@ class Objectives:
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the model's own logits (B, T, V) of all positions."""
-    inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.position_ids)
+    decoder = find_decoder(model)
+    inputs = decoder.inputs(batch.input_ids, batch.attention_mask, batch.position_ids)
     return model(**inputs, use_cache=False).logits

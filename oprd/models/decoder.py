@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from oprd.errors import ConfigError
+from oprd.models.attention import is_flash, varlen_inputs
 from oprd.models.without_adapter import WithoutAdapter
 
 LAYER_NAMES = ("layers", "h", "blocks")
@@ -74,10 +76,25 @@ class Decoder:
 
         See `model_inputs` for the arguments and the errors raised.
         """
+        inputs = self.inputs(input_ids, attention_mask, position_ids)
         with self.running():
-            return self.run(
-                **model_inputs(input_ids, attention_mask, position_ids), use_cache=False
-            ).last_hidden_state
+            return self.run(**inputs, use_cache=False).last_hidden_state
+
+    def inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Build the keyword arguments of a forward pass of this model, see `model_inputs`.
+
+        For packed sequences FlashAttention also gets where they begin and end.
+        """
+        inputs: dict[str, Any] = model_inputs(input_ids, attention_mask, position_ids)
+        attention = getattr(self.backbone.config, "_attn_implementation", None)
+        if position_ids is not None and is_flash(attention) and _takes_more(self.backbone.forward):
+            inputs |= varlen_inputs(position_ids)
+        return inputs
 
     @property
     def run(self) -> Callable[..., Any]:
@@ -93,6 +110,12 @@ class Decoder:
             root.oprd_run_backbone = lambda **inputs: self.backbone(**inputs)
             register_fsdp_forward_method(root, "oprd_run_backbone")
         return root.oprd_run_backbone
+
+
+def _takes_more(forward: Callable[..., Any]) -> bool:
+    """Return whether a function passes on keyword arguments that it does not know."""
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def model_inputs(

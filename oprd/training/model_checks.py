@@ -21,6 +21,7 @@ from oprd.models.compatibility import (
     shared_ids,
     shares_ids,
 )
+from oprd.models.fast_parts import check_fast_parts
 from oprd.models.info import model_info
 from oprd.models.loading import demo_path, load_config, load_tokenizer, teacher_path
 from oprd.models.lora import check_targets
@@ -51,6 +52,11 @@ def check_models(
             f"{cfg.student.path} is a multimodal model: its language model alone is trained and "
             f"saved, without its {', '.join(parts)}"
         )
+    student_products = cfg.autocast or (sharded and cfg.fsdp.param_dtype) or cfg.student.dtype
+    device = check_device(cfg.device)
+    attempt(
+        lambda: check_fast_parts(cfg.student, student, "student", str(student_products), device)
+    )
     inputs.notes += _generation_notes(cfg)
     own = cfg.student.context_length
     _check_length(cfg, student, "student", cfg.data.max_prompt_tokens, bool(cfg.eval.sets), own)
@@ -63,7 +69,6 @@ def check_models(
     if student and cfg.rollout.engine == "continuous":
         attempt(lambda: check_continuous(student, cfg.student.path, "rollout.engine"))
     if cfg.rollout.engine == "vllm":
-        device = check_device(cfg.device)
         inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []
     inputs.tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))
     for name in cfg.all_teachers:
@@ -121,6 +126,7 @@ def _check_teacher(
 ) -> None:
     path = teacher_path(cfg.all_teachers[name], cfg.student)
     teacher = attempt(lambda: load_config(path))
+    _check_parts(cfg, name, teacher, attempt, sharded)
     is_unread = cfg.all_bridges[name].path is not None and bridge is None
     if student and teacher:
         if "oprd" in cfg.objectives and not is_unread:
@@ -148,6 +154,19 @@ def _check_teacher(
             inputs.layer_pairs[name],
         )
         bridge.check_input(reads)
+
+
+def _check_parts(
+    cfg: TrainConfig, name: str, config: PretrainedConfig | None, attempt: Attempt, sharded: bool
+) -> None:
+    """Check the options of a teacher that has weights of its own."""
+    teacher = cfg.all_teachers[name]
+    if teacher.shares_student:
+        return
+    gathered = cfg.fsdp.param_dtype if sharded and cfg.fsdp.teacher != "replicated" else None
+    products, device = cfg.autocast or gathered or teacher.dtype, check_device(cfg.device)
+    who = f"teachers.{name}" if name else "teacher"
+    attempt(lambda: check_fast_parts(teacher, config, who, products, device))
 
 
 def _check_states(

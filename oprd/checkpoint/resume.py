@@ -27,7 +27,7 @@ FREE = (
     *("output_dir", "name", "device", "steps", "log_every", "checkpoint", "resume", "eval"),
     *("micro_batch_tokens", "rollout.batch_size"),
     *("student.gradient_checkpointing", "distill.backend"),
-    *("opd.implementation", "opd.chunk_tokens", "student.compile", "fsdp.mode", "fsdp.teacher"),
+    *("opd.implementation", "opd.chunk_tokens", "fsdp.mode", "fsdp.teacher"),
     *("fsdp.reshard_after_forward", "fsdp.shard_size", "fsdp.cpu_offload", "packing", "overlap"),
     *("rollout.engine", "rollout.vllm", "watchdog", "logging"),
 )
@@ -130,7 +130,7 @@ def differences(old: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
     free = (*FREE, *cfg.checkpoint.allow_changes)
     differing = []
     for name in sorted(ours.keys() | theirs.keys()):
-        if name.endswith(".attn_implementation") or any(
+        if name.endswith((".attn_implementation", ".liger", ".compile")) or any(
             name == f or name.startswith(f"{f}.") for f in free
         ):
             continue

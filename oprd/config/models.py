@@ -76,6 +76,8 @@ class StudentConfig:
             of the first so many blocks. ``auto``: of as many as the memory plan says are needed to
             fit the device; if an allocation fails nevertheless, of more.
         compile: compile every decoder layer with `torch.compile` for training.
+        liger: run the norms, the MLPs' activation and RoPE by Liger's Triton kernels (``pip install
+            liger-kernel``), which needs a GPU. Results are equal up to rounding.
         dropout: keep the model's own dropout (GPT-2's 0.1) and noise in updates. Without it, the
             states that are compared are those of the model that sampled, as the teacher's are.
         lora: train a LoRA adapter instead of all weights.
@@ -87,6 +89,7 @@ class StudentConfig:
     context_length: int | None = None
     gradient_checkpointing: Checkpointing = False
     compile: bool = False
+    liger: bool = False
     dropout: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -106,7 +109,8 @@ class TeacherConfig:
             memory.
         dtype: dtype of the weights; ``auto``: bfloat16 on a GPU, float32 on a CPU. Not used with
             ``self:current`` and ``self:base``, which have the student's dtype.
-        attn_implementation, context_length: as in ``student``.
+        attn_implementation, context_length, liger: as in ``student``. Not used with
+            ``self:current`` and ``self:base``, which are the student.
         reads: what the teacher reads if it has another tokenizer. ``text``: the text of the
             response in its own tokens. Hidden states are compared where tokens of both tokenizers
             end at the same byte (`oprd.tokenizers.alignment`). ``student_ids``: the student's token
@@ -121,6 +125,7 @@ class TeacherConfig:
     dtype: DType = "auto"
     attn_implementation: str | None = None
     context_length: int | None = None
+    liger: bool = False
     reads: Literal["text", "student_ids"] = "text"
     pairs: Literal["stable", "all"] = "stable"
 

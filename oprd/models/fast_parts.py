@@ -7,6 +7,8 @@ from transformers import PretrainedConfig
 
 from oprd.config import StudentConfig, TeacherConfig
 from oprd.models.attention import NAMES, attention_problem, attention_source, check_attention
+from oprd.models.liger import check_liger, liger_problem
+from oprd_kernels.doctor import version_of
 
 
 def check_fast_parts(
@@ -27,13 +29,16 @@ def check_fast_parts(
         ConfigError: for the first problem. As `Unreachable`: if this machine lacks what an option
             needs, which another may have.
     """
+    if cfg.liger:
+        check_liger(config, who, device)
     check_attention(cfg.attn_implementation, config, who, products, device)
 
 
 def live_parts(device: torch.device) -> list[str]:
     """Return for each part one line that says whether it can run on ``device``, or why not."""
     lines = [_line(name, attention_problem(name, device), attention_source(name)) for name in NAMES]
-    return ["attention (attn_implementation):", *lines]
+    liger = _line("liger", liger_problem(device), version_of("liger-kernel"))
+    return ["attention (attn_implementation):", *lines, "parts of models:", liger]
 
 
 def _line(name: str, problem: str | None, live: str = "") -> str:

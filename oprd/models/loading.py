@@ -22,6 +22,7 @@ from transformers import (
 from oprd import hub
 from oprd.config import StudentConfig, TeacherConfig
 from oprd.errors import ConfigError, Unreachable, is_unreachable
+from oprd.models.liger import apply_liger
 
 DEMO = Path(__file__).parents[1] / "demo"
 
@@ -117,6 +118,8 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _not_loadable("model", cfg.path, error) from error
+    if cfg.liger:
+        apply_liger(model)
     return model.to(device).eval()
 
 
@@ -162,6 +165,8 @@ def empty_model(cfg: StudentConfig | TeacherConfig) -> PreTrainedModel:
     """
     dtype = torch_dtype(cfg)
     model = unwritten_model(load_config(cfg.path), dtype, cfg.attn_implementation)
+    if cfg.liger:
+        apply_liger(model)
     with contextlib.suppress(OSError):  # not every model has a generation config
         model.generation_config = GenerationConfig.from_pretrained(demo_path(cfg.path))
     return model.eval()

@@ -44,7 +44,7 @@ def test_flash_attention_is_refused_in_float32_and_by_models_without_it(monkeypa
     monkeypatch.setattr(attention, "attention_problem", lambda *_: None)
     qwen = make_model("qwen2").config
     check_attention("flash_attention_2", qwen, "student", "bfloat16", CPU)
-    with pytest.raises(ConfigError, match="bfloat16 or float16 only.*set autocast=bfloat16"):
+    with pytest.raises(ConfigError, match=r"bfloat16 or float16 only.*set autocast=bfloat16"):
         check_attention("kernels-community/flash-attn2", qwen, "student", "float32", CPU)
     bloom = AutoConfig.for_model("bloom")
     with pytest.raises(ConfigError, match="BloomForCausalLM has no such attention"):
@@ -71,7 +71,7 @@ def test_the_doctor_says_what_is_usable():
     assert "backends:" in text  # the kernels' own report
 
 
-# Packing with FlashAttention, whose functions are replaced by loops over sdpa ----------------------
+# Packing with FlashAttention, whose functions are replaced by loops over sdpa ---------------------
 
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale):
@@ -104,7 +104,7 @@ CALLS: list = []
 
 @pytest.fixture
 def flash(monkeypatch):
-    """FlashAttention of `transformers`, with other kernels, under the name that packing looks for."""
+    """FlashAttention of `transformers`, with other kernels."""
     utils = modeling_flash_attention_utils
     CALLS.clear()
     monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: (

@@ -26,7 +26,7 @@ CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 FREE = (
     *("output_dir", "name", "device", "steps", "log_every", "checkpoint", "resume", "eval"),
     *("micro_batch_tokens", "rollout.batch_size"),
-    *("student.gradient_checkpointing", "distill.backend"),
+    *("student.gradient_checkpointing", "distill.backend", "optim.fused"),
     *("opd.implementation", "opd.chunk_tokens", "fsdp.mode", "fsdp.teacher"),
     *("fsdp.reshard_after_forward", "fsdp.shard_size", "fsdp.cpu_offload", "packing", "overlap"),
     *("rollout.engine", "rollout.vllm", "watchdog", "logging"),

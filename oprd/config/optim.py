@@ -25,6 +25,9 @@ class OptimConfig:
         rounding: how a bfloat16 student's new weights are rounded. ``nearest``: an update of less
             than 1/512 of a weight may be lost. ``stochastic``: up or down at random, so that
             updates of any size count on average; AdamW's moments are then float32.
+        fused: update the weights by PyTorch's fused kernels, which make no temporaries. This
+            equals the unfused update up to rounding, and reads its checkpoints. Not used with
+            ``rounding: stochastic``.
         max_grad_norm: clip gradients to this global norm; null: do not clip.
     """
 
@@ -34,6 +37,7 @@ class OptimConfig:
     warmup_ratio: float = 0.03
     schedule: Literal["cosine", "constant"] = "cosine"
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    fused: bool = True
     max_grad_norm: float | None = 1.0
 
     def check(self, problems: Problems) -> None:

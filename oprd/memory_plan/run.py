@@ -167,6 +167,8 @@ class _Planner:
         trained = self._trained_bytes() if self.on_gpu and not self.cfg.fsdp.cpu_offload else 0
         if self._widened() > 1:  # updated in pieces: weight, gradient, noise and square root
             trained = min(trained // self.stored, UPDATED_AT_ONCE) * 4 * FLOAT32
+        elif self.cfg.optim.fused:
+            trained = 0
         moments[STEP] = Moment("square roots of AdamW's second moments", {"temporaries": trained})
         return TrainingPlan(self._resident(), moments, self.tokens, sequences)
 

@@ -31,8 +31,17 @@ def make_optimizer(
     if cfg.rounding == "stochastic":
         optimizer = StochasticAdamW(trained, **options, seed=seed)  # type: ignore[arg-type]
     else:
-        optimizer = torch.optim.AdamW(trained, **options)  # type: ignore[arg-type]
+        fused = cfg.fused and can_fuse(trained)
+        optimizer = torch.optim.AdamW(trained, **options, fused=fused)  # type: ignore[arg-type]
     return optimizer, LambdaLR(optimizer, lambda step: lr_factor(cfg, step, steps))
+
+
+FUSED_DEVICES = ("cuda", "cpu")
+
+
+def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether PyTorch's fused AdamW can update these parameters, sharded or not."""
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
 
 
 def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from benchmarks.small_models import make, small_config
+from oprd.checkpoint import state
+from oprd.checkpoint.writer import Writer
 from oprd.config import OptimConfig, check_values
 from oprd.config.demo import demo_config
 from oprd.demo.task import make_tokenizer
 from oprd.errors import ConfigError
 from oprd.models.loading import switch_off_dropout
-from oprd.training.optimizer import fast_forward, lr_factor, make_optimizer
+from oprd.training.optimizer import can_fuse, fast_forward, lr_factor, make_optimizer
+from oprd.training.rounding import StochasticAdamW
 from oprd.training.trainer import train
 from tests.oprd.training.test_trainer import steps_of
 from tests.support.runs import small_run
@@ -38,6 +41,49 @@ def test_a_resumed_schedule_is_where_it_was():
     _, scheduler = make_optimizer(model, cfg, 10)
     fast_forward(scheduler, 4)
     assert scheduler.get_last_lr() == [1e-2 * lr_factor(cfg, 4, 10)]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_fused_and_unfused_updates_are_equal_and_read_each_others_state(tmp_path, first):
+    """Three steps with one, three with the other after a checkpoint, and six with neither."""
+
+    def make(fused):
+        model = make_model("qwen2")
+        optimizer, _ = make_optimizer(model, OptimConfig(lr=1e-2, fused=fused), 10)
+        assert optimizer.param_groups[0]["fused"] is fused
+        return model, optimizer
+
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    whole = make(False)
+    steps(*whole, range(6))
+    model, optimizer = make(first)
+    steps(model, optimizer, range(3))
+    writer = Writer(
+        tmp_path, torch.device("cpu"), asynchronous=False, keep_last=1, model_files={"a": b"b"}
+    )
+    tensors = state.model_tensors(model) | state.optimizer_tensors(model, optimizer)
+    writer.write(tensors, {"step": 3, "best": None})
+    path = writer.wait()
+    other, other_optimizer = make(not first)
+    state.load(path, other, other_optimizer)
+    assert other_optimizer.param_groups[0]["fused"] is not first
+    steps(other, other_optimizer, range(3, 6))
+    for a, b in zip(other.parameters(), whole[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_fused_is_not():
+    assert can_fuse(make_model("qwen2").parameters())
+    assert not can_fuse([torch.nn.Parameter(torch.empty(2, device="meta"))])
+    cfg = OptimConfig(rounding="stochastic")
+    optimizer, _ = make_optimizer(make_model("qwen2").to(torch.bfloat16), cfg, 10)
+    assert isinstance(optimizer, StochasticAdamW)
 
 
 def test_the_rate_that_was_used_is_logged(tmp_path):

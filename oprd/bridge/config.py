@@ -127,6 +127,11 @@ def _check_unused(problems: Problems, cfg: FitConfig) -> None:
             not given,
             f"student.{name} has no use here: a fit does not train the student. Leave it out",
         )
+    need(
+        not cfg.teacher.fp8,
+        "teacher.fp8 has no use here: a bridge is fitted to the teacher's own states. Leave "
+        "it out; training with this bridge may use it",
+    )
     adapter = student.lora.given
     need(
         not adapter,

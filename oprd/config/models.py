@@ -111,6 +111,9 @@ class TeacherConfig:
             ``self:current`` and ``self:base``, which have the student's dtype.
         attn_implementation, context_length, liger: as in ``student``. Not used with
             ``self:current`` and ``self:base``, which are the student.
+        fp8: run the linear layers of the teacher's blocks in float8 by torchao (``pip install
+            torchao``), which needs a GPU of compute capability 8.9 or later (Ada, Hopper). The
+            error that this makes in the states is logged when a run starts.
         reads: what the teacher reads if it has another tokenizer. ``text``: the text of the
             response in its own tokens. Hidden states are compared where tokens of both tokenizers
             end at the same byte (`oprd.tokenizers.alignment`). ``student_ids``: the student's token
@@ -126,6 +129,7 @@ class TeacherConfig:
     attn_implementation: str | None = None
     context_length: int | None = None
     liger: bool = False
+    fp8: bool = False
     reads: Literal["text", "student_ids"] = "text"
     pairs: Literal["stable", "all"] = "stable"
 

@@ -152,6 +152,13 @@ def _check_teachers(problems: Problems, cfg: TrainConfig) -> None:
         not cfg.teachers or cfg.teacher.path == TeacherConfig.path,
         "both teacher and teachers are given: leave one of them out",
     )
+    for name, teacher in cfg.all_teachers.items():
+        who = f"teachers.{name}" if name else "teacher"
+        need(
+            not (teacher.shares_student and (teacher.fp8 or teacher.liger)),
+            f"{who}.path={teacher.path} is the student itself, which has no liger and fp8 of its "
+            f"own: set student.liger, and leave them out of {who}",
+        )
     if cfg.distill.init_head_from_teacher:
         need(
             len(cfg.teachers) < 2 and not any(t.is_self for t in teachers),

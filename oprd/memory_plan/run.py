@@ -215,6 +215,9 @@ class _Planner:
 
     def _teacher_bytes(self, name: str, teacher: TeacherConfig) -> int:
         size = self._teacher_parameters(name) * DTYPE_BYTES[teacher.dtype]
+        if teacher.fp8:  # scales, one a row, are about a thousandth
+            saved = DTYPE_BYTES[teacher.dtype] - DTYPE_BYTES["float8"]
+            size -= self._teacher_blocks(name) * self.teachers[name].block_parameters * saved
         if not self.teacher_sharded:
             return size
         return 0 if self.cfg.fsdp.teacher == "offloaded" else size // self.shards
@@ -224,10 +227,17 @@ class _Planner:
         shape = self.teachers[name]
         if self.needs_logits:
             return shape.parameters
-        blocks = max(block for _, block in self._pairs(shape)) + 1
+        blocks = self._teacher_blocks(name)
         keeps_head = self.cfg.logging.teacher_head and not (shape.tied or self.teacher_sharded)
         tables = 2 if keeps_head else 1
         return blocks * shape.block_parameters + tables * shape.vocab * shape.d
+
+    def _teacher_blocks(self, name: str) -> int:
+        """Return the number of the teacher's blocks that are kept."""
+        shape = self.teachers[name]
+        if self.needs_logits:
+            return shape.layers
+        return max(block for _, block in self._pairs(shape)) + 1
 
     def _pairs(self, teacher: Shape) -> list[tuple[int, int]]:
         return pair_layers(self.cfg.distill.layers, self.student.layers, teacher.layers)

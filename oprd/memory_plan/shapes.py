@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT32 = 4
-DTYPE_BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2, "float8": 1}
 """Bytes per number."""
 
 

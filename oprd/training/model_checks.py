@@ -166,6 +166,11 @@ def _check_parts(
     gathered = cfg.fsdp.param_dtype if sharded and cfg.fsdp.teacher != "replicated" else None
     products, device = cfg.autocast or gathered or teacher.dtype, check_device(cfg.device)
     who = f"teachers.{name}" if name else "teacher"
+    if teacher.fp8 and sharded and cfg.fsdp.teacher != "replicated":
+        raise ConfigError(
+            f"{who}.fp8=true with fsdp.teacher={cfg.fsdp.teacher}: float8 weights are not sharded. "
+            "Set fsdp.teacher=replicated, or leave fp8 out"
+        )
     attempt(lambda: check_fast_parts(teacher, config, who, products, device))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -19,11 +20,16 @@ from oprd.distill.objectives import REP, Objectives
 from oprd.distributed.fsdp import is_sharded, make_mesh, shard
 from oprd.models.compile import compile_layers
 from oprd.models.decoder import find_decoder
+from oprd.models.float8 import to_float8
 from oprd.models.lm_head import LMHead, copy_lm_head
 from oprd.models.loading import empty_model, load_model, switch_off_dropout, teacher_path
 from oprd.models.lora import add_adapter
 from oprd.models.recompute import recompute_blocks
 from oprd.models.without_adapter import WithoutAdapter
+from oprd.training.float8_error import measured_float8
+from oprd.training.inputs import RunInputs
+
+logger = logging.getLogger(__name__)
 
 
 def autocast(dtype: str | None, device: torch.device) -> contextlib.AbstractContextManager:
@@ -40,11 +46,17 @@ class Builder:
     """
 
     def __init__(
-        self, cfg: TrainConfig, device: torch.device, recomputed: bool | int = False
+        self,
+        cfg: TrainConfig,
+        device: torch.device,
+        recomputed: bool | int = False,
+        inputs: RunInputs | None = None,
     ) -> None:
         """Load the student and its teachers.
 
         Args:
+            inputs: prompts and layer pairs, on which the error of teachers in float8 is measured;
+                None: it is not.
             recomputed: the number of the student's blocks whose activations are recomputed, see
                 `oprd.models.recompute.recompute_blocks`.
 
@@ -58,6 +70,7 @@ class Builder:
         self.shards_teacher = self.mesh is not None and self.fsdp.teacher != "replicated"
         self.student = self._load(cfg.student, sharded=self.mesh is not None)
         self.teachers = self._load_teachers()
+        self._to_float8(inputs)
         if cfg.distill.init_head_from_teacher:
             copy_lm_head(next(iter(self.teachers.values())), self.student)
         self.recomputed = recompute_blocks(self.student, recomputed)
@@ -148,6 +161,32 @@ class Builder:
             loaded.append((cfg, model))
             models[name] = model
         return models
+
+    def _to_float8(self, inputs: RunInputs | None) -> None:
+        """Round the teachers that are to compute in float8; log the error that this makes."""
+        rounded: list[Any] = []
+        for name, teacher in self.cfg.all_teachers.items():
+            model = self.teachers[name]
+            if not teacher.fp8 or any(model is other for other in rounded):
+                continue
+            rounded.append(model)
+            if inputs is None or inputs.train is None:
+                to_float8(model)
+                continue
+            last = (len(find_decoder(m).layers) - 1 for m in (self.student, model))
+            pairs = inputs.layer_pairs.get(name) or [tuple(last)]
+            with autocast(self.cfg.autocast, self.device):
+                lines = measured_float8(
+                    # Of a sharded student most ranks have no weights yet; projected states of two
+                    # widths can't be compared so.
+                    None if self.mesh or self.cfg.all_bridges[name].path else self.student,
+                    model,
+                    inputs.train.prompts,
+                    pairs,
+                    name,
+                )
+            for line in lines:
+                logger.info(line)
 
     def _teacher(self, name: str) -> TeacherConfig:
         teacher = self.cfg.all_teachers[name]

@@ -200,7 +200,7 @@ class Trainer:
         for note in notes:
             logger.info(f"note: {note}")
         with self.timer("loading"):
-            builder = Builder(cfg, self.device, recomputed)
+            builder = Builder(cfg, self.device, recomputed, self.inputs)
         self.student = builder.student
         check_space(cfg, self.directory, self.student)
         for name in cfg.all_teachers if cfg.eval.teacher else ():

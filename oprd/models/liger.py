@@ -80,7 +80,7 @@ def apply_liger(model: nn.Module) -> None:
 
     before = {module: vars(module).get("forward") for module in model.modules()}
     with _only_here(model), _quiet():
-        _apply_liger_kernel_to_instance(model=model, **NO_LOSSES)  # type: ignore[arg-type]
+        _apply_liger_kernel_to_instance(model=model, **NO_LOSSES)
     if all(vars(module).get("forward") == forward for module, forward in before.items()):
         raise ConfigError(
             f"liger-kernel {version_of('liger-kernel')} replaced nothing in "
@@ -125,7 +125,7 @@ def _bind(module: nn.Module, space: dict[str, Any], functions: dict[str, Any]) -
         inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__
     )
     forward.__kwdefaults__ = inner.__kwdefaults__
-    module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(forward, module)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from oprd.data.prompts import Prompt
+from oprd.models.decoder import find_decoder
 from oprd.models.float8 import Distance, States, describe, to_float8
 
 PROMPTS = 4
@@ -38,10 +39,15 @@ def measured_float8(
     blocks = sorted({block for _, block in pairs})
     before = States.of(teacher, ids, blocks)
     to_student = None
-    same = student is not None and student.config.hidden_size == teacher.config.hidden_size
-    if same and all(p.teacher_ids is None for p in own):
+    if student is not None and _comparable(student, teacher, own):
         ours = States.of(student, ids, sorted({block for block, _ in pairs}))
         to_student = Distance.between(ours, before, pairs)
     to_float8(teacher)
     after = States.of(teacher, ids, blocks)
     return describe(Distance.between(after, before, [(b, b) for b in blocks]), to_student)
+
+
+def _comparable(student: Any, teacher: Any, prompts: Sequence[Prompt]) -> bool:
+    """Return whether the two models' states have one width and stand at the same tokens."""
+    widths = {find_decoder(model).width for model in (student, teacher)}
+    return len(widths) == 1 and all(prompt.teacher_ids is None for prompt in prompts)

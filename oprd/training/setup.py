@@ -173,8 +173,8 @@ class Builder:
             if inputs is None or inputs.train is None:
                 to_float8(model)
                 continue
-            last = (len(find_decoder(m).layers) - 1 for m in (self.student, model))
-            pairs = inputs.layer_pairs.get(name) or [tuple(last)]
+            ours, theirs = (find_decoder(m).num_layers - 1 for m in (self.student, model))
+            pairs = inputs.layer_pairs.get(name) or [(ours, theirs)]
             with autocast(self.cfg.autocast, self.device):
                 lines = measured_float8(
                     # Of a sharded student most ranks have no weights yet; projected states of two

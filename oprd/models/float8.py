@@ -155,7 +155,8 @@ def describe(error: Distance, to_student: Distance | None) -> list[str]:
     # A student that is the teacher itself, with another prompt, is at no distance at first.
     if to_student is not None and error.mean > LARGE * to_student.mean > 0:
         lines.append(
-            f"note: that is {error.mean / to_student.mean:.0%} of the distance that is to be closed: the student learns "
-            "the rounding too. Set teacher.fp8 to false for the last part of the training"
+            f"note: that is {error.mean / to_student.mean:.0%} of the distance that is to be "
+            "closed: the student learns the rounding too. Set teacher.fp8 to false for "
+            "the last part of the training"
         )
     return lines

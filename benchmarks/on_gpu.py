@@ -52,6 +52,8 @@ DRY = "OPRD_ON_GPU_DRY"
 MEASURED = ("table", "tests", "gains", "opd", "sanitizer", "demo", "ncu")
 """The parts that tell something about the kernels."""
 
+TESTS = ("tests/kernels/test_gpu.py", "tests/oprd/distill/test_vocab_triton.py")
+
 WHEELS = (
     "antlr4-python3-runtime",
     "datasets",
@@ -195,8 +197,7 @@ class Check:
         if missing := lacking(*needed):
             raise PartSkipped(missing)
         outcomes = self.work / "outcomes.txt"
-        files = ["tests/kernels/test_gpu.py", "tests/oprd/distill/test_vocab_triton.py"]
-        command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *files]
+        command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *TESTS]
         command += ["-p", "no:cacheprovider", "--durations", "15"]
         command += ["-p", gpu_outcomes.__name__]
         if workers:

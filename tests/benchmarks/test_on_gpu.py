@@ -232,7 +232,7 @@ def test_left(request):
 
 
 def run_tests(check, monkeypatch, tmp_path, text, limit=60, workers=False):
-    """The tests part on a file of its own in place of tests/kernels/test_gpu.py."""
+    """The tests part on a file of its own in place of `on_gpu.TESTS`."""
     (tmp_path / "test_it.py").write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -240,12 +240,11 @@ def run_tests(check, monkeypatch, tmp_path, text, limit=60, workers=False):
 
     def run(self, *command, env=None):
         assert env["OMP_NUM_THREADS"] == "1"
-        own = str(tmp_path / "test_it.py")
-        command = [own if "test_gpu.py" in str(word) else word for word in command]
         command = ["2" if word == "auto" else word for word in command]
         return original(self, *command, env=env)
 
     monkeypatch.setattr(on_gpu.Running, "run", run)
+    monkeypatch.setattr(on_gpu, "TESTS", (str(tmp_path / "test_it.py"),))
     check.dry = not workers
     (stage,) = (s for s in check.stages() if s[0].name == "tests")
     run_stages([stage], limit, check.done)

@@ -296,13 +296,8 @@ class Trainer:
             "evaluated": self.evaluated,
         }
         with self.timer("saving"):
-            self.checkpoints.save(
-                self.step,
-                self.update.optimizer,
-                self.random_state,
-                self.rollouts.saved(self.step),
-                progress,
-            )
+            random, ahead = self.random_state, self.rollouts.saved(self.step)
+            self.checkpoints.save(self.step, self.update.optimizer, random, ahead, progress)
         self.timer.drop_step()
 
     def _last_checkpoint(self, why: str) -> Path:

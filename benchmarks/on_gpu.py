@@ -243,7 +243,7 @@ class Check:
         running.run(*command, *(tiny if self.dry else []))
         self.results["opd"] = json.loads(out.read_text())
         ways = {row["way"] for row in self.results["opd"]["rows"]}
-        return f"{', '.join(sorted(ways))}"
+        return ", ".join(sorted(ways))
 
     def overlap(self, running: Running) -> str:
         needs_training_packages()

@@ -23,6 +23,8 @@ import torch
 from rich.console import Console
 
 from oprd.atomic_files import write_json
+from oprd.benchmark.config import SHAPE_FLAGS, GainsConfig
+from oprd.benchmark.gains_plan import model_config
 from oprd.benchmark.report import PAPER_SHAPE, machine
 from oprd.config.demo import demo_config
 from oprd.data.rollout import Rollout
@@ -44,18 +46,10 @@ SMALL = Shape(d=64, layers=2, heads=2, kv_heads=1, head_dim=32, intermediate=128
 
 def build(shape: Shape, tokens: int, device: torch.device) -> StudentUpdate:
     """Make the update of a run, whose micro-batches hold ``tokens`` tokens."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.d,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=max(tokens, 4096),
-    )
+    flags = {name: getattr(shape, name) for name in SHAPE_FLAGS}
+    config = model_config(GainsConfig(tokens=tokens, **flags))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     student, teacher = (

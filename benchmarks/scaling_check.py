@@ -37,6 +37,7 @@ from oprd.atomic_files import write_json
 from oprd.benchmark.scaling import Machine, Measured, Model, Predicted, Scaling, predict
 from oprd.benchmark.scaling_inputs import read
 from oprd.config.demo import demo_config
+from oprd.distributed.device import num_cores
 from oprd.observability.tables import TextTable, show
 
 SIZES = (4 * 2**10, 64 * 2**10, 2**20, 4 * 2**20)
@@ -200,7 +201,7 @@ def measured_seconds(m: Measured) -> float:
 
 def check(ranks: list[int], steps: int, rounds: int, directory: Path) -> dict:
     """Measure, predict and return both."""
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     timed, machines = {}, {1: machine(1, cores)}
     for n in (n for n in ranks if n > 1):
         machines[n], timed[n] = links(directory, n, 30, cores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -309,15 +310,16 @@ def markdown(report: dict[str, Any]) -> str:
                 part_rows(rows, cfg["k"]),
             ),
         ):
-            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_markdown(headings, cells)]
+            lines += ["", f"## {title[0].upper()}{title[1:]}", "", *markdown_table(headings, cells)]
         lines += ["", *(f"- {line}" for line in conclusions(rows, cfg["k"]))]
         if mode == "equal":
-            lines += ["", *_markdown(EQUAL_HEADINGS, equal_rows(rows, cfg["k"]))]
+            lines += ["", *markdown_table(EQUAL_HEADINGS, equal_rows(rows, cfg["k"]))]
             lines += ["", f"- {equal_note(report['limit_bytes'])}"]
     return "\n".join(lines) + "\n"
 
 
-def _markdown(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, whose first column is of names."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (list(headings), rule, *rows)]
 

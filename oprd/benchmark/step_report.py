@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from oprd.atomic_files import write_json, write_whole
-from oprd.benchmark.report import machine
+from oprd.benchmark.report import machine, markdown_table
 from oprd.benchmark.step_config import OPRD, StepConfig
 from oprd.benchmark.step_flops import Lengths, StepFlops, step_flops
 from oprd.benchmark.step_plan import Prepared, delta_parts
@@ -317,8 +317,7 @@ def markdown(
     for table in tables:
         heads = [head.replace("-\n", "").replace("\n", " ") for head in table.heads]
         lines += ["", f"## {table.title[0].upper()}{table.title[1:]}", ""]
-        rule = ["---", *["---:"] * (len(heads) - 1)]
-        lines += ["| " + " | ".join(cells) + " |" for cells in (heads, rule, *table.rows)]
+        lines += markdown_table(heads, table.rows)
         lines += ["", *(f"- {note}" for note in table.notes)]
     for caption, file in pictures.items():
         lines += ["", f"![{caption}]({file})", "", caption]

@@ -1,6 +1,8 @@
-"""Choice of the device that a run computes on."""
+"""What a run computes on: its device, and the cores of this machine."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -22,3 +24,10 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name}, but torch sees no GPU: use device=cpu")
     return device
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

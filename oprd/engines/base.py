@@ -84,19 +84,10 @@ class Engine(Protocol):
         """Shut the engine down for good."""
 
 
-class SamplesAtOnce:
+class SamplesAtOnce(Engine):
     """`start` and `collect` of an engine without a process of its own: `start` samples."""
 
     _sampled: list[Rollout] | None = None
-
-    def sample(
-        self,
-        prompts: Sequence[list[int]],
-        sampling: SamplingParams,
-        seed: int | None = None,
-    ) -> list[Rollout]:
-        """See `Engine`."""
-        raise NotImplementedError
 
     def start(
         self,

@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from oprd.data import reasoning_gym
+from oprd.distributed.device import num_cores
 from oprd.evaluation.grading import exact, last_boxed, quick_verdict
 from oprd.observability import hang_watchdog
 
@@ -125,8 +126,7 @@ def _ask_all(requests: Sequence[str], seconds: float) -> list[tuple[float, str |
 
 def _workers(requests: int) -> int:
     """Return the number of processes: no more than this rank's share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(share, 1), MAX_WORKERS, -(-requests // 8))
 
 

@@ -67,10 +67,10 @@ def rep_metrics(
     for out in outputs:  # all in one tensor, which is waited for once
         norms = (out.layer_student_norm, out.layer_teacher_norm)
         means = [x.mean().double() for x in (out.layer_cosine, *norms)]
-        rows.append(torch.cat([torch.stack(means), out.layer_cosine.double()]) * out.num_valid)
-        rows[-1] = torch.cat([out.num_valid.double()[None], rows[-1]])
-    sums = distributed.sum_over_ranks(torch.stack(rows).sum(0).tolist(), device)
-    count, *sums = sums
+        one = torch.ones_like(means[0])  # which counts the tokens
+        row = torch.cat([torch.stack([one, *means]), out.layer_cosine.double()])
+        rows.append(row * out.num_valid)
+    count, *sums = distributed.sum_over_ranks(torch.stack(rows).sum(0).tolist(), device)
     cosine, norm_s, norm_t, *by_layer = (x / count if count else 0.0 for x in sums)
     return {
         "rep/cosine_similarity": cosine,

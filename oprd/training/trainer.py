@@ -150,10 +150,14 @@ class Trainer:
 
     def _rollouts(self) -> tuple[list[Rollout], dict[str, Any]]:
         """Return this rank's rollouts of the next step, and metrics. Collective."""
+        self._settle()
         with self._engine_needed():
-            with self.interrupt.deferred():
-                self.rollouts.settle(self.step)
             return self.rollouts.take(self.step)
+
+    def _settle(self) -> None:
+        """Wait for responses that are being sampled; a signal takes effect after that."""
+        with self._engine_needed(), self.interrupt.deferred():
+            self.rollouts.settle(self.step)
 
     def _update(self, rollouts: list[Rollout]) -> dict[str, Any]:
         """Make one optimizer step on the rollouts and return its metrics."""
@@ -172,11 +176,9 @@ class Trainer:
     @contextlib.contextmanager
     def _synced(self, engine: Engine) -> Iterator[None]:
         """Return a context in which an evaluation samples with the student's current weights."""
-        with self._engine_needed():
-            with self.interrupt.deferred():
-                self.rollouts.settle(self.step)
-            with self.rollouts.synced(engine, self.step):
-                yield
+        self._settle()
+        with self._engine_needed(), self.rollouts.synced(engine, self.step):
+            yield
 
     @contextlib.contextmanager
     def _engine_needed(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import torch
 
 from oprd import distributed
 from oprd.config import TrainConfig
+from oprd.distributed.device import num_cores
 
 THREADS = "OMP_NUM_THREADS"
 TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")
@@ -50,13 +51,6 @@ def default_cpu_cache_gib() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, int(memory / 8 / ranks)))
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def work_at_once(cfg: TrainConfig, device: torch.device) -> bool:

@@ -52,7 +52,7 @@ class GainsConfig:
         k: number of tokens in the top-k objectives.
         rank: rank of the Bridge's random projectors.
         chunk: number of rows per chunk in the chunked losses; null: as many as 1 GiB of
-            temporaries allows (on a CPU: 128 MiB), as in training.
+            temporaries allows (on a CPU: 256 MiB), as in training.
         rounds: number of timed rounds, each over all objectives; the median is reported. A first,
             untimed round warms up and measures memory.
         shards: with ``dry_run``: number of data-parallel ranks that share weights and gradients.

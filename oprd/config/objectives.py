@@ -79,7 +79,7 @@ class OpdConfig:
             a time. ``materialised``: compute [B, T, V] logits and log-softmax, as other trainers
             do.
         chunk_tokens: number of tokens in a chunk; None: as many as 1 GiB of temporaries allows
-            (on a CPU: 128 MiB).
+            (on a CPU: 256 MiB).
     """
 
     k: int = 16

@@ -28,14 +28,14 @@ except ImportError:  # no Triton for this platform
 TENSORS = 3
 """The largest number of (m, V) tensors of `wide_dtype` that a chunk holds at once."""
 GPU_BYTES = 1 << 30
-CPU_BYTES = 1 << 27
+CPU_BYTES = 1 << 28
 
 
 def chunk_rows(vocab: int, on_gpu: bool, itemsize: int = 4) -> int:
-    """Return the number of rows in a chunk whose temporaries take 1 GiB (on a CPU: 128 MiB).
+    """Return the number of rows in a chunk whose temporaries take 1 GiB (on a CPU: 256 MiB).
 
-    With fewer rows a GPU's matrix products would starve; each chunk also reads and writes the
-    gradient of the whole head once.
+    With fewer rows the matrix products would starve; each chunk also reads and writes the gradient
+    of the whole head once.
     """
     return max(16, (GPU_BYTES if on_gpu else CPU_BYTES) // (TENSORS * vocab * itemsize))
 

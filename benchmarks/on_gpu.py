@@ -6,11 +6,11 @@
 
 Builds for this GPU, then doctor, table (the kernels' times), tests (``-m gpu``), gains
 (`oprd-gains` at the paper's shape), opd (the chunked baselines beside Liger's), sanitizer
-(compute-sanitizer) beside demo (`oprd-train`), ncu, and overlap (what a teacher pass beside the
-student's gains). OUT receives results.json and results.md, written anew after each part, and logs:
-eight files. OPRD_COMMIT in the environment names the commit where git can't. ``--adopt`` puts the
-results of another machine into this checkout: benchmarks/results/ and oprd_kernels/tested_on.json,
-which `oprd-doctor` reads.
+(compute-sanitizer) beside demo (`oprd-train`), ncu, overlap (what a teacher pass beside the
+student's gains) and engines (sampling without vLLM). OUT receives results.json and results.md,
+written anew after each part, and logs: eight files. OPRD_COMMIT in the environment names the commit
+where git can't. ``--adopt`` puts the results of another machine into this checkout:
+benchmarks/results/ and oprd_kernels/tested_on.json, which `oprd-doctor` reads.
 """
 
 from __future__ import annotations
@@ -147,13 +147,14 @@ class Check:
             "demo": (120, "demo", self.demo),
             "ncu": (60, "checks", self.ncu),
             "overlap": (60, "gains", self.overlap),
+            "engines": (120, "gains", self.engines),
         }
         made = {
             name: Part(name, limit, self.out / f"{log}.log", work)
             for name, (limit, log, work) in parts.items()
         }
         order = [["build"], ["doctor"], ["table"], ["tests"], ["gains"], ["opd"]]
-        order += [["sanitizer", "demo"], ["ncu"], ["overlap"]]
+        order += [["sanitizer", "demo"], ["ncu"], ["overlap"], ["engines"]]
         return [[made[name] for name in stage] for stage in order]
 
     def build(self, running: Running) -> str:
@@ -260,6 +261,17 @@ class Check:
             f"{f['gain']:.3f} at {tokens} tokens{'' if f['equal'] else ', NOT EQUAL'}"
             for tokens, f in found.items()
         )
+
+    def engines(self, running: Running) -> str:
+        needs_training_packages()
+        out = self.work / "engines.json"
+        running.run(
+            PYTHON, "-m", "benchmarks.rollout_engines", "--rounds", "1", "--no-generate_batch",
+            "--json", out, *(["--small", "--device", "cpu"] if self.dry else []),
+        )  # fmt: skip
+        self.results["engines"] = json.loads(out.read_text())
+        rates = {row["engine"]: row["tokens_per_s"] for row in self.results["engines"]["rows"]}
+        return "tokens/s: " + "; ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
 
     def demo(self, running: Running) -> str:
         needs_training_packages()

@@ -23,6 +23,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,6 +177,7 @@ def measure(model: PreTrainedModel, args: argparse.Namespace) -> Iterator[Row]:
             needed = sum(new) - len(new) + len(new) * args.prompt  # the last is not read
             row = (seconds, sum(new) / seconds, passes.count, passes.tokens / needed, peak.delta)
             found[name].append(row)
+            print(f"round {turn + 1}/{args.rounds}, {name}: {seconds:.1f} s", file=sys.stderr)
     for name, rows in found.items():
         seconds_, rates, counts, shares, peaks = zip(*rows, strict=True)
         mib = [p / 2**20 for p in peaks if p is not None]

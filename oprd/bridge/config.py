@@ -110,7 +110,7 @@ def _check_unused(problems: Problems, cfg: FitConfig) -> None:
     """
     need, student, data = problems.need, cfg.student, cfg.data
     need(
-        cfg.rollout.engine == "generate",
+        cfg.rollout.engine in ("auto", "generate"),
         f"rollout.engine={cfg.rollout.engine} has no use here: a fit samples with generate. Leave "
         "it out, and set rollout.batch_size to fit the memory",
     )
@@ -120,13 +120,11 @@ def _check_unused(problems: Problems, cfg: FitConfig) -> None:
         "student. Leave it out",
     )
     for name, given in {
-        "gradient_checkpointing": student.gradient_checkpointing,
-        "compile": student.compile,
+        "student.gradient_checkpointing": student.gradient_checkpointing,
+        "student.compile": student.compile,
+        "teacher.compile": cfg.teacher.compile,
     }.items():
-        need(
-            not given,
-            f"student.{name} has no use here: a fit does not train the student. Leave it out",
-        )
+        need(not given, f"{name} has no use here: a fit trains no model. Leave it out")
     need(
         not cfg.teacher.fp8,
         "teacher.fp8 has no use here: a bridge is fitted to the teacher's own states. Leave "

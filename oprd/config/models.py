@@ -75,7 +75,8 @@ class StudentConfig:
         gradient_checkpointing: recompute activations in backward to save memory. A number: those
             of the first so many blocks. ``auto``: of as many as the memory plan says are needed to
             fit the device; if an allocation fails nevertheless, of more.
-        compile: compile every decoder layer with `torch.compile` for training.
+        compile: compile every decoder layer with `torch.compile` for training; sampling and
+            evaluation run it uncompiled.
         liger: run the norms, the MLPs' activation and RoPE by Liger's Triton kernels (``pip install
             liger-kernel``), which needs a GPU. Results are equal up to rounding.
         dropout: keep the model's own dropout (GPT-2's 0.1) and noise in updates. Without it, the
@@ -109,7 +110,7 @@ class TeacherConfig:
             memory.
         dtype: dtype of the weights; ``auto``: bfloat16 on a GPU, float32 on a CPU. Not used with
             ``self:current`` and ``self:base``, which have the student's dtype.
-        attn_implementation, context_length, liger: as in ``student``. Not used with
+        attn_implementation, context_length, compile, liger: as in ``student``. Not used with
             ``self:current`` and ``self:base``, which are the student.
         fp8: run the linear layers of the teacher's blocks in float8 by torchao (``pip install
             torchao``), which needs a GPU of compute capability 8.9 or later (Ada, Hopper). The
@@ -128,6 +129,7 @@ class TeacherConfig:
     dtype: DType = "auto"
     attn_implementation: str | None = None
     context_length: int | None = None
+    compile: bool = False
     liger: bool = False
     fp8: bool = False
     reads: Literal["text", "student_ids"] = "text"

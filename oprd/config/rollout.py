@@ -27,7 +27,9 @@ class RolloutConfig:
         engine: ``generate``: Hugging Face's `generate` on the student; a batch is computed until
             its longest response has ended. ``continuous``: the student too, but what has ended is
             no longer computed. ``vllm``: a vLLM engine beside the student, which gets its weights
-            after each update. The engine also samples in evaluations of the student.
+            after each update. The engine also samples in evaluations of the student. ``auto``:
+            ``continuous`` on a CPU, where it was measured to be faster, if it can sample from the
+            model; else ``generate``.
         staleness: number of updates that a step's responses may lack. 0: they are sampled with the
             student's current weights. 1: while a step updates the student, the engine samples the
             next step's responses, with the weights from before that update.
@@ -39,7 +41,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int | None = None
-    engine: Literal["generate", "continuous", "vllm"] = "generate"
+    engine: Literal["auto", "generate", "continuous", "vllm"] = "auto"
     staleness: int = 0
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
@@ -51,7 +53,9 @@ class RolloutConfig:
     @property
     def sleeps(self) -> bool:
         """Whether a vLLM engine frees its GPU memory while the student is updated."""
-        return self.vllm.sleep is not False and self.staleness == 0
+        if self.vllm.sleep is None:
+            return self.staleness == 0 and not self.vllm.own_gpus
+        return self.vllm.sleep
 
     def check(self, problems: Problems) -> None:
         """Add a problem for every value that is out of range."""

@@ -155,9 +155,9 @@ def _check_teachers(problems: Problems, cfg: TrainConfig) -> None:
     for name, teacher in cfg.all_teachers.items():
         who = f"teachers.{name}" if name else "teacher"
         need(
-            not (teacher.shares_student and (teacher.fp8 or teacher.liger)),
-            f"{who}.path={teacher.path} is the student itself, which has no liger and fp8 of its "
-            f"own: set student.liger, and leave them out of {who}",
+            not (teacher.shares_student and (teacher.compile or teacher.fp8 or teacher.liger)),
+            f"{who}.path={teacher.path} is the student itself, which has no compile, liger and fp8 "
+            f"of its own: set student.compile or student.liger, and leave them out of {who}",
         )
     if cfg.distill.init_head_from_teacher:
         need(

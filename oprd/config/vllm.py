@@ -21,9 +21,12 @@ larger models, whose rounding errors add up over more layers. Neither was measur
 class VllmConfig:
     """The vLLM engine, used if ``rollout.engine`` is ``vllm``.
 
-    Each rank has an engine on its device, in a process of its own.
+    Each rank has an engine in a process of its own, on the rank's device unless ``own_gpus``.
 
     Attributes:
+        own_gpus: sample on GPUs that no rank trains on: of R ranks on a machine with 2 R or more
+            GPUs, rank i trains on GPU i and samples on GPU R + i. With ``rollout.staleness`` 1 both
+            compute at the same time. Not run on GPUs yet.
         tensor_parallel_size: number of neighbouring ranks on a machine that share one copy of the
             student in vLLM and sample together.
         dtype: dtype of the engine's weights and KV cache; null: the dtype that the student computes
@@ -37,7 +40,7 @@ class VllmConfig:
         enforce_eager: use neither compilation nor CUDA graphs, which makes the start faster and
             sampling on GPUs slower; null: only on CPUs.
         sleep: free the engine's GPU memory while the student is updated; null: unless
-            ``rollout.staleness`` is 1.
+            ``rollout.staleness`` is 1 or the engine has a GPU of its own.
         gap_responses: number of responses in each step, on each rank, whose log-probs are compared
             with the trainer's; 0: none. Responses that were sampled with older weights can't be
             compared: the engine then samples their last tokens again.
@@ -50,6 +53,7 @@ class VllmConfig:
             Tensor-parallel engines are not restarted.
     """
 
+    own_gpus: bool = False
     tensor_parallel_size: int = 1
     dtype: DType | None = None
     gpu_memory_utilization: float = 0.4

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oprd.config import TrainConfig
 from oprd.data.rollout import Rollout
+from oprd.distributed.fsdp import input_device
 from oprd.engines.base import Engine
 from oprd.engines.cached_rows import why_not
 from oprd.engines.continuous import ContinuousEngine
@@ -65,10 +66,11 @@ def engine_on(
     """Make an engine that samples with a model itself.
 
     Args:
-        kind: ``continuous``: `ContinuousEngine`, if it can sample from the model; else, and for
-            other kinds: `GenerateEngine`.
+        kind: ``continuous``, and ``auto`` on a CPU: `ContinuousEngine`, if it can sample from the
+            model; else, and for other kinds: `GenerateEngine`.
     """
-    continuous = kind == "continuous" and why_not(model.config, type(model)) is None
+    wanted = kind == "continuous" or (kind == "auto" and input_device(model).type == "cpu")
+    continuous = wanted and why_not(model.config, type(model)) is None
     cls = ContinuousEngine if continuous else GenerateEngine
     return cls(model, tokenizer, batch_size, autocast)
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from oprd.config import LoraConfig, TeacherConfig, TrainConfig
+from oprd.config import TeacherConfig, TrainConfig
 from oprd.config.optim import UPDATED_AT_ONCE
 from oprd.config.types import Checkpointing
 from oprd.distill.chunked import chunk_rows
 from oprd.distill.objectives import REP
-from oprd.memory_plan.shapes import DTYPE_BYTES, FLOAT32, Shape, Update
+from oprd.memory_plan.shapes import DTYPE_BYTES, FLOAT32, Shape, Update, adapter_parameters
 from oprd.memory_plan.update import Moment, moments
 from oprd.models.layer_pairs import pair_layers
 from oprd.observability.memory import GIB
@@ -400,7 +400,7 @@ class _Planner:
         }
 
     def _rollouts(self, sequences: int) -> Moment:
-        if not self._engine_share():
+        if self.cfg.rollout.engine != "vllm":
             return self._generation(self._student(), sequences, self.longest)
         return self._by_engine()
 
@@ -408,7 +408,7 @@ class _Planner:
         """Return the worst moment of an evaluation. Teachers always use `generate`."""
         e = self.cfg.eval
         tokens, peaks = self.cfg.data.max_prompt_tokens + e.max_new_tokens, []
-        if self._engine_share():
+        if self.cfg.rollout.engine == "vllm":
             peaks.append(self._by_engine())
         else:
             peaks.append(self._generation(self._student(), e.batch_size, tokens))
@@ -458,8 +458,11 @@ class _Planner:
     # vLLM -----------------------------------------------------------------------------------------
 
     def _engine_share(self) -> float:
+        """Return the share of the trainer's GPU that the engine may have."""
         rollout = self.cfg.rollout
-        return rollout.vllm.gpu_memory_utilization if rollout.engine == "vllm" else 0.0
+        if rollout.engine != "vllm" or rollout.vllm.own_gpus:
+            return 0.0
+        return rollout.vllm.gpu_memory_utilization
 
     def _by_engine(self) -> Moment:
         terms = {} if not self._engine_sleeps() else {"vLLM engine": self._engine_bytes()}
@@ -470,26 +473,6 @@ class _Planner:
 
     def _engine_bytes(self) -> int:
         return int(self._engine_share() * (self.memory or 0))
-
-
-def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
-    """Count the parameters of a LoRA adapter on a decoder like Qwen2.
-
-    Each adapted layer has rank * (inputs + outputs) of them.
-    """
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    d, wide = shape.d, shape.intermediate
-    sizes = {
-        "q_proj": d + q,
-        "k_proj": d + kv,
-        "v_proj": d + kv,
-        "o_proj": q + d,
-        "gate_proj": d + wide,
-        "up_proj": d + wide,
-        "down_proj": wide + d,
-    }
-    names = list(sizes) if lora.target_modules == "all-linear" else lora.target_modules
-    return shape.layers * (lora.rank or 0) * sum(sizes.get(name, 0) for name in names)
 
 
 def recomputed_blocks(option: Checkpointing) -> bool | int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from oprd.config import LoraConfig
+
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2, "float8": 1}
 """Bytes per number."""
@@ -155,3 +157,23 @@ class Update:
     def all_tokens(self) -> int:
         """N, the tokens of all sequences."""
         return self.batch * self.tokens
+
+
+def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
+    """Count the parameters of a LoRA adapter on a decoder like Qwen2.
+
+    Each adapted layer has rank * (inputs + outputs) of them.
+    """
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    d, wide = shape.d, shape.intermediate
+    sizes = {
+        "q_proj": d + q,
+        "k_proj": d + kv,
+        "v_proj": d + kv,
+        "o_proj": q + d,
+        "gate_proj": d + wide,
+        "up_proj": d + wide,
+        "down_proj": wide + d,
+    }
+    names = list(sizes) if lora.target_modules == "all-linear" else lora.target_modules
+    return shape.layers * (lora.rank or 0) * sum(sizes.get(name, 0) for name in names)

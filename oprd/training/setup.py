@@ -76,6 +76,9 @@ class Builder:
         self.recomputed = recompute_blocks(self.student, recomputed)
         if cfg.student.compile:
             compile_layers(self.student)
+        for name, teacher in cfg.all_teachers.items():
+            if teacher.compile:
+                compile_layers(self.teachers[name])
         if self.mesh is not None:
             offload = self.fsdp.cpu_offload
             shard(

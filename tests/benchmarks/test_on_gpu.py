@@ -71,7 +71,7 @@ def test_smoke(tmp_path):
     tools.mkdir()
     executable(tools / "compute-sanitizer", FAKE_SANITIZER)
     executable(tools / "ncu", FAKE_NCU.format(python=sys.executable))
-    parts = "build,doctor,table,opd,sanitizer,ncu"
+    parts = "build,doctor,table,opd,sanitizer,ncu,engines"
     done = run_script(tmp_path / "out", "--only", parts, bin=tools, OPRD_ON_GPU_DRY="1")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())

@@ -22,7 +22,7 @@ from oprd import distributed
 from oprd.config import MAX_LOGPROB_GAP, DType, SamplingParams, TrainConfig, VllmConfig
 from oprd.data.rollout import Rollout
 from oprd.engines.base import EngineFailure
-from oprd.engines.vllm.environment import worker_environment
+from oprd.engines.vllm.environment import engine_device, worker_environment
 from oprd.engines.vllm.process import EngineProcess, free_port
 from oprd.observability import progress
 from oprd.observability.console import ANY_RANK
@@ -248,7 +248,8 @@ class VllmEngine:
     def _start(self) -> None:
         ranks = self.cfg.tensor_parallel_size
         rank, (port, *_) = distributed.rank() % ranks, self._all(free_port())
-        environment = worker_environment(self.device, rank, ranks, port, os.environ)
+        device = engine_device(self.cfg, self.device)
+        environment = worker_environment(device, rank, ranks, port, os.environ)
         if self.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         what = "the vLLM engine"

@@ -9,12 +9,24 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from oprd import distributed
-from oprd.config import TrainConfig
+from oprd.config import TrainConfig, VllmConfig
 from oprd.distributed.device import num_cores
 
 THREADS = "OMP_NUM_THREADS"
 TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_", "MASTER_", "PET_")
 """Prefixes of the trainer's process-group variables, which the engine must not inherit."""
+
+
+def local_ranks() -> int:
+    """Return the number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+
+
+def engine_device(cfg: VllmConfig, device: torch.device) -> torch.device:
+    """Return the device that the engine of the rank on ``device`` samples on."""
+    if not cfg.own_gpus:
+        return device
+    return torch.device(device.type, (device.index or 0) + local_ranks())
 
 
 def worker_environment(
@@ -23,6 +35,7 @@ def worker_environment(
     """Return the environment variables of an engine's process.
 
     Args:
+        device: the device that it samples on.
         rank, ranks: rank and number of ranks in the tensor-parallel group, which meets at ``port``.
     """
     variables = {k: v for k, v in inherited.items() if not k.startswith(TORCHRUN)}
@@ -49,8 +62,7 @@ def worker_environment(
 def default_cpu_cache_gib() -> int:
     """Return the GiB of KV cache on a CPU: 1/8 of memory split over local ranks, from 1 to 16."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(16, int(memory / 8 / ranks)))
+    return max(1, min(16, int(memory / 8 / local_ranks())))
 
 
 def work_at_once(cfg: TrainConfig, device: torch.device) -> bool:
@@ -93,9 +105,8 @@ def threads_note(cfg: TrainConfig, device: torch.device) -> str | None:
             f"rollout.staleness=1: of {cores} cores the trainer computes on {cores - engine} and "
             f"vLLM on {engine}, at the same time ({THREADS} sets both)"
         )
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     each = os.environ.get(THREADS, "1")
-    wanted = 2 * ranks * (int(each) if each.isdigit() else 1)
+    wanted = 2 * local_ranks() * (int(each) if each.isdigit() else 1)
     if wanted <= cores:
         return None
     return (

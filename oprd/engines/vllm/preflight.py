@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from oprd import distributed
 from oprd.config import TrainConfig
 from oprd.engines.vllm.engine import (
     WORKER,
@@ -23,7 +22,12 @@ from oprd.engines.vllm.engine import (
     llm_arguments,
     longest_sequence,
 )
-from oprd.engines.vllm.environment import threads_note, worker_environment
+from oprd.engines.vllm.environment import (
+    engine_device,
+    local_ranks,
+    threads_note,
+    worker_environment,
+)
 from oprd.engines.vllm.process import free_port, with_this_package
 from oprd.errors import ConfigError, Unreachable
 
@@ -68,14 +72,15 @@ def check_vllm(
             f"{cfg.data.max_prompt_tokens} and {needed - cfg.data.max_prompt_tokens} new tokens: "
             f"use null, or at least {needed}"
         )
-    size, ranks = v.tensor_parallel_size, distributed.world_size()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    size, here = v.tensor_parallel_size, local_ranks()
     if here % size:
         raise ConfigError(
             f"{where}tensor_parallel_size={size}: the {here} rank(s) of a machine can't be split "
             f"into groups of {size}. Start a multiple of {size} ranks per machine "
             f"(torchrun --nproc-per-node), or choose a divisor of {here}"
         )
+    if v.own_gpus:
+        _check_own_gpus(here, device)
     if student is not None:
         _check_experts(student, device)
         _check_heads(student, size)
@@ -85,13 +90,27 @@ def check_vllm(
     if device.type == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         space = worker_environment(device, 0, 1, 0, {})["VLLM_CPU_KVCACHE_SPACE"]
         notes += [f"VLLM_CPU_KVCACHE_SPACE is not set: vLLM's KV cache takes {space} GiB per rank"]
-    if device.type == "cuda" and cfg.rollout.staleness:
+    if device.type == "cuda" and cfg.rollout.staleness and not v.own_gpus:
         notes += [
             "rollout.staleness=1: vLLM samples on the trainer's GPU while the student is updated. "
             f"It keeps {v.gpu_memory_utilization:.0%} of the memory ({where}gpu_memory_utilization)"
             " all the time, and both take turns in computing"
         ]
     return notes
+
+
+def _check_own_gpus(ranks: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"rollout.vllm.own_gpus=true, but the run is on {device}: leave it out, or use GPUs"
+        )
+    gpus = torch.cuda.device_count()
+    if gpus < 2 * ranks:
+        raise ConfigError(
+            f"rollout.vllm.own_gpus=true needs two GPUs for each of the machine's {ranks} rank(s), "
+            f"and {gpus} are visible: start at most {gpus // 2} (torchrun --nproc-per-node), or "
+            "leave it out"
+        )
 
 
 def _check_experts(student: PretrainedConfig, device: torch.device) -> None:
@@ -127,7 +146,9 @@ def _ask_vllm(cfg: TrainConfig, student: PretrainedConfig, device: torch.device)
         arguments = llm_arguments(
             v, Path(directory), dtype, longest_sequence(cfg), device.type == "cuda"
         )
-        environment = worker_environment(device, 0, ranks, free_port(), os.environ)
+        environment = worker_environment(
+            engine_device(v, device), 0, ranks, free_port(), os.environ
+        )
         try:
             done = subprocess.run(
                 [sys.executable, "-m", WORKER, "check", json.dumps(arguments)],

@@ -230,10 +230,10 @@ def test_bfloat16_models():
 
 
 @pytest.mark.slow
-def test_compiled_student_layers():
+def test_compiled_layers():
     student, teacher = make_model("llama"), make_model("llama", seed=1)
     wanted = expected(student, teacher, make_batch(), "all")
-    for layer in student.model.layers:
+    for layer in (*student.model.layers, *teacher.model.layers):
         layer.compile(backend="aot_eager")
     assert_same(attached(student, teacher, make_batch()), wanted)
 

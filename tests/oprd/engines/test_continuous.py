@@ -16,6 +16,7 @@ from oprd.config import FsdpConfig, LoraConfig, SamplingParams
 from oprd.config.demo import demo_config
 from oprd.demo.task import make_tokenizer
 from oprd.distributed.fsdp import make_mesh, shard
+from oprd.engines import factory
 from oprd.engines.cached_rows import check_continuous, why_not
 from oprd.engines.continuous import ContinuousEngine, sample
 from oprd.engines.factory import engine_on
@@ -189,9 +190,18 @@ def test_families_whose_rows_cannot_be_told_apart_are_refused(kind, message):
     with pytest.raises(ConfigError, match=f"rollout.engine=continuous can't .* x: .*{message}"):
         check_continuous(config, "x", "rollout.engine")
     model = make(config)
-    assert type(engine_on(model, TOKENIZER, "continuous")) is GenerateEngine
+    for engine in ("continuous", "auto"):
+        assert type(engine_on(model, TOKENIZER, engine)) is GenerateEngine
     with pytest.raises(ConfigError, match=message):
         sample(model, TOKENIZER, prompts(), GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("device", "engine"), [("cpu", ContinuousEngine), ("cuda", GenerateEngine)]
+)
+def test_auto_is_what_was_measured_to_be_faster(monkeypatch, device, engine):
+    monkeypatch.setattr(factory, "input_device", lambda model: torch.device(device))
+    assert type(engine_on(make(small_config("llama")), TOKENIZER, "auto")) is engine
 
 
 def test_a_run_is_refused_before_models_are_loaded(tmp_path):

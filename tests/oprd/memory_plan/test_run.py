@@ -127,6 +127,9 @@ def test_an_engine_takes_its_share():
     cfg.rollout.vllm.sleep = False
     assert plan(cfg).moments[ROLLOUT].total == 0
     assert plan(cfg).resident["vLLM engine"] == 40 * GIB
+    cfg.rollout.vllm.own_gpus = True
+    assert "vLLM engine" not in plan(cfg).resident
+    assert plan(cfg).moments[ROLLOUT].total == 0
 
 
 def test_advice_is_followed_by_a_run_that_fits():

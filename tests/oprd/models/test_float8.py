@@ -49,7 +49,7 @@ def test_a_run_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"fsdp.teacher=sharded: float8 weights are not sharded"):
         preflight(cfg)
     cfg.teacher.path = "self:current"
-    with pytest.raises(ConfigError, match="is the student itself, which has no liger and fp8"):
+    with pytest.raises(ConfigError, match="is the student itself, which has no compile, liger"):
         check_values(cfg)
 
 

@@ -371,6 +371,24 @@ def test_vllm_cannot_sleep_while_it_samples(tmp_path, monkeypatch):
     assert "It keeps 40% of the memory" in note
 
 
+def test_an_engine_may_have_a_gpu_of_its_own(tmp_path, monkeypatch):
+    gpu = torch.device("cuda", 1)
+    cfg = small_run(
+        tmp_path, rollout__engine="vllm", rollout__staleness=1, rollout__vllm__own_gpus=True
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(vllm_preflight.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert vllm_preflight.check_vllm(cfg, None, gpu) == []
+    assert environment.engine_device(cfg.rollout.vllm, gpu) == torch.device("cuda", 3)
+    assert not replace(cfg.rollout, staleness=0).sleeps
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ConfigError, match=r"2 rank\(s\), and 3 are visible: start at most 1"):
+        vllm_preflight.check_vllm(cfg, None, gpu)
+    with pytest.raises(ConfigError, match="own_gpus=true, but the run is on cpu"):
+        vllm_preflight.check_vllm(cfg, None, torch.device("cpu"))
+
+
 def test_trainer_and_engine_share_the_cores_of_a_machine(tmp_path, monkeypatch):
     cfg = small_run(tmp_path, rollout__engine="vllm", rollout__staleness=1)
     monkeypatch.setattr(environment, "num_cores", lambda: 3)

@@ -82,6 +82,11 @@ def read(path: Path, objective: str, checkpointing: str) -> Source:
     if path.is_dir() and (path / "metrics.jsonl").exists():
         return _run(path)
     file = path / "gains.json" if path.is_dir() else path
+    if not file.exists():
+        raise ConfigError(
+            f"{path} holds no measurement: name the directory of a run (with its metrics.jsonl) or "
+            "of a report of oprd-gains (with its gains.json; a report of --step has none)"
+        )
     try:
         report = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:

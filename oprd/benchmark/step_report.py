@@ -230,7 +230,7 @@ def length_note(report: Mapping[str, Any]) -> str:
     if abs(apart) <= ALIKE:
         return (
             f"after {steps} steps the responses' mean lengths are within {ALIKE:.0%} of OPRD's "
-            f"(the furthest: {apart:+.1%}), so the last two ways say the same; they part when "
+            f"(the furthest: {apart:+.1%}), so the last two ways differ by noise; they part when "
             "training changes the lengths: raise --step.steps"
         )
     return (
@@ -239,17 +239,20 @@ def length_note(report: Mapping[str, Any]) -> str:
     )
 
 
-def noise_note(report: Mapping[str, Any]) -> str | None:
-    """Say by how much rounds of one objective differ; None after a single round."""
+def noise_note(report: Mapping[str, Any]) -> str:
+    """Say by how much measurements of the same differ."""
     spreads = []
     for row in report["rows"]:
         sums = [sum(steps) for steps in row["step_seconds_by_round"]]
         spreads.append(max(sums) / min(sums) - 1)
+    ways = report["rows"][0]["ways"]
+    apart = abs(ways["own"] / ways["equal"] - 1)
+    twice = f"OPRD's equal and own steps are one and the same, measured twice, {apart:.0%} apart"
     if report["step"]["rounds"] < 2:
-        return None
+        return f"{twice}: a difference between objectives that is not well above that is noise"
     return (
         f"the same steps of an objective took up to {max(spreads):.0%} longer in one round than in "
-        "another: a difference between objectives that is not well above that is noise"
+        f"another, and {twice}: a difference between objectives that is not well above is noise"
     )
 
 
@@ -308,9 +311,9 @@ def markdown(
         f"{cfg['teacher']['path']}",
         f"- {per_step} responses a step of at most {cfg['rollout']['max_new_tokens']} tokens, "
         f"engine {cfg['rollout']['engine']}, seed {cfg['seed']}",
-        f"- {step['rounds']} rounds, there and back over the objectives; in each, "
-        f"{step['warmup']} steps to warm up and {step['steps']} measured ones. Of each step the "
-        "median round (of two, the faster), then the mean over steps",
+        f"- {step['rounds']} round{'s' * (step['rounds'] > 1)}, there and back over the "
+        f"objectives; in each, {step['warmup']} to warm up and {step['steps']} measured steps. Of "
+        "each step the median round (of two, the faster), then the mean over steps",
         "- evaluations, checkpoints, trackers and diagnostics are off",
         *(f"- note: {note}" for note in report["notes"]),
     ]

@@ -60,9 +60,8 @@ def _ways(report: Mapping[str, Any]) -> TextTable:
         "teacher and update. Own: the step as trained, at the lengths that each objective's "
         "student has.",
         f"{length_note(report)}.",
+        f"{noise_note(report)}.",
     ]
-    if noise := noise_note(report):
-        notes.append(f"{noise}.")
     heads = ("objective", "update\ns", "x\nOPRD", "equal\ns", "x\nOPRD", "own\ns", "x\nOPRD")
     return TextTable("the three ways of counting a step, seconds", heads, rows, notes)
 
@@ -154,7 +153,8 @@ def _memory(report: Mapping[str, Any]) -> TextTable:
     notes = [
         "delta-peak: what an update adds to what was resident before it, the largest of all steps; "
         "gradients count, since training frees them after each step. Planned: live tensors, for "
-        "the longest prompt and response that occurred; a process on a CPU keeps freed memory too."
+        "the longest prompt and response that occurred; a process on a CPU keeps freed memory too.",
+        "cut: responses that were not ended by EOS within rollout.max_new_tokens.",
     ]
     return TextTable("memory of the update, and lengths", heads, rows, notes)
 

@@ -124,7 +124,10 @@ def _steps(cfg: TrainConfig, step: StepConfig, command: str, dry_run: bool, as_j
     if report is not None and cfg.output_dir is not None:
         directory = Path(cfg.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        write_report(report, tables(report), write_pictures(report, directory), directory)
+        pictures = write_pictures(report, directory)
+        write_report(report, tables(report), pictures, directory)
+        if not as_json:
+            print(f"report: {directory}/step.md, step.json and {len(pictures)} pictures")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,13 @@ from oprd.observability.signals import Interrupted
 
 class Parser(ArgumentParser):
     """An argument parser that suggests the nearest option for an unknown one, and says where a
-    configuration file is wrong."""
+    configuration file is wrong.
+
+    Names of options can't be abbreviated, or a typo would be taken for the option.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_path(self, cfg_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Namespace:
         """Parse a configuration file."""

@@ -116,6 +116,12 @@ def check_values(cfg: TrainConfig) -> None:
     cfg.data.check(problems)
     cfg.rollout.check(problems)
     cfg.eval.check(problems)
+    blocks = cfg.student.gradient_checkpointing
+    problems.need(
+        blocks == "auto" or int(blocks) >= 0,
+        f"student.gradient_checkpointing must be true, false, auto or a number of blocks from 0, "
+        f"got {blocks}",
+    )
     check_weights(problems, cfg.objectives)
     cfg.distill.check(problems)
     cfg.opd.check(problems, cfg.objectives)

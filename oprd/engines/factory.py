@@ -56,6 +56,13 @@ def make_engine(
     )
 
 
+def kind_on(kind: str, device: torch.device) -> str:
+    """Return the kind of engine that ``auto`` is on a device; other kinds as they are."""
+    if kind != "auto":
+        return kind
+    return "continuous" if device.type == "cpu" else "generate"
+
+
 def engine_on(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,7 +76,7 @@ def engine_on(
         kind: ``continuous``, and ``auto`` on a CPU: `ContinuousEngine`, if it can sample from the
             model; else, and for other kinds: `GenerateEngine`.
     """
-    wanted = kind == "continuous" or (kind == "auto" and input_device(model).type == "cpu")
+    wanted = kind_on(kind, input_device(model)) == "continuous"
     continuous = wanted and why_not(model.config, type(model)) is None
     cls = ContinuousEngine if continuous else GenerateEngine
     return cls(model, tokenizer, batch_size, autocast)

@@ -28,10 +28,10 @@ MULTIPLE = 16
 
 def float8_problem(device: torch.device) -> str | None:
     """Return why linear layers can't compute in float8 on ``device``, and what to do; or None."""
-    if importlib.util.find_spec("torchao") is None:
-        return "the package torchao is not installed: pip install torchao"
     if device.type != "cuda":
         return "it needs a GPU, and the device is the CPU"
+    if importlib.util.find_spec("torchao") is None:
+        return "the package torchao is not installed: pip install torchao"
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < CAPABILITY:
         found = ".".join(map(str, capability))

@@ -31,14 +31,14 @@ NO_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 def liger_problem(device: torch.device) -> str | None:
     """Return why Liger's kernels can't run on ``device``, and what to do; or None."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its Triton kernels need a GPU, and the device is the CPU"
     if importlib.util.find_spec("liger_kernel") is None:
         return "the package liger-kernel is not installed: pip install liger-kernel"
     try:
         _known()
     except Exception as error:  # it may not fit the installed torch, Triton or transformers
         return f"liger-kernel can't be imported: {error}"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "its Triton kernels need a GPU, and the device is the CPU"
     return None
 
 

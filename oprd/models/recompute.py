@@ -6,10 +6,13 @@ blocks are those to recompute: by then the backward has freed the activations of
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from oprd.errors import ConfigError
 from oprd.models.decoder import find_decoder
+
+logger = logging.getLogger(__name__)
 
 
 def recompute_blocks(model: Any, number: bool | int = True) -> int:
@@ -29,6 +32,11 @@ def recompute_blocks(model: Any, number: bool | int = True) -> int:
     """
     layers = find_decoder(model).layers
     wanted = len(layers) if number is True else min(int(number), len(layers))
+    if int(number) > len(layers):
+        logger.info(
+            f"note: student.gradient_checkpointing={number}, but {type(model).__name__} has "
+            f"{len(layers)} blocks: all are recomputed"
+        )
     if not wanted:
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             _call(model, "disable")

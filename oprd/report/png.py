@@ -142,7 +142,7 @@ def _bars(chart: StackedBars, axis: Any) -> None:
         )  # fmt: skip
         left = left + np.array(values)
     _names(chart.labels, axis)
-    axis.legend(fontsize=8)
+    axis.figure.legend(loc="outside right upper", fontsize=8)
 
 
 def _intervals(chart: Intervals, axis: Any) -> None:

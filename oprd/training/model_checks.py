@@ -9,7 +9,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from oprd.bridge.bank import BridgeInfo, read_info
 from oprd.config import TrainConfig
 from oprd.distributed.device import check_device
-from oprd.engines.cached_rows import check_continuous
+from oprd.engines.cached_rows import check_continuous, why_not
+from oprd.engines.factory import kind_on
 from oprd.engines.vllm.preflight import check_vllm
 from oprd.errors import Attempt, ConfigError
 from oprd.models.compatibility import (
@@ -68,6 +69,9 @@ def check_models(
         )
     if student and cfg.rollout.engine == "continuous":
         attempt(lambda: check_continuous(student, cfg.student.path, "rollout.engine"))
+    continuous = cfg.rollout.engine == "auto" and kind_on("auto", device) == "continuous"
+    if student and continuous and (problem := why_not(student)):
+        inputs.notes.append(f"rollout.engine=auto: sampling with generate, since {problem}")
     if cfg.rollout.engine == "vllm":
         inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []
     inputs.tokenizer = attempt(lambda: load_tokenizer(cfg.student.path))

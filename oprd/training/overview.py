@@ -10,12 +10,18 @@ from transformers import PretrainedConfig
 
 from oprd.config import StudentConfig, TeacherConfig, TrainConfig
 from oprd.distill.objectives import REP
+from oprd.engines.factory import kind_on
 from oprd.errors import ConfigError
 from oprd.models.info import model_info
 from oprd.models.loading import load_config, teacher_path
 from oprd.models.self_check import without_weights
 from oprd.training.inputs import RunInputs
 from oprd_kernels.backends import registry
+
+
+def _engine(name: str, device: torch.device) -> str:
+    """Name the engine; where the model's cache does not allow it, a note says so."""
+    return f"{kind_on(name, device)} (auto)" if name == "auto" else name
 
 
 def overview(
@@ -32,8 +38,9 @@ def overview(
     lines = [
         f"run {cfg.name!r}: {cfg.steps} steps of {r.prompts_per_step} prompts x "
         f"{r.responses_per_prompt} responses, at most {r.max_new_tokens} new tokens",
-        f"sampling: {r.engine}, temperature {r.temperature:g}, top_p {r.top_p:g}; at most {most:,} "
-        "tokens a step" + ("; each step's responses during the step before" if r.staleness else ""),
+        f"sampling: {_engine(r.engine, device)}, temperature {r.temperature:g}, top_p {r.top_p:g}; "
+        f"at most {most:,} tokens a step"
+        + ("; each step's responses during the step before" if r.staleness else ""),
     ]
     for name, teacher in cfg.all_teachers.items():
         where = f" for the prompts of {name}" if name else ""

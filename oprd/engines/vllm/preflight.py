@@ -60,10 +60,12 @@ def check_vllm(
             f"rollout.engine=vllm runs on GPUs of CUDA and on CPUs, not on {device}: "
             "use rollout.engine=generate"
         )
+    if v.own_gpus:
+        _check_own_gpus(local_ranks(), device)
     if importlib.util.find_spec("vllm") is None:
         raise Unreachable(
             f"rollout.engine=vllm, but vLLM is not installed: {INSTALL[device.type]} (or use "
-            "rollout.engine=generate)"
+            "rollout.engine=auto)"
         )
     needed = longest_sequence(cfg)
     if v.max_model_len is not None and v.max_model_len < needed:
@@ -79,8 +81,6 @@ def check_vllm(
             f"into groups of {size}. Start a multiple of {size} ranks per machine "
             f"(torchrun --nproc-per-node), or choose a divisor of {here}"
         )
-    if v.own_gpus:
-        _check_own_gpus(here, device)
     if student is not None:
         _check_experts(student, device)
         _check_heads(student, size)

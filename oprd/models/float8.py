@@ -50,7 +50,8 @@ def check_float8(who: str, dtype: str, device: torch.device) -> None:
             is needed, which another may have.
     """
     if problem := float8_problem(device):
-        raise Unreachable(f"{who}.fp8=true can't be used: {problem}, or leave the option out")
+        fix = ", or leave the option out" if "pip install" in problem else ": leave the option out"
+        raise Unreachable(f"{who}.fp8=true can't be used: {problem}{fix}")
     if dtype != "bfloat16":
         raise ConfigError(
             f"{who}.fp8=true rounds bfloat16 weights, and {who}.dtype is {dtype}: set it to "

@@ -53,7 +53,8 @@ def check_liger(config: PretrainedConfig | None, who: str, device: torch.device)
             lacks what is needed, which another may have.
     """
     if problem := liger_problem(device):
-        raise Unreachable(f"{who}.liger=true can't be used: {problem}, or leave the option out")
+        fix = ", or leave the option out" if "pip install" in problem else ": leave the option out"
+        raise Unreachable(f"{who}.liger=true can't be used: {problem}{fix}")
     if config is not None and config.model_type not in _known():
         raise ConfigError(
             f"{who}.liger=true: liger-kernel has no kernels for the architecture "

@@ -231,8 +231,13 @@ def test_a_report_of_gains_is_read(tmp_path):
 
 
 def test_wrong_inputs_are_named(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"neither the directory of a run"):
+    with pytest.raises(
+        ConfigError, match=r"none holds no measurement: name the directory of a run"
+    ):
         read(tmp_path / "none", "oprd", "on")
+    (tmp_path / "gains.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"neither the directory of a run"):
+        read(tmp_path, "oprd", "on")
     (run / "metrics.jsonl").write_text('{"time/student_update_s": 1.0}\n')
     with pytest.raises(ConfigError, match=r"does not record .*perf/ranks.* Measure again"):
         read(run, "oprd", "on")

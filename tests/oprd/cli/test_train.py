@@ -71,6 +71,7 @@ def test_any_field_can_be_overridden_over_a_file(tmp_path):
     [
         ("--optim.lrr=1", "unknown option 'optim.lrr'; did you mean 'optim.lr'"),
         ("--temperatur=1", "did you mean"),
+        ("--rollout.engin=auto", "did you mean 'rollout.engine'"),  # no abbreviation
         ("--distill.kind=l2", "distill.kind"),
         ("--steps=many", "steps"),
         ("--eval.sets={x: {every: 3}}", "path"),
@@ -113,6 +114,7 @@ def test_all_wrong_values_are_listed_at_once(capsys):
         (["--data.max_prompt_tokens=7"], "all 6400 prompts of demo:train.jsonl are longer"),
         (["--config=demo", "--data.train.path=nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--config=demo", "--student.path=/nowhere"], "no model at '/nowhere'"),
+        (["--student.gradient_checkpointing=-1"], "a number of blocks from 0, got -1"),
         (["--device=cuda:0"], "torch sees no GPU"),
         (["--device=gpu"], "unknown"),
     ],

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 from oprd.data.rollout import Rollout
 from oprd.distill.objectives import Objectives
 from oprd.errors import ConfigError
+from oprd.models import recompute as model_recompute
 from oprd.models.loading import DEMO
 from oprd.observability.memory import GIB
 from oprd.training import recompute
@@ -14,8 +15,10 @@ from oprd.training.preflight import preflight
 from oprd.training.recompute import choose_blocks, is_out_of_memory
 from oprd.training.trainer import Trainer, train
 from tests.oprd.benchmark.test_gains import model
+from tests.support.logs import listen
 from tests.support.plan_on_ranks import BLOCKS, PROMPT, RESPONSE, held
 from tests.support.runs import lines, small_run
+from tests.support.tiny import make_model
 
 CPU = torch.device("cpu")
 LENGTH = PROMPT + RESPONSE
@@ -61,6 +64,14 @@ def test_as_few_as_fit(saved, tmp_path, monkeypatch):
     assert "not known" in note
     cfg.student.gradient_checkpointing = 3
     assert chosen(cfg, 16 * GIB, monkeypatch) == (3, [])
+
+
+def test_more_blocks_than_there_are_is_said():
+    said = listen(model_recompute)
+    assert model_recompute.recompute_blocks(make_model("llama"), 99) == 3
+    assert "=99, but LlamaForCausalLM has 3 blocks: all are recomputed" in said[0]
+    assert model_recompute.recompute_blocks(make_model("llama"), 3) == 3
+    assert len(said) == 1
 
 
 def test_what_the_planner_does_not_know_is_recomputed_whole(saved, tmp_path, monkeypatch):

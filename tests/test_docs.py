@@ -107,7 +107,7 @@ def commands(text):
 
 def indented(text):
     """Commands that stand in an indented block."""
-    return "\n".join(re.findall(r"^    ((?:oprd-|torchrun ).*(?:\\\n.*)*)$", text, re.MULTILINE))
+    return "\n".join(re.findall(r"^    ((?:oprd-|torchrun )(?:.*\\\n)*.*)$", text, re.MULTILINE))
 
 
 def test_readme_fits_on_a_screen():

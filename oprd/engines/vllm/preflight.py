@@ -101,12 +101,12 @@ def check_vllm(
 
 def _check_own_gpus(ranks: int, device: torch.device) -> None:
     if device.type != "cuda":
-        raise ConfigError(
+        raise Unreachable(
             f"rollout.vllm.own_gpus=true, but the run is on {device}: leave it out, or use GPUs"
         )
     gpus = torch.cuda.device_count()
     if gpus < 2 * ranks:
-        raise ConfigError(
+        raise Unreachable(
             f"rollout.vllm.own_gpus=true needs two GPUs for each of the machine's {ranks} rank(s), "
             f"and {gpus} are visible: start at most {gpus // 2} (torchrun --nproc-per-node), or "
             "leave it out"

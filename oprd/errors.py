@@ -67,6 +67,16 @@ class Unreachable(ConfigError):
     not installed. A dry run reports the error and continues."""
 
 
+def cannot_use(option: str, problem: str) -> Unreachable:
+    """Return the error of an option that this machine lacks something for.
+
+    Args:
+        problem: what it lacks, and perhaps what to install.
+    """
+    fix = ", or leave the option out" if "pip install" in problem else ": leave the option out"
+    return Unreachable(f"{option} can't be used: {problem}{fix}")
+
+
 def attempts(unchecked: list[str], dry_run: bool) -> Attempt:
     """Return an `Attempt`.
 

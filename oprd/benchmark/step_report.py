@@ -241,15 +241,15 @@ def length_note(report: Mapping[str, Any]) -> str:
 
 def noise_note(report: Mapping[str, Any]) -> str:
     """Say by how much measurements of the same differ."""
-    spreads = []
-    for row in report["rows"]:
-        sums = [sum(steps) for steps in row["step_seconds_by_round"]]
-        spreads.append(max(sums) / min(sums) - 1)
     ways = report["rows"][0]["ways"]
     apart = abs(ways["own"] / ways["equal"] - 1)
     twice = f"OPRD's equal and own steps are one and the same, measured twice, {apart:.0%} apart"
     if report["step"]["rounds"] < 2:
         return f"{twice}: a difference between objectives that is not well above that is noise"
+    spreads = []
+    for row in report["rows"]:
+        sums = [sum(steps) for steps in row["step_seconds_by_round"]]
+        spreads.append(max(sums) / min(sums) - 1)
     return (
         f"the same steps of an objective took up to {max(spreads):.0%} longer in one round than in "
         f"another, and {twice}: a difference between objectives that is not well above is noise"

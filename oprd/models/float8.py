@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oprd.errors import ConfigError, Unreachable
+from oprd.errors import ConfigError, cannot_use
 from oprd.models.decoder import find_decoder, watch
 
 CAPABILITY = (8, 9)
@@ -50,8 +50,7 @@ def check_float8(who: str, dtype: str, device: torch.device) -> None:
             is needed, which another may have.
     """
     if problem := float8_problem(device):
-        fix = ", or leave the option out" if "pip install" in problem else ": leave the option out"
-        raise Unreachable(f"{who}.fp8=true can't be used: {problem}{fix}")
+        raise cannot_use(f"{who}.fp8=true", problem)
     if dtype != "bfloat16":
         raise ConfigError(
             f"{who}.fp8=true rounds bfloat16 weights, and {who}.dtype is {dtype}: set it to "

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from oprd.errors import ConfigError, Unreachable
+from oprd.errors import ConfigError, cannot_use
 from oprd_kernels.doctor import version_of
 
 NO_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -53,8 +53,7 @@ def check_liger(config: PretrainedConfig | None, who: str, device: torch.device)
             lacks what is needed, which another may have.
     """
     if problem := liger_problem(device):
-        fix = ", or leave the option out" if "pip install" in problem else ": leave the option out"
-        raise Unreachable(f"{who}.liger=true can't be used: {problem}{fix}")
+        raise cannot_use(f"{who}.liger=true", problem)
     if config is not None and config.model_type not in _known():
         raise ConfigError(
             f"{who}.liger=true: liger-kernel has no kernels for the architecture "

@@ -69,8 +69,11 @@ def check_models(
         )
     if student and cfg.rollout.engine == "continuous":
         attempt(lambda: check_continuous(student, cfg.student.path, "rollout.engine"))
-    continuous = cfg.rollout.engine == "auto" and kind_on("auto", device) == "continuous"
-    if student and continuous and (problem := why_not(student)):
+    elif (
+        student
+        and kind_on(cfg.rollout.engine, device) == "continuous"
+        and (problem := why_not(student))
+    ):
         inputs.notes.append(f"rollout.engine=auto: sampling with generate, since {problem}")
     if cfg.rollout.engine == "vllm":
         inputs.notes += attempt(lambda: check_vllm(cfg, student, device)) or []

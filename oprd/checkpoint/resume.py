@@ -152,7 +152,7 @@ def same_evaluation(old: Mapping[str, Any], cfg: TrainConfig) -> bool:
     def meaning(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         values = {k: v for k, v in defaults.items() if k not in evaluation} | dict(evaluation)
         sets = {n: {k: v for k, v in s.items() if k != "every"} for n, s in values["sets"].items()}
-        free = ("batch_size", "teacher", "sets", "keep_samples")
+        free = ("batch_size", "before", "teacher", "sets", "keep_samples")
         return {k: v for k, v in values.items() if k not in free} | {"sets": sets}
 
     return meaning(old["eval"]) == meaning(settings(cfg)["eval"])

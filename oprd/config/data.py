@@ -141,6 +141,7 @@ class EvalConfig:
             models' contexts leave.
         batch_size: number of sequences generated at once. The vLLM engine, which can evaluate the
             student, chooses its own batches.
+        before: evaluate the student before training too.
         teacher: evaluate the teacher too. This loads the whole teacher.
         keep_samples: write every prompt, response and grade to ``samples/`` of the run's directory.
     """
@@ -152,6 +153,7 @@ class EvalConfig:
     top_p: float = 1.0
     max_new_tokens: int = 4096
     batch_size: int = 64
+    before: bool = True
     teacher: bool = True
     keep_samples: bool = True
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from oprd.config.train import TrainConfig
 from oprd.errors import ConfigError
 
+C = TypeVar("C")
 UNKNOWN = (
     re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
@@ -36,18 +37,27 @@ def _plain(value: Any) -> Any:
 
 
 def from_values(values: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration given by plain values, such as those read from YAML.
+    """Return the configuration of a run given by plain values, such as those read from YAML.
+
+    Raises:
+        ConfigError: see `made_from`.
+    """
+    return made_from(TrainConfig, values)
+
+
+def made_from(kind: type[C], values: Mapping[str, Any]) -> C:
+    """Return the configuration of class ``kind`` given by plain values.
 
     Raises:
         ConfigError: for an unknown option, with a suggestion, or for a value of the wrong type.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig, None)
+    parser.add_class_arguments(kind, None)
     try:
         made = parser.instantiate(parser.parse_object(dict(values)))
     except ArgumentError as error:
         raise ConfigError(explained(str(error), option_names(parser))) from error
-    return TrainConfig(**vars(made))
+    return kind(**vars(made))
 
 
 def option_names(parser: ArgumentParser) -> list[str]:

@@ -5,6 +5,7 @@ Shapes: B sequences of T tokens, M response tokens (rows), V vocabulary, d hidde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from oprd.models.layer_pairs import pair_layers
 
 CHUNK = 256
 """Rows whose logits are in float32 at once."""
+MEANS = 7
+"""Numbers that are summed over rows, beside the cosines."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Closeness:
         kl_teacher: KL(teacher || student).
         overlap: share of the student's k most probable tokens that are among the teacher's k.
         entropy, teacher_entropy: of the next token, at the sampling temperature, in nats.
+        perplexity, teacher_perplexity: of the responses, at temperature 1: how many tokens each
+            model is in doubt between, exp(-mean log probability of the tokens that were sampled).
         layer_cosine: cosine of the hidden states by pair of layers, the first first; None if the
             widths differ and there is no bridge.
         cosine: its mean over layers.
@@ -47,6 +52,8 @@ class Closeness:
     overlap: float
     entropy: float
     teacher_entropy: float
+    perplexity: float
+    teacher_perplexity: float
     layer_cosine: list[float] | None
     cosine: float | None
     tokens: int
@@ -94,7 +101,7 @@ class Comparer:
     @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout], batch_size: int) -> Closeness:
         """Compare the models on this rank's rollouts, and average over all ranks. Collective."""
-        sums = torch.zeros(6 + len(self.pairs), dtype=torch.float64)
+        sums = torch.zeros(1 + MEANS + len(self.pairs), dtype=torch.float64)
         for start in range(0, len(rollouts), batch_size):
             sums += self._sums(rollouts[start : start + batch_size])
         device = input_device(self.student)
@@ -102,13 +109,15 @@ class Comparer:
         (count,) = distributed.sum_over_ranks([float(responses)], device)
         tokens = total[0]
         means = [x / tokens for x in total[1:]] if tokens else [0.0] * (len(total) - 1)
-        cosines = means[5:] if self.pairs else None
+        cosines = means[MEANS:] if self.pairs else None
         return Closeness(
             kl=means[0],
             kl_teacher=means[1],
             overlap=means[2],
             entropy=means[3],
             teacher_entropy=means[4],
+            perplexity=math.exp(means[5]),
+            teacher_perplexity=math.exp(means[6]),
             layer_cosine=cosines,
             cosine=sum(cosines) / len(cosines) if cosines else None,
             tokens=int(tokens),
@@ -116,7 +125,7 @@ class Comparer:
         )
 
     def _sums(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Return the number of rows, the sums of the five means, and those of the cosines."""
+        """Return the number of rows, the sums of the `MEANS`, and those of the cosines."""
         device = input_device(self.student)
         batch = collate(rollouts, self.pad_id, device)
         # The state that predicts a token is that of the position before it.
@@ -128,16 +137,19 @@ class Comparer:
         blocks = list(zip(*self.pairs, strict=True)) or [(), ()]
         s_MV, s_states = _run(self.student, ours, blocks[0], inputs, rows_M)
         t_MV, t_states = _run(self.teacher, theirs, blocks[1], inputs, rows_M)
-        sums = torch.zeros(5, dtype=torch.float64)
+        next_M = batch.input_ids.flatten()[rows_M + 1]
+        sums = torch.zeros(MEANS, dtype=torch.float64)
         for at in torch.arange(len(rows_M), device=device).split(CHUNK):
-            sums += self._vocabulary_sums(s_MV[at].float(), t_MV[at].float())
+            sums += self._vocabulary_sums(s_MV[at].float(), t_MV[at].float(), next_M[at])
         cosines = [
             self._cosine(s_states, t_states, pair).double().sum().cpu() for pair in self.pairs
         ]
         count = torch.tensor([float(len(rows_M))], dtype=torch.float64)
         return torch.cat([count, sums, torch.stack(cosines) if cosines else torch.zeros(0)])
 
-    def _vocabulary_sums(self, student_MV: Tensor, teacher_MV: Tensor) -> Tensor:
+    def _vocabulary_sums(self, student_MV: Tensor, teacher_MV: Tensor, next_M: Tensor) -> Tensor:
+        # Before the tables are cut: a sampled token may lie beyond the shared vocabulary.
+        surprises = [_surprise(student_MV, next_M), _surprise(teacher_MV, next_M)]
         width = min(student_MV.shape[-1], teacher_MV.shape[-1], self.vocabulary or 2**31)
         student_MV, teacher_MV = student_MV[:, :width], teacher_MV[:, :width]
         no_tokens = torch.zeros(len(student_MV), dtype=torch.long, device=student_MV.device)
@@ -150,6 +162,7 @@ class Comparer:
             shared_M,
             _entropy(student_MV / self.temperature),
             _entropy(teacher_MV / self.temperature),
+            *surprises,
         ]
         return torch.stack([v.double().sum() for v in values]).cpu()
 
@@ -176,6 +189,11 @@ def _pairs(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
 def _entropy(logits_MV: Tensor) -> Tensor:
     log_p = logits_MV.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def _surprise(logits_MV: Tensor, next_M: Tensor) -> Tensor:
+    """Return minus the log probability (M,) of the tokens that follow."""
+    return logits_MV.logsumexp(-1) - logits_MV.gather(-1, next_M[:, None]).squeeze(-1)
 
 
 def _run(

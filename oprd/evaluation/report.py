@@ -103,12 +103,25 @@ def _set_table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> TextTable:
 
 
 def _closeness_table(rows: Sequence[tuple[str, str, Mapping[str, Any]]], teacher: str) -> TextTable:
-    """Of models and sets: the numbers of `oprd.evaluation.closeness.Closeness`."""
-    heads = ["model", "set", "KL\n(s|t)", "KL\n(t|s)", "over-\nlap %", "entropy", "teacher's"]
+    """Of models and sets: the numbers of `oprd.evaluation.closeness.Closeness`.
+
+    H are entropies and PPL perplexities, of the model (s) and the teacher (t).
+    """
+    heads = [
+        "model",
+        "set",
+        "KL\n(s|t)",
+        "KL\n(t|s)",
+        "over-\nlap %",
+        "H\n(s)",
+        "H\n(t)",
+        "PPL\n(t)",
+    ]
     lines = [
         [
             *(label, name, f"{c['kl']:.4f}", f"{c['kl_teacher']:.4f}", _percent(c["overlap"])),
-            *(f"{c['entropy']:.3f}", f"{c['teacher_entropy']:.3f}"),
+            *(f"{c['entropy']:.2f}", f"{c['teacher_entropy']:.2f}"),
+            f"{c['teacher_perplexity']:.2f}" if "teacher_perplexity" in c else "-",
             "-" if c["cosine"] is None else f"{c['cosine']:.4f}",
         ]
         for label, name, c in rows

@@ -95,7 +95,7 @@ def write_report(cfg: ReportConfig, pictures: bool = True) -> Collection:
     watch = None if pictures else cfg.watch
     text = page(collection, charts, missing, results, samples, pictures, watch)
     cfg.output_dir.mkdir(parents=True, exist_ok=True)
-    former = _pictures(cfg.output_dir / PAGE)
+    former = pictures_of(cfg.output_dir / PAGE)
     write_whole(cfg.output_dir / PAGE, text)
     for name in former - {f"{chart.key}.png" for chart in charts}:
         (cfg.output_dir / name).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def write_report(cfg: ReportConfig, pictures: bool = True) -> Collection:
     return collection
 
 
-def _pictures(page: Path) -> set[str]:
+def pictures_of(page: Path) -> set[str]:
     """Return the names of the PNGs beside a page that it links to."""
     return set(re.findall(r'href="([\w-]+\.png)"', page.read_text())) if page.exists() else set()
 

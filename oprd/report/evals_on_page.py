@@ -64,12 +64,14 @@ def _results(board: Board) -> Table:
 
 def _closeness(found: Sequence[tuple[Model, str, dict[str, Any]]]) -> Table:
     header = ["model", "set", "KL student to teacher (nats)", "KL teacher to student (nats)"]
-    header += ["top-k overlap (%)", "entropy (nats)", "teacher's entropy (nats)", "cosine"]
+    header += ["top-k overlap (%)", "entropy (nats)", "teacher's entropy (nats)"]
+    header += ["perplexity", "perplexity by the teacher", "cosine"]
     rows = []
     for model, name, c in found:
         cells = [name, *(_fixed(number(c.get(key)), 4) for key in ("kl", "kl_teacher"))]
         cells += [_percent(c.get("overlap"))]
         cells += [_fixed(number(c.get(key)), 3) for key in ("entropy", "teacher_entropy")]
+        cells += [_fixed(number(c.get(key)), 2) for key in ("perplexity", "teacher_perplexity")]
         rows.append((model.label, [*cells, _fixed(number(c.get("cosine")), 4)]))
     return {"title": "Closeness to the teacher", "header": header, "rows": rows}
 

@@ -103,6 +103,7 @@ def _bubbles(chart: BubbleChart) -> tuple[list[Any], dict[str, Any]]:
         known = math.isfinite(b.size)
         size = 54 * math.sqrt(b.size / largest) if known and largest > 0 else 14
         fill = palette.clear(palette.colour(b.group), 0.55 if known else 0.0)
+        area = f", {short(b.size)} MiB" if known else ""
         traces.append(
             go.Scatter(
                 x=[b.x], y=[b.y], name=_label(b.label), mode="markers", meta=b.group,
@@ -110,7 +111,7 @@ def _bubbles(chart: BubbleChart) -> tuple[list[Any], dict[str, Any]]:
                     "size": size, "color": fill, "opacity": 1,
                     "line": {"color": palette.colour(b.group), "width": 2},
                 },
-                hovertemplate=f"%{{fullData.name}}: %{{y:.4g}} %, %{{x:.4g}} s, {short(b.size)} MiB"
+                hovertemplate=f"%{{fullData.name}}: %{{y:.4g}} %, %{{x:.4g}} s{area}"
                 "<extra></extra>",
             )
         )  # fmt: skip

@@ -74,7 +74,7 @@ def page(
             _slug(name),
             name,
             [
-                _shown(c, drawn[c.key]["layout"]["height"], pngs)
+                chart_values(c, drawn[c.key]["layout"]["height"], pngs)
                 for c in charts
                 if c.section == name
             ],
@@ -103,7 +103,7 @@ def page(
         "js": Markup((HERE / "page.js").read_text()),
         "problems_js": Markup((HERE / "page.problems.js").read_text()),
         "plotly": Markup(get_plotlyjs()),
-        "figures": _data(drawn),
+        "figures": figures_data(drawn),
         "swatch": swatch,
         "notes": notes,
         "contents": contents,
@@ -165,15 +165,20 @@ def tile(index: int) -> Markup:
     return Markup(f'<span class="tile" aria-hidden="true" style="{style}"></span>')
 
 
-def _data(figures: dict[str, Any]) -> Markup:
+def figures_data(figures: dict[str, Any]) -> Markup:
     """Return the figures as JSON that may stand inside a script element."""
     values = {"dark": palette.dark_of(), "figures": figures}
     text = json.dumps(values, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _shown(chart: Chart, height: int, pngs: bool) -> dict[str, Any]:
-    """Return what the template needs of a chart."""
+def chart_values(chart: Chart, height: int, pngs: bool) -> dict[str, Any]:
+    """Return what the template ``page.charts.html.j2`` needs of a chart.
+
+    Args:
+        height: of its figure in pixels.
+        pngs: whether there is a PNG beside the page.
+    """
     header, rows = chart.table()
     legend = _legend(chart)
     return {

@@ -106,7 +106,8 @@ def _bubbles(chart: BubbleChart, axis: Any) -> None:
             label=f"{b.label}: {short(b.size)} MiB" if known else b.label,
         )  # fmt: skip
     axis.margins(0.3)
-    axis.legend(fontsize=8, title="memory as area", title_fontsize=8)
+    is_sized = any(math.isfinite(b.size) for b in chart.bubbles)
+    axis.legend(fontsize=8, title="memory as area" if is_sized else None, title_fontsize=8)
 
 
 def _rgba(colour: str, alpha: float) -> tuple[float, ...]:

@@ -112,7 +112,7 @@ class Trainer:
         distributed.seed_everything(cfg.seed)
         self._load()
         self._between_steps()
-        if self.resumed is None:
+        if self.resumed is None and cfg.eval.before:
             self._evaluate(BEFORE)
         log.start(self.step)
         with self.interrupt.armed():

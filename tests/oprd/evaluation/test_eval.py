@@ -1,6 +1,7 @@
 """``oprd-eval``: models, sets, interruptions, and what is said when something does not fit."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -273,7 +274,7 @@ def rollouts():
 def test_closeness_is_what_the_definitions_say():
     student, teacher = make_model("llama", 0).eval(), make_model("llama", 1).eval()
     found = Comparer(student, teacher, 0, temperature=0.5, k=4)(rollouts(), batch_size=4)
-    sums, cosines = torch.zeros(5, dtype=torch.float64), []
+    sums, cosines = torch.zeros(7, dtype=torch.float64), []
     for r in rollouts():
         ids = torch.tensor([r.prompt_ids + r.response_ids])
         with torch.no_grad():
@@ -287,11 +288,14 @@ def test_closeness_is_what_the_definitions_say():
         for i, o in enumerate((s, t)):
             cold = (o.logits[0, at].double() / 0.5).log_softmax(-1)
             sums[3 + i] -= (cold.exp() * cold).sum()
+        for i, log_p in enumerate((p, q)):
+            sums[5 + i] -= log_p[torch.arange(len(r.response_ids)), r.response_ids].sum()
         pairs = zip(s.hidden_states[1:], t.hidden_states[1:], strict=True)
         cosines.append([torch.cosine_similarity(a[0, at], b[0, at], dim=-1) for a, b in pairs])
     tokens = sum(len(r.response_ids) for r in rollouts())
     assert found.tokens == tokens
     values = [found.kl, found.kl_teacher, found.overlap, found.entropy, found.teacher_entropy]
+    values += [math.log(found.perplexity), math.log(found.teacher_perplexity)]
     assert values == pytest.approx((sums / tokens).tolist(), rel=1e-4)
     by_layer = [torch.cat(layer).mean().item() for layer in zip(*cosines, strict=True)]
     assert found.layer_cosine == pytest.approx(by_layer, abs=1e-5)

@@ -12,7 +12,7 @@ SET = {
 }  # fmt: skip
 CLOSE = {
     "kl": 0.1, "kl_teacher": 0.2, "overlap": 0.9, "entropy": 1.2, "teacher_entropy": 1.1,
-    "cosine": 0.98,
+    "perplexity": 2.5, "teacher_perplexity": 3.25, "cosine": 0.98,
 }  # fmt: skip
 BASE, MODEL = "R1-Distill-Qwen-1.5B", "after"
 
@@ -35,5 +35,5 @@ def test_tables_fit_the_terminal(columns, number):
     made = tables(results(), columns)
     assert len(made) == number
     text = "\n".join(check_fits(made, columns))
-    for column in ("@16 %", "\u00b1", "box %", "16,384", "(t|s)", "-2.0", "worse"):
+    for column in ("@16 %", "\u00b1", "box %", "16,384", "(t|s)", "3.25", "-2.0", "worse"):
         assert column in text

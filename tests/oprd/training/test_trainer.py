@@ -284,3 +284,11 @@ def test_a_process_group_can_be_left_and_joined_again(tmp_path, late):
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LATE": late},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_evaluation_before_training_can_be_left_out(tmp_path):
+    cfg = small_run(tmp_path / "run", steps=1)
+    cfg.eval.before = False
+    summary = train(cfg)
+    assert "student after" in summary.evaluations
+    assert "student before" not in summary.evaluations

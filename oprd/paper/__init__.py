@@ -1,0 +1,1 @@
+"""The paper's questions on a task small enough for two cores: ``oprd-paper``."""

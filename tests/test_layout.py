@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    "demo", "cli", "paper", "report", "benchmark", "training", "evaluation", "memory_plan", "distill",
-    "bridge", "engines",
+    "demo", "cli", "paper", "report", "benchmark", "training", "evaluation", "memory_plan",
+    "distill", "bridge", "engines",
     "checkpoint", "data", "tokenizers", "models", "observability", "distributed", "config",
     "hub", "output_paths", "atomic_files", "errors",
 )  # fmt: skip

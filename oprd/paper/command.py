@@ -34,6 +34,8 @@ RESULTS, RATES = "results.json", "rates.yaml"
 JOB_BYTES = 1.5 * GIB
 """Memory of a job, with what Python and its packages take."""
 USUAL_ROLLOUTS = 32
+LIGHT, HEAVY = 0.2, 12.0
+"""Costs of an evaluation or a fit, and of a teacher from scratch, relative to a usual run."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class PaperConfig:
             finished are kept, and more rows or seeds are added to them.
         quick: the main rows with one seed, in about ten minutes instead of two hours on two cores.
         rows: ids of the rows to run, as in the recipe (`oprd/paper/recipe.yaml`); null: those of
-            the level. The report shows all rows of the level that are finished.
+            the level. The report shows these and all of the level that are finished.
         seeds: seeds of the reported runs; null: those of the level.
         jobs: runs at a time; null: one for each core, as far as memory allows; on a GPU four.
         threads: CPU threads of each run; null: an equal part of the cores.
@@ -114,7 +116,7 @@ def run_paper(cfg: PaperConfig) -> None:
     places = Places(directory / "models", directory / "prompts", directory / "bridges")
     _prepare(directory, places)
     at_once, threads = _width(cfg)
-    jobs = [*(tuning_jobs if cfg.tune else level_jobs)(cfg, level, directory, places)]
+    jobs = [*(tuning_jobs if cfg.tune else level_jobs)(level, directory, places)]
     logger.info(
         f"oprd-paper, level {cfg.level_name}: {len(jobs)} jobs in {directory}, {at_once} at a "
         f"time with {threads} threads each"
@@ -127,7 +129,7 @@ def run_paper(cfg: PaperConfig) -> None:
     if cfg.tune:
         _choose(directory, jobs)
     else:
-        _report(cfg, level, directory, jobs, at_once, threads)
+        _report(cfg, directory, places, at_once, threads)
     if failure is not None:
         raise failure
 
@@ -158,6 +160,7 @@ def _prepare(directory: Path, places: Places) -> None:
         "fit": r.fit,
         "rows": {i: vars(row) | {"rate": r.rate(i)} for i, row in r.rows.items()},
         "bridges": {i: vars(b) for i, b in r.bridges.items()},
+        "steps": {i: level.steps for i, level in r.levels.items()},
     }
     ours = json.loads(json.dumps(ours, default=list))
     if file.exists():
@@ -175,7 +178,7 @@ def _prepare(directory: Path, places: Places) -> None:
 
 def _compare(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Check that finished runs are of this recipe; rows may have been added or left out."""
-    changed = [part for part in ("base", "fit", "bridges") if theirs[part] != ours[part]]
+    changed = [part for part in ("base", "fit", "bridges", "steps") if theirs[part] != ours[part]]
     changed += [
         f"rows.{i}"
         for i, row in theirs["rows"].items()
@@ -188,7 +191,7 @@ def _compare(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> N
         )
 
 
-def level_jobs(cfg: PaperConfig, level: Level, directory: Path, places: Places) -> Iterator[Job]:
+def level_jobs(level: Level, directory: Path, places: Places) -> Iterator[Job]:
     """Yield the jobs of a level: models and bridges first, then all rows seed by seed."""
     r = recipe()
     teachers = dict.fromkeys(r.teacher(row) for row in level.rows)
@@ -196,18 +199,19 @@ def level_jobs(cfg: PaperConfig, level: Level, directory: Path, places: Places) 
     for model in ("student", *teachers):
         needs = () if model in ("student", "teacher") else (f"make {model}",)
         yield Job(
-            "model", model, directory / "models_evaluated" / model, places, level, needs=needs
-        )
+            "model", model, directory / "evaluated" / model, places, level,
+            weight=LIGHT, needs=needs,
+        )  # fmt: skip
     for seed in level.seeds:
         for row in level.rows:
             where = directory / "rows" / row / f"seed_{seed}"
             yield Job("row", row, where, places, level, seed, None, _weight(row), _needs(row))
 
 
-def tuning_jobs(cfg: PaperConfig, level: Level, directory: Path, places: Places) -> Iterator[Job]:
-    """Yield the runs that choose learning rates."""
+def tuning_jobs(level: Level, directory: Path, places: Places) -> Iterator[Job]:
+    """Yield the runs that choose learning rates, of the level's rows that have their own."""
     r = recipe()
-    rows = cfg.rows or [row for row in r.tuned if row in level.rows]
+    rows = [row for row in r.tuned if row in level.rows]
     yield from _made(level, places, dict.fromkeys(r.teacher(row) for row in rows), directory, rows)
     for row in rows:
         for rate in r.rates:
@@ -228,11 +232,13 @@ def _made(
     r = recipe()
     for model in teachers:
         if model != "teacher":
-            yield Job("make", model, places.models / model, places, level, weight=10.0)
+            yield Job("make", model, places.models / model, places, level, weight=HEAVY)
     bridges = dict.fromkeys(b for row in rows or level.rows for b in r.bridges_of(row))
     for bridge in bridges:
         needs = (f"make {r.bridges[bridge].teacher}",)
-        yield Job("fit", bridge, directory / "bridges" / bridge, places, level, needs=needs)
+        yield Job(
+            "fit", bridge, directory / "bridges" / bridge, places, level, weight=LIGHT, needs=needs
+        )
 
 
 def _needs(row: str) -> tuple[str, ...]:
@@ -272,18 +278,19 @@ def _choose(directory: Path, jobs: Sequence[Job]) -> None:
     console.print(f"rates: {directory / RATES}")
 
 
-def _report(
-    cfg: PaperConfig,
-    level: Level,
-    directory: Path,
-    jobs: Sequence[Job],
-    at_once: int,
-    threads: int,
-) -> None:
+def _report(cfg: PaperConfig, directory: Path, places: Places, at_once: int, threads: int) -> None:
+    """Write the report of what is done of the level, and of what was asked for besides."""
     from oprd.paper.report import summary, write_report
 
+    level, asked = recipe().levels[cfg.level_name], cfg.level()
+    level = replace(
+        level,
+        rows=(*level.rows, *(row for row in asked.rows if row not in level.rows)),
+        seeds=(*level.seeds, *(seed for seed in asked.seeds if seed not in level.seeds)),
+    )
+    jobs = [*level_jobs(level, directory, places)]
     results = collect(directory, jobs, cfg.level_name, level, at_once, threads)
     write_json(directory / RESULTS, results)
     answers = write_report(results, directory / "report")
-    console.print(summary(answers), markup=False)
+    console.print(summary(answers, brief=True), markup=False)
     console.print(f"report: {directory / 'report' / 'index.html'}")

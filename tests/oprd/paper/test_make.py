@@ -20,13 +20,11 @@ SPLITS, TOKENIZER = make_splits(), make_tokenizer()
 def test_labels_are_the_response_and_its_end():
     problem = Problem(583, 219)
     text = problem.response(random.Random(0))
-    ids, labels = encode([(problem, text), (problem, text[: text.index(",")])], TOKENIZER)
-    assert TOKENIZER.decode(ids[0]) == problem.prompt + text + TOKENIZER.eos_token
-    assert TOKENIZER.decode(labels[0][labels[0] != -100]) == text + TOKENIZER.eos_token
-    assert (
-        TOKENIZER.decode(labels[1][labels[1] != -100])
-        == text[: text.index(",")] + TOKENIZER.eos_token
-    )
+    part, eos = text[: text.index(",")], TOKENIZER.eos_token
+    ids, labels = encode([(problem, text), (problem, part)], TOKENIZER)
+    assert TOKENIZER.decode(ids[0]) == problem.prompt + text + eos
+    assert TOKENIZER.decode(labels[0][labels[0] != -100]) == text + eos
+    assert TOKENIZER.decode(labels[1][labels[1] != -100]) == part + eos
 
 
 def test_supervised_training_lowers_the_loss():

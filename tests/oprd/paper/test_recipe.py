@@ -76,7 +76,7 @@ def test_a_fit_is_of_the_teacher_that_the_rows_train_with(places, tmp_path):
 def test_what_a_job_needs_comes_before_it(places, tmp_path):
     cfg = PaperConfig(output_dir=str(tmp_path))
     for make_jobs in (level_jobs, tuning_jobs):
-        jobs = [*make_jobs(cfg, cfg.level(), tmp_path, places)]
+        jobs = [*make_jobs(cfg.level(), tmp_path, places)]
         titles = [job.title for job in jobs]
         assert len(set(titles)) == len(titles)
         assert len({job.directory for job in jobs}) == len(jobs)
@@ -86,13 +86,13 @@ def test_what_a_job_needs_comes_before_it(places, tmp_path):
 
 def test_quick_needs_no_model_that_does_not_come_with_the_package(places, tmp_path):
     cfg = PaperConfig(output_dir=str(tmp_path), quick=True)
-    kinds = {job.kind for job in level_jobs(cfg, cfg.level(), tmp_path, places)}
+    kinds = {job.kind for job in level_jobs(cfg.level(), tmp_path, places)}
     assert kinds == {"model", "row"}
 
 
 def test_all_seeds_of_a_row_come_after_the_first_seed_of_every_row(places, tmp_path):
     cfg = PaperConfig(output_dir=str(tmp_path))
-    seeds = [j.seed for j in level_jobs(cfg, cfg.level(), tmp_path, places) if j.kind == "row"]
+    seeds = [j.seed for j in level_jobs(cfg.level(), tmp_path, places) if j.kind == "row"]
     assert seeds == sorted(seeds)
     assert set(seeds) == {0, 1, 2}
 

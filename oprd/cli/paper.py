@@ -1,6 +1,6 @@
 """``oprd-paper``: ask the paper's questions on a small task, and report the answers beside its own.
 
-oprd-paper --output_dir out                     # all questions; about two hours on two cores
+oprd-paper --output_dir out                     # all questions; about an hour on two cores
 oprd-paper --output_dir out --quick true        # the main ones, with one seed
 oprd-paper --output_dir out --rows '[oprd, opd_top1]' --seeds '[0, 1, 2, 3, 4]'
 oprd-paper --output_dir out --tune true         # choose the recipe's learning rates anew

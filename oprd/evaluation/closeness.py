@@ -116,8 +116,8 @@ class Comparer:
             overlap=means[2],
             entropy=means[3],
             teacher_entropy=means[4],
-            perplexity=math.exp(means[5]),
-            teacher_perplexity=math.exp(means[6]),
+            perplexity=_exp(means[5]),
+            teacher_perplexity=_exp(means[6]),
             layer_cosine=cosines,
             cosine=sum(cosines) / len(cosines) if cosines else None,
             tokens=int(tokens),
@@ -191,9 +191,16 @@ def _entropy(logits_MV: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
 def _surprise(logits_MV: Tensor, next_M: Tensor) -> Tensor:
-    """Return minus the log probability (M,) of the tokens that follow."""
-    return logits_MV.logsumexp(-1) - logits_MV.gather(-1, next_M[:, None]).squeeze(-1)
+    """Return minus the log probability (M,) of the tokens that follow; inf of those that the model
+    does not have."""
+    known_M = next_M < logits_MV.shape[-1]
+    chosen_M = logits_MV.gather(-1, (next_M * known_M)[:, None]).squeeze(-1)
+    return (logits_MV.logsumexp(-1) - chosen_M).masked_fill(~known_M, math.inf)
 
 
 def _run(

@@ -19,9 +19,8 @@ from oprd.paper.task import make_tokenizer
 from oprd.report.run import AFTER, Run, read_run
 
 LOGGED = (
-    "response_length/mean", "rep/cosine_similarity", "rep/cosine_first", "rep/cosine_last",
-    "actor/rep_loss", "actor/pg_loss", "val-topk/overlap_ratio", "actor/entropy",
-    "teacher/entropy",
+    "response_length/mean", "rep/cosine_similarity", "actor/pg_loss", "val-topk/overlap_ratio",
+    "actor/entropy", "teacher/entropy",
 )  # fmt: skip
 PHASES = ("rollout", "teacher", "student update")
 
@@ -148,9 +147,9 @@ def _column(run: Run, name: str) -> np.ndarray:
 
 def _grades(directory: Path, name: str) -> list[float]:
     """Return the mean grade of each problem after training, from the samples that were kept."""
-    (file,) = (directory / "samples").glob(f"*_student_after_{name}.jsonl")
     grades: dict[int, list[float]] = {}
-    for line in file.read_text().splitlines():
-        sample = json.loads(line)
-        grades.setdefault(sample["problem"], []).append(sample["score"])
+    for file in (directory / "samples").glob(f"*_student_after_{name}.jsonl"):
+        for line in file.read_text().splitlines():
+            sample = json.loads(line)
+            grades.setdefault(sample["problem"], []).append(sample["score"])
     return [statistics.fmean(grades[problem]) for problem in sorted(grades)]

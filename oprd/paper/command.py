@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import yaml
 from oprd.atomic_files import write_json, write_whole
 from oprd.errors import ConfigError, Problems, need_package
 from oprd.observability.console import console
-from oprd.observability.memory import GIB
+from oprd.observability.memory import GIB, available_bytes
 from oprd.observability.tables import TextTable, show
 from oprd.output_paths import check_output_dir
 from oprd.paper.collect import collect
@@ -45,7 +47,7 @@ class PaperConfig:
     Attributes:
         output_dir: directory for runs and report. The same command goes on in it: runs that are
             finished are kept, and more rows or seeds are added to them.
-        quick: the main rows with one seed, in about ten minutes instead of two hours on two cores.
+        quick: the main rows with one seed, in minutes instead of an hour on two cores.
         rows: ids of the rows to run, as in the recipe (`oprd/paper/recipe.yaml`); null: those of
             the level. The report shows these and all of the level that are finished.
         seeds: seeds of the reported runs; null: those of the level.
@@ -122,16 +124,35 @@ def run_paper(cfg: PaperConfig) -> None:
         f"time with {threads} threads each"
     )
     failure: JobsFailed | None = None
-    try:
-        run_jobs(jobs, at_once, threads)
-    except JobsFailed as error:
-        failure = error
+    with _alone(directory):
+        try:
+            run_jobs(jobs, at_once, threads)
+        except JobsFailed as error:
+            failure = error
     if cfg.tune:
         _choose(directory, jobs)
     else:
         _report(cfg, directory, places, at_once, threads)
     if failure is not None:
         raise failure
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a directory, in which a second command would train the same runs.
+
+    Raises:
+        ConfigError: if another command holds it.
+    """
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"output_dir {directory}: another oprd-paper is running in it. Wait for it, or "
+                "choose a new directory"
+            ) from error
+        yield
 
 
 def _width(cfg: PaperConfig) -> tuple[int, int]:
@@ -141,8 +162,8 @@ def _width(cfg: PaperConfig) -> tuple[int, int]:
     )
     at_once = cfg.jobs
     if at_once is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        fits = max(1, int(memory * 0.8 / JOB_BYTES))
+        memory = available_bytes()
+        fits = cores if memory is None else max(1, int(memory / JOB_BYTES))
         at_once = min(4 if torch.cuda.is_available() else cores, cores, fits)
     return at_once, cfg.threads or max(1, cores // at_once)
 
@@ -282,12 +303,11 @@ def _report(cfg: PaperConfig, directory: Path, places: Places, at_once: int, thr
     """Write the report of what is done of the level, and of what was asked for besides."""
     from oprd.paper.report import summary, write_report
 
-    level, asked = recipe().levels[cfg.level_name], cfg.level()
-    level = replace(
-        level,
-        rows=(*level.rows, *(row for row in asked.rows if row not in level.rows)),
-        seeds=(*level.seeds, *(seed for seed in asked.seeds if seed not in level.seeds)),
-    )
+    level = recipe().levels[cfg.level_name]
+    found = [d.name.removeprefix("seed_") for d in directory.glob("rows/*/seed_*") if d.is_dir()]
+    seeds = sorted({*level.seeds, *(int(seed) for seed in found if seed.isdigit())})
+    rows = dict.fromkeys((*level.rows, *cfg.level().rows))
+    level = replace(level, rows=tuple(rows), seeds=tuple(seeds))
     jobs = [*level_jobs(level, directory, places)]
     results = collect(directory, jobs, cfg.level_name, level, at_once, threads)
     write_json(directory / RESULTS, results)

@@ -88,7 +88,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, threads: int) -> None:
     if failed:
         tails = "\n".join(f"--- {title}\n{tail}" for title, tail in failed.items())
         skipped = f"; not begun: {', '.join(j.title for j in waiting)}" if waiting else ""
-        raise JobsFailed(f"{len(failed)} jobs failed{skipped}\n{tails}")
+        raise JobsFailed(f"failed: {', '.join(failed)}{skipped}\n{tails}")
 
 
 def _raise(signum: int, _frame: object) -> None:

@@ -24,8 +24,6 @@ Example = tuple[Problem, str]
 """A problem and the response to learn."""
 BATCH = 96
 """Examples in a step of supervised training."""
-BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether matrix products in bfloat16 are fast on this CPU."""
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
@@ -82,6 +80,11 @@ def _batches(
             yield encode(pool[start : start + BATCH], tokenizer)
 
 
+def _has_bf16() -> bool:
+    """Return whether matrix products in bfloat16 are fast on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def learn(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -96,12 +99,12 @@ def learn(
         after: called after each step with its number and its loss.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
-    batches = _batches(examples, tokenizer)
+    batches, bf16 = _batches(examples, tokenizer), _has_bf16()
     step = 0
     while (rate := lr(step := step + 1)) is not None:
         optimizer.param_groups[0]["lr"] = rate
         ids, labels = next(batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(input_ids=ids[:, :-1]).logits
         loss = cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
         optimizer.zero_grad()

@@ -150,7 +150,7 @@ def make_teacher(
 
 
 def make(
-    output_dir: Path = Path("runs/paper/models"),
+    output_dir: Path = Path("runs/paper_models"),
     only: Sequence[str] = MODELS,
     steps: int = 700,
     rounds: int = 3,
@@ -168,7 +168,7 @@ def make(
     check_output_dir(output_dir)
     splits = make_splits()
     wanted = [name for name in only if not is_made(output_dir / name)]
-    if "student" in wanted or "teacher" in wanted:
+    if {"student", "teacher"} & {*wanted}:  # one run makes both
         make_pair(output_dir, splits, steps, rounds, student_accuracy)
     if "teacher_of_other_shape" in wanted:
         name, tokenizer = "teacher_of_other_shape", make_tokenizer()

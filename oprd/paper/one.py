@@ -14,6 +14,7 @@ from typing import Any
 from oprd.atomic_files import write_json
 from oprd.config.io import from_values
 from oprd.data.prompts import load_prompts
+from oprd.distributed.device import check_device
 from oprd.engines.factory import engine_on
 from oprd.evaluation.evaluate import evaluate
 from oprd.models.loading import load_model, load_tokenizer
@@ -162,7 +163,7 @@ def _evaluate(job: Job) -> None:
     values = recipe().shared(job.places, job.level, job.seed, job.directory)
     cfg = from_values(values)
     cfg.student.path = str(path)
-    tokenizer, model = load_tokenizer(str(path)), load_model(cfg.student)
+    tokenizer, model = load_tokenizer(str(path)), load_model(cfg.student, check_device(cfg.device))
     engine = engine_on(model, tokenizer, cfg.rollout.engine, cfg.eval.batch_size)
     results: dict[str, Any] = {}
     for name, source in cfg.eval.sets.items():

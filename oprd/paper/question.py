@@ -9,7 +9,7 @@ from oprd.paper.measures import Measure
 
 TOO_SMALL = "can't be asked at this size"
 REFUSED = "not run"
-NOT_KNOWN = "its numbers are not in our notes"
+NOT_KNOWN = "its numbers are not at hand"
 
 
 @dataclass(frozen=True)

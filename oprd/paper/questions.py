@@ -119,7 +119,7 @@ TABLES = (
     ),
     Section(
         "table-5", "Table 5", "Layers, loss and positions of OPRD",
-        "The paper's numbers of this table are not in our notes, so that ours stand alone: there "
+        "The paper's numbers of this table are not at hand, so that ours stand alone: there "
         "is no order to agree with. k is 16 tokens here.",
         (
             Question(
@@ -200,7 +200,7 @@ FIGURES = (
     ),
     Section(
         "figure-4", "Figure 4", "Accuracy along the training",
-        "Accuracy on the validation set. The paper's curves are not in our notes; the order is "
+        "Accuracy on the validation set. The paper's curves are not at hand; the order is "
         "that of their ends, Table 2.",
         (
             Question(
@@ -254,7 +254,7 @@ FIGURES = (
     Section(
         "figure-8", "Figure 8", "Cosine of the first and the last tokens",
         "In the last layer. The paper compares its first 1,600 tokens, about a quarter of a "
-        "response, with the last 50. Here both are 16 tokens, about a quarter.",
+        "response, with the last 50. Here both are 16 tokens, about a third.",
         (
             Question(
                 "first-closer", "Are the first tokens of a response closer than the last?",

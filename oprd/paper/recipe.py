@@ -20,6 +20,8 @@ from oprd.training.stages import merged
 
 FILE = Path(__file__).with_name("recipe.yaml")
 TEACHER = "teacher"
+MOVED = ("student.path", "teacher.path", "data.train.path", "bridge.path")
+"""Options that differ in a run that goes on after ``output_dir`` was moved."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class Recipe:
         values = json.loads(json.dumps(asdict(TrainConfig())))
         values = merged(values, places.filled(self.base))
         own = {"output_dir": str(directory), "resume": "auto", "seed": seed, "steps": level.steps}
+        values["checkpoint"]["allow_changes"] = list(MOVED)
         return values | own
 
     def fit_config(self, bridge: str, places: Places, output: Path) -> FitConfig:

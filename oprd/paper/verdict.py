@@ -116,7 +116,7 @@ def answer(results: Results, section: Section, question: Question) -> Answer:
     notes += [d.text() for d in differences if d.mean is None and not d.missing]
     ours = "" if verdict == NOT_RUN else _values(results, question)
     if verdict == OURS_ONLY:
-        ours = f"{_in_words(differences)}. {ours}"
+        ours = ". ".join(part for part in (_in_words(differences), ours) if part)
     return Answer(*about, ours, verdict, differences, "; ".join(notes))
 
 
@@ -138,7 +138,7 @@ def _verdict(question: Question, differences: Sequence[Difference]) -> str:
         return OURS_ONLY
     if any(d.sign < 0 for d in known):
         return NOT_SAME
-    return SAME if all(d.sign > 0 for d in known) else UNDECIDED
+    return SAME if all(d.sign > 0 for d in differences) else UNDECIDED
 
 
 def _values(results: Results, question: Question) -> str:
@@ -258,7 +258,11 @@ def _interval(
     if len(values) > 1:
         if max(values) - min(values) <= 1e-9 * max(map(abs, values)):
             return None, f"{len(values)} seeds with the same difference: no interval"
-        return _half(values), f"{len(values)} seeds (Student's t)"
+        once = _error_of_models(claim, measure, first)
+        over = f"{len(values)} seeds (Student's t)"
+        if once:
+            over += ", and the problems of the model that is not trained"
+        return math.hypot(_half(values), Z * once), over
     if (found := _over_problems(claim, measure, first)) is not None:
         return found
     errors = [measure.standard_error(run) for run in first]
@@ -268,6 +272,16 @@ def _interval(
         variance = sum((f * e) ** 2 for f, e in zip(factors, known, strict=True))
         return Z * math.sqrt(variance), "one seed: problems, not paired"
     return None, "one seed: no interval"
+
+
+def _error_of_models(claim: Claim, measure: Measure, runs: Sequence[Run]) -> float:
+    """Return the standard error of a claim's untrained models, which are evaluated once for all
+    seeds; 0 where it is not known."""
+    squares = 0.0
+    for (name, factor), run in zip(claim.terms, runs, strict=True):
+        if name in MODELS:
+            squares += (factor * (measure.standard_error(run) or 0.0)) ** 2
+    return math.sqrt(squares)
 
 
 def _over_problems(claim: Claim, measure: Measure, runs: Sequence[Run]) -> tuple[float, str] | None:

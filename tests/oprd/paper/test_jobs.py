@@ -63,7 +63,7 @@ def test_a_failed_job_does_not_end_the_others_and_its_log_is_shown(places, tmp_p
     after = job(places, tmp_path, "opd_top4", needs=(bad.title,))
     with pytest.raises(JobsFailed) as failed:
         run_jobs([bad, after, good], at_once=2, threads=1)
-    assert "1 jobs failed; not begun: opd_top4" in str(failed.value)
+    assert f"failed: {bad.title}; not begun: {after.title}" in str(failed.value)
     assert "teacher_of_other_shape" in str(failed.value)  # from the log of the process
     assert good.done
     assert "finished; student" in Path(log_file(good)).read_text()

@@ -193,9 +193,9 @@ def test_four_times_the_rollouts_is_a_difference_of_gains(results):
 
 def test_what_was_not_run_is_said(results):
     found = by_key(without(results, "opd_top4", "mu_1", "shape_top1", "tok_bridge"))
-    assert found["equal-steps"].verdict == SAME
+    assert found["equal-steps"].verdict == UNDECIDED  # a part of the answer is not the answer
     assert "OPD top-4" in found["equal-steps"].note
-    assert found["mu"].verdict == SAME  # of mu = 10 over mu = 0
+    assert found["mu"].verdict == UNDECIDED
     assert found["bridge-length"].verdict == NOT_RUN
     assert found["student-ids"].verdict == NOT_RUN
     assert "28 tokens" in found["memory"].note

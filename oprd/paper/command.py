@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ from oprd.paper.make import is_made
 from oprd.paper.one import Job
 from oprd.paper.recipe import Level, Places, check_rows, recipe
 from oprd.paper.task import write_prompts
+from oprd.report.read import document, mapping
 
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).with_name("models")
 RESULTS, RATES = "results.json", "rates.yaml"
-JOB_BYTES = 1.5 * GIB
-"""Memory of a job, with what Python and its packages take."""
+JOB_BYTES, MAKE_BYTES = 1.5 * GIB, 4 * GIB
+"""Memory of a job, with what Python and its packages take, and of one that makes a teacher."""
+LAST_SEED = 2**31 - 1
 USUAL_ROLLOUTS = 32
 LIGHT, HEAVY = 0.2, 12.0
 """Costs of an evaluation or a fit, and of a teacher from scratch, relative to a usual run."""
@@ -48,9 +51,10 @@ class PaperConfig:
         output_dir: directory for runs and report. The same command goes on in it: runs that are
             finished are kept, and more rows or seeds are added to them.
         quick: the main rows with one seed, in minutes instead of an hour on two cores.
-        rows: ids of the rows to run, as in the recipe (`oprd/paper/recipe.yaml`); null: those of
-            the level. The report shows these and all of the level that are finished.
-        seeds: seeds of the reported runs; null: those of the level.
+        rows: ids of the rows to run, as in the recipe (`oprd/paper/recipe.yaml`), in brackets:
+            ``[oprd, opd_top1]``; null: those of the level. The report shows these and all of the
+            level that are finished.
+        seeds: seeds of the reported runs, in brackets: ``[0, 1, 2]``; null: those of the level.
         jobs: runs at a time; null: one for each core, as far as memory allows; on a GPU four.
         threads: CPU threads of each run; null: an equal part of the cores.
         tune: instead of reporting, choose the learning rates of ``rows`` from the recipe's grid,
@@ -97,6 +101,8 @@ class PaperConfig:
             )
         tuned = set(recipe().tuned)
         others = [row for row in self.rows or () if row not in tuned]
+        for seed in self.seeds or ():
+            problems.need(0 <= seed <= LAST_SEED, f"seeds must lie in 0..{LAST_SEED}, got {seed}")
         problems.need(
             not (self.tune and others),
             f"tune: {', '.join(others)} share another row's learning rate; rows with their own are "
@@ -117,11 +123,11 @@ def run_paper(cfg: PaperConfig) -> None:
     level, directory = cfg.level(), Path(cfg.output_dir).absolute()
     places = Places(directory / "models", directory / "prompts", directory / "bridges")
     _prepare(directory, places)
-    at_once, threads = _width(cfg)
     jobs = [*(tuning_jobs if cfg.tune else level_jobs)(level, directory, places)]
+    at_once, threads = _width(cfg, jobs)
     logger.info(
-        f"oprd-paper, level {cfg.level_name}: {len(jobs)} jobs in {directory}, {at_once} at a "
-        f"time with {threads} threads each"
+        f"oprd-paper, level {cfg.level_name}: {len(jobs)} jobs in {directory}, {at_once} at a time "
+        f"(threads of each: {threads}); what each prints is beside its directory, *.log.txt"
     )
     failure: JobsFailed | None = None
     with _alone(directory):
@@ -155,7 +161,7 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def _width(cfg: PaperConfig) -> tuple[int, int]:
+def _width(cfg: PaperConfig, jobs: Sequence[Job]) -> tuple[int, int]:
     """Return the number of jobs at a time, and of threads of each."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -163,8 +169,9 @@ def _width(cfg: PaperConfig) -> tuple[int, int]:
     at_once = cfg.jobs
     if at_once is None:
         memory = available_bytes()
-        fits = cores if memory is None else max(1, int(memory / JOB_BYTES))
-        at_once = min(4 if torch.cuda.is_available() else cores, cores, fits)
+        makes = any(job.kind == "make" and not job.done for job in jobs)
+        fits = cores if memory is None else int(memory / (MAKE_BYTES if makes else JOB_BYTES))
+        at_once = min(4 if torch.cuda.is_available() else cores, cores, max(1, fits))
     return at_once, cfg.threads or max(1, cores // at_once)
 
 
@@ -185,10 +192,13 @@ def _prepare(directory: Path, places: Places) -> None:
     }
     ours = json.loads(json.dumps(ours, default=list))
     if file.exists():
-        _compare(directory, json.loads(file.read_text()), ours)
+        _compare(directory, file, ours)
     elif directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"output_dir {directory} holds other files: choose a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {directory} can't be made: {error}") from error
     write_json(file, ours)
     if not (places.prompts / "val.jsonl").exists():
         write_prompts(places.prompts)
@@ -197,12 +207,14 @@ def _prepare(directory: Path, places: Places) -> None:
             shutil.copytree(shipped, places.models / shipped.name, dirs_exist_ok=True)
 
 
-def _compare(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def _compare(directory: Path, file: Path, ours: dict[str, Any]) -> None:
     """Check that finished runs are of this recipe; rows may have been added or left out."""
-    changed = [part for part in ("base", "fit", "bridges", "steps") if theirs[part] != ours[part]]
+    theirs = mapping(document(file, []))
+    parts = ("base", "fit", "bridges", "steps")
+    changed = [part for part in parts if theirs.get(part) != ours[part]]
     changed += [
         f"rows.{i}"
-        for i, row in theirs["rows"].items()
+        for i, row in mapping(theirs.get("rows")).items()
         if row != ours["rows"].get(i, row) and (directory / "rows" / i).exists()
     ]
     if changed:
@@ -302,6 +314,7 @@ def _choose(directory: Path, jobs: Sequence[Job]) -> None:
 def _report(cfg: PaperConfig, directory: Path, places: Places, at_once: int, threads: int) -> None:
     """Write the report of what is done of the level, and of what was asked for besides."""
     from oprd.paper.report import summary, write_report
+    from oprd.paper.verdict import NOT_RUN
 
     level = recipe().levels[cfg.level_name]
     found = [d.name.removeprefix("seed_") for d in directory.glob("rows/*/seed_*") if d.is_dir()]
@@ -311,6 +324,24 @@ def _report(cfg: PaperConfig, directory: Path, places: Places, at_once: int, thr
     jobs = [*level_jobs(level, directory, places)]
     results = collect(directory, jobs, cfg.level_name, level, at_once, threads)
     write_json(directory / RESULTS, results)
+    logger.info("writing the report")
     answers = write_report(results, directory / "report")
-    console.print(summary(answers, brief=True), markup=False)
+    show(console, [_accuracy(results)])
+    known = [answer for answer in answers if answer.verdict != NOT_RUN]
+    console.print(summary(known, brief=True), markup=False)
+    if rest := len(answers) - len(known):
+        console.print(f"{rest} more questions need rows that were not run")
     console.print(f"report: {directory / 'report' / 'index.html'}")
+
+
+def _accuracy(results: dict[str, Any]) -> TextTable:
+    """Return a table of the accuracy of each model and row, means over seeds."""
+    sets = results["sets"]
+    found = {name.replace("_", " "): [by_set] for name, by_set in results["models"].items()}
+    found |= {row["name"]: [run["results"] for run in row["runs"]] for row in results["rows"]}
+    rows = []
+    for name, runs in found.items():
+        means = [fmean(run[s]["avg"] for run in runs) for s in sets]
+        rows.append([name, *(f"{100 * x:.1f}" for x in (*means, fmean(means))), str(len(runs))])
+    heads = ["row", *(s.replace("_", "\n") for s in sets), "mean", "runs"]
+    return TextTable("accuracy in %", heads, rows)

@@ -107,7 +107,7 @@ FURTHER = (
                 "OPD above 0, OPRD exactly 0",
                 tuple(
                     Claim(((row, 1.0),), m.VARIANCE_OF_OPD_ALONE,
-                          f"OPD top-1 where OPRD has 0, {where}", exact=True)
+                          f"variance of OPD top-1's gradient, OPRD's being 0, {where}", exact=True)
                     for row, where in (
                         (m.STUDENT, "before training"), ("opd_top1", "after OPD top-1"),
                         ("oprd", "after OPRD"))

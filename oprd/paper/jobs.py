@@ -26,6 +26,8 @@ STOPPED = 75
 """Exit code of a job that a signal ended."""
 TAIL = 15
 """Lines of a failed job's log that are shown."""
+HEARTBEAT = 60.0
+"""Seconds without news after which a line says what is running."""
 PATIENCE = 60.0
 """Seconds in which a job writes its checkpoint after a signal."""
 
@@ -70,7 +72,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, threads: int) -> None:
                 running[process] = job, time.monotonic()
             if not running:
                 break  # the rest needs what failed
-            wait([process.sentinel for process in running])
+            if not wait([process.sentinel for process in running], HEARTBEAT):
+                logger.info(f"running: {_shown(running)}")
             for process in [p for p in running if p.exitcode is not None]:
                 job, begun = running.pop(process)
                 seconds = time.monotonic() - begun
@@ -103,12 +106,20 @@ def _ready(
     return [job for job in waiting if not open_jobs.intersection(job.needs)]
 
 
+def _shown(running: dict[BaseProcess, tuple[Job, float]]) -> str:
+    now = time.monotonic()
+    return "; ".join(
+        f"{job.title} for {duration(now - begun)} ({log_file(job)})"
+        for job, begun in running.values()
+    )
+
+
 def _stop(running: dict[BaseProcess, tuple[Job, float]]) -> None:
     """End the jobs, with time for their checkpoints."""
     for process in running:
         process.terminate()
     if running:
-        logger.info(f"waiting for the checkpoints of {len(running)} jobs")
+        logger.info("waiting for the runs' checkpoints (the making of a teacher has none)")
     end = time.monotonic() + PATIENCE
     for process in running:
         process.join(max(0.0, end - time.monotonic()))

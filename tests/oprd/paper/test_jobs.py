@@ -85,7 +85,9 @@ def test_a_signal_ends_the_jobs_with_checkpoints_and_the_command_goes_on(tmp_pat
     assert "run the same command again" in output
     assert not (out / "rows/oprd/seed_0/measured.json").exists()
     run_paper(PaperConfig(str(out), quick=True, rows=["oprd"], jobs=1))
-    assert "resume: from" in (out / "rows/oprd/seed_0.log.txt").read_text().lower()
+    log = (out / "rows/oprd/seed_0.log.txt").read_text()
+    assert "interrupted after step" in log
+    assert log.count("step 1/40") == 1  # it went on
     results = json.loads((out / "results.json").read_text())
     (row,) = results["rows"]
     (run,) = row["runs"]

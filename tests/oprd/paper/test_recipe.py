@@ -5,7 +5,8 @@ import pytest
 from oprd.config.io import from_values, to_yaml
 from oprd.config.train import check_values
 from oprd.errors import ConfigError
-from oprd.paper.command import PaperConfig, level_jobs, tuning_jobs
+from oprd.paper import command
+from oprd.paper.command import PaperConfig, level_jobs, run_paper, tuning_jobs
 from oprd.paper.recipe import Places, check_rows, recipe
 from oprd.training.stages import merged, stage_values
 
@@ -102,6 +103,7 @@ def test_all_seeds_of_a_row_come_after_the_first_seed_of_every_row(places, tmp_p
     [
         ({"rows": ["oprd", "opdr"]}, "opdr unknown; there are opd_top1"),
         ({"seeds": [1, 1]}, "seeds must be distinct"),
+        ({"seeds": [-1]}, "seeds must lie in 0"),
         ({"rows": []}, "rows must be distinct values, at least one"),
         ({"jobs": 0}, "jobs must be at least 1"),
         ({"tune": True, "rows": ["oprd_last"]}, "oprd_last share another row's learning rate"),
@@ -110,6 +112,25 @@ def test_all_seeds_of_a_row_come_after_the_first_seed_of_every_row(places, tmp_p
 def test_wrong_options_are_refused(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         PaperConfig(output_dir=str(tmp_path / "out"), **options).check()
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"base": 1, "rows": []}'])
+def test_a_directory_of_another_recipe_is_refused(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ConfigError, match="another version of the recipe"):
+        run_paper(PaperConfig(str(tmp_path), quick=True))
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        run_paper(PaperConfig(str(tmp_path), quick=True))
+
+
+def test_a_second_command_in_a_directory_is_refused(tmp_path, places):
+    command._prepare(tmp_path, places)
+    with command._alone(tmp_path), pytest.raises(ConfigError, match="another oprd-paper is run"):
+        run_paper(PaperConfig(str(tmp_path), quick=True))
 
 
 def test_known_rows_are_accepted():

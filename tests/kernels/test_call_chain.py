@@ -150,7 +150,7 @@ def test_saved_begins_with_the_statistics_whatever_the_backend(backend):
     cosine = torch.nn.functional.cosine_similarity(S, T).mean()
     norms = [x.norm(dim=-1).mean() for x in (S, T)]
     expected = torch.tensor([cosine, *norms, 6, 1 / 6])
-    assert torch.allclose(saved[: layout.STATS], expected)
+    assert torch.allclose(saved[: layout.STATS], expected, atol=1e-6)
 
 
 def test_saved_tensor_hooks_may_replace_what_was_saved(backend):

@@ -63,6 +63,7 @@ OBJECTIVES: dict[str, Form | None] = {
     "opd_topk_raw": "topk_raw",
     "opd_full": "full",
     "opd_full_forward": "full_forward",
+    "opd_jsd": "jsd",
 }
 """Names of the objectives, with the `oprd.distill.vocab_losses` form of output-space ones."""
 

@@ -50,7 +50,8 @@ class TrainConfig:
         log_every: number of steps between progress lines if the output is not a terminal.
         teachers: one teacher for each source of prompts, by source, instead of ``teacher``.
         objectives: weight of each objective: ``oprd``, ``opd_top1``, ``opd_topk``,
-            ``opd_topk_advantage``, ``opd_topk_raw``, ``opd_full``, ``opd_full_forward``.
+            ``opd_topk_advantage``, ``opd_topk_raw``, ``opd_full``, ``opd_full_forward``,
+            ``opd_jsd``.
         bridges: one bridge for each of ``teachers``, by the same names, instead of ``bridge``.
     """
 

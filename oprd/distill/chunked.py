@@ -213,7 +213,8 @@ def _on_all(
     logits = student.logits(at)
     width = min(student.width, teacher.width)
     theirs = teacher.logits(at)[:, :width]
-    if fused is not None and logits.is_cuda and logits.dtype == torch.float32:
+    can_fuse = fused is not None and loss.form != "jsd"
+    if can_fuse and logits.is_cuda and logits.dtype == torch.float32:
         scale, cap = scale_m1 * student.head.scale, student.head.softcap
         dtype = student.operand_Vd.dtype
         losses, gradient = fused.row_gradient(loss, logits, theirs, tokens_m, scale, cap, dtype)

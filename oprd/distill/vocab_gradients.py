@@ -6,6 +6,8 @@ teacher's.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ from oprd.distill.vocab_losses import VocabLoss, chosen_tokens, log_prob, policy
 def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m: Tensor) -> Tensor:
     """Write the gradient of each row's loss over the student's logits and return the losses, (m,).
 
-    The teacher's logits are overwritten too. One more tensor of their size is allocated at a time.
+    The teacher's logits are overwritten too. One more tensor of their size is allocated at a time,
+    with ``jsd`` two.
     ``topk``, whose gradient is 0 outside of its set, is not computed here.
 
     Args:
@@ -26,6 +29,8 @@ def gradient_(loss: VocabLoss, student_mV: Tensor, teacher_mV: Tensor, tokens_m:
         return _reverse_(student_mV, teacher_mV)
     if loss.form == "full_forward":
         return _forward_(student_mV, teacher_mV)
+    if loss.form == "jsd":
+        return _jsd_(student_mV, teacher_mV)
     if loss.form == "topk":
         raise ValueError("the gradient of topk is not computed over the whole vocabulary")
     if loss.form == "top1" and loss.temperature != 1:
@@ -62,3 +67,19 @@ def _forward_(student_mV: Tensor, teacher_mV: Tensor) -> Tensor:
     gap *= q
     log_p.exp_().sub_(q)
     return gap.sum(-1)
+
+
+def _jsd_(student_mV: Tensor, teacher_mV: Tensor) -> Tensor:
+    """Of (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2: p (log p - log m - KL(p||m)) / 2."""
+    log_p = student_mV.sub_(student_mV.logsumexp(-1, keepdim=True))
+    log_q = teacher_mV.sub_(teacher_mV.logsumexp(-1, keepdim=True))
+    log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))
+    gap = log_q - log_m
+    gap *= log_q.exp_()
+    of_teacher = gap.sum(-1)
+    torch.sub(log_p, log_m, out=gap)
+    p = log_p.exp_()
+    gap *= p
+    of_student = gap.sum(-1)
+    torch.addcmul(gap, p, of_student[:, None], value=-1, out=p).div_(2)
+    return (of_student + of_teacher) / 2

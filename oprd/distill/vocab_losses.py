@@ -6,9 +6,11 @@ student's distribution and q the teacher's, both at the position that predicts t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from oprd.config.types import Form
@@ -24,7 +26,8 @@ class VocabLoss:
             ``topk_advantage``: -sum w (log q - log p) log p with w = p renormalised and a detached
             advantage, as in the public OPRD code (github.com/ShenzhiYang2000/OPRD).
             ``topk_raw``: sum over the set of p (log p - log q) (section 4.1.1).
-            ``full``: KL(p||q) over the vocabulary (Eq. 4). ``full_forward``: KL(q||p).
+            ``full``: KL(p||q) over the vocabulary (Eq. 4). ``full_forward``: KL(q||p). ``jsd``: the
+            Jensen-Shannon divergence, (KL(p||m) + KL(q||m)) / 2 with m = (p + q) / 2.
         k: size of the top-k set; at least 2 for ``topk``, whose loss is 0 on one token.
         support: the model whose k most probable tokens form the set.
         temperature: of ``top1``: the temperature at which the tokens were sampled. Both logits are
@@ -69,6 +72,11 @@ class VocabLoss:
         if self.form == "full_forward":
             log_p, log_q = student_MV.log_softmax(-1), teacher_MV.log_softmax(-1)
             return (log_q.exp() * (log_q - log_p)).sum(-1)
+        if self.form == "jsd":
+            log_p, log_q = student_MV.log_softmax(-1), teacher_MV.log_softmax(-1)
+            log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+            parts = [(log_x.exp() * (log_x - log_m)).sum(-1) for log_x in (log_p, log_q)]
+            return (parts[0] + parts[1]) / 2
         top_Mk = chosen_tokens(self, student_MV, teacher_MV, tokens_M)
         if self.form == "topk":
             log_p = student_MV.gather(-1, top_Mk).log_softmax(-1)

@@ -71,7 +71,7 @@ def charts(results: Results) -> list[Chart]:
                   "rank r (log)", "OPRD-Bridge", log=True),
         _curves(results, "batch", _section("batch").rows, "rollout"),
         _curves(results, "ends", _section("ends").rows, "step"),
-        _curves(results, "forward", ("opd_full", "opd_forward"), "step"),
+        _curves(results, "forward", ("opd_full", "opd_forward", "opd_jsd"), "step"),
     ]  # fmt: skip
     made = [chart for chart in found if chart is not None]
     for chart in made:

@@ -84,14 +84,20 @@ FURTHER = (
     ),
     Section(
         "forward", "", "Forward KL against reverse",
-        "OPD full with KL(teacher || student) in place of KL(student || teacher).",
+        "OPD full with KL(teacher || student), or the Jensen-Shannon divergence (JSD), in place of "
+        "KL(student || teacher).",
         (
             Question(
                 "forward", "Is forward KL better than reverse?", "Reverse KL alone",
                 (above("opd_forward", "opd_full", m.ACCURACY),), has_order=False,
             ),
+            Question(
+                "jsd", "Is JSD better than reverse KL?", "Reverse KL alone",
+                (above("opd_jsd", "opd_full", m.ACCURACY),), has_order=False,
+            ),
         ),
-        ("opd_full", "opd_forward", "oprd"), (m.ACCURACY, m.BEST, m.DISTINCT, m.KL, m.ENTROPY),
+        ("opd_full", "opd_forward", "opd_jsd", "oprd"),
+        (m.ACCURACY, m.BEST, m.DISTINCT, m.KL, m.ENTROPY),
     ),
     Section(
         "theory", "Theory", "Variance and signal-to-noise ratio of the gradients",

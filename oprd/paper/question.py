@@ -101,5 +101,5 @@ def gains_more(row: str, other: str) -> Claim:
     return Claim(terms, m.ACCURACY, f"gain of {names[row]} minus gain of {names[other]}")
 
 
-OPD = ("opd_top1", "opd_top4", "opd_full", "opd_forward")
+OPD = ("opd_top1", "opd_top4", "opd_full", "opd_forward", "opd_jsd")
 MAIN = (*OPD, "oprd")

@@ -1,5 +1,7 @@
 """OPD's objectives against their definitions in float64, and the two ways to compute them."""
 
+import math
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -14,7 +16,7 @@ from oprd.models.lm_head import HeadRows, LMHead, multiply
 from oprd.models.self_check import check_head
 from tests.support.tiny import COMMON, make_model
 
-FORMS = ("top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward")
+FORMS = ("top1", "topk", "topk_advantage", "topk_raw", "full", "full_forward", "jsd")
 M, V, D = 13, 40, 8
 
 
@@ -90,6 +92,18 @@ def test_full_forward_is_torchs_kl(logits):
         student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
     assert torch.allclose(losses, expected)
+
+
+def test_jsd_is_symmetric_and_at_most_log_2(logits):
+    student, teacher, tokens = logits
+    losses = VocabLoss("jsd").row_losses(student, teacher, tokens)
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    m = (p + q) / 2
+    expected = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+    assert torch.allclose(losses, expected)
+    assert torch.allclose(losses, VocabLoss("jsd").row_losses(teacher, student, tokens))
+    apart = torch.tensor([[0.0, 500.0]]), torch.tensor([[500.0, 0.0]])
+    assert VocabLoss("jsd").row_losses(*apart, tokens).item() == pytest.approx(math.log(2))
 
 
 def test_top_k_of_one_token_is_refused():

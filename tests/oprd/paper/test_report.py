@@ -28,11 +28,12 @@ from oprd.report.png import write_png
 SETS = ["three_digits", "four_digits", "five_digits"]
 ACCURACY = {
     "opd_top1": 0.5, "opd_top4": 0.55, "opd_full": 0.6, "opd_forward": 0.7,
-    "opd_jsd": 0.65, "oprd": 0.8,
+    "oprd": 0.8,
     "oprd_last": 0.7, "oprd_first_k": 0.75, "oprd_last_k": 0.5, "mu_1": 0.6, "mu_10": 0.65,
     "opd_top1_x4": 0.7, "opd_full_x4": 0.75, "oprd_x4": 0.85, "bridge_r1": 0.4, "bridge_r8": 0.5,
     "bridge_r32": 0.45, "shape_top1": 0.6, "shape_top4": 0.45, "bridge_then_top1": 0.55,
     "tok_bridge": 0.4, "tok_student_ids": 0.3,
+    "opd_jsd": 0.65,
 }  # fmt: skip
 PROBLEMS = 20
 

@@ -126,7 +126,7 @@ def _run(directory: Path, job: Job, first: float | None) -> dict[str, Any]:
         wall += sum(run.phases.values())
         steps += int(run.steps[-1])
         trained += float(spent[-1])
-    results = read_run(last).final[AFTER]
+    results = run.final[AFTER]
     return {
         "seed": job.seed,
         "directory": str(last.relative_to(directory)),

@@ -69,7 +69,7 @@ class Job:
     def record(self) -> Path:
         """The file that is written last."""
         if self.kind == "fit":
-            return self.places.bridges / f"{self.name}.safetensors"
+            return self.places.bridge(self.name)
         files = {"row": MEASURED, "tuning": SUMMARY, "make": MADE, "model": RESULTS}
         return self.directory / files[self.kind]
 
@@ -144,7 +144,7 @@ def _measure(job: Job) -> None:
 
     r, row = recipe(), recipe().rows[job.name]
     first = r.rows[row.stages[0]] if row.stages else row
-    bridge = None if first.bridge is None else job.places.bridges / f"{first.bridge}.safetensors"
+    bridge = None if first.bridge is None else job.places.bridge(first.bridge)
     measured = measure(
         last_stage(job.directory) / "student",
         job.places.models / r.teacher(job.name),

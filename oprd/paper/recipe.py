@@ -84,6 +84,10 @@ class Places:
     prompts: Path
     bridges: Path
 
+    def bridge(self, name: str) -> Path:
+        """Return the file of a bridge."""
+        return self.bridges / f"{name}.safetensors"
+
     def filled(self, value: Any) -> Any:
         """Return plain values with the directories' names filled in."""
         if isinstance(value, str):
@@ -148,17 +152,16 @@ class Recipe:
     def options(self, row: str, places: Places, rate: float | None = None) -> dict[str, Any]:
         """Return the options that a row without stages changes in `shared`."""
         found, model = self.rows[row], self.teacher(row)
-        options = merged(_sections(found.options), found.options)
         own: dict[str, Any] = {
             "teacher": {"path": f"{{models}}/{model}"},
             "optim": {"lr": self.rate(row) if rate is None else rate},
         }
         if found.bridge is not None:
             own["teacher"]["reads"] = self.bridges[found.bridge].reads
-            own["bridge"] = {"path": bridge_file(found.bridge), "rank": found.rank}
+            own["bridge"] = {"path": str(places.bridge(found.bridge)), "rank": found.rank}
         if model == "teacher_of_other_tokenizer":  # its head predicts other tokens
             own["logging"] = {"teacher_head": False}
-        return places.filled({**options, **own})
+        return places.filled({**found.options, **own})
 
     def shared(self, places: Places, level: Level, seed: int, directory: Path) -> dict[str, Any]:
         """Return all options of ``oprd-train`` as plain values, before those of a row."""
@@ -180,15 +183,6 @@ class Recipe:
         }
         given = {**shared, **sections, **self.fit, "rank": found.rank, "output": str(output)}
         return made_from(FitConfig, given)
-
-
-def bridge_file(bridge: str) -> str:
-    """Return the path of a bridge, with a placeholder for its directory."""
-    return f"{{bridges}}/{bridge}.safetensors"
-
-
-def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: {} for k, v in options.items() if isinstance(v, Mapping)}
 
 
 @functools.cache

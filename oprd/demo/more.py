@@ -30,6 +30,7 @@ from oprd.demo.task import Sum, make_splits, sample_batches, write_sums
 from oprd.models.loading import load_model, load_tokenizer
 from oprd.observability.progress import duration
 from oprd.output_paths import check_output_dir
+from oprd.paper.learn import encode as encode_pairs
 
 PROGRESS_SECONDS = 10.0
 
@@ -66,15 +67,7 @@ def encode(
     sums: list[Sum], text: Text, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode prompts and responses with EOS, right-padded; labels are -100 outside responses."""
-    prompts = tokenizer([text(s) for s in sums])["input_ids"]
-    responses = tokenizer([s.answer + tokenizer.eos_token for s in sums])["input_ids"]
-    length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    ids = torch.full((len(sums), length), tokenizer.pad_token_id)
-    labels = torch.full((len(sums), length), -100)
-    for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
-    return ids, labels
+    return encode_pairs([text(s) for s in sums], [s.answer for s in sums], tokenizer)
 
 
 def train(

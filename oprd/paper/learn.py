@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from oprd.config import SamplingParams
 from oprd.data.rollout import Rollout
@@ -48,19 +53,19 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> L
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+    prompts: Sequence[str], responses: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
     """Encode prompts and responses with EOS, right-padded.
 
     Returns:
         The tokens and the labels, -100 outside responses; both int64 (B, T).
     """
-    prompts = tokenizer([p.prompt for p, _ in examples])["input_ids"]
-    texts = tokenizer([text + tokenizer.eos_token for _, text in examples])["input_ids"]
-    length = max(len(p) + len(r) for p, r in zip(prompts, texts, strict=True))
-    ids = torch.full((len(examples), length), tokenizer.pad_token_id)
-    labels = torch.full((len(examples), length), -100)
-    for row, (p, r) in enumerate(zip(prompts, texts, strict=True)):
+    before = tokenizer([*prompts])["input_ids"]
+    after = tokenizer([text + tokenizer.eos_token for text in responses])["input_ids"]
+    length = max(len(p) + len(r) for p, r in zip(before, after, strict=True))
+    ids = torch.full((len(before), length), tokenizer.pad_token_id)
+    labels = torch.full((len(before), length), -100)
+    for row, (p, r) in enumerate(zip(before, after, strict=True)):
         ids[row, : len(p) + len(r)] = torch.tensor(p + r)
         labels[row, len(p) : len(p) + len(r)] = torch.tensor(r)
     return ids, labels
@@ -77,7 +82,8 @@ def _batches(
         starts = [*range(0, len(pool), BATCH)]
         rng.shuffle(starts)
         for start in starts:
-            yield encode(pool[start : start + BATCH], tokenizer)
+            problems, texts = zip(*pool[start : start + BATCH], strict=True)
+            yield encode([problem.prompt for problem in problems], texts, tokenizer)
 
 
 def _has_bf16() -> bool:

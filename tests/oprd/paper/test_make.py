@@ -21,7 +21,7 @@ def test_labels_are_the_response_and_its_end():
     problem = Problem(583, 219)
     text = problem.response(random.Random(0))
     part, eos = text[: text.index(",")], TOKENIZER.eos_token
-    ids, labels = encode([(problem, text), (problem, part)], TOKENIZER)
+    ids, labels = encode([problem.prompt] * 2, [text, part], TOKENIZER)
     assert TOKENIZER.decode(ids[0]) == problem.prompt + text + eos
     assert TOKENIZER.decode(labels[0][labels[0] != -100]) == text + eos
     assert TOKENIZER.decode(labels[1][labels[1] != -100]) == part + eos
